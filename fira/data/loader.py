@@ -1,0 +1,79 @@
+"""Windows of tokens: shuffled for training, in order for validation. A sequence depends on its number alone."""
+
+import numpy as np
+
+from fira.data.packed import PackedTokens
+from fira.errors import UserError
+
+IGNORE = -100  # a target that counts for nothing, as in torch's cross_entropy
+
+
+class Loader:
+    """Training batches: windows of `seq_len` tokens that do not overlap, in a new seeded order each epoch.
+
+    Sequences are numbered for ever: 0, 1, … through all epochs. Any rank can read any of them by its number.
+    """
+
+    def __init__(self, tokens: PackedTokens, seq_len: int, seed: int) -> None:
+        self.consumed = 0
+        self.windows = (len(tokens) - 1) // seq_len  # one token more than inputs: the last target
+        if self.windows < 1:
+            raise UserError(
+                f"{len(tokens)} training tokens, sequences of {seq_len}: give more text or a smaller --seq-len"
+            )
+        self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences number first … first + count − 1: (tokens, targets), int64, count × seq_len each."""
+        starts = [self._window(number) * self._seq_len for number in range(first, first + count)]
+        rows = np.stack([self._tokens.read(start, start + self._seq_len + 1) for start in starts])
+        return rows[:, :-1], rows[:, 1:]
+
+    def next(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` sequences after those already consumed."""
+        result = self.batch(self.consumed, count)
+        self.consumed += count
+        return result
+
+    def state_dict(self) -> dict[str, int]:
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.consumed = state["consumed"]
+
+    def _window(self, number: int) -> int:
+        epoch, position = divmod(number, self.windows)
+        if epoch != self._epoch:  # kept, because a permutation costs more than a batch
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(self.windows)
+        return int(self._order[position])
+
+
+class Sequential:
+    """Validation sequences, in order; `len` of them, at most `limit`, taken evenly from the whole.
+
+    The last window is padded, its missing targets −100, not dropped: every token counts, and a validation text
+    shorter than one window still has a loss. Rows beyond the end are all −100, so that ranks can share uneven batches.
+    """
+
+    def __init__(self, tokens: PackedTokens, seq_len: int, limit: int | None = None) -> None:
+        windows = -(-(len(tokens) - 1) // seq_len)
+        if windows < 1:
+            raise UserError(f"{len(tokens)} validation tokens: none to predict; give more text")
+        count = windows if limit is None else min(limit, windows)
+        self._starts = np.arange(count) * windows // count * seq_len
+        self._tokens, self._seq_len = tokens, seq_len
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences first … first + count − 1: (tokens, targets), int64, count × seq_len each; padding is (0, −100)."""
+        inputs = np.zeros((count, self._seq_len), np.int64)
+        targets = np.full((count, self._seq_len), IGNORE, np.int64)
+        for row, start in enumerate(self._starts[first : first + count]):
+            ids = self._tokens.read(start, min(start + self._seq_len + 1, len(self._tokens)))
+            inputs[row, : len(ids) - 1] = ids[:-1]
+            targets[row, : len(ids) - 1] = ids[1:]
+        return inputs, targets

@@ -8,8 +8,8 @@ import sys
 from fira.data.prepare import prepare
 from fira.errors import UserError
 
-DATA = """text file, folder, CSV, JSONL, Parquet, folder of *_train_*.npy and *_val_*.npy shards, or a Hugging Face dataset's
-name; left out, the Python standard library's source"""
+DATA = """text file, folder, CSV, JSONL, Parquet, folder of *_train_*.npy and *_val_*.npy shards, or the name of a
+Hugging Face dataset; left out, the Python standard library's source"""
 
 
 def main() -> None:

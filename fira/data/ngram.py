@@ -4,7 +4,8 @@ Interpolated Kneser–Ney (Kneser and Ney 1995; Chen and Goodman 1998, section 3
     p(w | h) = max(n(hw) − D, 0) / n(h·) + D · kinds(h·) / n(h·) · p(w | h without its first token),
 with kinds(h·) the number of different tokens seen after h. Below the highest order, n counts the different tokens seen
 before an n-gram instead of its occurrences. D = n₁ / (n₁ + 2 n₂) (Ney, Essen and Kneser 1994), n₁ and n₂ the number
-of n-grams counted once and twice. Under the lowest order lies the uniform distribution over the ids 0 … greatest seen.
+of n-grams counted once and twice, here with ½ added to both, so that D is neither 0 nor 1 where one of them is missing.
+Under the lowest order lies the uniform distribution over the ids 0 … greatest seen.
 """
 
 import numpy as np
@@ -49,8 +50,8 @@ def _interpolate(
     ngrams: np.ndarray, counts: np.ndarray, queries: np.ndarray, base: int, lower: np.ndarray
 ) -> np.ndarray:
     """p of each query (an n-gram's number), given the sorted n-grams counted and the order below's p for it."""
-    once, twice = np.sum(counts == 1), np.sum(counts == 2)
-    discount = once / (once + 2 * twice) if once else 0.5  # no n-gram seen once: something must go to the unseen
+    once, twice = np.sum(counts == 1) + 0.5, np.sum(counts == 2) + 0.5
+    discount = once / (once + 2 * twice)
     contexts, first, kinds = np.unique(ngrams // base, return_index=True, return_counts=True)
     totals = np.add.reduceat(counts, first)
 

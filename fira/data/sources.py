@@ -29,7 +29,7 @@ NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_
 def documents(data: str | None, text_column: str) -> Iterator[str]:
     """The documents of a file, a folder, a Hugging Face dataset's name, or (None) the standard library.
 
-    Always in the same order. `text_column` is the column of CSV and Parquet, the key of JSONL. Blank documents are left out.
+    Always in the same order, without blank ones. `text_column` is the column of CSV and Parquet, the key of JSONL.
     """
     found = False
     for path in input_files(data):

@@ -3,13 +3,15 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fira.errors import UserError
 
 EOS = "</s>"
 SPECIAL_TOKENS = ["[UNK]", "<s>", EOS, "<|prompter|>", "<|assistant|>"]
 END_NAMES = [EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>"]  # what published tokenizers call it
+# GPT-2's split into words, except that combining marks belong to the word: without them a Hindi word falls to pieces
+WORDS = Regex(r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+")
 SMALLEST = len(SPECIAL_TOKENS) + 256  # every byte needs a token
 
 
@@ -22,7 +24,12 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < SMALLEST:
         raise UserError(f"vocabulary of {vocab_size}: bytes and special tokens alone are {SMALLEST}; ask for more")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(WORDS, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+
+from fira.data.packed import PackedTokens, TokenWriter, find_shards
+from fira.errors import UserError
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_what_is_written_is_an_ordinary_npy_file(tmp_path, vocab_size: int, dtype: str) -> None:
+    with TokenWriter(tmp_path / "t.npy", vocab_size) as writer:
+        for piece in ([0, vocab_size - 1], [], list(range(1000))):
+            writer.append(piece)
+    array = np.load(tmp_path / "t.npy")
+    assert array.dtype == dtype
+    assert array.tolist() == [0, vocab_size - 1, *range(1000)]
+
+
+def test_an_id_too_large_for_the_file_is_never_wrapped(tmp_path) -> None:
+    with TokenWriter(tmp_path / "t.npy", 300) as writer, pytest.raises(OverflowError):
+        writer.append([70_000])
+
+
+def test_shards_read_as_one_array(tmp_path) -> None:
+    parts = [np.arange(10), np.arange(0), np.arange(100, 117), np.arange(3)]
+    paths = [tmp_path / f"{i}.npy" for i in range(len(parts))]
+    for path, part in zip(paths, parts, strict=True):
+        np.save(path, part.astype(np.uint16))
+    tokens, whole = PackedTokens(paths), np.concatenate(parts)
+    assert len(tokens) == 30
+    for start in range(31):
+        for stop in range(start, 31):
+            np.testing.assert_array_equal(tokens.read(start, stop), whole[start:stop])
+    assert tokens.read(0, 5).dtype == np.int64
+    for start, stop in ((-1, 3), (5, 31), (4, 3)):
+        with pytest.raises(IndexError):
+            tokens.read(start, stop)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"raw tokens", None])
+def test_a_file_that_is_no_whole_npy_is_named(tmp_path, content: bytes | None) -> None:
+    path = tmp_path / "edufineweb_train_000001.npy"
+    np.save(path, np.arange(1000, dtype=np.uint16))
+    path.write_bytes(path.read_bytes()[:-10] if content is None else content)
+    with pytest.raises(UserError, match="edufineweb_train_000001"):
+        PackedTokens([path])
+
+
+@pytest.mark.parametrize("array", [np.zeros(4), np.zeros((2, 2), np.uint16)])
+def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path, array: np.ndarray) -> None:
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(UserError, match="token ids"):
+        PackedTokens([tmp_path / "x.npy"])
+
+
+def test_shards_are_found_by_name_and_need_both_kinds(tmp_path) -> None:
+    assert find_shards(None) is None
+    assert find_shards(str(tmp_path)) is None
+    names = ["edufineweb_train_000002.npy", "edufineweb_train_000001.npy", "edufineweb_val_000000.npy"]
+    for name in names[:2]:
+        np.save(tmp_path / name, np.arange(3, dtype=np.uint16))
+    with pytest.raises(UserError, match="_val_"):
+        find_shards(str(tmp_path))
+    np.save(tmp_path / names[2], np.arange(3, dtype=np.uint16))
+    assert find_shards(str(tmp_path)) == ([tmp_path / names[1], tmp_path / names[0]], [tmp_path / names[2]])
+    with pytest.raises(UserError, match="the folder"):
+        find_shards(str(tmp_path / names[2]))

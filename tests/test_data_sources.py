@@ -1,0 +1,140 @@
+import csv
+import json
+import sys
+import types
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fira.data.sources import LONGEST, documents, input_files
+from fira.errors import UserError
+
+TEXTS = ["first\nwith two lines", 'second, with "quotes"', "तीसरा"]
+ROWS = [{"id": str(i), "Text": text} for i, text in enumerate(TEXTS)]
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n", encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, pa.Table.from_pylist(rows).schema) as stream:
+            stream.write_table(pa.Table.from_pylist(rows))
+    return str(path)
+
+
+def error(data: str | None, column: str = "Text") -> str:
+    with pytest.raises(UserError) as caught:
+        list(documents(data, column))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", ".arrow"])
+def test_a_table_gives_its_column(tmp_path, suffix: str) -> None:
+    data = write(tmp_path / f"t{suffix}", [*ROWS[:2], {"id": "x", "Text": " "}, ROWS[2]])
+    assert list(documents(data, "Text")) == TEXTS  # the blank row is left out
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", ".arrow"])
+def test_a_missing_column_lists_those_there_are(tmp_path, suffix: str) -> None:
+    message = error(write(tmp_path / f"t{suffix}", ROWS), "body")
+    assert f"t{suffix}" in message
+    assert "'body'" in message
+    assert "'id', 'Text'" in message
+
+
+def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path) -> None:
+    text = "".join(f"paragraph {i} " + "word " * 200 + "\n\n" for i in range(100))
+    (tmp_path / "book.txt").write_text(text)
+    parts = list(documents(str(tmp_path / "book.txt"), ""))
+    assert "".join(parts) == text
+    assert 3 < len(parts) < 10
+    assert all(part.endswith("\n\n") for part in parts)
+
+
+def test_a_line_without_end_is_cut_too(tmp_path) -> None:
+    (tmp_path / "line.txt").write_text("é" * 500_000)
+    parts = list(documents(str(tmp_path / "line.txt"), ""))
+    assert "".join(parts) == "é" * 500_000
+    assert max(map(len, parts)) <= 2 * LONGEST
+
+
+def test_a_folder_gives_its_text_files_sorted_and_of_any_kind(tmp_path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("hidden")
+    (tmp_path / "b" / "z.txt").write_text("last")
+    (tmp_path / "a.md").write_text("\ufefffirst", encoding="utf-8")
+    (tmp_path / "b" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
+    write(tmp_path / "b" / "t.csv", ROWS)
+    assert list(documents(str(tmp_path), "Text")) == ["first", *TEXTS, "last"]
+
+
+def test_the_default_is_the_standard_library_without_its_tests() -> None:
+    files = input_files(None)
+    assert "argparse.py" in {file.name for file in files}
+    assert not any({"site-packages", "test", "tests"} & set(file.parts) for file in files)
+    topics = [file for file in files if file.parts[-2:] == ("pydoc_data", "topics.py")]
+    reference = list(documents(str(topics[0]), ""))
+    assert any(text.startswith('The "assert" statement') for text in reference)
+    assert len(reference) > 50
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.txt", b"", "no text"),
+        ("blank.txt", b" \n\n ", "no text"),
+        ("binary.txt", b"MZ\x00\x01", "binary"),
+        ("latin.txt", b"caf\xe9 cr\xe8me", "binary, not UTF-8"),
+        ("late.txt", b"a line\n" * 9999 + b"caf\xe9 \n", "0xe9 is not UTF-8"),
+        ("t.jsonl", b'{"Text": "a"}\n{"Text": \n', "line 2: not JSON"),
+        ("t.jsonl", b'["Text"]\n', "line 1: not a JSON object"),
+        ("t.jsonl", b'{"Text": 3}\n', "holds int"),
+        ("t.parquet", b"PAR1 and no more", "not a Parquet file"),
+        ("t.csv", b"", "no column 'Text'"),
+    ],
+)
+def test_bad_data_is_named_in_one_line(tmp_path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = error(str(tmp_path / name))
+    assert name in message
+    assert said in message
+
+
+def test_a_column_of_numbers_is_refused(tmp_path) -> None:
+    assert "holds int64" in error(write(tmp_path / "t.parquet", [{"Text": 3}]))
+
+
+def test_a_folder_without_text_and_a_path_that_is_not_there(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "no text" in error(str(tmp_path))
+    assert "no such file or folder" in error(str(tmp_path / "nothing.txt"))
+    assert "pip install datasets" in error("someone/something")
+
+
+def test_half_a_surrogate_pair_in_json_is_replaced(tmp_path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"Text": "a\\ud800b"}\n')
+    assert list(documents(str(tmp_path / "t.jsonl"), "Text")) == ["a?b"]
+
+
+def test_a_hugging_face_name_is_read_from_its_arrow_files(tmp_path, monkeypatch) -> None:
+    path = write(tmp_path / "shard.arrow", ROWS)
+
+    def load_dataset(name: str, split: str) -> object:
+        if name != "org/name":
+            raise FileNotFoundError("Dataset 'org/other' doesn't exist\non the Hub")
+        return types.SimpleNamespace(cache_files=[{"filename": path}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert list(documents("org/name", "Text")) == TEXTS
+    assert "Dataset 'org/other' doesn't exist" in error("org/other")

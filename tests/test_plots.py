@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ from PIL import Image
 from fira.training.log import LOG_NAME, Row, TrainingLog, read_log
 from fira.training.plots import plot_files, plot_runs
 
-REPOSITORY = Path(__file__).parents[1]
 EVEN = [[0.25] * 4] * 2
 SKEWED = [[0.7, 0.1, 0.1, 0.1], [0.3, 0.5, 0.1, 0.1]]  # mean of layers: 0.5, 0.3, 0.1, 0.1
 
@@ -48,7 +48,7 @@ def draw(logs: dict[str, Any], out: Path, baselines: dict[str, float] | None = N
 
     def catch(figure: Figure, *arguments: Any, **options: Any) -> None:
         caught.append(figure)
-        save(figure, *arguments, **options)
+        save(figure, *arguments, **(options | {"dpi": 50}))
 
     with patch.object(Figure, "savefig", catch):
         plot_runs(logs, out, baselines)
@@ -129,6 +129,13 @@ def test_a_lone_point_can_be_seen(tmp_path: Path) -> None:
     assert line.get_marker() == "o"
 
 
+def test_load_measured_now_and_then_makes_a_line(tmp_path: Path) -> None:
+    log = read_log(make_run(tmp_path / "run", expert_load=SKEWED) / LOG_NAME)
+    log.loc[log["iter"] % 10 != 0, ["expert_load", "load_imbalance"]] = None
+    line = axes_titled(draw({"run": log}, tmp_path / "p.png"), "Expert load").lines[-1]
+    np.testing.assert_allclose(line.get_xydata(), [(step, 2.8) for step in (10, 20, 30, 40)])
+
+
 def test_a_log_of_a_hundred_thousand_rows(tmp_path: Path) -> None:
     short = read_log(make_run(tmp_path / "run") / LOG_NAME)
     long = short.loc[short.index.repeat(2500)].assign(iter=range(1, 100_001))
@@ -169,14 +176,13 @@ def test_runs_of_one_name_stay_apart(tmp_path: Path) -> None:
     assert list(drawn.call_args.args[0]) == ["run", str(tmp_path / "b" / "run" / LOG_NAME)]
 
 
-def plot(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "plot.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+SCRIPT = Path(__file__).parents[1] / "scripts" / "plot.py"
 
 
 def test_the_script_prints_the_path_written(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
-    done = plot("run", "--out", "picture.png", folder=tmp_path)
+    command = [sys.executable, str(SCRIPT), "run", "--out", "picture.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "picture.png\n", "")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -192,13 +198,23 @@ def test_the_script_prints_the_path_written(tmp_path: Path) -> None:
         (["garbled"], "expert_load"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_status_two(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_what_a_user_can_mend_is_one_line_and_status_two(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
     make_run(tmp_path / "run", steps=2)
     make_run(tmp_path / "empty", steps=0)
     (make_run(tmp_path / "broken", steps=2) / "data.json").write_text('{"baselines": [6.1]}')
     log = make_run(tmp_path / "garbled", steps=2) / LOG_NAME
     log.write_text(log.read_text().replace("0.250 0.250", "0.250 what"))
-    done = plot(*arguments, folder=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert done.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == 1

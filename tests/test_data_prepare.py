@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -81,6 +82,30 @@ def test_the_cache_answers_for_the_same_content_only(tmp_path, monkeypatch) -> N
     assert len(keys | {prepare(data, vocab_size=400).folder}) == 4
 
 
+def test_a_tokenizer_is_not_taken_for_data(tmp_path) -> None:
+    """The same two files: a text and its tokenizer, or a folder of both."""
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "a.txt").write_text("".join(STORIES))
+    train_tokenizer(STORIES, 300).save(str(tmp_path / "both" / "b.json"))
+    both = prepare(str(tmp_path / "both"), vocab_size=400)
+    one = prepare(str(tmp_path / "both" / "a.txt"), tokenizer_path=tmp_path / "both" / "b.json", vocab_size=400)
+    assert one.summary["bytes"] < both.summary["bytes"]
+
+
+def test_a_large_file_is_read_again_only_when_it_changed(tmp_path, cache, monkeypatch) -> None:
+    monkeypatch.setattr(module, "REMEMBERED", 1000)
+    data = jsonl(tmp_path / "a.jsonl", STORIES)
+    first = prepare(data, vocab_size=400).folder
+    (memory,) = (cache / "sha256").iterdir()
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr(module.hashlib, "sha256", lambda data: hashlib.new("sha256", data))  # cannot begin empty
+        assert prepare(data, vocab_size=400).folder == first
+    jsonl(tmp_path / "a.jsonl", [STORIES[1], STORIES[0], *STORIES[2:]])  # as long as before
+    assert prepare(data, vocab_size=400).folder != first
+    assert len(list((cache / "sha256").iterdir())) == 2
+    assert memory.read_text() == hashlib.sha256(Path(jsonl(tmp_path / "b.jsonl", STORIES)).read_bytes()).hexdigest()
+
+
 def test_preparing_twice_gives_the_same_bytes(tmp_path) -> None:
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     one, two = (prepare(data, vocab_size=400, cache_dir=tmp_path / name).folder for name in "xy")
@@ -103,7 +128,7 @@ def test_processes_at_the_same_time_and_one_killed_leave_one_whole_result(tmp_pa
         for job in jobs:
             job.kill()
             job.communicate()
-    whole = [path for path in cache.iterdir() if not path.name.startswith(".")]
+    whole = [path for path in cache.iterdir() if not path.name.endswith(".partial")]
     assert whole == [prepare(data, vocab_size=400).folder]
     assert len(list(cache.glob(".*.partial"))) <= 1  # the killed one's, if it came that far
     for left in cache.glob(".*.partial"):

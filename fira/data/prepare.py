@@ -6,13 +6,14 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from fira.data.ngram import trigram_loss, unigram_loss
 from fira.data.packed import PackedTokens, TokenWriter, find_shards
@@ -26,6 +27,7 @@ VALIDATION = 0.05  # share of the documents
 TOKENIZER_BYTES = 64e6  # merges learnt from more text hardly differ
 BATCH = 2**20  # characters tokenized together
 BASELINE_TOKENS = 10_000_000  # counted for the n-gram baselines; of validation tokens a tenth
+REMEMBERED = 64 * 2**20  # bytes from which on a file's SHA-256 is remembered
 ABANDONED = 7 * 24 * 3600  # seconds after which what a killed process left behind is removed
 
 Summary = dict[str, int | float | None]
@@ -70,8 +72,9 @@ def prepare(
             )
         shards = find_shards(data)
         files = shards[0] + shards[1] if shards else input_files(data)
-        settings = [FORMAT, vocab_size, None if shards else text_column, [len(part) for part in shards or ()]]
-        folder = cache / _key([*files, Path(tokenizer_path)] if tokenizer_path else files, settings, progress)
+        inputs = [*files, Path(tokenizer_path)] if tokenizer_path else files
+        layout = [len(part) for part in shards] if shards else text_column
+        folder = cache / _key(cache, inputs, [FORMAT, vocab_size, bool(tokenizer_path), layout], progress)
         if not folder.is_dir():
             with _publish(folder) as aside:
                 if given and tokenizer_path:
@@ -97,18 +100,31 @@ def prepare(
     )
 
 
-def _key(files: list[Path], settings: list, progress: bool) -> str:
+def _key(cache: Path, files: list[Path], settings: list, progress: bool) -> str:
     """SHA-256 of the settings and of every file's content and suffix (which chooses its reader)."""
-    contents = []
     with progress_bar(_size(files), "looking at the data", progress) as bar:
-        for path in files:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-                    bar.update(len(block))
-            contents.append((path.suffix, digest.hexdigest()))
+        contents = [(path.suffix, _content(cache, path, bar)) for path in files]
     return hashlib.sha256(json.dumps([settings, contents]).encode()).hexdigest()
+
+
+def _content(cache: Path, path: Path, bar: tqdm) -> str:
+    """SHA-256 of a file's content. A large file's is remembered until the file changes: reading it is slow."""
+    status = path.stat()
+    identity = [str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    memory = cache / "sha256" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    if status.st_size >= REMEMBERED and memory.exists():
+        return memory.read_text()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+            bar.update(len(block))
+    if status.st_size >= REMEMBERED:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        aside = memory.with_suffix(f".{uuid.uuid4().hex}")
+        aside.write_text(digest.hexdigest())
+        aside.rename(memory)
+    return digest.hexdigest()
 
 
 def _size(files: list[Path]) -> int:
@@ -240,9 +256,7 @@ def _measure(folder: Path, train: list[Path], val: list[Path], counts: Summary) 
     train_tokens, val_tokens = PackedTokens(train), PackedTokens(val)
     summary: Summary = {**counts, "train_tokens": len(train_tokens), "val_tokens": len(val_tokens)}
     seen, unseen = _sample(train_tokens, BASELINE_TOKENS), _sample(val_tokens, BASELINE_TOKENS // 10)
-    baselines: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"unigram": unigram_loss, "trigram": trigram_loss}
-    for name, loss in baselines.items():
-        summary[name] = loss(seen, unseen)
+    summary |= {"unigram": unigram_loss(seen, unseen), "trigram": trigram_loss(seen, unseen)}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 

@@ -4,17 +4,14 @@ import hashlib
 import json
 import os
 import shutil
-import time
-import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
+from fira.data.cache import content_key, publish, total_size
 from fira.data.ngram import trigram_loss, unigram_loss
 from fira.data.packed import PackedTokens, TokenWriter, find_shards
 from fira.data.progress import progress_bar
@@ -27,8 +24,6 @@ VALIDATION = 0.05  # share of the documents
 TOKENIZER_BYTES = 64e6  # merges learnt from more text hardly differ
 BATCH = 2**20  # characters tokenized together
 BASELINE_TOKENS = 10_000_000  # counted for the n-gram baselines; of validation tokens a tenth
-REMEMBERED = 64 * 2**20  # bytes from which on a file's SHA-256 is remembered
-ABANDONED = 7 * 24 * 3600  # seconds after which what a killed process left behind is removed
 
 Summary = dict[str, int | float | None]
 
@@ -74,9 +69,9 @@ def prepare(
         files = shards[0] + shards[1] if shards else input_files(data)
         inputs = [*files, Path(tokenizer_path)] if tokenizer_path else files
         layout = [len(part) for part in shards] if shards else text_column
-        folder = cache / _key(cache, inputs, [FORMAT, vocab_size, bool(tokenizer_path), layout], progress)
+        folder = cache / content_key(cache, inputs, [FORMAT, vocab_size, bool(tokenizer_path), layout], progress)
         if not folder.is_dir():
-            with _publish(folder) as aside:
+            with publish(folder) as aside:
                 if given and tokenizer_path:
                     shutil.copy(tokenizer_path, aside / "tokenizer.json")
                 if shards:
@@ -86,81 +81,18 @@ def prepare(
                     work = _Work(aside, data, text_column, vocab_size, files, progress)
                     counts = work.pack(given or work.train_tokenizer())
                     _measure(aside, [aside / "train.npy"], [aside / "val.npy"], counts)
+        train, val = shards or ([folder / "train.npy"], [folder / "val.npy"])
+        tokenizer = folder / "tokenizer.json"
+        return Corpus(
+            train=PackedTokens(train),
+            val=PackedTokens(val),
+            tokenizer=tokenizer if tokenizer.exists() else None,
+            vocab_size=vocab_size,
+            summary=json.loads((folder / "summary.json").read_text()),
+            folder=folder,
+        )
     except OSError as error:
-        raise UserError(f"{error.filename or cache}: {error.strerror}; mend that, or choose another cache") from error
-    train, val = shards or ([folder / "train.npy"], [folder / "val.npy"])
-    tokenizer = folder / "tokenizer.json"
-    return Corpus(
-        train=PackedTokens(train),
-        val=PackedTokens(val),
-        tokenizer=tokenizer if tokenizer.exists() else None,
-        vocab_size=vocab_size,
-        summary=json.loads((folder / "summary.json").read_text()),
-        folder=folder,
-    )
-
-
-def _key(cache: Path, files: list[Path], settings: list, progress: bool) -> str:
-    """SHA-256 of the settings and of every file's content and suffix (which chooses its reader)."""
-    with progress_bar(_size(files), "looking at the data", progress) as bar:
-        contents = [(path.suffix, _content(cache, path, bar)) for path in files]
-    return hashlib.sha256(json.dumps([settings, contents]).encode()).hexdigest()
-
-
-def _content(cache: Path, path: Path, bar: tqdm) -> str:
-    """SHA-256 of a file's content. A large file's is remembered until the file changes: reading it is slow."""
-    status = path.stat()
-    identity = [str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    memory = cache / "sha256" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    if status.st_size >= REMEMBERED and memory.exists():
-        return memory.read_text()
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-            bar.update(len(block))
-    if status.st_size >= REMEMBERED:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        aside = memory.with_suffix(f".{uuid.uuid4().hex}")
-        aside.write_text(digest.hexdigest())
-        aside.rename(memory)
-    return digest.hexdigest()
-
-
-def _size(files: list[Path]) -> int:
-    return sum(path.stat().st_size for path in files)
-
-
-@contextmanager
-def _publish(folder: Path) -> Iterator[Path]:
-    """A new folder aside to fill: when the block ends it is synced and gets its name; when it raises, it goes."""
-    cache = folder.parent
-    cache.mkdir(parents=True, exist_ok=True)
-    for left in cache.glob(".*.partial"):
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
-    aside = cache / f".{folder.name}-{uuid.uuid4().hex}.partial"
-    aside.mkdir()
-    try:
-        yield aside
-        for path in [*aside.iterdir(), aside]:
-            _sync(path)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was first, with the same content
-                raise
-        _sync(cache)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        raise UserError(f"{error.filename or cache}: {error.strerror or error}; mend that, or the cache") from error
 
 
 @dataclass(frozen=True)
@@ -176,8 +108,9 @@ class _Work:
 
     def train_tokenizer(self) -> Tokenizer:
         """Train on the text, or on an even sample of it when it is large, and save as tokenizer.json."""
-        share = TOKENIZER_BYTES / max(_size(self.files), 1)
-        sample = (text for text in self._documents("reading for the tokenizer") if _fraction(text) > 1 - share)
+        share = TOKENIZER_BYTES / max(total_size(self.files), 1)
+        texts = enumerate(self._documents("reading for the tokenizer"))
+        sample = (text for number, text in texts if number == 0 or _fraction(text) > 1 - share)  # never nothing
         tokenizer = train_tokenizer(sample, self.vocab_size)
         tokenizer.save(str(self.folder / "tokenizer.json"))
         return tokenizer
@@ -199,14 +132,12 @@ class _Work:
                                 writer.append([*part, eos])
                         count += 1
                         size += len(text.encode())
-            if VALIDATION / 3 < val.length / (train.length + val.length) < VALIDATION * 3:
+            if VALIDATION / 3 * train.length < val.length < VALIDATION * 3 * train.length:
                 break
-        if not (train.length and val.length):
-            raise UserError(f"{self.data}: {train.length + val.length} tokens are too few to train on; give more text")
         return {"documents": count, "bytes": size}
 
     def _documents(self, label: str) -> Iterator[str]:
-        with progress_bar(_size(self.files), label, self.progress) as bar:
+        with progress_bar(total_size(self.files), label, self.progress) as bar:
             for text in documents(self.data, self.text_column):
                 yield text
                 bar.update(len(text.encode()))
@@ -240,7 +171,7 @@ def _by_tail(_text: str, ids: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _check_ids(shards: list[Path], vocab_size: int, progress: bool) -> None:
-    with progress_bar(_size(shards), "checking the shards", progress) as bar:
+    with progress_bar(total_size(shards), "checking the shards", progress) as bar:
         for path in shards:
             for ids in PackedTokens([path]).chunks():
                 if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -254,6 +185,8 @@ def _check_ids(shards: list[Path], vocab_size: int, progress: bool) -> None:
 def _measure(folder: Path, train: list[Path], val: list[Path], counts: Summary) -> None:
     """Count the n-gram baselines and write summary.json."""
     train_tokens, val_tokens = PackedTokens(train), PackedTokens(val)
+    if min(len(train_tokens), len(val_tokens)) < 3:
+        raise UserError(f"data: {len(train_tokens)} + {len(val_tokens)} tokens are too few to train on; give more")
     summary: Summary = {**counts, "train_tokens": len(train_tokens), "val_tokens": len(val_tokens)}
     seen, unseen = _sample(train_tokens, BASELINE_TOKENS), _sample(val_tokens, BASELINE_TOKENS // 10)
     summary |= {"unigram": unigram_loss(seen, unseen), "trigram": trigram_loss(seen, unseen)}

@@ -168,8 +168,8 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             _require_text(column, file.schema_arrow, path)
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file ({_one_line(error)}); fetch it again") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: no whole Parquet file ({_one_line(error)}); fetch it again") from None
 
 
 def _arrow(path: Path, column: str) -> Iterator[str]:
@@ -178,8 +178,8 @@ def _arrow(path: Path, column: str) -> Iterator[str]:
             _require_text(column, batches.schema, path)
             for batch in batches:
                 yield from (text or "" for text in batch.column(column).to_pylist())
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not an Arrow stream ({_one_line(error)}); fetch it again") from None
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: no whole Arrow stream ({_one_line(error)}); fetch it again") from None
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {

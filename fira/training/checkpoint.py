@@ -194,6 +194,10 @@ class Checkpoint:
         """The JSON document that was saved as `name`."""
         return json.loads(self.file(f"{name}.json"))
 
+    def has_file(self, name: str) -> bool:
+        """Whether a file was saved as `name`."""
+        return name in self._files
+
     def file(self, name: str) -> bytes:
         """The content of the file that was saved as `name`."""
         if name not in self._files:

@@ -1,0 +1,59 @@
+"""Tokens travel to experts on other ranks and back: all-to-all with uneven sizes, and no token dropped."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fira.models.moe import Plan, TokenDispatcher, gather_rows, sort_by_expert
+from pipeline.collectives import all_to_all
+
+
+@dataclass(frozen=True)
+class ExchangePlan(Plan):
+    """`order` sorts this rank's assignments by expert, hence by rank; `regroup` sorts what arrives by local expert."""
+
+    send: list[int]
+    receive: list[int]
+    regroup: Tensor
+    ungroup: Tensor
+
+
+class AllToAllDispatcher(TokenDispatcher):
+    """Expert e is on rank e // (experts / ranks) of the group. Every rank of the group must call each method."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+
+    def plan(self, experts: Tensor, num_experts: int) -> ExchangePlan:
+        """experts: [N, k] chosen experts. Exchanges the counts; the one host synchronisation of the layer is here."""
+        flat = experts.flatten()
+        order, inverse = sort_by_expert(flat)
+        outgoing = flat.bincount(minlength=num_experts).view(self.ranks, -1)
+        incoming = torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming, outgoing, group=self.group)
+        sizes = torch.stack([outgoing, incoming]).tolist()
+        arriving = torch.arange(incoming.shape[1], device=flat.device).repeat(self.ranks)
+        arriving = arriving.repeat_interleave(incoming.flatten(), output_size=sum(map(sum, sizes[1])))
+        return ExchangePlan(
+            order,
+            inverse,
+            [sum(column) for column in zip(*sizes[1], strict=True)],
+            [sum(row) for row in sizes[0]],
+            [sum(row) for row in sizes[1]],
+            *sort_by_expert(arriving),
+        )
+
+    def dispatch(self, rows: Tensor, plan: Plan, copies: int = 1) -> Tensor:
+        """[N·k / copies, …] here → [n, …], the rows for this rank's experts, sorted by expert."""
+        assert isinstance(plan, ExchangePlan)
+        rows = all_to_all(gather_rows(rows, plan.order, plan.inverse, copies), plan.send, plan.receive, self.group)
+        return gather_rows(rows, plan.regroup, plan.ungroup)
+
+    def combine(self, rows: Tensor, plan: Plan) -> Tensor:
+        """[n, …] sorted by local expert → [N·k, …] as this rank's tokens stood."""
+        assert isinstance(plan, ExchangePlan)
+        rows = all_to_all(gather_rows(rows, plan.ungroup, plan.regroup), plan.receive, plan.send, self.group)
+        return gather_rows(rows, plan.inverse, plan.order)

@@ -1,0 +1,34 @@
+"""Choose how to spread a model over the ranks there are."""
+
+from fira.errors import UserError
+from pipeline.mesh import Layout
+
+
+def choose_layout(
+    world: int, layers: int, num_experts: int, pp: int | None = None, dp: int | None = None, ep: int | None = None
+) -> Layout:
+    """The layout for `world` ranks; what is None is chosen, the rest is kept.
+
+    Pipeline stages first, about as many as replicas: the smallest divisor of the world that reaches its square root
+    and does not exceed the number of layers. Experts are spread as widely as replicas and experts divide.
+    Raises UserError where what is asked for does not divide.
+    """
+    if pp is None and dp is None:
+        fitting = [n for n in range(1, world + 1) if world % n == 0 and n <= layers]
+        pp = min((n for n in fitting if n * n >= world), default=fitting[-1])
+    elif pp is None and dp and world % dp == 0:
+        pp = world // dp
+    dp = dp or (world // pp if pp and world % pp == 0 else None)
+    if pp is None or dp is None or pp * dp != world:
+        wanted = " × ".join(f"--{name} {n}" for name, n in (("pp", pp), ("dp", dp)) if n)
+        raise UserError(f"{wanted} does not make {world} ranks; choose pp × dp = {world}, or leave one out")
+    if pp > layers:
+        raise UserError(
+            f"--pp {pp}: the model has {layers} layers, and every stage needs one; use --pp {layers} or less"
+        )
+    ep = ep or max(n for n in range(1, dp + 1) if dp % n == 0 and num_experts % n == 0)
+    if dp % ep or num_experts % ep:
+        raise UserError(
+            f"--ep {ep} does not divide dp {dp} and the model's {num_experts} experts; choose one that does"
+        )
+    return Layout(pp, dp, ep)

@@ -1,0 +1,80 @@
+"""What a layer may know beside its input: which sequences these are, and what was computed for them before."""
+
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, per attention layer; `length` is their number."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new keys and values [B, H, T, hd] of a layer and return all of them."""
+        if layer in self._layers:
+            old_k, old_v = self._layers[layer]
+            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
+        self._layers[layer] = k, v
+        return k, v
+
+
+@dataclass
+class MoEStats:
+    """What one MoE layer did with (part of) one micro-batch."""
+
+    load: Tensor  # [E] assignments of valid tokens
+    aux: Tensor  # [] this part's share of the auxiliary loss
+
+
+@dataclass
+class Context:
+    """The sequence is the unit: nothing here depends on how sequences are grouped or spread over ranks.
+
+    lengths: [B] valid tokens of each sequence (the rest is padding on the right); None: all of them.
+    keys: [B] int64, one random number per sequence, from which all its dropout follows; None: no dropout.
+    aux_weights: [B] what each sequence's auxiliary loss weighs in the objective; None: not trained.
+    loss_weight: what one token's loss weighs in the objective.
+    cache: keys and values of earlier tokens, when decoding.
+    stats: filled by MoE layers, by (layer, part). Assigned, not added to, so recomputing a layer changes nothing.
+    part: which of the parts of a micro-batch this is, where a micro-batch is split once more.
+    """
+
+    lengths: Tensor | None = None
+    keys: Tensor | None = None
+    aux_weights: Tensor | None = None
+    loss_weight: float = 1.0
+    cache: KVCache | None = None
+    stats: dict[tuple[int, int], MoEStats] = field(default_factory=dict)
+    part: int = 0
+
+    def split(self, sizes: list[int]) -> list[Self]:
+        """The same context for consecutive groups of sequences, `sizes[i]` of them in part i; stats stay shared."""
+
+        def pieces(x: Tensor | None) -> list[Tensor | None]:
+            return [None] * len(sizes) if x is None else list(x.split(sizes))
+
+        columns = zip(pieces(self.lengths), pieces(self.keys), pieces(self.aux_weights), strict=True)
+        return [
+            replace(self, lengths=lengths, keys=keys, aux_weights=weights, part=part)
+            for part, (lengths, keys, weights) in enumerate(columns)
+        ]
+
+    def to(self, device: torch.device) -> Self:
+        """The same context with its tensors on a device."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=True)
+
+        return replace(self, lengths=move(self.lengths), keys=move(self.keys), aux_weights=move(self.aux_weights))
+
+    def valid(self, x: Tensor) -> Tensor:
+        """[B, T] bool: which tokens of x [B, T, …] are not padding."""
+        batch, length = x.shape[:2]
+        if self.lengths is None:
+            return torch.ones(batch, length, dtype=torch.bool, device=x.device)
+        return torch.arange(length, device=x.device) < self.lengths[:, None]

@@ -1,0 +1,140 @@
+"""The one place where a model meets the pipeline: it is cut into stages, experts are spread, weights are filled in.
+
+The model does not know. A stage's parameters keep their global names, `layers.3.moe.experts.w1`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fira.expert_parallel import AllToAllDispatcher
+from fira.models.init import initialise
+from fira.models.language_model import LanguageModel
+from fira.models.moe import Experts, MoE
+from fira.models.registry import build
+from fira.training.objective import objective
+from pipeline.engine import Engine
+from pipeline.local import LocalPipeline
+from pipeline.mesh import Mesh
+from pipeline.partition import partition
+from pipeline.stage import DeviceLayers, Stage
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter as this rank holds it: the rows from `start` of a tensor whose global shape is `shape`.
+
+    expert: dim 0 counts experts, which are spread over ep; any other parameter is held whole by all ranks of a stage.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    shape: tuple[int, ...]
+    expert: bool
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """A model as one rank trains it."""
+
+    config: Any
+    engine: Engine
+    parts: list[Part]
+    stages: list[range]  # the layers of each stage
+    parameters: list[tuple[str, tuple[int, ...], bool]]  # of the whole model: name, shape, whether of experts
+    moe_layers: list[int]  # of the whole model
+    num_experts: int
+    flops_per_token: float  # of the whole model's forward
+
+
+def layer_costs(model: LanguageModel, seq_len: int) -> list[float]:
+    """Forward FLOPs per token of each layer, as the layers say themselves."""
+    return [float(layer.flops_per_token(seq_len)) for layer in model.layers]  # type: ignore[operator]
+
+
+def parallelize(
+    config: Any,
+    mesh: Mesh,
+    seq_len: int,
+    seed: int,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    recompute: bool = False,
+) -> Distributed:
+    """Build this rank's stage of the model of a config.
+
+    devices: one, or several for torchgpipe to split the stage over. dtype: of the parameters and of what crosses
+    boundaries. The weights depend on the seed alone, not on the layout.
+    """
+    with torch.device("meta"):
+        model = build(config).to(dtype)
+    costs = layer_costs(model, seq_len)
+    stages = partition(costs, mesh.layout.pp)
+    mine = stages[mesh.pp_rank]
+    spans = partition([costs[i] for i in mine], min(len(devices), len(mine)))
+    of_experts = _expert_tensors(model)
+    parameters = [(name, tuple(p.shape), name in of_experts) for name, p in model.named_parameters()]
+    moe = [module for module in model.modules() if isinstance(module, MoE)]
+
+    layers = [model.layers[i] for i in mine]
+    for device, span, group in zip(devices, spans, mesh.ep_groups, strict=False):
+        for local in span:
+            first_expert = _spread_experts(layers[local], mesh, group)
+            layers[local].to_empty(device=device)
+            initialise(layers[local], f"layers.{mine[local]}", seed, first_expert)
+    module: nn.Module = (
+        LocalPipeline(
+            layers, [len(span) for span in spans], devices[: len(spans)], autocast=autocast, recompute=recompute
+        )
+        if len(devices) > 1
+        else DeviceLayers(layers, autocast, recompute)
+    )
+    stage = Stage(module, devices[0])
+    return Distributed(
+        config=config,
+        engine=Engine({mesh.pp_rank: stage}, objective, mesh.groups["pp"], mesh.groups["pp_backward"], dtype),
+        parts=[
+            Part(name, parameter, mesh.ep_rank * len(parameter) if expert else 0, shape, expert)
+            for name, shape, expert in parameters
+            if (parameter := _held(name, mine, layers)) is not None
+        ],
+        stages=stages,
+        parameters=parameters,
+        moe_layers=[module.index for module in moe],
+        num_experts=max((module.num_experts for module in moe), default=0),
+        flops_per_token=sum(costs),
+    )
+
+
+def _expert_tensors(model: nn.Module) -> set[str]:
+    """The global names of the parameters whose dim 0 counts experts."""
+    experts = ((path, module) for path, module in model.named_modules() if isinstance(module, Experts))
+    return {f"{path}.{name}" for path, module in experts for name, _ in module.named_parameters(recurse=False)}
+
+
+def _spread_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> int:
+    """Keep this rank's experts of a layer on the meta device; the number of the first of them."""
+    ranks, first = mesh.layout.ep, 0
+    for module in layer.modules():
+        if isinstance(module, MoE) and ranks > 1:
+            module.dispatcher = AllToAllDispatcher(group)
+        if isinstance(module, Experts):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                share = len(parameter) // ranks
+                first = mesh.ep_rank * share
+                setattr(module, name, nn.Parameter(parameter.detach()[first : first + share]))
+    return first
+
+
+def _held(name: str, mine: range, layers: Sequence[nn.Module]) -> nn.Parameter | None:
+    """This rank's parameter of a global name, None where another stage holds it."""
+    _, index, path = name.split(".", 2)
+    if int(index) not in mine:
+        return None
+    return layers[int(index) - mine.start].get_parameter(path)

@@ -1,0 +1,128 @@
+"""The settings of a training run: one dataclass, from which the command line and the TOML keys follow."""
+
+import tomllib
+from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fira.errors import UserError
+from fira.models.registry import PRESETS, RECIPES, Recipe
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Left out, the layout and the micro-batch are chosen for the number of ranks."""
+
+    model: str = _option("fira-tiny", f"preset: {', '.join(PRESETS)}")
+    model_set: str = _option("", "changes to the preset, such as d_model=256,num_layers=6")
+    data: str | None = _option(
+        None, "text file or folder, .csv, .jsonl, .parquet, folder of .npy shards, or dataset name"
+    )
+    text_column: str = _option("text", "column or key that holds the text")
+    tokenizer: str | None = _option(None, "a tokenizer.json; default: one is trained on the data")
+    vocab_size: int | None = _option(None, "vocabulary; default: the preset's")
+    seq_len: int | None = _option(None, "tokens per sequence; default: the preset's context")
+    batch_size: int = _option(16, "sequences in the global batch")
+    micro_batch_size: int | None = _option(None, "sequences in a micro-batch; default: chosen for the layout")
+    steps: int | None = _option(None, "optimizer steps in all; default: the preset's recipe, as for lr, min-lr, warmup")
+    lr: float | None = _option(None, "peak learning rate")
+    min_lr: float | None = _option(None, "learning rate at the last step")
+    warmup: int | None = _option(None, "steps of linear warm-up")
+    weight_decay: float = _option(0.1, "on matrices")
+    clip: float = _option(1.0, "largest global gradient norm; 0: no clipping")
+    pp: int | None = _option(None, "pipeline stages")
+    dp: int | None = _option(None, "data-parallel replicas")
+    ep: int | None = _option(None, "ranks the experts are spread over; divides dp")
+    schedule: str = _option("1f1b", "pipeline schedule", ("gpipe", "1f1b"))
+    device: str = _option("auto", "where to train", ("auto", "cpu", "cuda"))
+    local_devices: str | None = _option(None, "devices torchgpipe splits a stage over, such as cuda:0,cuda:1")
+    precision: str = _option("fp32", "of the matrix products", ("fp32", "bf16", "fp16", "fp64"))
+    recompute: bool = _option(False, "keep only the blocks' inputs and compute the rest again")
+    out: str | None = _option(None, "run folder; default: a new one under runs/")
+    resume: str | None = _option(None, "auto (newest checkpoint in the run folder) or a checkpoint")
+    eval_every: int = _option(50, "steps between validations")
+    eval_sequences: int = _option(128, "sequences in a validation, spread evenly over the validation set")
+    save_every: int = _option(100, "steps between checkpoints")
+    keep: int = _option(2, "checkpoints kept")
+    seed: int = _option(42, "of weights, data order and dropout")
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "micro_batch_size", "steps", "seq_len", "vocab_size", "lr", "pp", "dp", "ep", "keep")
+        for name in (*positive, "eval_every", "eval_sequences", "save_every"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+
+    def recipe(self) -> Recipe:
+        """Steps and learning rates: what was given, and the preset's for what was left out."""
+        if self.model not in RECIPES:
+            raise UserError(f"--model {self.model}: no such preset; choose from {', '.join(PRESETS)}")
+        given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Recipe)}
+        return replace(RECIPES[self.model], **{name: value for name, value in given.items() if value is not None})
+
+    def model_changes(self) -> dict[str, Any]:
+        """What `model_set`, `vocab_size` and `seq_len` change of the preset."""
+        changes: dict[str, Any] = {}
+        for item in filter(None, self.model_set.split(",")):
+            name, separator, value = item.partition("=")
+            try:
+                changes[name.strip().replace("-", "_")] = float(value) if "." in value or "e" in value else int(value)
+            except ValueError:
+                raise UserError(
+                    f"--model-set {item}: give NAME=NUMBER{'' if separator else ', as in d_model=256'}"
+                ) from None
+        for name in ("vocab_size", "seq_len"):
+            if getattr(self, name) is not None:
+                changes[name] = getattr(self, name)
+        return changes
+
+    def to_toml(self) -> str:
+        """The same settings as a file for --config."""
+        values = ((name, value) for name, value in (asdict(self) | asdict(self.recipe())).items() if value is not None)
+        return "".join(f"{name} = {_toml(value)}\n" for name, value in values)
+
+
+def _toml(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)
+
+
+class _LoadConfig(Action):
+    """`--config FILE`: its keys take effect where it stands, so that what comes later on the line wins."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
+        try:
+            values = tomllib.loads(Path(value).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--config {value}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {value} is not TOML: {error}") from None
+        for key, entry in values.items():
+            flag = "--" + key.replace("_", "-")
+            if flag not in parser._option_string_actions or flag == "--config":
+                raise UserError(f"--config {value}: unknown key {key}; the keys are the flags of --help")
+            off = flag.replace("--", "--no-", 1)
+            arguments = [flag if entry else off] if isinstance(entry, bool) else [f"{flag}={entry}"]
+            parser.parse_args(arguments, namespace)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Give a parser `--config` and a flag for every setting."""
+    parser.add_argument("--config", metavar="TOML", action=_LoadConfig, help="a file with these flags as keys")
+    for setting in fields(TrainConfig):
+        flag, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
+        if setting.type is bool:
+            parser.add_argument(flag, action=BooleanOptionalAction, default=setting.default, help=text)
+            continue
+        kind = next(k for k in (int, float, str) if setting.type in (k, k | None))
+        shown = "" if setting.default in (None, "") else " (default: %(default)s)"
+        choices = setting.metadata["choices"]
+        parser.add_argument(flag, type=kind, default=setting.default, choices=choices, help=text + shown)

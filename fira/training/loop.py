@@ -1,0 +1,59 @@
+"""The training loop."""
+
+import math
+import time
+from pathlib import Path
+
+from fira.errors import UserError
+from fira.training import run_folder, state
+from fira.training.checkpoint import Checkpoint, find, newest_valid
+from fira.training.config import TrainConfig
+from fira.training.optimizer import learning_rate
+from fira.training.report import Report
+from fira.training.setup import Run, set_up
+from fira.training.signals import Signals
+from pipeline import World
+
+
+def train(config: TrainConfig, world: World) -> None:
+    """Train as configured, from the start or from a checkpoint, and leave a run folder (collective)."""
+    recipe = config.recipe()
+    out = run_folder.choose(config)
+    run = set_up(config, world)
+    done = _resume(config, out, run)
+    report = Report(config, out, run, done, recipe.steps) if world.rank == 0 else None
+    before = _validate(config, run, done)
+    signals = Signals()
+    for step in range(done + 1, recipe.steps + 1):
+        started = time.perf_counter()
+        lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
+        result = run.trainer.step(run.loader, config.batch_size, lr, config.seed, signals.wanted())
+        seconds = time.perf_counter() - started
+        save, end = (count > 0 for count in result.signals)
+        end = end or step == recipe.steps
+        val_loss = _validate(config, run, step) if end or step % config.eval_every == 0 else None
+        if report:
+            report.step(step, result, lr, seconds, val_loss)
+        if save or end or step % config.save_every == 0:
+            state.save(out / "checkpoints", step, run.trainer, run.loader, run.tokenizer, config.keep)
+        if end:
+            break
+    if report:
+        report.finish(before)
+
+
+def _validate(config: TrainConfig, run: Run, step: int) -> float:
+    loss = run.trainer.evaluate(run.validation, config.batch_size)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"step {step}: the validation loss is {loss}; resume from the last checkpoint with a lower --lr"
+        )
+    return loss
+
+
+def _resume(config: TrainConfig, out: Path, run: Run) -> int:
+    """The step that the run continues from: 0, or that of the checkpoint asked for."""
+    if config.resume is None:
+        return 0
+    saved = newest_valid(out / "checkpoints") if config.resume == "auto" else Checkpoint.open(find(config.resume))
+    return state.restore(saved, run.trainer, run.loader, run.tokenizer) if saved else 0

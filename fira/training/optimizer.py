@@ -1,0 +1,129 @@
+"""AdamW over this rank's parts of the model, with gradients, norm and clipping that are global."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from fira.parallelize import Distributed, Part
+from pipeline.mesh import Mesh
+
+BUCKET = 32 * 2**20  # bytes reduced at once: enough to be bandwidth-bound, little enough to need no second copy of all
+
+
+def learning_rate(step: int, steps: int, peak: float, low: float, warmup: int) -> float:
+    """Linear from 0 to `peak` over the first `warmup` steps, then a half cosine down to `low` at the last step.
+
+    step counts from 1. Loshchilov & Hutter 2016 (arXiv 1608.03983).
+    """
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(parts: Sequence[Part], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with β 0.9 / 0.95; matrices decay, vectors (norms and biases, also each expert's) do not."""
+    decayed = [part.parameter for part in parts if len(part.shape) - part.expert >= 2]
+    others = [part.parameter for part in parts if len(part.shape) - part.expert < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+def reduce_gradients(parts: Sequence[Part], mesh: Mesh) -> None:
+    """Sum gradients over the replicas: over dp, and for experts over the ranks that hold the same ones.
+
+    The objective is already divided by the tokens of the global batch, so a sum is what is wanted.
+    """
+    for expert, axis in ((False, "dp"), (True, "edp")):
+        group = mesh.groups[axis]
+        if dist.get_world_size(group) == 1:
+            continue
+        gradients = [part.parameter.grad for part in parts if part.expert == expert and part.parameter.grad is not None]
+        for bucket in _buckets(gradients):
+            flat = _flatten_dense_tensors(bucket)
+            dist.all_reduce(flat, group=group)
+            for gradient, reduced in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+                gradient.copy_(reduced)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Runs of tensors on one device of about BUCKET bytes."""
+    buckets: list[list[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not buckets or size >= BUCKET or tensor.device != buckets[-1][0].device:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(tensor)
+        size += tensor.nbytes
+    return buckets
+
+
+class NormVector:
+    """Where each parameter's squared gradient norm stands in one vector over the whole model.
+
+    One entry a parameter, and one an expert for experts' parameters. Each entry is computed by one rank, in float64,
+    and the sum over ranks only adds zeros to it; so the norm has the same bits wherever the entries were computed.
+    """
+
+    def __init__(self, model: Distributed, mesh: Mesh) -> None:
+        self.names: list[str] = []
+        self._mine: list[tuple[Part, int, int]] = []
+        held = {part.name: part for part in model.parts}
+        for name, shape, expert in model.parameters:
+            part = held.get(name)
+            if part is not None and (mesh.edp_rank if expert else mesh.dp_rank) == 0:
+                rows = len(part.parameter) if expert else 1
+                self._mine.append((part, len(self.names) + part.start, rows))
+            self.names += [f"{name}[{e}]" for e in range(shape[0])] if expert else [name]
+
+    def local(self) -> Tensor:
+        """The vector with this rank's entries, the rest zero: [len(names)] float64 on the CPU."""
+        vector = torch.zeros(len(self.names), dtype=torch.float64)
+        norms = []
+        for part, _, rows in self._mine:
+            assert part.parameter.grad is not None
+            norms.append(torch.linalg.vector_norm(part.parameter.grad.reshape(rows, -1), dim=1, dtype=torch.float64))
+        for (_, start, rows), norm in zip(self._mine, norms, strict=True):
+            vector[start : start + rows] = norm.square()
+        return vector
+
+
+def scale_gradients(parts: Sequence[Part], factor: float) -> None:
+    """Multiply all gradients, for clipping and for unscaling."""
+    if factor != 1.0:
+        torch._foreach_mul_([part.parameter.grad for part in parts if part.parameter.grad is not None], factor)
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2017, arXiv 1710.03740): halved on overflow."""
+
+    GROWTH_INTERVAL = 1000
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.value = 2.0**15 if enabled else 1.0
+        self.good_steps = 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up a saved scale; a run that does not scale ignores it."""
+        if self.enabled and state["value"] > 1:
+            self.value, self.good_steps = state["value"], int(state["good_steps"])
+
+    def update(self, overflow: bool) -> None:
+        """After a step: whether its gradients overflowed."""
+        if not self.enabled:
+            return
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.value /= 2
+        elif self.good_steps % self.GROWTH_INTERVAL == 0:
+            self.value *= 2

@@ -1,0 +1,109 @@
+"""From settings to everything a run needs: data, layout, model, trainer."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fira.data.loader import Loader, Sequential
+from fira.data.prepare import Corpus, prepare
+from fira.data.tokenizer import load_tokenizer, vocabulary
+from fira.layout import choose_layout
+from fira.models.registry import build, make_config
+from fira.parallelize import parallelize
+from fira.training.batch import Split
+from fira.training.config import TrainConfig
+from fira.training.hardware import choose_devices, measure_peak
+from fira.training.trainer import Trainer
+from pipeline import World
+from pipeline.mesh import Layout, make_mesh
+
+PARAMETERS = {"fp64": torch.float64}  # else fp32
+PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # else as the parameters
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with."""
+
+    trainer: Trainer
+    loader: Loader
+    validation: Sequential
+    corpus: Corpus
+    tokenizer: bytes | None  # the content of tokenizer.json
+    flops_per_token: float  # forward and backward
+    peak: float  # FLOP/s of all ranks together
+    heading: str  # what is trained, on what, and how it is spread: for a person
+
+
+def load_corpus(config: TrainConfig, vocab_size: int, world: World) -> Corpus:
+    """The data, prepared by one rank of each node while the others wait (collective)."""
+
+    def corpus(progress: bool) -> Corpus:
+        return prepare(config.data, config.text_column, config.tokenizer, vocab_size, progress=progress)
+
+    prepared = corpus(progress=world.rank == 0) if world.local_rank == 0 else None
+    dist.barrier()
+    return prepared or corpus(progress=False)
+
+
+def choose_microbatch(config: TrainConfig, layout: Layout) -> int:
+    """Sequences per micro-batch: one micro-batch where there is no pipeline, else two per stage, to keep it full."""
+    if config.micro_batch_size is not None:
+        return config.micro_batch_size
+    pieces = 2 * layout.pp if layout.pp > 1 else 1
+    return max(1, config.batch_size // (layout.dp * pieces))
+
+
+def set_up(config: TrainConfig, world: World) -> Run:
+    """Prepare data, build this rank's part of the model and measure the machine (collective)."""
+    model_config = make_config(config.model, config.model_changes())
+    if config.tokenizer and config.vocab_size is None:
+        changes = {**config.model_changes(), "vocab_size": vocabulary(load_tokenizer(config.tokenizer))}
+        model_config = make_config(config.model, changes)
+    with torch.device("meta"):
+        model = build(model_config)
+    layout = choose_layout(
+        world.size, len(model.layers), getattr(model_config, "num_experts", 1), config.pp, config.dp, config.ep
+    )
+    devices = choose_devices(config.device, config.local_devices, world.local_rank)
+    corpus = load_corpus(config, model_config.vocab_size, world)
+    mesh = make_mesh(layout, devices[0].type, len(devices))
+    microbatch = choose_microbatch(config, layout)
+    dtype = PARAMETERS.get(config.precision, torch.float32)
+    distributed = parallelize(
+        model_config,
+        mesh,
+        model_config.seq_len,
+        config.seed,
+        devices,
+        dtype,
+        PRODUCTS.get(config.precision),
+        config.recompute,
+    )
+    split = Split(microbatch, layout.dp, mesh.dp_rank, model_config.d_model)
+    trainer = Trainer(
+        distributed, mesh, split, config.schedule, config.weight_decay, config.clip, config.precision == "fp16"
+    )
+    tokenizer = corpus.tokenizer.read_bytes() if corpus.tokenizer else None
+    summary = corpus.summary
+    heading = "\n".join(
+        [
+            f"{config.model}: {model.num_parameters():,} parameters · {devices[0].type} {config.precision} · {layout}",
+            f"{config.schedule} · micro-batches a replica: {split.count(config.batch_size)}, each {microbatch} × "
+            f"{model_config.seq_len} tokens · stages {' | '.join(f'{s.start}–{s.stop - 1}' for s in distributed.stages)} "
+            f"of {len(model.layers)} layers",
+            f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
+            f"vocabulary {model_config.vocab_size}",
+        ]
+    )
+    return Run(
+        trainer=trainer,
+        loader=Loader(corpus.train, model_config.seq_len, config.seed),
+        validation=Sequential(corpus.val, model_config.seq_len, config.eval_sequences),
+        corpus=corpus,
+        tokenizer=tokenizer,
+        flops_per_token=3 * distributed.flops_per_token,
+        peak=measure_peak(devices[0], PRODUCTS.get(config.precision, dtype)),
+        heading=heading,
+    )

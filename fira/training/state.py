@@ -1,0 +1,86 @@
+"""What a checkpoint of a training run holds, and how a run of any layout takes it up again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fira.data.loader import Loader
+from fira.errors import UserError
+from fira.models.registry import to_document
+from fira.parallelize import Part
+from fira.training import checkpoint
+from fira.training.checkpoint import Checkpoint, Shard
+from fira.training.trainer import Trainer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+TOKENIZER = "tokenizer.json"
+
+
+def save(root: Path, step: int, trainer: Trainer, loader: Loader, tokenizer: bytes | None, keep: int) -> Path:
+    """Write `root/step-…` (collective): weights, AdamW's moments, loader position, loss scale, model and tokenizer.
+
+    Dropout and data order are functions of the seed and the sequence number, so there is no random state to keep.
+    """
+    mesh, optimizer = trainer.mesh, trainer.optimizer
+    owned = [part for part in trainer.model.parts if (mesh.edp_rank if part.expert else mesh.dp_rank) == 0]
+    moments = [
+        Shard(f"{moment}/{part.name}", optimizer.state[part.parameter][moment], part.start, part.shape)
+        for part in owned
+        for moment in MOMENTS
+        if part.parameter in optimizer.state
+    ]
+    updates = [int(state["step"]) for state in optimizer.state.values()]
+    state = {
+        "step": step,
+        "updates": max(updates, default=0),
+        "loader": loader.state_dict(),
+        "loss_scale": trainer.scale.state_dict(),
+    }
+    return checkpoint.save(
+        root,
+        step,
+        weights=[Shard(part.name, part.parameter, part.start, part.shape) for part in owned],
+        optimizer=moments,
+        documents={"config": to_document(trainer.model.config), "state": state},
+        files={TOKENIZER: tokenizer} if tokenizer is not None else {},
+        layout={"pp": mesh.layout.pp, "dp": mesh.layout.dp, "ep": mesh.layout.ep},
+        keep=keep,
+    )
+
+
+def restore(saved: Checkpoint, trainer: Trainer, loader: Loader, tokenizer: bytes | None) -> int:
+    """Take up a checkpoint written by any layout; returns its step. UserError where it is of another model or data."""
+    _check_same(saved, trainer, tokenizer)
+    state = saved.document("state")
+    updates = state["updates"]
+    with torch.no_grad():
+        for part in trainer.model.parts:
+            part.parameter.copy_(_read(saved, part.name, part))
+            if updates:
+                trainer.optimizer.state[part.parameter] = {
+                    "step": torch.tensor(float(updates), device=part.parameter.device),
+                    **{m: _read(saved, f"{m}/{part.name}", part).to(part.parameter) for m in MOMENTS},
+                }
+    loader.load_state_dict(state["loader"])
+    trainer.scale.load_state_dict(state["loss_scale"])
+    return saved.step
+
+
+def _read(saved: Checkpoint, name: str, part: Part) -> torch.Tensor:
+    if saved.shape(name) != part.shape:
+        raise UserError(f"{saved.folder}: {name} has shape {saved.shape(name)}, this model's is {part.shape}")
+    return saved.read(name, part.start, part.start + len(part.parameter)) if part.shape else saved.read(name)
+
+
+def _check_same(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | None) -> None:
+    theirs: dict[str, Any] = saved.document("config")
+    ours = to_document(trainer.model.config)
+    if different := [key for key in ours if theirs.get(key) != ours[key]]:
+        key = different[0]
+        raise UserError(
+            f"{saved.folder} is of another model: its {key} is {theirs.get(key)}, this run's {ours[key]}; "
+            "give the flags it was trained with, or another --out"
+        )
+    if tokenizer is not None and saved.has_file(TOKENIZER) and saved.file(TOKENIZER) != tokenizer:
+        raise UserError(f"{saved.folder} was trained with another tokenizer; give its {TOKENIZER} as --tokenizer")

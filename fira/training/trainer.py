@@ -1,0 +1,136 @@
+"""One optimizer step and one validation over all ranks. Everything that ranks tell each other in a step is here."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fira.data.loader import Loader, Sequential
+from fira.errors import UserError
+from fira.models.context import MoEStats
+from fira.parallelize import Distributed
+from fira.training.batch import Split
+from fira.training.optimizer import LossScale, NormVector, make_optimizer, reduce_gradients, scale_gradients
+from pipeline.engine import MicroBatch
+from pipeline.mesh import Mesh
+from pipeline.schedule import SCHEDULES, forward_only
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step was, the same on all ranks. signals: how many ranks raised each of the flags given to `step`."""
+
+    loss: float  # nats per token over the global batch, without the auxiliary loss
+    aux_loss: float
+    grad_norm: float  # before clipping
+    expert_load: list[list[float]]  # fraction of assignments, [MoE layer][expert]
+    bubble: float  # fraction of the step that ranks waited for one another in the pipeline
+    skipped: bool  # fp16 overflow: no update was made
+    signals: list[int]
+
+
+class Trainer:
+    """A model under training. step and evaluate are collective; their results do not depend on the layout."""
+
+    def __init__(
+        self, model: Distributed, mesh: Mesh, split: Split, schedule: str, weight_decay: float, clip: float, fp16: bool
+    ) -> None:
+        self.model = model
+        self.mesh = mesh
+        self.split = split
+        self.schedule = SCHEDULES[schedule]
+        self.clip = clip
+        self.optimizer = make_optimizer(model.parts, weight_decay)
+        self.scale = LossScale(fp16)
+        self.norms = NormVector(model, mesh)
+
+    def step(self, loader: Loader, sequences: int, lr: float, seed: int, flags: list[bool]) -> StepResult:
+        """Train on the loader's next sequences. Raises UserError, on all ranks and before any weight has changed, where
+        loss or gradients are not finite."""
+        started = time.perf_counter()
+        scale = self.scale.value
+        first = loader.consumed
+        microbatches = self.split.microbatches(loader.batch, first, sequences, seed, scale)
+        loader.consumed += sequences
+        tokens = sequences * microbatches[0].inputs.shape[1]
+
+        for part in self.model.parts:
+            part.parameter.grad = None
+        schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
+        losses = self.model.engine.run(schedule, microbatches)
+        reduce_gradients(self.model.parts, self.mesh)
+
+        waited = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
+        load, aux = self._experts([batch.context.stats for batch in microbatches])
+        scalars = torch.tensor([_total(losses), aux / scale, waited, *map(float, flags)], dtype=torch.float64)
+        norms, load, scalars = _sum_over_ranks(self.norms.local(), load, scalars)
+        loss, aux_loss, bubble, *signals = scalars.tolist()
+        norm = math.sqrt(float(norms.sum())) / scale
+
+        overflow = self.scale.enabled and not math.isfinite(norm)
+        self._check_finite(loss / tokens, norms, overflow)
+        self.scale.update(overflow)
+        if not overflow:
+            clipping = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
+            scale_gradients(self.model.parts, clipping / scale)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        shares = (load / load.sum(1, keepdim=True)).tolist()
+        return StepResult(loss / tokens, aux_loss, norm, shares, bubble, overflow, [round(s) for s in signals])
+
+    def evaluate(self, data: Sequential, batch: int) -> float:
+        """Mean loss, in nats per token, over all of the data, `batch` sequences at a time."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for first in range(0, len(data), batch):
+            count = min(batch, len(data) - first)
+            microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
+            schedule = forward_only(self.mesh.layout.pp, len(microbatches))
+            losses = self.model.engine.run(schedule, microbatches)
+            total += torch.tensor([_total(losses), _targets(microbatches) if losses else 0], dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+    def _experts(self, stats: list[dict[tuple[int, int], MoEStats]]) -> tuple[Tensor, float]:
+        """Assignments [MoE layers of the model, experts] and auxiliary loss of what this rank computed."""
+        rows = {layer: row for row, layer in enumerate(self.model.moe_layers)}
+        load = torch.zeros(len(rows), self.model.num_experts, dtype=torch.float64)
+        aux = 0.0
+        for microbatch in stats:
+            for (layer, _), one in sorted(microbatch.items()):
+                load[rows[layer]] += one.load.cpu()
+                aux += float(one.aux)
+        return load, aux
+
+    def _check_finite(self, loss: float, norms: Tensor, overflow: bool) -> None:
+        if math.isfinite(loss) and (overflow or bool(norms.isfinite().all())):
+            if self.scale.enabled and self.scale.value < 2**-14:
+                raise UserError(
+                    "fp16 gradients overflow at every loss scale; use --precision bf16 or fp32, or a lower --lr"
+                )
+            return
+        bad = [name for name, norm in zip(self.norms.names, norms.tolist(), strict=True) if not math.isfinite(norm)]
+        cause = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
+        where = f", first gradient not finite: {bad[0]} ({len(bad)} of {len(norms)})" if bad else ""
+        raise UserError(
+            f"{cause}{where}; no weight was changed: resume from the last checkpoint with a lower --lr or --clip"
+        )
+
+
+def _total(losses: list[Tensor]) -> float:
+    return float(torch.stack(losses).double().sum()) if losses else 0.0
+
+
+def _targets(microbatches: list[MicroBatch]) -> int:
+    return int(sum(batch.context.lengths.sum() for batch in microbatches))
+
+
+def _sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
+    """Sum several float64 tensors over all ranks in one collective."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -1,0 +1,120 @@
+"""Run a schedule on paper: is it valid, does it deadlock, how long are the bubbles, how much must be kept."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.schedule import Action, Kind, Schedule
+
+
+class ScheduleError(ValueError):
+    """The schedule is not one that an engine can run; the message shows the grid with the bad cell marked."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each action starts and ends, per rank, in the units of the costs given to `simulate`."""
+
+    spans: tuple[tuple[tuple[Action, float, float], ...], ...]
+    peak_activations: tuple[int, ...]
+
+    @property
+    def length(self) -> float:
+        return max((end for rank in self.spans for _, _, end in rank), default=0.0)
+
+    @property
+    def bubble(self) -> float:
+        """Fraction of the ranks' time in which nothing is computed."""
+        if self.length == 0:
+            return 0.0
+        busy = sum(end - start for rank in self.spans for _, start, end in rank)
+        return 1 - busy / (self.length * len(self.spans))
+
+
+def needs(action: Action, stages: int) -> list[Action]:
+    """The actions that must be done before this one can start."""
+    kind, stage, i = action
+    if kind is Kind.FORWARD:
+        return [Action(Kind.FORWARD, stage - 1, i)] if stage > 0 else []
+    after = [Action(Kind.BACKWARD, stage + 1, i)] if stage < stages - 1 else []
+    return [Action(Kind.FORWARD, stage, i), *after]
+
+
+def simulate(schedule: Schedule, forward: Sequence[float], backward: Sequence[float]) -> Timeline:
+    """Play the action lists with the given cost per stage; communication is free.
+
+    Raises ScheduleError when an action is missing, doubled, on the wrong rank, out of order, or waits for ever.
+    """
+    _check(schedule)
+    done: dict[Action, float] = {}
+    position = [0] * len(schedule.actions)
+    clock = [0.0] * len(schedule.actions)
+    spans: list[list[tuple[Action, float, float]]] = [[] for _ in schedule.actions]
+    while any(p < len(actions) for p, actions in zip(position, schedule.actions, strict=True)):
+        moved = False
+        for rank, actions in enumerate(schedule.actions):
+            while position[rank] < len(actions):
+                action = actions[position[rank]]
+                required = needs(action, schedule.stages)
+                if not all(r in done for r in required):
+                    break
+                start = max([clock[rank], *(done[r] for r in required)])
+                cost = forward if action.kind is Kind.FORWARD else backward
+                done[action] = clock[rank] = start + cost[action.stage]
+                spans[rank].append((action, start, clock[rank]))
+                position[rank] += 1
+                moved = True
+        if not moved:
+            raise ScheduleError("every rank waits for another:\n" + grid(schedule, position))
+    return Timeline(tuple(map(tuple, spans)), tuple(_peak(actions) for actions in schedule.actions))
+
+
+def _check(schedule: Schedule) -> None:
+    seen = Counter(action for actions in schedule.actions for action in actions)
+    kinds = {kind for kind, _, _ in seen} or {Kind.FORWARD}
+    expected = {Action(k, s, i) for k in kinds for s in range(schedule.stages) for i in range(schedule.microbatches)}
+    if set(seen) != expected or any(n > 1 for n in seen.values()):
+        wrong = sorted((set(seen) ^ expected) | {a for a, n in seen.items() if n > 1})
+        raise ScheduleError(f"missing, foreign or doubled: {', '.join(map(str, wrong[:8]))}")
+    for rank, actions in enumerate(schedule.actions):
+        last: dict[tuple[Kind, int], int] = {}
+        for position, (kind, stage, i) in enumerate(actions):
+            if schedule.placement[stage] != rank or i <= last.get((kind, stage), -1):
+                marks = [len(a) for a in schedule.actions]
+                marks[rank] = position
+                raise ScheduleError("wrong rank or order:\n" + grid(schedule, marks))
+            last[kind, stage] = i
+
+
+def _peak(actions: Sequence[Action]) -> int:
+    held = peak = 0
+    for kind, _, _ in actions:
+        held += 1 if kind is Kind.FORWARD else -1
+        peak = max(peak, held)
+    return peak
+
+
+def grid(schedule: Schedule, marks: Sequence[int] = ()) -> str:
+    """The action lists, a row per rank; `marks[r]` is the position of rank r's bad cell."""
+    rows = []
+    for rank, actions in enumerate(schedule.actions):
+        cells = [str(a) for a in actions]
+        if rank < len(marks) and marks[rank] < len(cells):
+            cells[marks[rank]] = f"»{cells[marks[rank]]}«"
+        rows.append(f"rank {rank}: " + " ".join(cells))
+    return "\n".join(rows)
+
+
+def draw(timeline: Timeline, width: int = 100) -> str:
+    """The timeline as text, a row per rank: digits are forwards, letters backwards, dots are bubbles."""
+    scale = width / timeline.length if timeline.length else 0.0
+    rows = []
+    for spans in timeline.spans:
+        row = ["·"] * width
+        for action, start, end in spans:
+            first = "0" if action.kind is Kind.FORWARD else "a"
+            mark = chr(ord(first) + action.microbatch % (10 if first == "0" else 26))
+            for x in range(round(start * scale), round(end * scale)):
+                row[x] = mark
+        rows.append("".join(row))
+    return "\n".join(rows)

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fira.data import cache as cache_module
 from fira.data import prepare as module
 from fira.data.prepare import Corpus, prepare
 from fira.data.sources import documents
-from fira.data.tokenizer import eos_id, load_tokenizer, train_tokenizer
+from fira.data.tokenizer import eos_id, load_tokenizer, train_tokenizer, vocabulary
 from fira.errors import UserError
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "prepare_data.py"
@@ -93,12 +94,14 @@ def test_a_tokenizer_is_not_taken_for_data(tmp_path) -> None:
 
 
 def test_a_large_file_is_read_again_only_when_it_changed(tmp_path, cache, monkeypatch) -> None:
-    monkeypatch.setattr(module, "REMEMBERED", 1000)
+    monkeypatch.setattr(cache_module, "REMEMBERED", 1000)
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     first = prepare(data, vocab_size=400).folder
     (memory,) = (cache / "sha256").iterdir()
     with monkeypatch.context() as unreadable:
-        unreadable.setattr(module.hashlib, "sha256", lambda data: hashlib.new("sha256", data))  # cannot begin empty
+        unreadable.setattr(
+            cache_module.hashlib, "sha256", lambda data: hashlib.new("sha256", data)
+        )  # cannot begin empty
         assert prepare(data, vocab_size=400).folder == first
     jsonl(tmp_path / "a.jsonl", [STORIES[1], STORIES[0], *STORIES[2:]])  # as long as before
     assert prepare(data, vocab_size=400).folder != first
@@ -115,7 +118,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path) -> None:
 
 
 def test_processes_at_the_same_time_and_one_killed_leave_one_whole_result(tmp_path, cache) -> None:
-    data = jsonl(tmp_path / "a.jsonl", STORIES * 20)
+    data = jsonl(tmp_path / "a.jsonl", STORIES * 10)
     command = [sys.executable, str(SCRIPT), "--data", data, "--vocab_size=400"]
     jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     try:
@@ -155,6 +158,12 @@ def test_a_large_text_trains_the_tokenizer_on_a_sample(tmp_path, monkeypatch) ->
     monkeypatch.setattr(module, "train_tokenizer", spy)
     prepare(jsonl(tmp_path / "a.jsonl", STORIES), vocab_size=300)
     assert 0.1 < len(seen) / len(STORIES) < 0.4
+
+
+def test_one_document_larger_than_the_sample_still_trains_a_tokenizer(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "TOKENIZER_BYTES", 10)
+    corpus = prepare(jsonl(tmp_path / "a.jsonl", ["".join(STORIES)]), vocab_size=300)
+    assert vocabulary(load_tokenizer(corpus.tokenizer)) == 300
 
 
 def test_a_given_tokenizer_is_used_and_must_fit(tmp_path) -> None:
@@ -199,7 +208,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path) -> None:
 
 
 def test_documents_need_a_token(tmp_path) -> None:
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match=r"a\.jsonl.*too few"):
         prepare(jsonl(tmp_path / "a.jsonl", ["x"]), vocab_size=300)
 
 

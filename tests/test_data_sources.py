@@ -100,7 +100,7 @@ def test_the_default_is_the_standard_library_without_its_tests() -> None:
         ("t.jsonl", b'{"Text": "a"}\n{"Text": \n', "line 2: not JSON"),
         ("t.jsonl", b'["Text"]\n', "line 1: not a JSON object"),
         ("t.jsonl", b'{"Text": 3}\n', "holds int"),
-        ("t.parquet", b"PAR1 and no more", "not a Parquet file"),
+        ("t.parquet", b"PAR1 and no more", "no whole Parquet file"),
         ("t.csv", b"", "no column 'Text'"),
     ],
 )
@@ -109,6 +109,14 @@ def test_bad_data_is_named_in_one_line(tmp_path, name: str, content: bytes, said
     message = error(str(tmp_path / name))
     assert name in message
     assert said in message
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path) -> None:
+    path = Path(write(tmp_path / "t.parquet", ROWS * 500))
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)
+    path.write_bytes(content)
+    assert "t.parquet: no whole Parquet file" in error(str(path))
 
 
 def test_a_column_of_numbers_is_refused(tmp_path) -> None:

@@ -76,11 +76,11 @@ def prepare(
                     shutil.copy(tokenizer_path, aside / "tokenizer.json")
                 if shards:
                     _check_ids(files, vocab_size, progress)
-                    _measure(aside, *shards, {"documents": None, "bytes": None})
+                    _measure(aside, data, *shards, {"documents": None, "bytes": None})
                 else:
                     work = _Work(aside, data, text_column, vocab_size, files, progress)
                     counts = work.pack(given or work.train_tokenizer())
-                    _measure(aside, [aside / "train.npy"], [aside / "val.npy"], counts)
+                    _measure(aside, data, [aside / "train.npy"], [aside / "val.npy"], counts)
         train, val = shards or ([folder / "train.npy"], [folder / "val.npy"])
         tokenizer = folder / "tokenizer.json"
         return Corpus(
@@ -182,11 +182,11 @@ def _check_ids(shards: list[Path], vocab_size: int, progress: bool) -> None:
             bar.update(path.stat().st_size)
 
 
-def _measure(folder: Path, train: list[Path], val: list[Path], counts: Summary) -> None:
+def _measure(folder: Path, data: str | None, train: list[Path], val: list[Path], counts: Summary) -> None:
     """Count the n-gram baselines and write summary.json."""
     train_tokens, val_tokens = PackedTokens(train), PackedTokens(val)
     if min(len(train_tokens), len(val_tokens)) < 3:
-        raise UserError(f"data: {len(train_tokens)} + {len(val_tokens)} tokens are too few to train on; give more")
+        raise UserError(f"{data}: {len(train_tokens)} + {len(val_tokens)} tokens are too few to train on; give more")
     summary: Summary = {**counts, "train_tokens": len(train_tokens), "val_tokens": len(val_tokens)}
     seen, unseen = _sample(train_tokens, BASELINE_TOKENS), _sample(val_tokens, BASELINE_TOKENS // 10)
     summary |= {"unigram": unigram_loss(seen, unseen), "trigram": trigram_loss(seen, unseen)}

@@ -17,6 +17,7 @@ from fira.errors import UserError
 from fira.training import checkpoint as checkpoint_module
 from fira.training.checkpoint import Checkpoint, Shard, find, newest_valid, save
 from fira.training.manifest import encode, is_plain, seal
+from fira.training.step_folders import step_folders
 from tests.checkpoint_ranks import (
     SHAPES,
     matches,
@@ -132,6 +133,8 @@ def test_a_tensor_or_file_that_is_not_there_is_named(root: Path) -> None:
         checkpoint.read("layers.9.w")
     with pytest.raises(UserError, match=r"step-000001 holds no trainer\.json"):
         checkpoint.document("trainer")
+    assert not checkpoint.has_file("trainer.json")
+    assert checkpoint.has_file("config.json")
     with pytest.raises(ValueError, match="rows 0 to 7"):
         checkpoint.read("layers.1.norm.weight", 3, 8)
 
@@ -323,6 +326,7 @@ def test_a_failure_at_any_moment_leaves_a_complete_checkpoint(root: Path, step: 
         if not isinstance(failure, Killed):
             assert re.fullmatch(f"checkpoint of step {step} failed: .*No space.*; .* is intact", told)
             assert f"step-{step:06d}.tmp" not in names(root)
+        assert all(refusal(str(folder)) == "" for folder in step_folders(root).values())
         for found in (newest_valid(root), Checkpoint.open(find(root))):
             assert found is not None
             salt = found.document("config")["salt"]
@@ -334,6 +338,24 @@ def test_a_failure_at_any_moment_leaves_a_complete_checkpoint(root: Path, step: 
         assert names(root) == ["latest", *sorted({f"step-{step:06d}", f"step-{step - 50:06d}"})]
     assert len(outcomes) > 40
     assert set(outcomes) == {100, 7}
+
+
+def test_everything_is_on_the_disk_before_the_folder_gets_its_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def check(source: Path, target: Path) -> None:
+        assert set(synced) == {source, *source.iterdir()}
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "rename", check)
+    save_state(str(root), 1)
+    assert synced[-3:] == [root, root / "latest.tmp", root]
 
 
 def test_a_file_without_room_is_named_in_one_line(root: Path) -> None:

@@ -293,5 +293,6 @@ def _together() -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         failure = error
-    if failures := [message for message in _gather(failure and str(failure)) if message]:
+    messages = _gather(None if failure is None else str(failure) or repr(failure))
+    if failures := [message for message in messages if message]:
         raise UserError(failures[0]) from failure

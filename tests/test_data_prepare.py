@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from fira.data import cache as cache_module
 from fira.data import prepare as module
@@ -63,6 +64,11 @@ def test_few_or_equal_documents_give_their_ends_to_validation(tmp_path, texts: l
     assert 0 < len(corpus.val) < 0.25 * len(corpus.train)
 
 
+def test_a_document_too_short_for_a_twentieth_gives_one_token(tmp_path) -> None:
+    corpus = prepare(jsonl(tmp_path / "a.jsonl", ["abcdefgh", "12345678"]), vocab_size=261)  # a token per byte
+    assert stories(corpus) == (["abcdefg", "1234567"], ["h", "8"])
+
+
 def test_summary_counts_what_there_is(tmp_path) -> None:
     corpus = prepare(jsonl(tmp_path / "a.jsonl", STORIES), vocab_size=400)
     assert corpus.summary["documents"] == 400
@@ -79,8 +85,11 @@ def test_the_cache_answers_for_the_same_content_only(tmp_path, monkeypatch) -> N
         shutil.copy(data, tmp_path / "copy.jsonl")
         assert prepare(str(tmp_path / "copy.jsonl"), vocab_size=400).folder == first.folder
     keys = {first.folder, prepare(data, vocab_size=401).folder, prepare(data, "text", first.tokenizer, 400).folder}
+    shutil.copy(data, tmp_path / "as_text.txt")
+    keys.add(prepare(str(tmp_path / "as_text.txt"), vocab_size=400).folder)
     jsonl(tmp_path / "a.jsonl", [*STORIES, "one more"])
-    assert len(keys | {prepare(data, vocab_size=400).folder}) == 4
+    keys.add(prepare(data, vocab_size=400).folder)
+    assert len(keys) == 5
 
 
 def test_a_tokenizer_is_not_taken_for_data(tmp_path) -> None:
@@ -167,7 +176,9 @@ def test_one_document_larger_than_the_sample_still_trains_a_tokenizer(tmp_path, 
 
 
 def test_a_given_tokenizer_is_used_and_must_fit(tmp_path) -> None:
-    train_tokenizer(["abc abd " * 99], 270).save(str(tmp_path / "mine.json"))
+    mine = train_tokenizer(["abc abd " * 99], 270)
+    mine.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # not wanted here
+    mine.save(str(tmp_path / "mine.json"))
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     corpus = prepare(data, tokenizer_path=tmp_path / "mine.json", vocab_size=50304)
     assert corpus.tokenizer.read_bytes() == (tmp_path / "mine.json").read_bytes()

@@ -1,0 +1,66 @@
+"""What each rank of a parity test does: a short training of a small fira on made-up tokens."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fira.data.loader import Loader
+from fira.models.fira import FiraConfig
+from fira.parallelize import parallelize
+from fira.training.batch import Split
+from fira.training.optimizer import learning_rate
+from fira.training.trainer import Trainer
+from pipeline.mesh import Layout, make_mesh
+
+SEQ_LEN = 13
+
+
+class Tokens:
+    """A fixed stream of token ids with some structure to learn."""
+
+    def __init__(self, vocab_size: int, length: int = 4001) -> None:
+        rng = np.random.default_rng(5)
+        self.ids = (rng.integers(0, 7, length).cumsum() % vocab_size).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.ids[start:stop]
+
+
+def train(
+    layout: list[int],
+    schedule: str = "1f1b",
+    steps: int = 20,
+    batch: int = 5,
+    microbatch: int = 1,
+    dropout: float = 0.0,
+    dtype: str = "float32",
+    devices: int = 1,
+    recompute: bool = False,
+    layers: int = 4,
+) -> dict[str, Any]:
+    """Losses, norms and so on of each step, and a digest of the final weights this rank holds."""
+    torch.set_num_threads(1)
+    config = FiraConfig(
+        vocab_size=61, seq_len=SEQ_LEN, d_model=24, n_head=3, num_layers=layers, d_ff=20, num_experts=4, dropout=dropout
+    )
+    mesh = make_mesh(Layout(*layout), local_devices=devices)
+    places = [torch.device("cpu")] * devices
+    model = parallelize(config, mesh, SEQ_LEN, 7, places, getattr(torch, dtype), recompute=recompute)
+    split = Split(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
+    trainer = Trainer(model, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
+    loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
+    results = []
+    for step in range(1, steps + 1):
+        result = trainer.step(loader, batch, learning_rate(step, steps, 1e-2, 1e-3, 3), seed=11, flags=[])
+        results.append([result.loss, result.aux_loss, result.grad_norm])
+    weights = {part.name: float(part.parameter.detach().double().sum()) for part in model.parts if not part.expert}
+    return {"steps": results, "load": result.expert_load, "weights": weights}
+
+
+def train_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several trainings one after another: starting ranks takes longer than training them."""
+    return [train(**case) for case in cases]

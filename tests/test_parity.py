@@ -1,0 +1,122 @@
+"""The loss, the auxiliary loss, the gradient norm and the weights do not depend on how the work is spread.
+
+A case is the keyword arguments of `parity_ranks.train`, as JSON. All cases of one number of ranks run in one job.
+"""
+
+import functools
+import json
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.ranks import run_function
+
+ONE = [1, 1, 1]
+
+
+def case(layout: list[int], **settings: Any) -> str:
+    return json.dumps({"layout": layout, **settings}, sort_keys=True)
+
+
+def alone(name: str, *without: str) -> str:
+    """The same training on one rank, less some settings."""
+    settings = {key: value for key, value in json.loads(name).items() if key not in without}
+    return json.dumps(settings | {"layout": ONE}, sort_keys=True)
+
+
+# 5 sequences of 13 tokens: micro-batches of 1 make 5, of 2 make 3 with the last not full; neither divides over dp.
+PIPELINES = [
+    case([stages, 1, 1], schedule=schedule, dropout=dropout, microbatch=microbatch)
+    for stages, schedule, dropout, microbatch in product([2, 4], ["gpipe", "1f1b"], [0.0, 0.1], [1, 2])
+]
+SPREAD = [
+    case(layout, dropout=dropout, dtype=dtype, microbatch=microbatch, schedule=schedule)
+    for layout, dropout, (dtype, microbatch, schedule) in product(
+        [[1, 2, 1], [1, 4, 1], [1, 2, 2], [1, 4, 4], [2, 2, 2]],
+        [0.0, 0.1],
+        [("float32", 1, "1f1b"), ("float64", 2, "gpipe")],
+    )
+]
+LOCAL = [
+    case(layout, devices=devices, dropout=dropout, recompute=recompute, microbatch=4, dtype="float64")
+    for layout, devices, dropout, recompute in product([ONE], [2, 4], [0.0, 0.1], [False, True])
+] + [
+    case([2, 1, 1], devices=2, dropout=0.1, recompute=True, microbatch=2, dtype="float64"),
+    case([1, 2, 2], devices=2, dropout=0.1, recompute=True, microbatch=2, dtype="float64"),
+]
+RECOMPUTED = [case(layout, recompute=True, dropout=0.1) for layout in (ONE, [2, 1, 1], [2, 2, 2])]
+ALL = [*PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED]
+
+
+@functools.cache
+def results(ranks: int) -> dict[str, dict[str, Any]]:
+    """Every case that needs this many ranks; its results must be the same on all of them."""
+    cases = {name for name in ALL if np.prod(json.loads(name)["layout"][:2]) == ranks}
+    if ranks == 1:
+        cases |= {
+            alone(name, *without)
+            for name in ALL
+            for without in ([], ["schedule"], ["recompute"], ["devices", "recompute"])
+        }
+    names = sorted(cases)
+    by_rank = run_function(
+        ranks, "tests.parity_ranks", "train_all", timeout=170, cases=[json.loads(name) for name in names]
+    )
+    return {name: _merge([of_rank[i] for of_rank in by_rank]) for i, name in enumerate(names)}
+
+
+def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    assert all(rank["steps"] == ranks[0]["steps"] for rank in ranks)
+    weights: dict[str, float] = {}
+    for rank in ranks:
+        for name, total in rank["weights"].items():
+            assert weights.setdefault(name, total) == total, f"replicas differ in {name}"
+    return {**ranks[0], "weights": weights}
+
+
+def result(name: str) -> dict[str, Any]:
+    layout = json.loads(name)["layout"]
+    return results(layout[0] * layout[1])[name]
+
+
+def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest relative difference of loss, auxiliary loss and gradient norm in any step."""
+    a, b = np.array(one["steps"]), np.array(other["steps"])
+    return float((abs(a - b) / abs(b)).max())
+
+
+def test_training_learns():
+    losses = np.array(result(alone(PIPELINES[0], "schedule"))["steps"])[:, 0]
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_gives_the_same_bits(name):
+    assert result(name) == result(alone(name, "schedule"))
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_replicas_and_expert_shards_agree_with_one_rank(name):
+    tolerance = {"float32": 1e-6, "float64": 1e-12}[json.loads(name)["dtype"]]
+    assert distance(result(name), result(alone(name))) < tolerance
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_torchgpipe_agrees_with_one_device(name):
+    assert distance(result(name), result(alone(name, "devices", "recompute"))) < 1e-12
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recompute_changes_no_bit(name):
+    plain = alone(name, "recompute")
+    if json.loads(name)["layout"][1] == 1:
+        assert result(name) == result(plain)
+    else:
+        assert distance(result(name), result(plain)) < 1e-6
+
+
+def test_the_tests_can_fail():
+    """Dropout, the micro-batches' own sums and the seed do change the numbers that are compared."""
+    assert distance(result(PIPELINES[0]), result(RECOMPUTED[0])) > 1e-3

@@ -1,0 +1,30 @@
+"""Fira: pipeline-parallel training of Mixture-of-Experts language models over MPI.
+
+`from fira import FIRA, encode, decode, load_model, create_pipeline_model`. Each name is loaded when it is first asked
+for, so that `import fira` costs nothing where torch is not needed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fira.generation.load import load_model
+    from fira.generation.text import decode, encode
+    from fira.local_pipeline import create_pipeline_model
+    from fira.models.fira import FIRA
+
+__all__ = ["FIRA", "create_pipeline_model", "decode", "encode", "load_model"]
+
+_HOMES = {
+    "FIRA": "fira.models.fira",
+    "create_pipeline_model": "fira.local_pipeline",
+    "decode": "fira.generation.text",
+    "encode": "fira.generation.text",
+    "load_model": "fira.generation.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fira' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

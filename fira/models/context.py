@@ -52,6 +52,11 @@ class Context:
     stats: dict[tuple[int, int], MoEStats] = field(default_factory=dict)
     part: int = 0
 
+    @classmethod
+    def of(cls, tokens: Tensor, training: bool) -> Self:
+        """The context of a plain call with tokens [B, T]: when training, dropout follows from torch's generator."""
+        return cls(keys=torch.randint(2**62, (len(tokens),), device=tokens.device) if training else None)
+
     def split(self, sizes: list[int]) -> list[Self]:
         """The same context for consecutive groups of sequences, `sizes[i]` of them in part i; stats stay shared."""
 

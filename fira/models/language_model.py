@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fira.generation.sampling import sample
-from fira.models.context import Context, KVCache
+from fira.generation.decoding import continuation
+from fira.models.context import Context
 from fira.models.init import initialise
+from fira.models.moe import MoE
 
 
 class LanguageModel(nn.Module):
@@ -28,9 +29,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
         """[B, T] int64 → logits [B, T, vocab]. In train mode, without a context, dropout uses torch's generator."""
-        if context is None:
-            keys = torch.randint(2**62, (len(tokens),), device=tokens.device) if self.training else None
-            context = Context(keys=keys)
+        context = context or Context.of(tokens, self.training)
         x = tokens
         for layer in self.layers:
             x = layer(x, context)
@@ -41,7 +40,15 @@ class LanguageModel(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    @torch.no_grad()
+    def num_active_parameters(self) -> int:
+        """How many parameters take part for one token: of the experts only those that it chooses."""
+        idle = 0
+        for moe in self.modules():
+            if isinstance(moe, MoE):
+                one_expert = sum(p[0].numel() for p in moe.experts.parameters())
+                idle += one_expert * (moe.num_experts - moe.router.top_k)
+        return self.num_parameters() - idle
+
     def generate(
         self,
         ids: Sequence[int] | Tensor,
@@ -57,36 +64,12 @@ class LanguageModel(nn.Module):
 
         temperature 0 is greedy. eos: stop once every sequence has produced it. A prompt longer than the model's
         context keeps its last tokens. use_cache=False computes every token from scratch and gives the same.
+        Raises UserError where the prompt is empty or outside the vocabulary, or a number is out of range.
         """
         device = next(self.parameters()).device
         tokens = torch.as_tensor(ids, dtype=torch.int64, device=device)
-        shape = tokens.dim()
-        tokens = torch.atleast_2d(tokens)
-        if tokens.shape[1] == 0:
-            raise ValueError("generation needs at least one token to start from")
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
-            raise ValueError(f"a token is outside the vocabulary of {self.config.vocab_size}")
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        was_training = self.training
-        self.eval()
-        cache: KVCache | None = None
-        finished = torch.zeros(len(tokens), dtype=torch.bool, device=device)
-        for _ in range(max_new_tokens):
-            window = tokens[:, -self.config.seq_len :]
-            if cache is None or tokens.shape[1] > self.config.seq_len:
-                # Learned positions: once the window slides, every token's position changes and nothing can be reused.
-                cache = KVCache()
-                logits = self(window, Context(cache=cache if use_cache else None))
-            else:
-                logits = self(tokens[:, cache.length :], Context(cache=cache))
-            cache = cache if use_cache else None
-            new = sample(logits[:, -1].float(), temperature, top_k, top_p, generator)
-            if eos is not None:
-                new = new.masked_fill(finished, eos)
-                finished |= new == eos
-            tokens = torch.cat([tokens, new[:, None]], dim=1)
-            if eos is not None and bool(finished.all()):
-                break
-        self.train(was_training)
-        tokens = tokens if shape == 2 else tokens[0]
-        return tokens if isinstance(ids, Tensor) else tokens.tolist()
+        prompt = torch.atleast_2d(tokens)
+        new = continuation(self, prompt, max_new_tokens, temperature, top_k, top_p, eos, seed, use_cache)
+        result = torch.cat([prompt, *(token[:, None] for token in new)], dim=1)
+        result = result if tokens.dim() == 2 else result[0]
+        return result if isinstance(ids, Tensor) else result.tolist()

@@ -23,7 +23,8 @@ class Router(nn.Module):
         super().__init__()
         self.gate = nn.Linear(d_model, num_experts)
         self.temperature = temperature
-        self.top_k = top_k if isinstance(top_k, int) else max(1, int(top_k * num_experts))
+        # 0.8 of 4 experts are 3; a little is added because 15/22 of 22 is just below 15 in floating point
+        self.top_k = top_k if isinstance(top_k, int) else max(1, int(top_k * num_experts + 1e-9))
         if not 1 <= self.top_k <= num_experts:
             raise ValueError(f"top_k {top_k} does not choose between 1 and {num_experts} experts")
 

@@ -1,0 +1,29 @@
+"""From a checkpoint's folder to a model that can be used."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from fira.errors import UserError
+from fira.models.language_model import LanguageModel
+from fira.models.registry import build, from_document
+from fira.training.checkpoint import Checkpoint, find
+from fira.training.state import TOKENIZER
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[LanguageModel, Tokenizer | None]:
+    """The model, in eval mode, and the tokenizer of a run folder, a checkpoints folder or a step folder.
+
+    Any layout may have written it. The tokenizer is None where the model was trained on shards without one.
+    Raises UserError where there is no checkpoint, or one that is damaged or of another model.
+    """
+    saved = Checkpoint.open(find(path))
+    with torch.device("meta"):
+        model = build(from_document(saved.document("config")))
+    for name, parameter in model.named_parameters():
+        if saved.shape(name) != tuple(parameter.shape):
+            raise UserError(f"{saved.folder}: {name} is {saved.shape(name)}, its config.json says {parameter.shape}")
+    model.load_state_dict({name: saved.read(name) for name, _ in model.named_parameters()}, assign=True)
+    tokenizer = Tokenizer.from_buffer(saved.file(TOKENIZER)) if saved.has_file(TOKENIZER) else None
+    return model.to(device).eval(), tokenizer

@@ -29,6 +29,15 @@ def fail(message: str, status: int = 1) -> NoReturn:
     raise SystemExit(status)
 
 
+def abort(status: int) -> NoReturn:
+    """End every rank at once, without a word."""
+    from mpi4py import MPI
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPICH would add a line that says less than ours
+    MPI.COMM_WORLD.Abort(status)
+    raise AssertionError("MPI_Abort returned")
+
+
 def install(comm: Any) -> None:
     """From now on an uncaught exception, in any thread, and a non-zero ``SystemExit`` end all ranks of ``comm``."""
     global _job
@@ -43,7 +52,6 @@ class _Job:
     """All ranks, as seen from one that ends."""
 
     def __init__(self, comm: Any) -> None:
-        self._world = comm
         self._comm = comm.Dup()  # of its own: nothing else can be in the way
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
@@ -67,18 +75,13 @@ class _Job:
         sys.stdout.flush()
         sys.stderr.flush()
         if len(failing) == self._size and threading.current_thread() is threading.main_thread():
-            timer = threading.Timer(EXIT_S, self._abort, [status])
+            timer = threading.Timer(EXIT_S, abort, [status])
             timer.daemon = True
             timer.start()
             return
         if self._rank != min(failing):
             time.sleep(LISTEN_S)  # the one that prints comes first
-        self._abort(status)
-
-    def _abort(self, status: int) -> NoReturn:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPICH would add a line that says less than ours
-        self._world.Abort(status)
-        raise AssertionError("MPI_Abort returned")
+        abort(status)
 
     def _failing_ranks(self) -> set[int]:
         """This rank and those that say within ``LISTEN_S`` that they fail, too."""

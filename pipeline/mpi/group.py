@@ -6,6 +6,8 @@ Every method makes an ``Operation`` from a generator (see ``work.py``). A tensor
 and its output copied back; a buffer lives in the generator's frame until its requests are done.
 """
 
+import sys
+import time
 import zlib
 from collections.abc import Sequence
 from datetime import timedelta
@@ -21,7 +23,7 @@ from torch.distributed import ProcessGroup, ReduceOp, distributed_c10d
 from pipeline.mpi.buffers import as_bytes, as_numbers, average, reducible, reduction
 from pipeline.mpi.work import Operation, Steps
 
-INNER_TAGS = 32768  # MPI guarantees tags up to 32767
+INNER_TAGS = 32767  # MPI guarantees tags up to this one, which monitored_barrier has for itself
 
 
 def start(comm: MPI.Intracomm, timeout_s: float) -> None:
@@ -47,7 +49,8 @@ class _Groups:
         tag = zlib.crc32(repr(ranks).encode()) % 32768  # groups made at the same time by several threads stay apart
         comm = self._world.Create_group(self._world.Get_group().Incl(ranks), tag)
         comm.Set_errhandler(MPI.ERRORS_RETURN)
-        return MPIProcessGroup(comm, self._timeout_s)
+        timeout = sys._getframe(1).f_locals.get("timeout")  # of new_group; PyTorch has it, but does not pass it on
+        return MPIProcessGroup(comm, timeout.total_seconds() if timeout else self._timeout_s)
 
 
 class MPIProcessGroup(ProcessGroup):
@@ -91,13 +94,17 @@ class MPIProcessGroup(ProcessGroup):
     def _get_backend(self, device: torch.device) -> "MPIProcessGroup":
         return self
 
-    def _start(self, name: str, steps: Steps, outputs: list[Tensor], peer: int = -1) -> Operation:
-        """The one place where an operation begins."""
-        return Operation(name, steps, outputs, self._timeout_s)
+    def _start(
+        self, name: str, steps: Steps, inputs: list[Tensor], outputs: list[Tensor] | None = None, peer: int = -1
+    ) -> Operation:
+        """The one place where an operation begins. Without ``outputs`` it works in place."""
+        return Operation(name, steps, inputs, inputs if outputs is None else outputs, self._timeout_s)
 
     # Reductions
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Operation:
+        if tensors[0].layout == torch.sparse_coo:
+            return self._start("all_reduce", self._allreduce_sparse(tensors[0], _reduce_op(opts)), tensors)
         return self._start("all_reduce", self._allreduce(tensors, _reduce_op(opts)), tensors)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Operation:
@@ -110,6 +117,23 @@ class MPIProcessGroup(ProcessGroup):
         for tensor, total in zip(tensors, sums, strict=True):
             average(total, op, self._size)
             _write(tensor, total)
+
+    def _allreduce_sparse(self, tensor: Tensor, op: ReduceOp) -> Steps:
+        """Gather everyone's indices and values, whose numbers differ, and add up what falls on one index."""
+        _expect("all_reduce", op == ReduceOp.SUM or op == ReduceOp.AVG, "sparse tensors can only be summed or averaged")
+        own = tensor.detach().coalesce()
+        count, counts = torch.tensor([own._nnz()]), torch.empty(self._size, dtype=torch.int64)
+        yield [self._comm.Iallgather(as_bytes(count), as_bytes(counts))]
+        parts = []
+        for part in (own.indices().t().contiguous(), own.values().contiguous()):
+            whole = part.new_empty(int(counts.sum()), *part.shape[1:])
+            row = part[:1].numel() * part.element_size() if len(part) else whole[:1].nbytes
+            yield [self._comm.Iallgatherv(as_bytes(part), [as_bytes(whole)[0], (counts * row).tolist(), MPI.BYTE])]
+            parts.append(whole)
+        total = torch.sparse_coo_tensor(parts[0].t(), parts[1], tensor.shape).coalesce()
+        average(total, op, self._size)
+        with torch.no_grad():
+            tensor.copy_(total)  # (a detached sparse tensor would keep the result to itself)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> Operation:
         return self._start("reduce", self._reduce(tensors, _reduce_op(opts), opts.rootRank), tensors)
@@ -127,17 +151,18 @@ class MPIProcessGroup(ProcessGroup):
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Operation:
         steps = self._reduce_scatter([(outputs[0], inputs[0])], _reduce_op(opts))
-        return self._start("reduce_scatter", steps, outputs)
+        return self._start("reduce_scatter", steps, inputs[0], outputs)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Operation:
         steps = self._reduce_scatter([(output, [input])], _reduce_op(opts))
-        return self._start("reduce_scatter_single", steps, [output])
+        return self._start("reduce_scatter_single", steps, [input], [output])
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> Operation:
         pairs = [(output, [input]) for output, input in zip(outputs, inputs, strict=True)]
-        return self._start("reduce_scatter_single_coalesced", self._reduce_scatter(pairs, _reduce_op(opts)), outputs)
+        steps = self._reduce_scatter(pairs, _reduce_op(opts))
+        return self._start("reduce_scatter_single_coalesced", steps, inputs, outputs)
 
     def _reduce_scatter(self, pairs: list[tuple[Tensor, list[Tensor]]], op: ReduceOp) -> Steps:
         outputs = [_local(output) for output, _ in pairs]
@@ -167,18 +192,19 @@ class MPIProcessGroup(ProcessGroup):
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
         steps = self._allgather([(outputs[0], inputs[0])])
-        return self._start("all_gather", steps, [t for row in outputs for t in row])
+        return self._start("all_gather", steps, inputs, [t for row in outputs for t in row])
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
-        steps = self._allgather(list(zip(outputs, inputs, strict=True)))
-        return self._start("all_gather_coalesced", steps, [t for row in outputs for t in row])
+        rows = [list(row) for row in zip(*outputs, strict=True)]  # torch gives them by rank, then by tensor
+        steps = self._allgather(list(zip(rows, inputs, strict=True)))
+        return self._start("all_gather_coalesced", steps, inputs, [t for row in outputs for t in row])
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Operation:
-        return self._start("all_gather_single", self._allgather([([output], input)]), [output])
+        return self._start("all_gather_single", self._allgather([([output], input)]), [input], [output])
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Operation:
         steps = self._allgather([([output], input) for output, input in zip(outputs, inputs, strict=True)])
-        return self._start("all_gather_single_coalesced", steps, outputs)
+        return self._start("all_gather_single_coalesced", steps, inputs, outputs)
 
     def _allgather(self, pairs: list[tuple[list[Tensor], Tensor]]) -> Steps:
         outputs = [[_local(output) for output in row] for row, _ in pairs]
@@ -202,7 +228,7 @@ class MPIProcessGroup(ProcessGroup):
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Operation:
         rows = outputs[0] if outputs else []
-        return self._start("gather", self._gather(rows, inputs[0], opts.rootRank), rows)
+        return self._start("gather", self._gather(rows, inputs[0], opts.rootRank), inputs, rows)
 
     def _gather(self, outputs: list[Tensor], input: Tensor, root: int) -> Steps:
         part = _local(input).contiguous()
@@ -213,7 +239,7 @@ class MPIProcessGroup(ProcessGroup):
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Operation:
         parts = inputs[0] if inputs else []
-        return self._start("scatter", self._scatter(outputs[0], parts, opts.rootRank), outputs)
+        return self._start("scatter", self._scatter(outputs[0], parts, opts.rootRank), parts, outputs)
 
     def _scatter(self, output: Tensor, inputs: list[Tensor], root: int) -> Steps:
         output = _local(output)
@@ -225,7 +251,7 @@ class MPIProcessGroup(ProcessGroup):
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Operation:
         sent = [_local(t).contiguous() for t in inputs]
         steps = self._alltoall([_local(t) for t in outputs], sent)
-        return self._start("all_to_all", steps, outputs)
+        return self._start("all_to_all", steps, inputs, outputs)
 
     def all_to_all_single(
         self,
@@ -237,7 +263,7 @@ class MPIProcessGroup(ProcessGroup):
     ) -> Operation:
         received = self._split("output", _local(output), output_splits)
         sent = [part.contiguous() for part in self._split("input", _local(input), input_splits)]
-        return self._start("all_to_all_single", self._alltoall(received, sent), [output])
+        return self._start("all_to_all_single", self._alltoall(received, sent), [input], [output])
 
     def _split(self, name: str, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """``tensor`` cut along its first dimension, a part per rank."""
@@ -264,17 +290,17 @@ class MPIProcessGroup(ProcessGroup):
     # Point to point
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        return self._start("send", self._send(tensors, peer, tag), tensors, peer)
+        return self._start("send", self._send(tensors, peer, tag), tensors, peer=peer)
 
     def _send(self, tensors: list[Tensor], peer: int, tag: int) -> Steps:
         buffer = _local(*tensors).contiguous()
         yield [self._comm.Isend(as_bytes(buffer), peer, tag)]
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        return self._start("recv", self._recv(tensors, peer, tag), tensors, peer)
+        return self._start("recv", self._recv(tensors, peer, tag), tensors, peer=peer)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> Operation:
-        return self._start("recv", self._recv(tensors, MPI.ANY_SOURCE, tag), tensors)
+        return self._start("recvAnySource", self._recv(tensors, MPI.ANY_SOURCE, tag), tensors)
 
     def _recv(self, tensors: list[Tensor], peer: int, tag: int) -> Steps:
         tensor = _local(*tensors)
@@ -289,6 +315,42 @@ class MPIProcessGroup(ProcessGroup):
 
     def _barrier(self) -> Steps:
         yield [self._comm.Ibarrier()]
+
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        """A barrier of which rank 0 says who did not come within ``timeout``.
+
+        Raises:
+            RuntimeError: on rank 0 if a rank did not come; on the others if rank 0 did not answer.
+        """
+        limit_s = self._timeout_s if timeout is None else timeout.total_seconds()
+        deadline = time.monotonic() + limit_s
+        others = range(1, self._size)
+        if self._rank != 0:
+            self._token("Isend", 0)
+            if not self._token("Irecv", 0).finished_by(deadline):
+                raise RuntimeError(
+                    f"Rank {self._rank} successfully reached monitoredBarrier, but received errors while waiting for "
+                    f"send/recv from rank 0: no answer within {limit_s:g} s"
+                )
+            return
+        if limit_s <= 0:
+            raise RuntimeError(f"Rank 0 timed out in monitoredBarrier after {limit_s:g} s")
+        arrivals = [self._token("Irecv", peer) for peer in others]
+        missing = [peer for peer, arrival in zip(others, arrivals, strict=True) if not arrival.finished_by(deadline)]
+        if missing:
+            names = ", ".join(map(str, missing)) if wait_all_ranks else missing[0]
+            rank = "Ranks" if wait_all_ranks else "Rank"
+            raise RuntimeError(f"{rank} {names} failed to pass monitoredBarrier in {limit_s:g} s")
+        for peer in others:
+            self._token("Isend", peer)
+
+    def _token(self, call: str, peer: int) -> Operation:
+        """An empty message of ``monitored_barrier``."""
+
+        def steps() -> Steps:
+            yield [getattr(self._inner, call)([bytearray(), MPI.BYTE], peer, INNER_TAGS)]
+
+        return self._start("monitored_barrier", steps(), [], peer=peer)
 
     # The names torch used before 2.13
     _allgather_base = all_gather_single

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Generator
 from datetime import timedelta
-from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -23,7 +22,9 @@ SLEEP_S = 50e-6
 class Operation(Work):
     """The ``torch.distributed.Work`` of one operation. It starts when it is made."""
 
-    def __init__(self, name: str, steps: Steps, outputs: list[torch.Tensor], timeout_s: float) -> None:
+    def __init__(
+        self, name: str, steps: Steps, inputs: list[torch.Tensor], outputs: list[torch.Tensor], timeout_s: float
+    ) -> None:
         super().__init__()
         self.name = name
         self._steps = steps
@@ -36,6 +37,10 @@ class Operation(Work):
         self._finished = False
         self._advancing = threading.Lock()
         self._future: torch.futures.Future | None = None
+        self._record = None
+        if torch.autograd._profiler_enabled():
+            self._record = torch._C._profiler._RecordFunctionFast(f"mpi:{name}", inputs)
+            self._record.__enter__()
         self._advance()
         if self._error is not None:
             raise self._error
@@ -55,6 +60,8 @@ class Operation(Work):
             self._error = error
             self._finished = True
         finally:
+            if self._finished and self._record is not None:
+                self._record.__exit__(None, None, None)
             self._advancing.release()
         return self._finished
 
@@ -64,19 +71,24 @@ class Operation(Work):
         Raises:
             RuntimeError: the operation failed, or did not end in time.
         """
-        limit = timeout.total_seconds() or self._timeout_s
-        deadline = time.monotonic() + limit
+        limit_s = timeout.total_seconds() or self._timeout_s
+        if not self.finished_by(time.monotonic() + limit_s):
+            raise RuntimeError(f"{self.name}: Timed out after {limit_s:g} s")
+        if self._error is not None:
+            raise RuntimeError(f"{self.name} failed: {self._error}") from self._error
+        return True
+
+    def finished_by(self, deadline: float) -> bool:
+        """Wait until the operation is over, but not beyond ``deadline`` (``time.monotonic()``)."""
         tests = 0
         while not self._advance():
             tests += 1
             if tests > SPINS + YIELDS:
                 time.sleep(SLEEP_S)
                 if time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.name} did not finish within {limit:g} s")
+                    return False
             elif tests > SPINS:
                 os.sched_yield()
-        if self._error is not None:
-            raise RuntimeError(f"{self.name} failed: {self._error}") from self._error
         return True
 
     def is_completed(self) -> bool:
@@ -117,9 +129,3 @@ class Operation(Work):
             future.set_exception(error)
         else:
             future.set_result(self._outputs)
-
-
-def wait_all(works: list[Any]) -> None:
-    """Wait for several works in turn."""
-    for work in works:
-        work.wait()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fira.training.log import read_log
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import ROOT, run_function, run_ranks
 
 TRAIN = ROOT / "scripts" / "train.py"
 SETTINGS = """
@@ -186,8 +186,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(settings, whole):
 
 
 MISTAKES = {
-    "--pp 3": "choose pp × dp = 4",
-    "--pp 2 --ep 3": "--ep 3 does not divide",
+    "--pp 3": "choose pp × dp = 1",
+    "--ep 3": "--ep 3 does not divide",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
     "--model fira-huge": "no such preset; choose from fira-base",
     "--model_set n_head=7": "not divisible by n_head 7",
@@ -203,13 +203,18 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("flags", MISTAKES)
-def test_a_mistake_is_one_line_and_status_2(settings, tmp_path, flags):
-    ranks = 4 if "pp" in flags else 1  # the layout needs ranks; the rest is the same on any number of them
-    result = train(settings, ranks, "--out", tmp_path / "run", *flags.split(), status=2)
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert MISTAKES[flags] in lines[0]
+def test_a_mistake_is_one_line_and_status_2_on_every_rank(settings, tmp_path):
+    result = train(settings, 4, "--out", tmp_path / "run", "--pp", 3, status=2)
+    assert result.stderr.splitlines() == ["--pp 3 does not make 4 ranks; choose pp × dp = 4, or leave one out"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_mistake_says_what_and_where(settings, tmp_path):
+    flags = [["--config", str(settings), "--out", str(tmp_path / "run"), *words.split()] for words in MISTAKES]
+    (messages,) = run_function(1, "tests.train_ranks", "messages", flags=flags)
+    for message, (words, expected) in zip(messages, MISTAKES.items(), strict=True):
+        assert "\n" not in message
+        assert expected in message, words
     assert not (tmp_path / "run").exists()
 
 

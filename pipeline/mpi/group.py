@@ -21,20 +21,28 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, distributed_c10d
 
 from pipeline.mpi.buffers import as_bytes, as_numbers, average, reducible, reduction
+from pipeline.mpi.store import MPIStore
 from pipeline.mpi.work import Operation, Steps
 
 INNER_TAGS = 32767  # MPI guarantees tags up to this one, which monitored_barrier has for itself
 
 
 def start(comm: MPI.Intracomm, timeout_s: float) -> None:
-    """Make ``comm`` the default process group of ``torch.distributed``, backend "mpi".
+    """Make ``comm`` the default process group of ``torch.distributed``, backend "mpi" for the CPU.
 
     PyTorch knows the name "mpi", but its wheels are built without the class behind it. Ours takes that place, so
     ``new_group``, ``DeviceMesh`` and everything else make MPI groups by PyTorch's own path.
     """
-    distributed_c10d.ProcessGroupMPI = _Groups(comm, timeout_s)
+    groups = _Groups(comm, timeout_s)
+    distributed_c10d.ProcessGroupMPI = groups
     distributed_c10d._MPI_AVAILABLE = True
-    dist.init_process_group("mpi", timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        "cpu:mpi",  # by its device: for plain "mpi" PyTorch would ignore the store
+        store=groups.store,
+        rank=comm.Get_rank(),
+        world_size=comm.Get_size(),
+        timeout=timedelta(seconds=timeout_s),
+    )
 
 
 class _Groups:
@@ -43,6 +51,7 @@ class _Groups:
     def __init__(self, world: MPI.Intracomm, timeout_s: float) -> None:
         self._world = world
         self._timeout_s = timeout_s
+        self.store = MPIStore(world, timeout_s)  # torch keeps but its C++ half alive
 
     def create(self, ranks: list[int]) -> "MPIProcessGroup":
         ranks = ranks or list(range(self._world.Get_size()))

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.ranks import run_ranks
 
 RANKS = 4
-RUNS = {"gloo": ("gloo", "gloo"), "ours as gloo": ("mpi", "gloo"), "ours as mpi": ("mpi", "mpi")}
+RUNS = {"gloo": ("gloo", "gloo"), "ours as gloo": ("cpu:mpi", "gloo"), "ours as mpi": ("cpu:mpi", "mpi")}
 Outcome = tuple[str, str]  # pass, skip or fail; the reason
 
 

@@ -1,0 +1,110 @@
+"""The store: how ``torch.distributed``'s other backends (NCCL, gloo) find each other, without a port or a host name."""
+
+import json
+import threading
+import time
+from datetime import timedelta
+
+from mpi4py import MPI
+from torch.distributed import Store
+
+REQUEST, REPLY = 0, 1
+POLL_S = 0.005
+
+
+class MPIStore(Store):
+    """Keys and values kept by rank 0, whose thread answers requests over MPI. MPI groups themselves do not need it."""
+
+    def __init__(self, comm: MPI.Intracomm, timeout_s: float) -> None:
+        super().__init__()
+        self._comm = comm.Dup()
+        self._limit = timedelta(seconds=timeout_s)
+        self._asking = threading.Lock()  # one request at a time; none of them blocks
+        if comm.Get_rank() == 0:
+            threading.Thread(target=self._serve, name="mpi-store", daemon=True).start()
+
+    def _serve(self) -> None:
+        values: dict[str, str] = {}
+        status = MPI.Status()
+        while True:
+            if not self._comm.Iprobe(tag=REQUEST, status=status):
+                time.sleep(POLL_S)
+                continue
+            request = bytearray(status.Get_count(MPI.BYTE))
+            self._comm.Recv(request, status.Get_source(), REQUEST)
+            reply = json.dumps(_answer(values, *json.loads(request))).encode()
+            self._comm.Send(reply, status.Get_source(), REPLY)
+
+    def _ask(self, *request: object) -> str | int | None:
+        with self._asking:
+            sent = self._comm.Isend(json.dumps(request).encode(), 0, REQUEST)
+            status = MPI.Status()
+            while not self._comm.Iprobe(0, REPLY, status):
+                time.sleep(POLL_S)
+            reply = bytearray(status.Get_count(MPI.BYTE))
+            self._comm.Recv(reply, 0, REPLY)
+            sent.Wait()
+            return json.loads(reply)
+
+    def set(self, key: str, value: str | bytes) -> None:
+        self._ask("set", key, _text(value))
+
+    def get(self, key: str) -> bytes:
+        """The value of ``key``, waited for."""
+        self.wait([key])
+        return str(self._ask("get", key)).encode("latin-1")
+
+    def add(self, key: str, value: int) -> int:
+        return int(self._ask("add", key, value) or 0)
+
+    def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
+        return str(self._ask("compare_set", key, _text(expected_value), _text(desired_value))).encode("latin-1")
+
+    def check(self, keys: list[str]) -> bool:
+        return all(self._ask("get", key) is not None for key in keys)
+
+    def delete_key(self, key: str) -> bool:
+        return bool(self._ask("delete", key))
+
+    def num_keys(self) -> int:
+        return int(self._ask("count", "") or 0)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._limit = timeout
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        """Return when all keys are set.
+
+        Raises:
+            RuntimeError: they are not within ``timeout``.
+        """
+        limit = timeout or self._limit
+        deadline = time.monotonic() + limit.total_seconds()
+        while not self.check(keys):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Timed out after {limit.total_seconds():g} s waiting for {keys} in the store")
+            time.sleep(POLL_S)
+
+
+def _answer(values: dict[str, str], call: str, key: str, *args: str) -> str | int | None:
+    """Serve one request. Bytes travel as latin-1 text, counters as decimal text, as in PyTorch's own stores."""
+    match call:
+        case "set":
+            values[key] = args[0]
+        case "add":
+            values[key] = str(int(values.get(key, "0")) + int(args[0]))
+            return int(values[key])
+        case "compare_set":
+            expected, desired = args
+            if values.get(key, "") == expected:
+                values[key] = desired
+            return values.get(key, expected)
+        case "delete":
+            return int(values.pop(key, None) is not None)
+        case "count":
+            return len(values)
+    return values.get(key)
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else bytes(value).decode("latin-1")

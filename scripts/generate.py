@@ -1,10 +1,8 @@
 """Continue a prompt with a trained model, or say how well the model predicts a text."""
 
-import os
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
@@ -12,7 +10,7 @@ from fira import cli, encode, load_model
 from fira.data.tokenizer import eos_id, load_tokenizer
 from fira.errors import UserError
 from fira.generation.perplexity import perplexity
-from fira.generation.text import continue_text
+from fira.generation.text import continue_text, text_or_content
 from fira.models.language_model import LanguageModel
 from fira.training.hardware import choose_devices
 
@@ -36,22 +34,11 @@ def main() -> None:
     if tokenizer is None:
         raise UserError(f"{options.checkpoint} holds no tokenizer; give that of its data as --tokenizer")
     if options.eval_text is not None:
-        print(evaluate(model, tokenizer, options.eval_text))
+        text = text_or_content(options.eval_text)
+        ids = [eos_id(tokenizer), *encode(text, tokenizer)]  # in training a document follows the end of another
+        print(perplexity(model, ids).describe(len(text.encode())))
     if options.eval_text is None or options.prompt is not None:
         write(model, tokenizer, options)
-
-
-def evaluate(model: LanguageModel, tokenizer: Tokenizer, text: str) -> str:
-    """The perplexity of a text or of a file's content, for a person."""
-    if os.path.isfile(text):
-        try:
-            text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--eval-text {text}: {error}; give a text file in UTF-8") from None
-    loss = perplexity(model, [eos_id(tokenizer), *encode(text, tokenizer)])  # a document follows the end of another
-    bits = loss.bits_per_byte(len(text.encode()))
-    figures = f"{loss.nats:.4f} nats per token, {bits:.4f} bits per byte, {loss.tokens:,} tokens"
-    return f"perplexity {loss.perplexity:.5g}: {figures}"
 
 
 def write(model: LanguageModel, tokenizer: Tokenizer, options: Namespace) -> None:
@@ -63,7 +50,7 @@ def write(model: LanguageModel, tokenizer: Tokenizer, options: Namespace) -> Non
     print(options.prompt or "", end="", flush=True)
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
     started, written = time.perf_counter(), 0
-    for piece in continue_text(model, tokenizer, prompt or [eos_id(tokenizer)], count, **sampling):
+    for piece in continue_text(model, tokenizer, prompt, count, **sampling):
         print(piece, end="", flush=True)
         written += 1
     print()

@@ -31,6 +31,13 @@ class TextLoss:
         """The loss per byte of a text of `size` bytes, which other tokenizers can be compared with."""
         return self.nats * self.tokens / math.log(2) / size
 
+    def describe(self, size: int) -> str:
+        """All of it in one line. size: bytes of the text."""
+        return (
+            f"perplexity {self.perplexity:.5g}: {self.nats:.4f} nats per token, "
+            f"{self.bits_per_byte(size):.4f} bits per byte, {self.tokens:,} tokens"
+        )
+
 
 @torch.no_grad()
 def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor) -> TextLoss:

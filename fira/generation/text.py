@@ -1,5 +1,6 @@
 """Text to tokens and back, with the tokenizer that is meant where none is named."""
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fira.data.prepare import prepare
 from fira.data.tokenizer import eos_id, load_tokenizer
+from fira.errors import UserError
 from fira.generation.decoding import continuation
 from fira.models.language_model import LanguageModel
 from fira.models.registry import PRESETS
@@ -46,15 +48,26 @@ def _default_tokenizer() -> Tokenizer:
     return load_tokenizer(corpus.tokenizer)
 
 
+def text_or_content(value: str) -> str:
+    """A text itself, or what is in the file of that name."""
+    if not os.path.isfile(value):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{value}: {error}; give a text file in UTF-8") from None
+
+
 def continue_text(
     model: LanguageModel, tokenizer: Tokenizer, prompt: list[int], max_new_tokens: int, **sampling: float | int | None
 ) -> Iterator[str]:
     """What the model writes after a prompt, until it ends the document: one piece of text per token, as they come.
 
-    A piece is empty while a character is incomplete. sampling: temperature, top_k, top_p and seed, as in
-    `LanguageModel.generate`.
+    A piece is empty while a character is incomplete. After an empty prompt a document begins. sampling: temperature,
+    top_k, top_p and seed, as in `LanguageModel.generate`.
     """
     eos = eos_id(tokenizer)
+    prompt = prompt or [eos]  # in training a document follows the end of another
     stream = DecodeStream(prompt, skip_special_tokens=False)
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)
     for new in continuation(model, tokens, max_new_tokens, eos=eos, **sampling):  # type: ignore[arg-type]

@@ -38,10 +38,10 @@ def abort(status: int) -> NoReturn:
     raise AssertionError("MPI_Abort returned")
 
 
-def install(comm: Any) -> None:
+def install(comm: Any, watch: Any) -> None:
     """From now on an uncaught exception, in any thread, and a non-zero ``SystemExit`` end all ranks of ``comm``."""
     global _job
-    _job = _Job(comm)
+    _job = _Job(comm, watch)
     sys.excepthook = _job.on_exception
     threading.excepthook = lambda args: _job.on_exception(args.exc_type, args.exc_value, args.exc_traceback)
     _watch_exit_status(_job)
@@ -51,7 +51,8 @@ def install(comm: Any) -> None:
 class _Job:
     """All ranks, as seen from one that ends."""
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, watch: Any) -> None:
+        self._watch = watch  # knows what the other ranks are doing
         self._comm = comm.Dup()  # of its own: nothing else can be in the way
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
@@ -63,15 +64,17 @@ class _Job:
             self.end("", 130)
         else:
             lines = "".join(traceback.format_exception(kind, value, trace))
-            self.end(f"rank {self._rank} failed:\n{lines}", 1)
+            self.end(f"rank {self._rank} failed:\n{lines}", 1, explain=True)
 
-    def end(self, message: str, status: int) -> None:
+    def end(self, message: str, status: int, explain: bool = False) -> None:
         """Return if every rank fails and can exit by itself; abort the job otherwise. The message is printed once."""
         if not self._ending.acquire(blocking=False):
             return
         failing = self._failing_ranks()
         if self._rank == min(failing) and message:
             print(message.rstrip("\n"), file=sys.stderr)
+        if self._rank == min(failing) and explain:
+            print(self._watch.after_failure(), end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if len(failing) == self._size and threading.current_thread() is threading.main_thread():
@@ -80,7 +83,7 @@ class _Job:
             timer.start()
             return
         if self._rank != min(failing):
-            time.sleep(LISTEN_S)  # the one that prints comes first
+            time.sleep(EXIT_S)  # the one that prints comes first
         abort(status)
 
     def _failing_ranks(self) -> set[int]:
@@ -103,6 +106,11 @@ class _Job:
 
     def leave(self) -> None:
         """Wait for the other ranks before MPI's finalisation does: that would spin on a core they need."""
+        self._barrier()
+        self._watch.stop()
+        self._barrier()  # a rank that has gone before another's watch stopped would be taken for dead
+
+    def _barrier(self) -> None:
         everyone = self._comm.Ibarrier()
         while not everyone.Test():
             time.sleep(0.001)

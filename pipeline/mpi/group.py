@@ -6,6 +6,7 @@ Every method makes an ``Operation`` from a generator (see ``work.py``). A tensor
 and its output copied back; a buffer lives in the generator's frame until its requests are done.
 """
 
+import math
 import sys
 import time
 import zlib
@@ -22,18 +23,20 @@ from torch.distributed import ProcessGroup, ReduceOp, distributed_c10d
 
 from pipeline.mpi.buffers import as_bytes, as_numbers, average, reducible, reduction
 from pipeline.mpi.store import MPIStore
+from pipeline.mpi.trace import GroupTrace
+from pipeline.mpi.watch import Watch
 from pipeline.mpi.work import Operation, Steps
 
 INNER_TAGS = 32767  # MPI guarantees tags up to this one, which monitored_barrier has for itself
 
 
-def start(comm: MPI.Intracomm, timeout_s: float) -> None:
+def start(comm: MPI.Intracomm, watch: Watch) -> None:
     """Make ``comm`` the default process group of ``torch.distributed``, backend "mpi" for the CPU.
 
     PyTorch knows the name "mpi", but its wheels are built without the class behind it. Ours takes that place, so
     ``new_group``, ``DeviceMesh`` and everything else make MPI groups by PyTorch's own path.
     """
-    groups = _Groups(comm, timeout_s)
+    groups = _Groups(comm, watch)
     distributed_c10d.ProcessGroupMPI = groups
     distributed_c10d._MPI_AVAILABLE = True
     dist.init_process_group(
@@ -41,31 +44,39 @@ def start(comm: MPI.Intracomm, timeout_s: float) -> None:
         store=groups.store,
         rank=comm.Get_rank(),
         world_size=comm.Get_size(),
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=watch.timeout_s),
     )
 
 
 class _Groups:
     """Makes a group from global ranks. PyTorch calls ``create`` on its members only, with the same ranks on each."""
 
-    def __init__(self, world: MPI.Intracomm, timeout_s: float) -> None:
+    def __init__(self, world: MPI.Intracomm, watch: Watch) -> None:
         self._world = world
-        self._timeout_s = timeout_s
-        self.store = MPIStore(world, timeout_s)  # torch keeps but its C++ half alive
+        self._watch = watch
+        self.store = MPIStore(world, watch.timeout_s)  # torch keeps but its C++ half alive
 
     def create(self, ranks: list[int]) -> "MPIProcessGroup":
         ranks = ranks or list(range(self._world.Get_size()))
         tag = zlib.crc32(repr(ranks).encode()) % 32768  # groups made at the same time by several threads stay apart
-        comm = self._world.Create_group(self._world.Get_group().Incl(ranks), tag)
+        trace = self._watch.group(ranks)
+        entry = trace.begin("new_group", [])
+        with entry:
+            comm = self._world.Create_group(self._world.Get_group().Incl(ranks), tag)
+        entry.end(None)
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         timeout = sys._getframe(1).f_locals.get("timeout")  # of new_group; PyTorch has it, but does not pass it on
-        return MPIProcessGroup(comm, timeout.total_seconds() if timeout else self._timeout_s)
+        given = timeout not in (None, distributed_c10d.default_pg_timeout, timedelta(seconds=self._watch.timeout_s))
+        return MPIProcessGroup(comm, trace, timeout.total_seconds() if timeout and given else math.inf)
 
 
 class MPIProcessGroup(ProcessGroup):
-    """One communicator as a process group. Ranks are the group's own."""
+    """One communicator as a process group. Ranks are the group's own.
 
-    def __init__(self, comm: MPI.Intracomm, timeout_s: float) -> None:
+    ``timeout_s``: an operation that takes longer raises in the rank that waits. Without, the job's own timeout holds.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, trace: GroupTrace, timeout_s: float) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
         self._comm = comm
         self._inner = comm.Dup()  # messages of our own collectives, apart from the user's
@@ -73,7 +84,7 @@ class MPIProcessGroup(ProcessGroup):
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._timeout_s = timeout_s
-        self._name = ""
+        self._trace = trace
 
     # What torch asks a group about itself. Getters and setters are looked up by name from C++.
 
@@ -87,14 +98,18 @@ class MPIProcessGroup(ProcessGroup):
         return self._rank
 
     def setGroupName(self, name: str) -> None:
-        self._name = name
+        self._trace.name = name
 
     def getGroupName(self) -> str:
-        return self._name
+        return self._trace.name
 
     @property
     def group_name(self) -> str:
-        return self._name
+        return self._trace.name
+
+    def _set_group_desc(self, description: str) -> None:
+        self._trace.description = description
+        super()._set_group_desc(description)
 
     @property
     def supports_coalescing(self) -> bool:
@@ -104,10 +119,23 @@ class MPIProcessGroup(ProcessGroup):
         return self
 
     def _start(
-        self, name: str, steps: Steps, inputs: list[Tensor], outputs: list[Tensor] | None = None, peer: int = -1
+        self,
+        name: str,
+        steps: Steps,
+        inputs: list[Tensor],
+        outputs: list[Tensor] | None = None,
+        peer: int = -1,
+        detail: Any = None,
     ) -> Operation:
-        """The one place where an operation begins. Without ``outputs`` it works in place."""
-        return Operation(name, steps, inputs, inputs if outputs is None else outputs, self._timeout_s)
+        """The one place where an operation begins.
+
+        Args:
+            outputs: left out, it works in place.
+            peer: the other rank, or the root.
+            detail: what the trace notes besides: a message's tag, an all-to-all's sizes.
+        """
+        entry = self._trace.begin(name, inputs or outputs or [], peer, detail)
+        return Operation(entry, steps, inputs, inputs if outputs is None else outputs, self._timeout_s)
 
     # Reductions
 
@@ -145,7 +173,9 @@ class MPIProcessGroup(ProcessGroup):
             tensor.copy_(total)  # (a detached sparse tensor would keep the result to itself)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> Operation:
-        return self._start("reduce", self._reduce(tensors, _reduce_op(opts), opts.rootRank), tensors)
+        return self._start(
+            "reduce", self._reduce(tensors, _reduce_op(opts), opts.rootRank), tensors, None, opts.rootRank
+        )
 
     def _reduce(self, tensors: list[Tensor], op: ReduceOp, root: int) -> Steps:
         tensor = _local(*tensors)
@@ -190,7 +220,7 @@ class MPIProcessGroup(ProcessGroup):
     # Movement, as bytes
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Operation:
-        return self._start("broadcast", self._broadcast(tensors, opts.rootRank), tensors)
+        return self._start("broadcast", self._broadcast(tensors, opts.rootRank), tensors, peer=opts.rootRank)
 
     def _broadcast(self, tensors: list[Tensor], root: int) -> Steps:
         tensor = _local(*tensors)
@@ -237,7 +267,7 @@ class MPIProcessGroup(ProcessGroup):
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Operation:
         rows = outputs[0] if outputs else []
-        return self._start("gather", self._gather(rows, inputs[0], opts.rootRank), inputs, rows)
+        return self._start("gather", self._gather(rows, inputs[0], opts.rootRank), inputs, rows, opts.rootRank)
 
     def _gather(self, outputs: list[Tensor], input: Tensor, root: int) -> Steps:
         part = _local(input).contiguous()
@@ -248,7 +278,7 @@ class MPIProcessGroup(ProcessGroup):
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Operation:
         parts = inputs[0] if inputs else []
-        return self._start("scatter", self._scatter(outputs[0], parts, opts.rootRank), parts, outputs)
+        return self._start("scatter", self._scatter(outputs[0], parts, opts.rootRank), parts, outputs, opts.rootRank)
 
     def _scatter(self, output: Tensor, inputs: list[Tensor], root: int) -> Steps:
         output = _local(output)
@@ -272,7 +302,8 @@ class MPIProcessGroup(ProcessGroup):
     ) -> Operation:
         received = self._split("output", _local(output), output_splits)
         sent = [part.contiguous() for part in self._split("input", _local(input), input_splits)]
-        return self._start("all_to_all_single", self._alltoall(received, sent), [input], [output])
+        steps, sizes = self._alltoall(received, sent), (input_splits, output_splits)
+        return self._start("all_to_all_single", steps, [input], [output], detail=sizes)
 
     def _split(self, name: str, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """``tensor`` cut along its first dimension, a part per rank."""
@@ -299,17 +330,17 @@ class MPIProcessGroup(ProcessGroup):
     # Point to point
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        return self._start("send", self._send(tensors, peer, tag), tensors, peer=peer)
+        return self._start("send", self._send(tensors, peer, tag), tensors, peer=peer, detail=tag)
 
     def _send(self, tensors: list[Tensor], peer: int, tag: int) -> Steps:
         buffer = _local(*tensors).contiguous()
         yield [self._comm.Isend(as_bytes(buffer), peer, tag)]
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        return self._start("recv", self._recv(tensors, peer, tag), tensors, peer=peer)
+        return self._start("recv", self._recv(tensors, peer, tag), tensors, peer=peer, detail=tag)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> Operation:
-        return self._start("recvAnySource", self._recv(tensors, MPI.ANY_SOURCE, tag), tensors)
+        return self._start("recvAnySource", self._recv(tensors, MPI.ANY_SOURCE, tag), tensors, detail=tag)
 
     def _recv(self, tensors: list[Tensor], peer: int, tag: int) -> Steps:
         tensor = _local(*tensors)

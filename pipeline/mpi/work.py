@@ -10,6 +10,8 @@ import torch
 from mpi4py import MPI
 from torch.distributed import Work
 
+from pipeline.mpi.trace import Entry
+
 # An operation is a generator. It yields the requests it waits for, is sent their statuses, and finishes its outputs
 # after the last one. Its local variables keep every buffer alive until then.
 Steps = Generator[list[MPI.Request], list[MPI.Status], None]
@@ -23,10 +25,11 @@ class Operation(Work):
     """The ``torch.distributed.Work`` of one operation. It starts when it is made."""
 
     def __init__(
-        self, name: str, steps: Steps, inputs: list[torch.Tensor], outputs: list[torch.Tensor], timeout_s: float
+        self, entry: Entry, steps: Steps, inputs: list[torch.Tensor], outputs: list[torch.Tensor], timeout_s: float
     ) -> None:
         super().__init__()
-        self.name = name
+        self.name = name = entry.operation
+        self._entry = entry
         self._steps = steps
         self._outputs = outputs
         self._timeout_s = timeout_s
@@ -60,6 +63,8 @@ class Operation(Work):
             self._error = error
             self._finished = True
         finally:
+            if self._finished:
+                self._entry.end(self._error)
             if self._finished and self._record is not None:
                 self._record.__exit__(None, None, None)
             self._advancing.release()
@@ -80,15 +85,19 @@ class Operation(Work):
 
     def finished_by(self, deadline: float) -> bool:
         """Wait until the operation is over, but not beyond ``deadline`` (``time.monotonic()``)."""
+        if self._advance():
+            return True
         tests = 0
-        while not self._advance():
-            tests += 1
-            if tests > SPINS + YIELDS:
-                time.sleep(SLEEP_S)
-                if time.monotonic() > deadline:
-                    return False
-            elif tests > SPINS:
-                os.sched_yield()
+        self._entry.deadline = deadline
+        with self._entry:
+            while not self._advance():
+                tests += 1
+                if tests > SPINS + YIELDS:
+                    time.sleep(SLEEP_S)
+                    if time.monotonic() > deadline:
+                        return False
+                elif tests > SPINS:
+                    os.sched_yield()
         return True
 
     def is_completed(self) -> bool:

@@ -1,6 +1,5 @@
 """Start: one call gives every rank of ``mpirun`` a ``torch.distributed`` world."""
 
-import functools
 import os
 import sys
 from dataclasses import dataclass
@@ -16,19 +15,30 @@ class World:
     local_size: int
 
 
-@functools.cache
-def init(timeout_s: float = 600) -> World:
+def init(timeout_s: float | None = None) -> World:
     """Start MPI and ``torch.distributed`` on it; call it once per process, further calls return the same world.
 
     The default group and every group made from it use the backend "mpi". Without ``mpirun`` the world has one rank.
     From here on an uncaught exception or a non-zero ``SystemExit`` on one rank ends all ranks, see ``failure.py``.
 
     Args:
-        timeout_s: seconds a rank waits for the others in any one operation before it raises.
+        timeout_s: how long one operation may be waited for before the job is ended with a report; left out, the
+            environment's FIRA_TIMEOUT_S, or ten minutes.
 
     Raises:
         ImportError: no MPI library is installed.
+        ValueError: the timeout is not a positive number of seconds.
     """
+    global _world
+    if _world is None:
+        _world = _start(_timeout_s() if timeout_s is None else timeout_s)
+    return _world
+
+
+_world: World | None = None
+
+
+def _start(timeout_s: float) -> World:
     os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")  # MPICH: who failed and why is ours to say
     try:
         from mpi4py import MPI
@@ -38,6 +48,7 @@ def init(timeout_s: float = 600) -> World:
 
     from pipeline.mpi.failure import install
     from pipeline.mpi.group import start
+    from pipeline.mpi.watch import Watch
 
     comm = MPI.COMM_WORLD
     _refuse_foreign_mpirun(comm.Get_size())
@@ -47,9 +58,19 @@ def init(timeout_s: float = 600) -> World:
     torch.set_num_threads(max(1, len(cores) // world.local_size))
     local.Free()
 
-    start(comm, timeout_s)
-    install(comm)  # after torch, which installs an excepthook of its own
+    watch = Watch(comm, timeout_s)
+    start(comm, watch)
+    watch.start()
+    install(comm, watch)  # after torch, which installs an excepthook of its own
     return world
+
+
+def _timeout_s() -> float:
+    text = os.environ.get("FIRA_TIMEOUT_S", "600")
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"FIRA_TIMEOUT_S={text}: not a number of seconds") from error
 
 
 def _refuse_foreign_mpirun(size: int) -> None:

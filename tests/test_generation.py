@@ -2,6 +2,8 @@
 
 import math
 import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +14,13 @@ from torch import Tensor
 
 import fira
 from fira import FIRA, load_model
+from fira.data.prepare import Corpus, prepare
 from fira.data.tokenizer import eos_id, train_tokenizer
 from fira.errors import UserError
 from fira.generation.perplexity import perplexity
 from fira.generation.sampling import sample
-from fira.generation.text import continue_text
+from fira.generation.text import _default_tokenizer, continue_text
+from fira.models.context import Context, KVCache
 from fira.models.fira import FiraConfig
 from fira.models.registry import to_document
 from fira.training import checkpoint
@@ -92,6 +96,17 @@ def test_the_cache_saves_work() -> None:
     model.layers[1].register_forward_hook(lambda _module, inputs, _output: widths.append(inputs[0].shape[1]))
     model.generate([1, 2, 3], 12, temperature=0)
     assert widths == [3, *[1] * 9, 12, 12]
+
+
+@pytest.mark.parametrize("pieces", [[12], [1, 11], [3, 4, 5], [11, 1]])
+def test_the_cache_takes_any_number_of_tokens(pieces: list[int]) -> None:
+    model = make_model().double()
+    tokens = torch.randint(300, (2, 12), generator=torch.Generator().manual_seed(1))
+    context = Context(cache=KVCache())
+    logits = torch.cat([model(some, context) for some in tokens.split(pieces, 1)], 1)
+    torch.testing.assert_close(logits, model(tokens), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="context is 12"):
+        model(tokens[:, :1], context)
 
 
 def test_a_seed_fixes_what_is_sampled() -> None:
@@ -239,6 +254,35 @@ def test_encode_and_decode(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: py
     assert fira.decode(ids) == text
     with pytest.raises(UserError, match="no such tokenizer"):
         fira.encode(text, "missing.json")
+
+
+def test_without_a_tokenizer_that_of_the_default_corpus_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus.txt").write_text(TEXT * 9, encoding="utf-8")
+    wanted: list[int] = []
+
+    def small_corpus(vocab_size: int) -> Corpus:
+        wanted.append(vocab_size)
+        return prepare(str(tmp_path / "corpus.txt"), vocab_size=vocab_size, cache_dir=tmp_path, progress=False)
+
+    monkeypatch.setattr("fira.generation.text.prepare", small_corpus)
+    monkeypatch.chdir(tmp_path)
+    _default_tokenizer.cache_clear()
+    ids = fira.encode(TEXT)
+    assert fira.decode(ids) == TEXT
+    assert wanted == [2048]  # the vocabulary of the model that is trained by default, and prepared once
+    small = Tokenizer.from_file(str(small_corpus(2048).tokenizer))
+    assert ids == small.encode(TEXT, add_special_tokens=False).ids
+    _default_tokenizer.cache_clear()
+
+
+def test_public_names_are_loaded_when_asked_for() -> None:
+    script = "import sys, fira; assert 'torch' not in sys.modules; fira.FIRA; assert 'torch' in sys.modules"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
+    assert all(callable(getattr(fira, name)) for name in fira.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'wrong'"):
+        _ = fira.wrong
 
 
 # Checkpoints

@@ -1,15 +1,13 @@
 """Draw the training log of a run, or of several runs over each other."""
 
-import argparse
-import sys
 from pathlib import Path
 
-from fira.errors import UserError
+from fira import cli
 from fira.training.plots import plot_files
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN_OR_CSV", help="a run folder, or its training_log.csv"
     )
@@ -20,12 +18,8 @@ def main() -> None:
         help="default: training_progress.png beside the log; for several runs, comparison.png in this folder",
     )
     arguments = parser.parse_args()
-    try:
-        print(plot_files(arguments.runs, arguments.out))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    print(plot_files(arguments.runs, arguments.out))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fira import FIRA, create_pipeline_model
 from fira.models.context import Context
 from fira.models.fira import FiraConfig
-from fira.models.moe import Experts, MoE, Router, TokenDispatcher, gather_rows, sort_by_expert
+from fira.models.moe import MoE, Router, TokenDispatcher, gather_rows, sort_by_expert
 from fira.models.registry import PRESETS, build, from_document, to_document
 from tests import reference
 
@@ -34,9 +34,10 @@ def make_model(config: FiraConfig = CONFIG, dtype: torch.dtype = torch.float64) 
 
 
 def make_moe(top_k: int = 2, num_experts: int = 4, width: int = 6) -> MoE:
+    """The experts of a block, with parameters large enough that each of them matters."""
+    config = replace(CONFIG, d_model=width, n_head=1, d_ff=5, num_experts=num_experts, top_k=top_k)
     torch.manual_seed(1)
-    experts = Experts(num_experts, width, 5, 0.0, "moe.experts")
-    moe = MoE(Router(width, num_experts, top_k), experts, num_experts, 1, aux_coefficient=1.0).double()
+    moe = FIRA(config).layers[1].moe.double()
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.normal_()

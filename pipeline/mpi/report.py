@@ -4,7 +4,7 @@ Pure functions of what ``trace.py`` wrote: no MPI, no torch in this file.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import PurePath
 from typing import Any
@@ -28,6 +28,7 @@ class Report:
         self._silent = silent
         self._awaited: dict[int, set[int]] = defaultdict(set)  # rank → the ranks it waits for
         self._collectives: dict[Any, dict[int, Record]] = defaultdict(dict)  # (group, number) → by rank
+        self._reached: dict[Any, int] = defaultdict(int)  # (group, rank) → its last collective's number
         self._messages: dict[Any, list[Record]] = defaultdict(list)  # (group, from, to, tag) → in order
         for rank, snapshot in snapshots.items():
             for record in snapshot["operations"]:
@@ -40,7 +41,7 @@ class Report:
         silent = [f"rank {rank} did not answer: {reason}" for rank, reason in sorted(self._silent.items())]
         if not (self.mismatches or self.waits or silent):
             return ["no rank waits for another"]
-        return self.mismatches + self.waits + silent + self._look_first()
+        return self.mismatches + self.waits + silent + ([] if self.mismatches else self._look_first())
 
     def _index(self, rank: int, record: Record) -> None:
         name, group = record["operation"], _group_key(record)
@@ -49,64 +50,44 @@ class Report:
             self._messages[name, group, *ends, record["detail"]].append(record)
         elif name != "monitored_barrier":
             self._collectives[group, record["number"]][rank] = record
+            self._reached[group, rank] = max(self._reached[group, rank], record["number"])
 
     # What does not match
 
     def _mismatched_collectives(self) -> list[str]:
         """The first collective of each group that its ranks do not agree on; what follows it follows from it."""
         found: dict[Any, str] = {}
-        for (group, number), records in sorted(
-            self._collectives.items(), key=lambda item: (str(item[0][0]), item[0][1])
-        ):
-            if group not in found and (line := self._mismatch(group, number, records)):
-                found[group] = line
+        for (group, number), records in sorted(self._collectives.items()):
+            if group not in found and (line := self._disagreement(records) or _uneven(records)):
+                following = self._collectives.get((group, number + 1), {}).values()
+                swapped = {r["operation"] for r in records.values()} & {r["operation"] for r in following}
+                found[group] = line + (" (the order differs)" if line.startswith("the operations") and swapped else "")
         return list(found.values())
 
-    def _mismatch(self, group: Any, number: int, records: dict[int, Record]) -> str:
-        for what in ("operation", "root", "dtype", "size"):
-            ranks_by_value = defaultdict(list)
+    def _disagreement(self, records: dict[int, Record]) -> str:
+        for what, value_of in AGREED.items():
+            ranks: dict[Any, list[int]] = defaultdict(list)
             for rank, record in sorted(records.items()):
-                ranks_by_value[_agreed(record, what)].append(rank)
-            if len(ranks_by_value) > 1:
-                sides = [f"{_ranks(ranks)} {self._called(records[ranks[0]])}" for ranks in ranks_by_value.values()]
-                order = " (in another order)" if what == "operation" and self._swapped(group, number, records) else ""
-                return f"the {what}s of #{number} in group {_group(next(iter(records.values())))} differ{order}: " + (
-                    "; ".join(sides)
-                )
-        return self._mismatched_sizes(records)
-
-    def _swapped(self, group: Any, number: int, records: dict[int, Record]) -> bool:
-        """Does a rank call next what another called now?"""
-        names = {record["operation"] for record in records.values()}
-        following = self._collectives.get((group, number + 1), {}).values()
-        return any(record["operation"] in names for record in following)
-
-    def _mismatched_sizes(self, records: dict[int, Record]) -> str:
-        """In an uneven all-to-all, what one rank sends to another must be what that one expects."""
-        ranks = next(iter(records.values()))["ranks"]
-        for rank, record in records.items():
-            for peer, other in records.items():
-                if not (record["detail"] and other["detail"]):
-                    continue
-                sent, expected = record["detail"][0], other["detail"][1]
-                if sent and expected and sent[ranks.index(peer)] != expected[ranks.index(rank)]:
-                    return (
-                        f"the sizes of {_name(record)} differ: rank {rank} sends {sent[ranks.index(peer)]} rows to "
-                        f"rank {peer}, {_where(record)}, which expects {expected[ranks.index(rank)]}, {_where(other)}"
-                    )
+                if (value := value_of(record)) is not None:
+                    ranks[value].append(rank)
+            if len(ranks) > 1:
+                one = next(iter(records.values()))
+                sides = "; ".join(f"{_ranks(some)} called {_call(records[some[0]])}" for some in ranks.values())
+                return f"the {what}s of #{one['number']} in group {_group(one)} differ: {sides}"
         return ""
 
     def _mismatched_messages(self) -> list[str]:
         found = []
         for (name, *ends), sends in self._messages.items():
-            receives = {record["number"]: record for record in self._messages.get(("recv", *ends), [])}
-            for send in sends if name == "send" else []:
+            if name != "send":
+                continue
+            receives = {receive["number"]: receive for receive in self._messages.get(("recv", *ends), [])}
+            for send in sends:
                 receive = receives.get(send["number"])
                 if receive and (_size(send), send["dtype"]) != (_size(receive), receive["dtype"]):
-                    _, source, target, _ = ends
                     found.append(
-                        f"message #{send['number']} from rank {source} to rank {target} does not match: it was sent as "
-                        f"{_tensor(send)}, {_where(send)}, and is expected as {_tensor(receive)}, {_where(receive)}"
+                        f"message #{send['number']} from rank {ends[1]} to rank {ends[2]} is sent as {_tensor(send)}, "
+                        f"{_where(send)}, and expected as {_tensor(receive)}, {_where(receive)}"
                     )
                     break
         return found
@@ -114,58 +95,61 @@ class Report:
     # Who waits
 
     def _waits(self) -> list[str]:
-        waiting: dict[Any, list[int]] = defaultdict(list)
-        examples: dict[Any, Record] = {}
+        together: dict[Any, dict[int, Record]] = defaultdict(dict)
         for rank, snapshot in sorted(self._snapshots.items()):
             for record in snapshot["operations"]:
                 if record["waited_s"] is not None:
                     alone = rank if record["operation"] in (*POINT_TO_POINT, "monitored_barrier") else None
-                    key = (_group_key(record), record["operation"], record["number"], record["peer"], alone)
-                    waiting[key].append(rank)
-                    examples.setdefault(key, record)
+                    together[_group_key(record), record["operation"], record["number"], record["peer"], alone][rank] = (
+                        record
+                    )
         lines = []
-        for key, ranks in waiting.items():
-            record = examples[key]
-            waits = "wait" if len(ranks) > 1 else "waits"
-            lines.append(f"{_ranks(ranks)} {waits} in {self._described(record)}, {_where(record)}")
-            lines += self._missing_from(record, ranks)
+        for waiting in together.values():
+            rank, record = next(iter(waiting.items()))
+            waits = "waits" if len(waiting) == 1 else "wait"
+            lines.append(f"{_ranks(waiting)} {waits} in {_described(record)}, {_where(record)}")
+            if record["operation"] in POINT_TO_POINT:
+                lines += self._missing_message(rank, record)
+            elif record["operation"] != "monitored_barrier":
+                lines += self._missing_ranks(set(waiting), record)
         return lines
 
-    def _missing_from(self, record: Record, waiting: list[int]) -> list[str]:
-        """Why an operation does not end, a line per rank that it needs."""
-        if record["operation"] in POINT_TO_POINT:
-            return self._missing_message(record, waiting[0])
-        entered = self._collectives[_group_key(record), record["number"]]
+    def _missing_ranks(self, waiting: set[int], record: Record) -> list[str]:
+        """The ranks that a collective waits for, a line for each that answered."""
+        group, number = _group_key(record), record["number"]
         lines = []
-        for rank in record["ranks"]:
-            theirs = entered.get(rank)
-            if rank in waiting or (theirs and theirs["finished"]):
+        for rank in sorted(set(record["ranks"]) - waiting):
+            theirs = self._collectives[group, number].get(rank)
+            if theirs["finished"] if theirs else self._reached[group, rank] > number:  # the trace forgets in time
                 continue
             for waiter in waiting:
                 self._awaited[waiter].add(rank)
             if rank in self._silent:
                 continue
             if theirs is None:
-                lines.append(f"rank {rank} never entered {self._described(record)}; {self._doing(rank)}")
+                lines.append(f"rank {rank} never entered {_described(record)}; {self._doing(rank)}")
             elif theirs["operation"] == record["operation"]:
                 lines.append(f"rank {rank} has entered it, but does not wait for it; {self._doing(rank)}")
         return lines
 
-    def _missing_message(self, record: Record, rank: int) -> list[str]:
-        peer = record["peer"]
-        if peer is None or peer in self._silent:
-            self._awaited[rank].update([peer] if peer is not None else [])
-            return [] if peer is not None else [f"no rank has sent what rank {rank} would take from any"]
-        group = _group_key(record)
-        ends = (rank, peer) if record["operation"] == "send" else (peer, rank)
-        wanted, verb = ("recv", "receives") if record["operation"] == "send" else ("send", "sends")
-        theirs = self._messages.get((wanted, group, *ends, record["detail"]), [])
-        if theirs and theirs[-1]["number"] >= record["number"]:
+    def _missing_message(self, rank: int, record: Record) -> list[str]:
+        """Why a message does not cross."""
+        peer, group, tag = record["peer"], _group_key(record), record["detail"]
+        if peer is None:
+            return []
+        if record["operation"] == "recv":
+            wanted, never, ends = "send", "sent", (peer, rank)
+        else:
+            wanted, never, ends = "recv", "took", (rank, peer)
+        tags = {key[-1]: records for key, records in self._messages.items() if key[:-1] == (wanted, group, *ends)}
+        from_any = self._messages.get((wanted, group, None, peer, tag), [])
+        if any(theirs["number"] >= record["number"] for theirs in tags.pop(tag, [])) or from_any:
             return []
         self._awaited[rank].add(peer)
-        tags = {key[-1] for key in self._messages if key[:-1] == (wanted, group, *ends)} - {record["detail"]}
-        other = f" (but with tag {', '.join(map(str, sorted(tags)))})" if tags else ""
-        return [f"rank {peer} never {verb} it{other}; {self._doing(peer)}"]
+        if peer in self._silent:
+            return []
+        others = f", only such with tag {', '.join(map(str, sorted(tags)))}" if tags else ""
+        return [f"rank {peer} never {never} it{others}; {self._doing(peer)}"]
 
     def _doing(self, rank: int) -> str:
         """A rank's last operation, and where it is now."""
@@ -192,28 +176,34 @@ class Report:
             return [f"look first at {_ranks(idle)}"]
         return [f"{_ranks(sorted(wanted))} wait for each other"] if wanted else []
 
-    def _described(self, record: Record) -> str:
-        tensor = _tensor(record)
-        return f"{_name(record)} (group {_group(record)}{', ' + tensor if tensor else ''})"
 
-    def _called(self, record: Record) -> str:
-        root = f" with root {record['peer']}" if record["peer"] is not None else ""
-        tensor = _tensor(record)
-        return f"called {record['operation']}{root}{' of ' + tensor if tensor else ''}, {_where(record)}"
-
-
-def _agreed(record: Record, what: str) -> Any:
-    """A property that all ranks of a collective must have in common; None where they need not."""
-    if what == "root":
-        return record["peer"]
-    if what == "size":
-        return None if record["operation"].startswith("all_to_all") else _size(record)
-    return record[what]
+def _uneven(records: dict[int, Record]) -> str:
+    """In an uneven all-to-all, what one rank sends to another must be what that one expects."""
+    exchanges = {rank: record for rank, record in records.items() if record["detail"] and all(record["detail"])}
+    for rank, record in exchanges.items():
+        for peer, other in exchanges.items():
+            sent = record["detail"][0][record["ranks"].index(peer)]
+            expected = other["detail"][1][other["ranks"].index(rank)]
+            if sent != expected:
+                return (
+                    f"the sizes of {_name(record)} differ: rank {rank} sends {sent} rows to rank {peer}, "
+                    f"{_where(record)}, which expects {expected}, {_where(other)}"
+                )
+    return ""
 
 
 def _size(record: Record) -> int | None:
     """Elements; shapes may differ, as [4] and [4, 1] do."""
     return None if record["shape"] is None else prod(record["shape"])
+
+
+# What all ranks of a collective must have in common; None where there is nothing to compare
+AGREED: dict[str, Callable[[Record], Any]] = {
+    "operation": lambda record: record["operation"],
+    "root": lambda record: record["peer"],
+    "dtype": lambda record: record["dtype"],
+    "size": lambda record: None if record["operation"].startswith("all_to_all") else _size(record),
+}
 
 
 def _group_key(record: Record) -> tuple[str, tuple[int, ...]]:
@@ -222,6 +212,17 @@ def _group_key(record: Record) -> tuple[str, tuple[int, ...]]:
 
 def _group(record: Record) -> str:
     return f"{record['description'] or record['group']} of {_ranks(record['ranks'])}".strip()
+
+
+def _described(record: Record) -> str:
+    return f"{_name(record)} (group {_group(record)}{'; ' if record['shape'] is not None else ''}{_tensor(record)})"
+
+
+def _call(record: Record) -> str:
+    root = "" if record["peer"] is None else f" with root {record['peer']}"
+    return (
+        f"{record['operation']}{root}{' of ' if record['shape'] is not None else ''}{_tensor(record)}, {_where(record)}"
+    )
 
 
 def _name(record: Record) -> str:

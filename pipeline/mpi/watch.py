@@ -72,6 +72,7 @@ class Watch:
     def after_failure(self) -> str:
         """For the rank whose failure ends the job: what does not match between ranks and who waits, or nothing."""
         snapshots = self._gather(enough=range(self._size))
+        snapshots[self._rank]["now"] = "the failure above"
         report = Report(snapshots, {})
         lines = report.mismatches + report.waits
         return self._publish("the other ranks meanwhile", lines, snapshots) if lines else ""
@@ -103,11 +104,14 @@ class Watch:
             self._report(*self._requests.pop())
         for rank, at in self._gone.items():
             if now - at > DEATH_S:
-                self._report(f"rank {rank} (process {self._pids[rank]}) died without a word", end=True)
+                self._report(f"rank {rank} (process {self._pids[rank]}) died without a word; the job ends", end=True)
         for entry in self._trace.waiting.copy():
             entry.waited_s += elapsed
             if entry.waited_s > self.timeout_s and entry.deadline == math.inf:
-                self._report(f"rank {self._rank} has waited {entry.waited_s:.0f} s in {entry.operation}", end=True)
+                self._report(
+                    f"rank {self._rank} has waited {entry.waited_s:.0f} s in {entry.operation} and ends the job",
+                    end=True,
+                )
 
     def _report(self, reason: str, end: bool) -> None:
         """Have the lowest rank that answers report, which may be this one; then end the job, if so asked."""
@@ -118,7 +122,9 @@ class Watch:
         first = min(snapshots)
         if first != self._rank:
             self._send(json.dumps([reason, end]).encode(), first, REPORT)
-            self._await_the_end(RELAY_S if end else 0)
+            if end:
+                self._await_the_end()
+                print(f"pipeline: {reason}; rank {first} did not report in time", file=sys.stderr, flush=True)
         else:
             snapshots = self._gather(enough=range(self._size))
             report = Report(snapshots, {rank: self._why(rank) for rank in range(self._size) if rank not in snapshots})
@@ -126,16 +132,16 @@ class Watch:
         if end:
             abort(1)
 
-    def _await_the_end(self, seconds: float) -> None:
-        """Answer what the reporting rank asks. It ends the job; should it fail, this rank does so in the end."""
-        deadline = time.monotonic() + seconds
+    def _await_the_end(self) -> None:
+        """Answer what the reporting rank asks, which then ends the job; return if it has not."""
+        deadline = time.monotonic() + RELAY_S
         while time.monotonic() < deadline:
             self._receive()
             time.sleep(0.01)
 
     def _publish(self, reason: str, lines: list[str], snapshots: dict[int, Snapshot]) -> str:
         """Write report and traces to a new folder; returns the report, and where the traces are."""
-        text = "\n  ".join([f"mpi: {reason}", *lines])
+        text = "\n  ".join([f"pipeline: {reason}", *lines])
         folder = Path(os.environ.get("FIRA_HANG_DIR", "fira-hang"), time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid()))
         try:
             folder.mkdir(parents=True, exist_ok=True)

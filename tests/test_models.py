@@ -270,6 +270,7 @@ def test_parameters_of_fira_base(top_k: int, active: int) -> None:
 
 def test_top_k_may_be_a_fraction_of_the_experts() -> None:
     assert Router(8, 4, 0.8).top_k == 3
+    assert Router(8, 4, 0.7).top_k == 2  # rounded down
     assert Router(8, 4, 1.0).top_k == 4
     assert Router(8, 4, 0.01).top_k == 1
     assert all(Router(1, e, n / e).top_k == n for e in range(1, 60) for n in range(1, e + 1))

@@ -12,7 +12,7 @@ from typing import Any
 Record = dict[str, Any]  # as trace.py writes it
 Snapshot = dict[str, Any]
 
-POINT_TO_POINT = ("send", "recv")
+POINT_TO_POINT = ("send", "recv", "recvAnySource")
 
 
 class Report:
@@ -46,8 +46,8 @@ class Report:
     def _index(self, rank: int, record: Record) -> None:
         name, group = record["operation"], _group_key(record)
         if name in POINT_TO_POINT:
-            ends = (rank, record["peer"]) if name == "send" else (record["peer"], rank)
-            self._messages[name, group, *ends, record["detail"]].append(record)
+            ends = ("send", group, rank, record["peer"]) if name == "send" else ("recv", group, record["peer"], rank)
+            self._messages[*ends, record["detail"]].append(record)
         elif name != "monitored_barrier":
             self._collectives[group, record["number"]][rank] = record
             self._reached[group, rank] = max(self._reached[group, rank], record["number"])
@@ -228,8 +228,12 @@ def _call(record: Record) -> str:
 def _name(record: Record) -> str:
     text = f"{record['operation']} #{record['number']}"
     if record["operation"] in POINT_TO_POINT:
-        peer = "any rank" if record["peer"] is None else f"rank {record['peer']}"
-        text += f" {'to' if record['operation'] == 'send' else 'from'} {peer}, tag {record['detail']}"
+        end = (
+            ""
+            if record["peer"] is None
+            else f" {'to' if record['operation'] == 'send' else 'from'} rank {record['peer']}"
+        )
+        text += f"{end}, tag {record['detail']}"
     elif record["peer"] is not None:
         text += f" with root {record['peer']}"
     return text

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 LAST = 256  # operations kept per rank
-POINT_TO_POINT = frozenset({"send", "recv", "monitored_barrier"})  # numbered per peer and tag, not per group
+POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})  # numbered per peer and tag, not per group
 
 
 class _Inside(dict[str, bool]):

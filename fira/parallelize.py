@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from fira.expert_parallel import AllToAllDispatcher
+from fira.models.experts import ExpertBank
 from fira.models.init import initialise
 from fira.models.language_model import LanguageModel
-from fira.models.moe import Experts, MoE
+from fira.models.moe import MoE
 from fira.models.registry import build
 from fira.training.objective import objective
 from pipeline.engine import Engine
@@ -114,7 +115,7 @@ def parallelize(
 
 def _expert_tensors(model: nn.Module) -> set[str]:
     """The global names of the parameters whose dim 0 counts experts."""
-    experts = ((path, module) for path, module in model.named_modules() if isinstance(module, Experts))
+    experts = ((path, module) for path, module in model.named_modules() if isinstance(module, ExpertBank))
     return {f"{path}.{name}" for path, module in experts for name, _ in module.named_parameters(recurse=False)}
 
 
@@ -124,7 +125,7 @@ def _spread_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> i
     for module in layer.modules():
         if isinstance(module, MoE) and ranks > 1:
             module.dispatcher = AllToAllDispatcher(group)
-        if isinstance(module, Experts):
+        if isinstance(module, ExpertBank):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 share = len(parameter) // ranks
                 first = mesh.ep_rank * share

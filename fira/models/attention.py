@@ -1,40 +1,91 @@
-"""Causal multi-head self-attention."""
+"""Causal self-attention, with the variants that the families are made of."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fira.models.context import KVCache
-from fira.models.init import Xavier
+from fira.models.norms import RMSNorm
+from fira.models.rotary import Rotary
 
 
 class SelfAttention(nn.Module):
     """softmax(q kᵀ / √hd) v per head, each token attending to itself and earlier ones (Vaswani et al. 2017).
 
-    index: the layer's number, which names its part of a cache.
+    name: global; under it a cache keeps the keys and values.
+    linear: makes the projections q, k, v, o from (width in, width out, bias=).
+    n_kv_head: each key and value head serves n_head / n_kv_head query heads (Ainslie et al. 2023, arXiv 2305.13245).
+    qk_norm_eps: RMS-normalise q and k over their full width, before they are split into heads.
+    window: token t attends to (t − window, t].
+    gated: the heads' output is multiplied by a linear function of x before the projection o.
     """
 
-    def __init__(self, d_model: int, n_head: int, index: int) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        name: str,
+        linear: Callable[..., nn.Linear],
+        *,
+        n_kv_head: int | None = None,
+        bias: bool = False,
+        qk_norm_eps: float | None = None,
+        rotary: Rotary | None = None,
+        window: int | None = None,
+        gated: bool = False,
+    ) -> None:
         super().__init__()
+        n_kv_head = n_kv_head or n_head
         if d_model % n_head:
             raise ValueError(f"d_model {d_model} is not divisible by n_head {n_head}")
-        self.n_head = n_head
-        self.index = index
-        self.q, self.k, self.v, self.o = (Xavier(d_model, d_model) for _ in range(4))
+        if n_head % n_kv_head:
+            raise ValueError(f"n_head {n_head} is not divisible by n_kv_head {n_kv_head}")
+        self.head_dim = d_model // n_head
+        self.shared = n_kv_head != n_head
+        self.name = name
+        self.rotary = rotary
+        self.window = window
+        width = n_kv_head * self.head_dim
+        self.q = linear(d_model, d_model, bias=bias)
+        self.k, self.v = (linear(d_model, width, bias=bias) for _ in range(2))
+        self.o = linear(d_model, d_model, bias=bias)
+        self.g = linear(d_model, d_model, bias=bias) if gated else None
+        self.q_norm, self.k_norm = (
+            nn.Identity() if qk_norm_eps is None else RMSNorm(w, qk_norm_eps) for w in (d_model, width)
+        )
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """x: [B, T, d] → [B, T, d]. With a cache, x are the tokens that follow those in it."""
-        q, k, v = (proj(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for proj in (self.q, self.k, self.v))
+        q, k, v = (
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projected in (self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x))
+        )
+        length = x.shape[1]
         if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        new, seen = q.shape[2], k.shape[2]
-        mask = None
-        if 1 < new < seen:
-            mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=new == seen)
-        return self.o(y.transpose(1, 2).flatten(2))
+            length += cache.length
+            k, v = cache.extend(self.name, k, v, self.window)
+        if self.rotary is not None:  # after the cache, because with dynamic scaling all angles depend on the length
+            q, k = self.rotary(q, length), self.rotary(k, length)
+        mask = self._mask(q, k)
+        causal = mask is None and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.shared)
+        y = y.transpose(1, 2).flatten(2)
+        return self.o(y if self.g is None else y * self.g(x))
 
-    @staticmethod
-    def flops_per_token(d_model: int, length: int) -> float:
-        """Forward FLOPs per token: four projections, and the causal half of scores and values."""
-        return 8.0 * d_model * d_model + 2.0 * d_model * length
+    def _mask(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """[new, seen] bool: which keys each query sees, the queries being the last tokens among them.
+
+        None where that is all of them for one query, or what is called causal for as many queries as keys.
+        """
+        new, seen = q.shape[2], k.shape[2]
+        window = self.window or seen
+        if window >= seen and new in (1, seen):
+            return None
+        mask = torch.ones(new, seen, dtype=torch.bool, device=q.device)
+        return mask.tril(seen - new).triu(seen - new - window + 1)
+
+    def own_flops_per_token(self, length: int) -> float:
+        """Scores and values, of which causality leaves half, and a window less."""
+        return 2.0 * self.o.in_features * min(length, 2 * (self.window or length))

@@ -6,20 +6,31 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from fira.models.dropout import token_keys
+
 
 class KVCache:
-    """Keys and values of the tokens already seen, per attention layer; `length` is their number."""
+    """What was computed of the tokens already seen; `length` is their number.
+
+    Attention keeps keys and values. A recurrent layer keeps its state, of one size for any length, in `states`.
+    Both stand under the global name of the module, so they can be saved, and taken up by another cache.
+    """
 
     def __init__(self) -> None:
         self.length = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.states: dict[str, Tensor] = {}
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new keys and values [B, H, T, hd] of a layer and return all of them."""
-        if layer in self._layers:
-            old_k, old_v = self._layers[layer]
-            k, v = torch.cat([old_k, k], dim=2), torch.cat([old_v, v], dim=2)
-        self._layers[layer] = k, v
+    def extend(self, name: str, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        """Append a module's new keys and values [B, H, T, hd] and return all of them.
+
+        window: how many tokens, itself included, a token looks back; what is out of sight of the next one is dropped.
+        """
+        places = f"{name}.k", f"{name}.v"
+        if places[0] in self.states:
+            k, v = (torch.cat([self.states[place], new], dim=2) for place, new in zip(places, (k, v), strict=True))
+        first = 0 if window is None else max(0, k.shape[2] - window + 1)
+        for place, whole in zip(places, (k, v), strict=True):
+            self.states[place] = whole[:, :, first:]
         return k, v
 
 
@@ -36,10 +47,10 @@ class Context:
     """The sequence is the unit: nothing here depends on how sequences are grouped or spread over ranks.
 
     lengths: [B] valid tokens of each sequence (the rest is padding on the right); None: all of them.
-    keys: [B] int64, one random number per sequence, from which all its dropout follows; None: no dropout.
+    keys: [B] int64, one random number per sequence, from which all its dropout and noise follow; None: neither.
     aux_weights: [B] what each sequence's auxiliary loss weighs in the objective; None: not trained.
     loss_weight: what one token's loss weighs in the objective.
-    cache: keys and values of earlier tokens, when decoding.
+    cache: what was computed of earlier tokens, when decoding.
     stats: filled by MoE layers, by (layer, part). Assigned, not added to, so recomputing a layer changes nothing.
     part: which of the parts of a micro-batch this is, where a micro-batch is split once more.
     """
@@ -76,6 +87,10 @@ class Context:
             return None if x is None else x.to(device, non_blocking=True)
 
         return replace(self, lengths=move(self.lengths), keys=move(self.keys), aux_weights=move(self.aux_weights))
+
+    def token_keys(self, x: Tensor) -> Tensor | None:
+        """[B, T] int32, one random number per token of x [B, T, …], which start their sequences; None: no dropout."""
+        return None if self.keys is None else token_keys(self.keys, 0, x.shape[1])
 
     def valid(self, x: Tensor) -> Tensor:
         """[B, T] bool: which tokens of x [B, T, …] are not padding."""

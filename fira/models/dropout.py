@@ -5,6 +5,7 @@ recomputing a layer gives the same mask, and a checkpoint has no random state to
 times as fast as drawing from a generator, because the hash vectorises.
 """
 
+import math
 import zlib
 
 import torch
@@ -34,14 +35,35 @@ def token_keys(keys: Tensor, start: int, length: int) -> Tensor:
     return _mix(_mix(low[:, None] + position) ^ high[:, None])
 
 
-def keep_mask(rows: Tensor, columns: int, p: float) -> Tensor:
-    """[…] int32 row keys → […, columns] bool, each entry true with probability 1 − p."""
+def random_bits(rows: Tensor, columns: int) -> Tensor:
+    """[…] int32 row keys → […, columns] int32, uniform; the higher a bit the more random."""
     channel = _mix(torch.arange(1, columns + 1, dtype=torch.int32, device=rows.device))
     bits = rows[..., None] ^ channel
     bits.mul_(_FIRST)
     bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF))
-    bits.mul_(_SECOND)  # its high bits, which the comparison reads, depend on all bits of row and channel
-    return bits >= round(p * 2**32) - 2**31
+    return bits.mul_(_SECOND)  # its high bits, which comparisons read, depend on all bits of row and channel
+
+
+def keep_mask(rows: Tensor, columns: int, p: float) -> Tensor:
+    """[…] int32 row keys → […, columns] bool, each entry true with probability 1 − p."""
+    return random_bits(rows, columns) >= round(p * 2**32) - 2**31
+
+
+def normal(rows: Tensor, columns: int) -> Tensor:
+    """[…] int32 row keys → […, columns] float64 from the standard normal distribution (Box & Muller 1958)."""
+    uniform = (random_bits(rows, 2 * columns).double() + (2**31 + 0.5)) / 2**32  # inside (0, 1)
+    radius, angle = uniform.chunk(2, dim=-1)
+    return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+
+
+def salt(name: str) -> int:
+    """A number for one place in the model, by its global name."""
+    return _signed(zlib.crc32(name.encode()))
+
+
+def at_place(rows: Tensor, salt: int) -> Tensor:
+    """[…] int32 token keys → the row keys of one place in the model."""
+    return _mix(rows ^ salt)
 
 
 class Dropout(nn.Module):
@@ -55,11 +77,11 @@ class Dropout(nn.Module):
         if not 0 <= p < 1:
             raise ValueError(f"dropout probability {p} is not in [0, 1)")
         self.p = p
-        self.salt = _signed(zlib.crc32(name.encode()))
+        self.salt = salt(name)
 
     def forward(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """x: […, C]; rows: […] int32 token keys, or None for no dropout."""
         if self.p == 0 or rows is None:
             return x
-        keep = keep_mask(_mix(rows ^ self.salt), x.shape[-1], self.p)
+        keep = keep_mask(at_place(rows, self.salt), x.shape[-1], self.p)
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))

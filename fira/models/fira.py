@@ -8,15 +8,19 @@ Learned token and position embeddings, a final LayerNorm, an untied head without
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fira.models.attention import SelfAttention
+from fira.models.aux_losses import even_weights
 from fira.models.context import Context
-from fira.models.dropout import Dropout, token_keys
+from fira.models.dropout import Dropout
+from fira.models.embedding import Embedding, Head
+from fira.models.experts import Experts
 from fira.models.init import Xavier
 from fira.models.language_model import LanguageModel
-from fira.models.moe import Experts, MoE, Router
+from fira.models.layer import Layer
+from fira.models.moe import MoE
+from fira.models.router import Router
 
 
 @dataclass(frozen=True)
@@ -44,75 +48,27 @@ PRESETS = {
 RECIPES = {"fira-base": (20_000, 6e-4, 5e-5, 700), "fira-tiny": (400, 3e-3, 3e-4, 20)}
 
 
-class Embedding(nn.Module):
-    """Token plus position."""
-
-    def __init__(self, config: FiraConfig) -> None:
-        super().__init__()
-        self.token = nn.Embedding(config.vocab_size, config.d_model)
-        self.position = nn.Embedding(config.seq_len, config.d_model)
-        self.dropout = Dropout(config.dropout, "layers.0.dropout")
-
-    def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        """[B, T] int64 → [B, T, d]."""
-        start = context.cache.length if context.cache else 0
-        if start + tokens.shape[1] > self.position.num_embeddings:
-            raise ValueError(f"{start + tokens.shape[1]} tokens, the model's context is {self.position.num_embeddings}")
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        return self.dropout(self.token(tokens) + self.position(positions), _row_keys(tokens, context))
-
-    def flops_per_token(self, length: int) -> float:
-        return 0.0
-
-
-class Block(nn.Module):
+class Block(Layer):
     """Pre-norm attention, then pre-norm experts, each in a residual branch. index: its place among the layers."""
 
     def __init__(self, config: FiraConfig, index: int) -> None:
         super().__init__()
-        self.config = config
-        self.norm1 = nn.LayerNorm(config.d_model)
-        self.attention = SelfAttention(config.d_model, config.n_head, index)
-        self.norm2 = nn.LayerNorm(config.d_model)
-        name = f"layers.{index}"
-        router = Router(config.d_model, config.num_experts, config.top_k)
-        experts = Experts(config.num_experts, config.d_model, config.d_ff, config.dropout, f"{name}.moe.experts")
-        self.moe = MoE(router, experts, config.num_experts, index, config.aux_coefficient)
-        self.post_norm = nn.LayerNorm(config.d_model)
-        self.dropout1, self.dropout2, self.dropout3 = (Dropout(config.dropout, f"{name}.dropout{i}") for i in (1, 2, 3))
+        c, name = config, f"layers.{index}"
+        self.norm1 = nn.LayerNorm(c.d_model)
+        self.attention = SelfAttention(c.d_model, c.n_head, f"{name}.attention", Xavier, bias=True)
+        self.norm2 = nn.LayerNorm(c.d_model)
+        router = Router(c.d_model, c.num_experts, c.top_k, temperature=0.9)
+        experts = Experts(c.num_experts, c.d_model, c.d_ff, c.dropout, f"{name}.moe.experts")
+        self.moe = MoE(router, experts, c.num_experts, index, [(even_weights, c.aux_coefficient)])
+        self.post_norm = nn.LayerNorm(c.d_model)
+        self.dropout1, self.dropout2, self.dropout3 = (Dropout(c.dropout, f"{name}.dropout{i}") for i in (1, 2, 3))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → [B, T, d]."""
-        keys = _row_keys(x, context)
+        keys = context.token_keys(x)
         x = x + self.dropout1(self.attention(self.norm1(x), context.cache), keys)
         y = self.moe(self.norm2(x), context, keys)
         return x + self.dropout3(self.post_norm(self.dropout2(y, keys)), keys)
-
-    def flops_per_token(self, length: int) -> float:
-        c = self.config
-        attention = self.attention.flops_per_token(c.d_model, length)
-        return attention + self.moe.flops_per_token(c.d_model, c.d_ff, c.num_experts, self.moe.router.top_k)
-
-
-class Head(nn.Module):
-    """Final norm and projection to logits."""
-
-    def __init__(self, config: FiraConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.d_model)
-        self.project = Xavier(config.d_model, config.vocab_size, bias=False)
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → [B, T, vocab]."""
-        return self.project(self.norm(x))
-
-    def flops_per_token(self, length: int) -> float:
-        return 2.0 * self.project.in_features * self.project.out_features
-
-
-def _row_keys(x: Tensor, context: Context) -> Tensor | None:
-    """The dropout keys of x's tokens. Dropout is for training, where there is no cache and positions start at zero."""
-    return None if context.keys is None else token_keys(context.keys, 0, x.shape[1])
 
 
 class FIRA(LanguageModel):
@@ -121,6 +77,8 @@ class FIRA(LanguageModel):
     config: FiraConfig
 
     def __init__(self, config: FiraConfig | None = None, **arguments: int | float) -> None:
-        config = config or FiraConfig(**arguments)  # type: ignore[arg-type]
-        blocks = [Block(config, index) for index in range(1, config.num_layers + 1)]
-        super().__init__(config, nn.Sequential(Embedding(config), *blocks, Head(config)))
+        c = config or FiraConfig(**arguments)  # type: ignore[arg-type]
+        embedding = Embedding(c.vocab_size, c.d_model, positions=c.seq_len, dropout=c.dropout)
+        blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
+        head = Head(nn.LayerNorm(c.d_model), Xavier(c.d_model, c.vocab_size, bias=False))
+        super().__init__(c, nn.Sequential(embedding, *blocks, head))

@@ -2,15 +2,40 @@
 
 import hashlib
 import math
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from fira.models.moe import Experts
+from fira.models.experts import ExpertBank
+from fira.models.norms import RMSNorm
+
+
+@runtime_checkable
+class OwnInit(Protocol):
+    """A module that says itself how its own parameters start."""
+
+    def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Fill `value`, which has the parameter's shape; of an expert's parameter, one expert's slice."""
 
 
 class Xavier(nn.Linear):
     """A Linear whose weight starts xavier-uniform (Glorot & Bengio 2010)."""
+
+    def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        fans = (self.in_features + self.out_features) / 2 if name == "weight" else self.in_features
+        bound = math.sqrt((3 if name == "weight" else 1) / fans)
+        value.uniform_(-bound, bound, generator=generator)
+
+
+class Normal(nn.Linear):
+    """A Linear that starts from N(0, 0.02²), its bias at zero, as GPT-2 and Llama have it."""
+
+    def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        if name == "bias":
+            value.zero_()
+        else:
+            value.normal_(std=0.02, generator=generator)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -20,7 +45,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialise(layer: nn.Module, prefix: str, seed: int, first_expert: int = 0) -> None:
-    """Fill a layer's parameters in place, as its module types say.
+    """Fill a layer's parameters in place, as its modules say.
 
     prefix: the layer's global name, `layers.3`. first_expert: the global number of the layer's first local expert;
     each expert is drawn by its own name, so a rank draws only those it holds. Drawing happens on the CPU in fp32.
@@ -29,24 +54,24 @@ def initialise(layer: nn.Module, prefix: str, seed: int, first_expert: int = 0) 
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}"
             value = torch.empty(parameter.shape)
-            if isinstance(module, Experts):
+            if isinstance(module, ExpertBank):
                 for i, one in enumerate(value):
                     module.init_parameter(name, one, _generator(seed, f"{full}.{first_expert + i}"))
+            elif isinstance(module, OwnInit):
+                module.init_parameter(name, value, _generator(seed, full))
             else:
                 _fill(module, name, value, _generator(seed, full))
             parameter.copy_(value)
 
 
 def _fill(module: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:
-    """torch's defaults, and xavier-uniform for the Linears that ask for it."""
-    if isinstance(module, nn.LayerNorm):
+    """torch's defaults."""
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm | RMSNorm):
         value.fill_(1.0 if name == "weight" else 0.0)
     elif isinstance(module, nn.Embedding):
         value.normal_(generator=generator)
     elif isinstance(module, nn.Linear):
         bound = 1 / math.sqrt(module.in_features)
-        if name == "weight" and isinstance(module, Xavier):
-            bound = math.sqrt(6 / (module.in_features + module.out_features))
         value.uniform_(-bound, bound, generator=generator)
     else:
         raise TypeError(f"no rule says how {type(module).__name__}.{name} starts")

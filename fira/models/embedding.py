@@ -1,0 +1,64 @@
+"""The first and the last layer: tokens to vectors, and vectors to logits."""
+
+import torch
+from torch import Tensor, nn
+
+from fira.models.context import Context
+from fira.models.dropout import Dropout
+from fira.models.layer import Layer
+
+
+class TokenTable(nn.Embedding):
+    """A vector per token, from N(0, std²)."""
+
+    def __init__(self, vocab_size: int, d_model: int, std: float) -> None:
+        super().__init__(vocab_size, d_model)
+        self.std = std
+
+    def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        value.normal_(std=self.std, generator=generator)
+
+
+class Embedding(Layer):
+    """scale · token + position. positions: how many are learned; 0: none. std: of the token vectors at the start."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        positions: int = 0,
+        scale: float = 1.0,
+        std: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.token = TokenTable(vocab_size, d_model, std)
+        self.position = TokenTable(positions, d_model, std) if positions else None
+        self.scale = scale
+        self.dropout = Dropout(dropout, "layers.0.dropout")
+
+    def forward(self, tokens: Tensor, context: Context) -> Tensor:
+        """[B, T] int64 → [B, T, d]. ValueError where there are more tokens than learned positions."""
+        x = self.token(tokens)
+        if self.scale != 1:
+            x = x * self.scale
+        if self.position is not None:
+            start = context.cache.length if context.cache else 0
+            end = start + tokens.shape[1]
+            if end > self.position.num_embeddings:
+                raise ValueError(f"{end} tokens, the model's context is {self.position.num_embeddings}")
+            x = x + self.position(torch.arange(start, end, device=tokens.device))
+        return self.dropout(x, context.token_keys(tokens))
+
+
+class Head(Layer):
+    """Final norm and projection to logits."""
+
+    def __init__(self, norm: nn.Module, project: nn.Linear) -> None:
+        super().__init__()
+        self.norm = norm
+        self.project = project
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, T, d] → [B, T, vocab]."""
+        return self.project(self.norm(x))

@@ -1,0 +1,29 @@
+"""Root-mean-square norms (Zhang & Sennrich 2019, arXiv 1910.07467), computed in fp32 or better."""
+
+import torch
+from torch import Tensor, nn
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + eps) · weight over the last dimension."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = _wide(x)
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+class UnitRMS(nn.Module):
+    """x / (‖x‖ / √d + 1e-8): no gain to learn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = _wide(x)
+        return (wide / (wide.norm(dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + 1e-8)).to(x.dtype)

@@ -1,0 +1,39 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in halves as Llama has it."""
+
+import torch
+from torch import Tensor
+
+
+class Rotary:
+    """Turns each pair (x_i, x_{i + hd/2}) of a head by position · θ^(−2i/hd).
+
+    max_position: from there on θ grows with the length T, θ' = θ · (s·T/max − (s − 1))^(hd / (hd − 2)), which is
+    "dynamic NTK" scaling as transformers has it; s is `factor`. None: θ never changes.
+    """
+
+    def __init__(self, head_dim: int, theta: float, max_position: int | None = None, factor: float = 1.0) -> None:
+        if head_dim % 2:
+            raise ValueError(f"rotary embedding turns pairs; head_dim {head_dim} is odd")
+        self.head_dim = head_dim
+        self.theta = theta
+        self.max_position = max_position
+        self.factor = factor
+
+    def __call__(self, x: Tensor, length: int) -> Tensor:
+        """x: [B, H, n, hd], the last n of `length` positions → the same, turned.
+
+        Angles are computed in float64: in fp32 the product loses a digit for every factor of ten in the position.
+        """
+        positions = torch.arange(length - x.shape[2], length, dtype=torch.float64, device=x.device)
+        halves = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=x.device) / self.head_dim
+        angles = positions[:, None] * self._theta(length) ** -halves
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+        a, b = x.to(wide).chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    def _theta(self, length: int) -> float:
+        if self.max_position is None or length <= self.max_position:
+            return self.theta
+        growth = self.factor * length / self.max_position - (self.factor - 1)
+        return self.theta * growth ** (self.head_dim / (self.head_dim - 2))

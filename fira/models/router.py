@@ -1,0 +1,63 @@
+"""Which experts a token goes to, and with what weights."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fira.models.dropout import at_place, normal, salt
+
+
+class Routed(NamedTuple):
+    """A router's decision for tokens […]."""
+
+    experts: Tensor  # […, k] int64, the chosen ones
+    weights: Tensor  # […, k], of their outputs
+    logits: Tensor  # […, E]
+
+
+class Router(nn.Module):
+    """Token-choice top-k of the logits (W x + b) / temperature.
+
+    renormalise: softmax over the kept logits, so that the weights sum to one; which is the same as a softmax over all,
+    of which the kept are divided by their sum. Otherwise the weights are the kept part of a softmax over all, and
+    say how sure the router is.
+    noise: deviation of Gaussian noise on the logits while training, a function of sequence, position and `name`.
+    top_k: a number of experts, or a fraction of them.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int | float,
+        *,
+        bias: bool = True,
+        temperature: float = 1.0,
+        renormalise: bool = True,
+        noise: float = 0.0,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, num_experts, bias=bias)
+        self.temperature = temperature
+        self.renormalise = renormalise
+        self.noise = noise
+        self.salt = salt(name)
+        # 0.8 of 4 experts are 3; a little is added because 15/22 of 22 is just below 15 in floating point
+        self.top_k = top_k if isinstance(top_k, int) else max(1, int(top_k * num_experts + 1e-9))
+        if not 1 <= self.top_k <= num_experts:
+            raise ValueError(f"top_k {top_k} does not choose between 1 and {num_experts} experts")
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Routed:
+        """x: [N, d], keys: [N] int32 token keys for noise, None for none."""
+        # Routing is decided in full precision: a rounding error here sends a token elsewhere.
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self.gate(x.to(self.gate.weight.dtype)) / self.temperature
+            if self.noise and keys is not None:
+                logits = logits + self.noise * normal(at_place(keys, self.salt), logits.shape[1]).to(logits.dtype)
+            if self.renormalise:
+                kept, experts = logits.topk(self.top_k, dim=-1)
+                return Routed(experts, kept.softmax(dim=-1), logits)
+            weights, experts = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
+            return Routed(experts, weights, logits)

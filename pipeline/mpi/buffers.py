@@ -21,16 +21,17 @@ _NUMBER_TYPES = {
     torch.bool: MPI.C_BOOL,
 }
 
-_REDUCTIONS = [  # (torch's, MPI's for numbers, MPI's for bool); a ReduceOp does not hash, but compares
-    (ReduceOp.SUM, MPI.SUM, MPI.LOR),
-    (ReduceOp.AVG, MPI.SUM, MPI.LOR),
-    (ReduceOp.MIN, MPI.MIN, MPI.LAND),
-    (ReduceOp.MAX, MPI.MAX, MPI.LOR),
-    (ReduceOp.PRODUCT, MPI.PROD, MPI.LAND),
-    (ReduceOp.BAND, MPI.BAND, MPI.LAND),
-    (ReduceOp.BOR, MPI.BOR, MPI.LOR),
-    (ReduceOp.BXOR, MPI.BXOR, MPI.LXOR),
+_REDUCTIONS = [  # (torch's, MPI's for numbers, MPI's for bool, ours); a ReduceOp does not hash, but compares
+    (ReduceOp.SUM, MPI.SUM, MPI.LOR, torch.add),
+    (ReduceOp.AVG, MPI.SUM, MPI.LOR, torch.add),
+    (ReduceOp.MIN, MPI.MIN, MPI.LAND, torch.minimum),
+    (ReduceOp.MAX, MPI.MAX, MPI.LOR, torch.maximum),
+    (ReduceOp.PRODUCT, MPI.PROD, MPI.LAND, torch.mul),
+    (ReduceOp.BAND, MPI.BAND, MPI.LAND, torch.bitwise_and),
+    (ReduceOp.BOR, MPI.BOR, MPI.LOR, torch.bitwise_or),
+    (ReduceOp.BXOR, MPI.BXOR, MPI.LXOR, torch.bitwise_xor),
 ]
+_ONLY_MPI = (torch.uint16, torch.uint32, torch.uint64)  # torch has next to no arithmetic for them
 
 
 def as_bytes(tensor: Tensor) -> list:
@@ -55,9 +56,29 @@ def reducible(tensor: Tensor) -> Tensor:
 
 def reduction(op: ReduceOp, dtype: torch.dtype) -> MPI.Op:
     """The MPI operation for ``op``; AVG is a sum, which ``average`` divides afterwards."""
-    for torch_op, of_numbers, of_bools in _REDUCTIONS:
-        if op == torch_op:
-            return of_bools if dtype == torch.bool else of_numbers
+    _, of_numbers, of_bools, _ = _reduction(op)
+    return of_bools if dtype == torch.bool else of_numbers
+
+
+def combines(dtype: torch.dtype) -> bool:
+    """Can ``combine`` reduce this dtype?"""
+    return dtype not in _ONLY_MPI
+
+
+def combine(parts: list[Tensor], op: ReduceOp) -> Tensor:
+    """A new tensor, the reduction of ``parts`` from the first to the last; 16- and 8-bit floats give float32."""
+    *_, function = _reduction(op)
+    wide = parts[0].dtype if parts[0].dtype in _NUMBER_TYPES else torch.float32
+    total = parts[0].to(wide, copy=True)
+    for part in parts[1:]:
+        function(total, part.to(wide), out=total)
+    return total
+
+
+def _reduction(op: ReduceOp) -> tuple:
+    for row in _REDUCTIONS:
+        if op == row[0]:
+            return row
     raise ValueError(f"the mpi backend does not support {op}")
 
 

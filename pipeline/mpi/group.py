@@ -2,8 +2,7 @@
 # (torch's stub declares overloads for callers of a group; one that implements it is only ever called with the first)
 """The process group: ``torch.distributed``'s calls as MPI's.
 
-Every method makes an ``Operation`` from a generator (see ``work.py``). A tensor that is not contiguous is copied first,
-and its output copied back; a buffer lives in the generator's frame until its requests are done.
+Every method makes an ``Operation`` (``work.py``) of the steps that ``collectives.py`` has for it.
 """
 
 import math
@@ -12,7 +11,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from datetime import timedelta
-from itertools import accumulate, count
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,22 +20,20 @@ from mpi4py import MPI
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, distributed_c10d
 
-from pipeline.mpi.buffers import as_bytes, as_numbers, average, reducible, reduction
+from pipeline.mpi.collectives import Collectives, expect
 from pipeline.mpi.store import MPIStore
 from pipeline.mpi.trace import GroupTrace
 from pipeline.mpi.watch import Watch
-from pipeline.mpi.work import Operation, Steps
-
-INNER_TAGS = 32767  # MPI guarantees tags up to this one, which monitored_barrier has for itself
+from pipeline.mpi.work import Operation, Progress, Steps
 
 
-def start(comm: MPI.Intracomm, watch: Watch) -> None:
+def start(comm: MPI.Intracomm, progress: Progress, watch: Watch) -> None:
     """Make ``comm`` the default process group of ``torch.distributed``, backend "mpi" for the CPU.
 
     PyTorch knows the name "mpi", but its wheels are built without the class behind it. Ours takes that place, so
     ``new_group``, ``DeviceMesh`` and everything else make MPI groups by PyTorch's own path.
     """
-    groups = _Groups(comm, watch)
+    groups = _Groups(comm, progress, watch)
     distributed_c10d.ProcessGroupMPI = groups
     distributed_c10d._MPI_AVAILABLE = True
     dist.init_process_group(
@@ -51,23 +48,25 @@ def start(comm: MPI.Intracomm, watch: Watch) -> None:
 class _Groups:
     """Makes a group from global ranks. PyTorch calls ``create`` on its members only, with the same ranks on each."""
 
-    def __init__(self, world: MPI.Intracomm, watch: Watch) -> None:
+    def __init__(self, world: MPI.Intracomm, progress: Progress, watch: Watch) -> None:
         self._world = world
+        self._progress = progress
         self._watch = watch
+        self._creations: dict[tuple[int, ...], GroupTrace] = {}
         self.store = MPIStore(world, watch.timeout_s)  # torch keeps but its C++ half alive
 
     def create(self, ranks: list[int]) -> "MPIProcessGroup":
         ranks = ranks or list(range(self._world.Get_size()))
         tag = zlib.crc32(repr(ranks).encode()) % 32768  # groups made at the same time by several threads stay apart
-        trace = self._watch.group(ranks)
-        entry = trace.begin("new_group", [])
+        entry = self._creations.setdefault(tuple(ranks), self._watch.group(ranks)).begin("new_group", [])
         with entry:
             comm = self._world.Create_group(self._world.Get_group().Incl(ranks), tag)
         entry.end(None)
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         timeout = sys._getframe(1).f_locals.get("timeout")  # of new_group; PyTorch has it, but does not pass it on
         given = timeout not in (None, distributed_c10d.default_pg_timeout, timedelta(seconds=self._watch.timeout_s))
-        return MPIProcessGroup(comm, trace, timeout.total_seconds() if timeout and given else math.inf)
+        limit_s = timeout.total_seconds() if timeout and given else math.inf
+        return MPIProcessGroup(comm, self._progress, self._watch.group(ranks), limit_s)
 
 
 class MPIProcessGroup(ProcessGroup):
@@ -76,11 +75,10 @@ class MPIProcessGroup(ProcessGroup):
     ``timeout_s``: an operation that takes longer raises in the rank that waits. Without, the job's own timeout holds.
     """
 
-    def __init__(self, comm: MPI.Intracomm, trace: GroupTrace, timeout_s: float) -> None:
+    def __init__(self, comm: MPI.Intracomm, progress: Progress, trace: GroupTrace, timeout_s: float) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
-        self._comm = comm
-        self._inner = comm.Dup()  # messages of our own collectives, apart from the user's
-        self._sequence = count()
+        self._steps = Collectives(comm)
+        self._progress = progress
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._timeout_s = timeout_s
@@ -135,162 +133,72 @@ class MPIProcessGroup(ProcessGroup):
             detail: what the trace notes besides: a message's tag, an all-to-all's sizes.
         """
         entry = self._trace.begin(name, inputs or outputs or [], peer, detail)
-        return Operation(entry, steps, inputs, inputs if outputs is None else outputs, self._timeout_s)
+        return Operation(entry, self._progress, steps, inputs, inputs if outputs is None else outputs, self._timeout_s)
 
     # Reductions
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Operation:
         if tensors[0].layout == torch.sparse_coo:
-            return self._start("all_reduce", self._allreduce_sparse(tensors[0], _reduce_op(opts)), tensors)
-        return self._start("all_reduce", self._allreduce(tensors, _reduce_op(opts)), tensors)
+            return self._start("all_reduce", self._steps.all_reduce_sparse(tensors[0], _reduce_op(opts)), tensors)
+        return self._start("all_reduce", self._steps.all_reduce(_locals(tensors), _reduce_op(opts)), tensors)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Operation:
-        return self._start("all_reduce_coalesced", self._allreduce(tensors, _reduce_op(opts)), tensors)
-
-    def _allreduce(self, tensors: list[Tensor], op: ReduceOp) -> Steps:
-        tensors = [_local(tensor) for tensor in tensors]
-        sums = [reducible(tensor) for tensor in tensors]
-        yield [self._comm.Iallreduce(MPI.IN_PLACE, as_numbers(s), reduction(op, s.dtype)) for s in sums]
-        for tensor, total in zip(tensors, sums, strict=True):
-            average(total, op, self._size)
-            _write(tensor, total)
-
-    def _allreduce_sparse(self, tensor: Tensor, op: ReduceOp) -> Steps:
-        """Gather everyone's indices and values, whose numbers differ, and add up what falls on one index."""
-        _expect("all_reduce", op == ReduceOp.SUM or op == ReduceOp.AVG, "sparse tensors can only be summed or averaged")
-        own = tensor.detach().coalesce()
-        count, counts = torch.tensor([own._nnz()]), torch.empty(self._size, dtype=torch.int64)
-        yield [self._comm.Iallgather(as_bytes(count), as_bytes(counts))]
-        parts = []
-        for part in (own.indices().t().contiguous(), own.values().contiguous()):
-            whole = part.new_empty(int(counts.sum()), *part.shape[1:])
-            row = part[:1].numel() * part.element_size() if len(part) else whole[:1].nbytes
-            yield [self._comm.Iallgatherv(as_bytes(part), [as_bytes(whole)[0], (counts * row).tolist(), MPI.BYTE])]
-            parts.append(whole)
-        total = torch.sparse_coo_tensor(parts[0].t(), parts[1], tensor.shape).coalesce()
-        average(total, op, self._size)
-        with torch.no_grad():
-            tensor.copy_(total)  # (a detached sparse tensor would keep the result to itself)
+        return self._start("all_reduce_coalesced", self._steps.all_reduce(_locals(tensors), _reduce_op(opts)), tensors)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> Operation:
-        return self._start(
-            "reduce", self._reduce(tensors, _reduce_op(opts), opts.rootRank), tensors, None, opts.rootRank
-        )
-
-    def _reduce(self, tensors: list[Tensor], op: ReduceOp, root: int) -> Steps:
-        tensor = _local(*tensors)
-        part = reducible(tensor)
-        here = root == self._rank
-        total = torch.empty_like(part) if here else None
-        mpi_op = reduction(op, part.dtype)
-        yield [self._comm.Ireduce(as_numbers(part), None if total is None else as_numbers(total), mpi_op, root)]
-        if total is not None:
-            average(total, op, self._size)
-            _write(tensor, total)
+        steps = self._steps.reduce(_local(tensors[0]), _reduce_op(opts), opts.rootRank)
+        return self._start("reduce", steps, tensors, peer=opts.rootRank)
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Operation:
-        steps = self._reduce_scatter([(outputs[0], inputs[0])], _reduce_op(opts))
-        return self._start("reduce_scatter", steps, inputs[0], outputs)
+        pairs = [(_local(outputs[0]), _locals(inputs[0]))]
+        return self._start("reduce_scatter", self._steps.reduce_scatter(pairs, _reduce_op(opts)), inputs[0], outputs)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Operation:
-        steps = self._reduce_scatter([(output, [input])], _reduce_op(opts))
+        steps = self._steps.reduce_scatter([(_local(output), [_local(input)])], _reduce_op(opts))
         return self._start("reduce_scatter_single", steps, [input], [output])
 
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> Operation:
-        pairs = [(output, [input]) for output, input in zip(outputs, inputs, strict=True)]
-        steps = self._reduce_scatter(pairs, _reduce_op(opts))
+        pairs = [(output, [input]) for output, input in zip(_locals(outputs), _locals(inputs), strict=True)]
+        steps = self._steps.reduce_scatter(pairs, _reduce_op(opts))
         return self._start("reduce_scatter_single_coalesced", steps, inputs, outputs)
 
-    def _reduce_scatter(self, pairs: list[tuple[Tensor, list[Tensor]]], op: ReduceOp) -> Steps:
-        outputs = [_local(output) for output, _ in pairs]
-        parts = [reducible(_flat([_local(t) for t in inputs])) for _, inputs in pairs]
-        for output, part in zip(outputs, parts, strict=True):
-            _expect("reduce_scatter", part.numel() == output.numel() * self._size, "input must be group size × output")
-        sums = [torch.empty(output.numel(), dtype=part.dtype) for output, part in zip(outputs, parts, strict=True)]
-        yield [
-            self._comm.Ireduce_scatter_block(as_numbers(part), as_numbers(total), reduction(op, part.dtype))
-            for part, total in zip(parts, sums, strict=True)
-        ]
-        for output, total in zip(outputs, sums, strict=True):
-            average(total, op, self._size)
-            _write(output, total)
-
-    # Movement, as bytes
+    # Movement
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Operation:
-        return self._start("broadcast", self._broadcast(tensors, opts.rootRank), tensors, peer=opts.rootRank)
-
-    def _broadcast(self, tensors: list[Tensor], root: int) -> Steps:
-        tensor = _local(*tensors)
-        buffer = tensor.contiguous()
-        yield [self._comm.Ibcast(as_bytes(buffer), root)]
-        if root != self._rank:
-            _write(tensor, buffer)
+        steps = self._steps.broadcast(_local(tensors[0]), opts.rootRank)
+        return self._start("broadcast", steps, tensors, peer=opts.rootRank)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
-        steps = self._allgather([(outputs[0], inputs[0])])
-        return self._start("all_gather", steps, inputs, [t for row in outputs for t in row])
+        steps = self._steps.all_gather([(_locals(outputs[0]), _local(inputs[0]))])
+        return self._start("all_gather", steps, inputs, outputs[0])
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
-        rows = [list(row) for row in zip(*outputs, strict=True)]  # torch gives them by rank, then by tensor
-        steps = self._allgather(list(zip(rows, inputs, strict=True)))
-        return self._start("all_gather_coalesced", steps, inputs, [t for row in outputs for t in row])
+        rows = zip(*map(_locals, outputs), strict=True)  # torch gives them by rank, then by tensor
+        steps = self._steps.all_gather([(list(row), part) for row, part in zip(rows, _locals(inputs), strict=True)])
+        return self._start("all_gather_coalesced", steps, inputs, [output for row in outputs for output in row])
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Operation:
-        return self._start("all_gather_single", self._allgather([([output], input)]), [input], [output])
+        steps = self._steps.all_gather([([_local(output)], _local(input))])
+        return self._start("all_gather_single", steps, [input], [output])
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Operation:
-        steps = self._allgather([([output], input) for output, input in zip(outputs, inputs, strict=True)])
-        return self._start("all_gather_single_coalesced", steps, inputs, outputs)
-
-    def _allgather(self, pairs: list[tuple[list[Tensor], Tensor]]) -> Steps:
-        outputs = [[_local(output) for output in row] for row, _ in pairs]
-        parts = [_local(part).contiguous() for _, part in pairs]
-        whole = []
-        for row, part in zip(outputs, parts, strict=True):
-            total = sum(output.numel() for output in row)
-            _expect("all_gather", total == part.numel() * self._size, "output must be group size × input")
-            _expect("all_gather", row[0].dtype == part.dtype, "output and input must have one dtype")
-            direct = len(row) == 1 and row[0].is_contiguous()
-            whole.append(row[0].view(-1) if direct else torch.empty(total, dtype=part.dtype))
-        yield [self._gather_into(all_, part) for all_, part in zip(whole, parts, strict=True)]
-        for row, all_ in zip(outputs, whole, strict=True):
-            _unflatten(all_, row)
-
-    def _gather_into(self, whole: Tensor, part: Tensor) -> MPI.Request:
-        own = whole[self._rank * part.numel() : (self._rank + 1) * part.numel()]
-        if own.data_ptr() == part.data_ptr():  # FSDP2 gathers in place; MPI forbids aliases but for this one
-            return self._comm.Iallgather(MPI.IN_PLACE, as_bytes(whole))
-        return self._comm.Iallgather(as_bytes(part), as_bytes(whole))
+        pairs = [([output], input) for output, input in zip(_locals(outputs), _locals(inputs), strict=True)]
+        return self._start("all_gather_single_coalesced", self._steps.all_gather(pairs), inputs, outputs)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Operation:
-        rows = outputs[0] if outputs else []
-        return self._start("gather", self._gather(rows, inputs[0], opts.rootRank), inputs, rows, opts.rootRank)
-
-    def _gather(self, outputs: list[Tensor], input: Tensor, root: int) -> Steps:
-        part = _local(input).contiguous()
-        whole = torch.empty(self._size * part.numel(), dtype=part.dtype) if root == self._rank else None
-        yield [self._comm.Igather(as_bytes(part), None if whole is None else as_bytes(whole), root)]
-        if whole is not None:
-            _unflatten(whole, [_local(output) for output in outputs])
+        row = outputs[0] if outputs else []
+        steps = self._steps.gather(_locals(row), _local(inputs[0]), opts.rootRank)
+        return self._start("gather", steps, inputs, row, opts.rootRank)
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Operation:
-        parts = inputs[0] if inputs else []
-        return self._start("scatter", self._scatter(outputs[0], parts, opts.rootRank), parts, outputs, opts.rootRank)
-
-    def _scatter(self, output: Tensor, inputs: list[Tensor], root: int) -> Steps:
-        output = _local(output)
-        whole = _flat([_local(t) for t in inputs]) if root == self._rank else None
-        part = output.contiguous()
-        yield [self._comm.Iscatter(None if whole is None else as_bytes(whole), as_bytes(part), root)]
-        _write(output, part)
+        row = inputs[0] if inputs else []
+        steps = self._steps.scatter(_local(outputs[0]), _locals(row), opts.rootRank)
+        return self._start("scatter", steps, row, outputs, opts.rootRank)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Operation:
-        sent = [_local(t).contiguous() for t in inputs]
-        steps = self._alltoall([_local(t) for t in outputs], sent)
-        return self._start("all_to_all", steps, inputs, outputs)
+        return self._start("all_to_all", self._steps.all_to_all(_locals(outputs), _locals(inputs)), inputs, outputs)
 
     def all_to_all_single(
         self,
@@ -301,60 +209,35 @@ class MPIProcessGroup(ProcessGroup):
         opts: Any = None,
     ) -> Operation:
         received = self._split("output", _local(output), output_splits)
-        sent = [part.contiguous() for part in self._split("input", _local(input), input_splits)]
-        steps, sizes = self._alltoall(received, sent), (input_splits, output_splits)
+        sent = self._split("input", _local(input), input_splits)
+        steps, sizes = self._steps.all_to_all(received, sent), (input_splits, output_splits)
         return self._start("all_to_all_single", steps, [input], [output], detail=sizes)
 
     def _split(self, name: str, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """``tensor`` cut along its first dimension, a part per rank."""
         rows = tensor.shape[0]
         if not sizes:
-            _expect("all_to_all_single", rows % self._size == 0, f"{name} rows must divide by the group size")
+            expect("all_to_all_single", rows % self._size == 0, f"{name} rows must divide by the group size")
             sizes = [rows // self._size] * self._size
-        _expect("all_to_all_single", len(sizes) == self._size, f"{name} split sizes: one per rank")
-        _expect("all_to_all_single", sum(sizes) == rows, f"{name} split sizes must add up to {rows} rows")
+        expect("all_to_all_single", len(sizes) == self._size, f"{name} split sizes: one per rank")
+        expect("all_to_all_single", sum(sizes) == rows, f"{name} split sizes must add up to {rows} rows")
         return [tensor[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
-
-    def _alltoall(self, outputs: list[Tensor], sent: list[Tensor]) -> Steps:
-        received = [output.contiguous() for output in outputs]
-        _expect("all_to_all", sent[self._rank].nbytes == received[self._rank].nbytes, "own part: sizes differ")
-        received[self._rank].view(-1).copy_(sent[self._rank].view(-1))
-        others = [peer for peer in range(self._size) if peer != self._rank]
-        # Pairwise exchange: MPICH's Ialltoallv is many times slower for large messages.
-        comm, tag = self._inner, next(self._sequence) % INNER_TAGS
-        arrivals = [comm.Irecv(as_bytes(received[peer]), peer, tag) for peer in others]
-        yield arrivals + [comm.Isend(as_bytes(sent[peer]), peer, tag) for peer in others]
-        for output, part in zip(outputs, received, strict=True):
-            _write(output, part)
 
     # Point to point
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        return self._start("send", self._send(tensors, peer, tag), tensors, peer=peer, detail=tag)
-
-    def _send(self, tensors: list[Tensor], peer: int, tag: int) -> Steps:
-        buffer = _local(*tensors).contiguous()
-        yield [self._comm.Isend(as_bytes(buffer), peer, tag)]
+        return self._start("send", self._steps.send(_local(tensors[0]), peer, tag), tensors, peer=peer, detail=tag)
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        return self._start("recv", self._recv(tensors, peer, tag), tensors, peer=peer, detail=tag)
+        return self._start("recv", self._steps.recv(_local(tensors[0]), peer, tag), tensors, peer=peer, detail=tag)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> Operation:
-        return self._start("recvAnySource", self._recv(tensors, MPI.ANY_SOURCE, tag), tensors, detail=tag)
-
-    def _recv(self, tensors: list[Tensor], peer: int, tag: int) -> Steps:
-        tensor = _local(*tensors)
-        buffer = tensor.contiguous()
-        (status,) = yield [self._comm.Irecv(as_bytes(buffer), peer, tag)]
-        got = status.Get_count(MPI.BYTE)
-        _expect("recv", got == buffer.nbytes, f"expected {buffer.nbytes} bytes from rank {peer}, got {got}")
-        _write(tensor, buffer)
+        return self._start(
+            "recvAnySource", self._steps.recv(_local(tensors[0]), MPI.ANY_SOURCE, tag), tensors, detail=tag
+        )
 
     def barrier(self, opts: Any = None) -> Operation:
-        return self._start("barrier", self._barrier(), [])
-
-    def _barrier(self) -> Steps:
-        yield [self._comm.Ibarrier()]
+        return self._start("barrier", self._steps.barrier(), [])
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """A barrier of which rank 0 says who did not come within ``timeout``.
@@ -385,12 +268,7 @@ class MPIProcessGroup(ProcessGroup):
             self._token("Isend", peer)
 
     def _token(self, call: str, peer: int) -> Operation:
-        """An empty message of ``monitored_barrier``."""
-
-        def steps() -> Steps:
-            yield [getattr(self._inner, call)([bytearray(), MPI.BYTE], peer, INNER_TAGS)]
-
-        return self._start("monitored_barrier", steps(), [], peer=peer)
+        return self._start("monitored_barrier", self._steps.token(call, peer), [], peer=peer)
 
     # The names torch used before 2.13
     _allgather_base = all_gather_single
@@ -405,28 +283,11 @@ def _reduce_op(opts: Any) -> Any:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The tensor as plain memory: no autograd, and on the CPU."""
+    """The tensor as plain memory, without autograd."""
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise ValueError(f"the mpi backend moves dense CPU tensors, not {tensor.layout} on {tensor.device}")
     return tensor.detach()
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
-    """Tensors one after the other as one vector, without a copy if there is but one contiguous tensor."""
-    return tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
-
-
-def _write(target: Tensor, result: Tensor) -> None:
-    """Copy a result to where it belongs, unless it is there already."""
-    if target.data_ptr() != result.data_ptr() or not target.is_contiguous():
-        target.copy_(result.view(target.shape))
-
-
-def _unflatten(whole: Tensor, targets: list[Tensor]) -> None:
-    for target, part in zip(targets, whole.split([t.numel() for t in targets]), strict=True):
-        _write(target, part)
-
-
-def _expect(name: str, condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}: {message}")
+def _locals(tensors: list[Tensor]) -> list[Tensor]:
+    return [_local(tensor) for tensor in tensors]

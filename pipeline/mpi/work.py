@@ -1,6 +1,7 @@
 """An operation under way: MPI requests, what is left to do after them, and how to wait for both."""
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Generator
@@ -16,18 +17,93 @@ from pipeline.mpi.trace import Entry
 # after the last one. Its local variables keep every buffer alive until then.
 Steps = Generator[list[MPI.Request], list[MPI.Status], None]
 
-SPINS = 200  # tests before the first yield: a lone message is there within microseconds
-YIELDS = 200  # tests, each followed by a yield to another rank on this core, before the first sleep
-SLEEP_S = 50e-6
+YIELDS = 100  # tests, each followed by a yield to another rank on this core, before the first sleep
+SLEEPS_S = 20e-6, 1e-3  # the shortest and the longest sleep
+
+
+class Progress:
+    """The operations of this process that are under way: whoever waits for one moves all.
+
+    Some operations take several rounds of messages. Rank 0 may wait for another message while rank 1 waits for rank
+    0's next round of an earlier operation; if each moved only its own, both would wait for ever.
+
+    Args:
+        spins: how often a wait looks for its message before it gives the core away. With a core per rank, long enough
+            to catch a message that is coming; with fewer cores each look takes time from the rank that is to send it.
+    """
+
+    def __init__(self, spins: int) -> None:
+        self._spins = spins
+        self._under_way: set[Operation] = set()
+        self._promised: queue.SimpleQueue[Operation] = queue.SimpleQueue()
+        self._keeper: threading.Thread | None = None
+
+    def started(self, operation: "Operation") -> None:
+        self._under_way.add(operation)
+
+    def finished(self, operation: "Operation") -> None:
+        self._under_way.discard(operation)
+
+    def wait(self, operation: "Operation", deadline: float) -> bool:
+        """Wait until the operation is over, but not beyond ``deadline`` (``time.monotonic()``). True if it is."""
+        tests = 0
+        began = time.monotonic()
+        while not operation.advance():
+            tests += 1
+            if tests > self._spins:
+                now = time.monotonic()
+                if now > deadline:
+                    return False
+                for other in tuple(self._under_way):
+                    other.advance()
+                pause(tests - self._spins, now - began)
+        return True
+
+    def promise(self, operation: "Operation") -> None:
+        """See to it that the operation's future is completed, though whoever waits for that does not drive MPI."""
+        self._promised.put(operation)
+        if self._keeper is None:
+            self._keeper = threading.Thread(target=self._keep, name="mpi-progress", daemon=True)
+            self._keeper.start()
+
+    def _keep(self) -> None:
+        """Drive the promised operations, in whatever order they end."""
+        operations: list[Operation] = []
+        while True:
+            while not operations or not self._promised.empty():
+                operations.append(self._promised.get())
+                began, tests = time.monotonic(), 0
+            done = [operation for operation in operations if operation.advance()]
+            for operation in done:
+                operations.remove(operation)
+                operation.complete_future()
+            tests += 1
+            pause(tests, time.monotonic() - began)
+
+
+def pause(times: int, waited_s: float) -> None:
+    """Give the core away: first to whoever is ready to run, then for a twentieth of the time waited so far."""
+    if times <= YIELDS:
+        os.sched_yield()
+    else:
+        shortest, longest = SLEEPS_S
+        time.sleep(min(longest, max(shortest, waited_s / 20)))
 
 
 class Operation(Work):
     """The ``torch.distributed.Work`` of one operation. It starts when it is made."""
 
     def __init__(
-        self, entry: Entry, steps: Steps, inputs: list[torch.Tensor], outputs: list[torch.Tensor], timeout_s: float
+        self,
+        entry: Entry,
+        progress: Progress,
+        steps: Steps,
+        inputs: list[torch.Tensor],
+        outputs: list[torch.Tensor],
+        timeout_s: float,
     ) -> None:
         super().__init__()
+        self._progress = progress
         self.name = name = entry.operation
         self._entry = entry
         self._steps = steps
@@ -44,11 +120,12 @@ class Operation(Work):
         if torch.autograd._profiler_enabled():
             self._record = torch._C._profiler._RecordFunctionFast(f"mpi:{name}", inputs)
             self._record.__enter__()
-        self._advance()
+        progress.started(self)
+        self.advance()
         if self._error is not None:
             raise self._error
 
-    def _advance(self) -> bool:
+    def advance(self) -> bool:
         """Go as far as possible without waiting. True when the operation is over, well or badly."""
         if self._finished or not self._advancing.acquire(blocking=False):
             return self._finished
@@ -64,11 +141,15 @@ class Operation(Work):
             self._finished = True
         finally:
             if self._finished:
-                self._entry.end(self._error)
-            if self._finished and self._record is not None:
-                self._record.__exit__(None, None, None)
+                self._close()
             self._advancing.release()
         return self._finished
+
+    def _close(self) -> None:
+        self._progress.finished(self)
+        self._entry.end(self._error)
+        if self._record is not None:
+            self._record.__exit__(None, None, None)
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Wait until the outputs are there; ``timeout`` 0 means the group's.
@@ -85,26 +166,17 @@ class Operation(Work):
 
     def finished_by(self, deadline: float) -> bool:
         """Wait until the operation is over, but not beyond ``deadline`` (``time.monotonic()``)."""
-        if self._advance():
+        if self.advance():
             return True
-        tests = 0
         self._entry.deadline = deadline
         with self._entry:
-            while not self._advance():
-                tests += 1
-                if tests > SPINS + YIELDS:
-                    time.sleep(SLEEP_S)
-                    if time.monotonic() > deadline:
-                        return False
-                elif tests > SPINS:
-                    os.sched_yield()
-        return True
+            return self._progress.wait(self, deadline)
 
     def is_completed(self) -> bool:
-        return self._advance()
+        return self.advance()
 
     def is_success(self) -> bool:
-        return self._advance() and self._error is None
+        return self.advance() and self._error is None
 
     def exception(self) -> BaseException | None:
         return self._error
@@ -122,19 +194,19 @@ class Operation(Work):
     _source_rank = source_rank
 
     def get_future(self) -> torch.futures.Future:
-        """A future of the outputs. Whoever waits for it does not drive MPI, so a thread does."""
+        """A future of the outputs."""
         if self._future is None:
             self._future = torch.futures.Future()
-            if self._advance():
-                self._complete(self._future)
+            if self.advance():
+                self.complete_future()
             else:
-                threading.Thread(target=self._complete, args=(self._future,), daemon=True).start()
+                self._progress.promise(self)
         return self._future
 
-    def _complete(self, future: torch.futures.Future) -> None:
-        try:
-            self.wait()
-        except Exception as error:
-            future.set_exception(error)
+    def complete_future(self) -> None:
+        """Hand the outputs, or the error, to those who wait for the future. The operation is over."""
+        assert self._future is not None
+        if self._error is None:
+            self._future.set_result(self._outputs)
         else:
-            future.set_result(self._outputs)
+            self._future.set_exception(self._error)

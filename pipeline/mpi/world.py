@@ -49,6 +49,7 @@ def _start(timeout_s: float) -> World:
     from pipeline.mpi.failure import install
     from pipeline.mpi.group import start
     from pipeline.mpi.watch import Watch
+    from pipeline.mpi.work import Progress
 
     comm = MPI.COMM_WORLD
     _refuse_foreign_mpirun(comm.Get_size())
@@ -59,7 +60,7 @@ def _start(timeout_s: float) -> World:
     local.Free()
 
     watch = Watch(comm, timeout_s)
-    start(comm, watch)
+    start(comm, Progress(spins=1000 if len(cores) >= world.local_size else 20), watch)
     watch.start()
     install(comm, watch)  # after torch, which installs an excepthook of its own
     return world

@@ -24,6 +24,7 @@ _NUMBER_TYPES = {
 _REDUCTIONS = [  # (torch's, MPI's for numbers, MPI's for bool, ours); a ReduceOp does not hash, but compares
     (ReduceOp.SUM, MPI.SUM, MPI.LOR, torch.add),
     (ReduceOp.AVG, MPI.SUM, MPI.LOR, torch.add),
+    (ReduceOp.PREMUL_SUM, MPI.SUM, MPI.LOR, torch.add),
     (ReduceOp.MIN, MPI.MIN, MPI.LAND, torch.minimum),
     (ReduceOp.MAX, MPI.MAX, MPI.LOR, torch.maximum),
     (ReduceOp.PRODUCT, MPI.PROD, MPI.LAND, torch.mul),
@@ -55,7 +56,7 @@ def reducible(tensor: Tensor) -> Tensor:
 
 
 def reduction(op: ReduceOp, dtype: torch.dtype) -> MPI.Op:
-    """The MPI operation for ``op``; AVG is a sum, which ``average`` divides afterwards."""
+    """The MPI operation for ``op``; what AVG and PREMUL_SUM do to a sum is done before and after it."""
     _, of_numbers, of_bools, _ = _reduction(op)
     return of_bools if dtype == torch.bool else of_numbers
 
@@ -80,6 +81,11 @@ def _reduction(op: ReduceOp) -> tuple:
         if op == row[0]:
             return row
     raise ValueError(f"the mpi backend does not support {op}")
+
+
+def premultiplied(tensor: Tensor, op: ReduceOp) -> Tensor:
+    """The tensor, or for PREMUL_SUM a new one, multiplied by the operation's factor."""
+    return tensor * op.factor if op == ReduceOp.PREMUL_SUM else tensor
 
 
 def average(tensor: Tensor, op: ReduceOp, size: int) -> None:

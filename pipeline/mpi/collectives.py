@@ -17,7 +17,7 @@ from mpi4py import MPI
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from pipeline.mpi.buffers import as_bytes, as_numbers, average, combine, combines, reducible, reduction
+from pipeline.mpi.buffers import as_bytes, as_numbers, average, combine, combines, premultiplied, reducible, reduction
 from pipeline.mpi.work import Steps
 
 LARGE = 256 * 1024
@@ -39,7 +39,7 @@ class Collectives:
 
     def all_reduce(self, tensors: list[Tensor], op: ReduceOp) -> Steps:
         small = [tensor for tensor in tensors if not self._exchanges(tensor)]
-        sums = [reducible(tensor) for tensor in small]
+        sums = [reducible(premultiplied(tensor, op)) for tensor in small]
         yield [self._comm.Iallreduce(MPI.IN_PLACE, as_numbers(s), reduction(op, s.dtype)) for s in sums]
         for tensor, total in zip(small, sums, strict=True):
             average(total, op, self.size)
@@ -50,7 +50,7 @@ class Collectives:
 
     def _exchange_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Exchange:
         """Every rank adds up one part, and the parts are gathered."""
-        buffer = tensor.contiguous()
+        buffer = premultiplied(tensor, op).contiguous()
         parts = list(buffer.view(-1).tensor_split(self.size))
         parts[self.rank].copy_((yield from self._exchange_reduce(parts, op)))
         yield from self._exchange([parts[self.rank]] * self.size, parts)
@@ -73,7 +73,7 @@ class Collectives:
             tensor.copy_(total)  # (a detached sparse tensor would keep the result to itself)
 
     def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> Steps:
-        part = reducible(tensor)
+        part = reducible(premultiplied(tensor, op))
         total = torch.empty_like(part) if root == self.rank else None
         mpi_op = reduction(op, part.dtype)
         yield [self._comm.Ireduce(as_numbers(part), None if total is None else as_numbers(total), mpi_op, root)]
@@ -83,7 +83,8 @@ class Collectives:
 
     def reduce_scatter(self, pairs: list[tuple[Tensor, list[Tensor]]], op: ReduceOp) -> Steps:
         """For each pair (output, inputs): the sum of everyone's input number ``rank``; or one input, to be cut."""
-        for output, inputs in pairs:
+        for output, given in pairs:
+            inputs = [premultiplied(tensor, op) for tensor in given]
             total = sum(tensor.numel() for tensor in inputs)
             expect("reduce_scatter", total == output.numel() * self.size, "input must be group size × output")
             expect("reduce_scatter", inputs[0].dtype == output.dtype, "output and input must have one dtype")

@@ -122,7 +122,7 @@ class Operation(Work):
             self._record.__enter__()
         progress.started(self)
         self.advance()
-        if self._error is not None:
+        if self._error is not None and not self._statuses:  # nothing was sent: the call itself was wrong
             raise self._error
 
     def advance(self) -> bool:

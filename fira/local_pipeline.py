@@ -22,6 +22,7 @@ class PipelineModel(nn.Module):
         self.config = model.config
         self.layers = model.layers
         self._pipeline = [pipeline]  # in a list, so that its parameters are not found a second time
+        self.tied = model.tied
 
     @property
     def devices(self) -> list[torch.device]:
@@ -31,6 +32,9 @@ class PipelineModel(nn.Module):
     def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
         """[B, T] int64 → logits [B, T, vocab]. Without a context there is dropout in train mode, as in the model."""
         tokens = tokens.to(self.devices[0])
+        if self.tied:  # torchgpipe wants no parameter in two places, so the head is given a tensor, new in each forward
+            weight = self.layers[0].get_parameter("token.weight")
+            self.layers[-1].get_submodule("project").weight = weight.view_as(weight).to(self.devices[-1])
         return self._pipeline[0](tokens, context or Context.of(tokens, self.training))
 
 
@@ -48,5 +52,7 @@ def create_pipeline_model(
     """
     if not isinstance(model, LanguageModel):
         model = build(model)
+    if model.tied:
+        del model.layers[-1].get_submodule("project").weight
     balance = [len(span) for span in partition(layer_costs(model, model.config.seq_len), len(devices))]
     return PipelineModel(model, LocalPipeline(list(model.layers), balance, devices, chunks=chunks, recompute=recompute))

@@ -17,6 +17,7 @@ from fira.models.init import initialise
 from fira.models.language_model import LanguageModel
 from fira.models.moe import MoE
 from fira.models.registry import build
+from fira.tied import TiedWeight
 from fira.training.objective import objective
 from pipeline.engine import Engine
 from pipeline.local import LocalPipeline
@@ -46,6 +47,7 @@ class Distributed:
     config: Any
     engine: Engine
     parts: list[Part]
+    tied: TiedWeight | None
     stages: list[range]  # the layers of each stage
     parameters: list[tuple[str, tuple[int, ...], bool]]  # of the whole model: name, shape, whether of experts
     moe_layers: list[int]  # of the whole model
@@ -89,6 +91,7 @@ def parallelize(
             first_expert = _spread_experts(layers[local], mesh, group)
             layers[local].to_empty(device=device)
             initialise(layers[local], f"layers.{mine[local]}", seed, first_expert)
+    tied = _tie(layers, mine, mesh.groups["pp"], len(model.layers)) if model.tied else None
     module: nn.Module = (
         LocalPipeline(
             layers, [len(span) for span in spans], devices[: len(spans)], autocast=autocast, recompute=recompute
@@ -105,6 +108,7 @@ def parallelize(
             for name, shape, expert in parameters
             if (parameter := _held(name, mine, layers)) is not None
         ],
+        tied=tied,
         stages=stages,
         parameters=parameters,
         moe_layers=[module.index for module in moe],
@@ -131,6 +135,21 @@ def _spread_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> i
                 first = mesh.ep_rank * share
                 setattr(module, name, nn.Parameter(parameter.detach()[first : first + share]))
     return first
+
+
+def _tie(layers: Sequence[nn.Module], mine: range, group: dist.ProcessGroup, count: int) -> TiedWeight:
+    """Tie the head to the embedding, wherever they are (collective over the pipeline)."""
+    original = layers[0].get_submodule("token").get_parameter("weight") if mine.start == 0 else None
+    copy = None
+    if mine.stop == count:
+        head = layers[-1].get_submodule("project")
+        copy = head.get_parameter("weight")
+        if original is not None and original.device == copy.device:
+            copy = nn.Parameter(original.detach())
+            head.register_parameter("weight", copy)
+    tied = TiedWeight(original, copy, group)
+    tied.share_value()
+    return tied
 
 
 def _held(name: str, mine: range, layers: Sequence[nn.Module]) -> nn.Parameter | None:

@@ -7,6 +7,7 @@ import torch
 
 from fira.data.loader import Loader
 from fira.models.fira import FiraConfig
+from fira.models.registry import from_document
 from fira.parallelize import parallelize
 from fira.training.batch import Split
 from fira.training.optimizer import learning_rate
@@ -41,23 +42,29 @@ def train(
     devices: int = 1,
     recompute: bool = False,
     layers: int = 4,
+    model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Losses, norms and so on of each step, and a digest of the final weights this rank holds."""
+    """Losses, norms and so on of each step, and a digest of the final weights this rank holds.
+
+    model: the document of another model than the fira that the rest describes.
+    """
     torch.set_num_threads(1)
     config = FiraConfig(
         vocab_size=61, seq_len=SEQ_LEN, d_model=24, n_head=3, num_layers=layers, d_ff=20, num_experts=4, dropout=dropout
     )
+    if model is not None:
+        config = from_document(model)
     mesh = make_mesh(Layout(*layout), local_devices=devices)
     places = [torch.device("cpu")] * devices
-    model = parallelize(config, mesh, SEQ_LEN, 7, places, getattr(torch, dtype), recompute=recompute)
+    built = parallelize(config, mesh, SEQ_LEN, 7, places, getattr(torch, dtype), recompute=recompute)
     split = Split(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
-    trainer = Trainer(model, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
+    trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
     loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
     results = []
     for step in range(1, steps + 1):
         result = trainer.step(loader, batch, learning_rate(step, steps, 1e-2, 1e-3, 3), seed=11, flags=[])
         results.append([result.loss, result.aux_loss, result.grad_norm])
-    weights = {part.name: float(part.parameter.detach().double().sum()) for part in model.parts if not part.expert}
+    weights = {part.name: float(part.parameter.detach().double().sum()) for part in built.parts if not part.expert}
     return {"steps": results, "load": result.expert_load, "weights": weights}
 
 

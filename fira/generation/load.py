@@ -24,6 +24,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[La
     for name, parameter in model.named_parameters():
         if saved.shape(name) != tuple(parameter.shape):
             raise UserError(f"{saved.folder}: {name} is {saved.shape(name)}, its config.json says {parameter.shape}")
-    model.load_state_dict({name: saved.read(name) for name, _ in model.named_parameters()}, assign=True)
+    weights = {name: saved.read(name) for name, _ in model.named_parameters()}
+    model.load_state_dict(weights, strict=not model.tied, assign=True)
+    model.tie()
     tokenizer = Tokenizer.from_buffer(saved.file(TOKENIZER)) if saved.has_file(TOKENIZER) else None
     return model.to(device).eval(), tokenizer

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fira.generation.decoding import continuation
 from fira.models.context import Context
+from fira.models.embedding import Embedding, Head
 from fira.models.init import initialise
 from fira.models.moe import MoE
 
@@ -17,15 +18,27 @@ class LanguageModel(nn.Module):
 
     A parameter's name, `layers.3.moe.experts.w1`, is the same in every layout. `config` is the family's dataclass and
     has `vocab_size` and `seq_len`, the longest context. Built on the meta device it costs no memory and stays empty.
+    tied: logits are products with the embedding's own vectors. Then the head's weight is that parameter, which has one
+    name, the embedding's.
     """
 
-    def __init__(self, config: Any, layers: nn.Sequential, seed: int = 0) -> None:
+    def __init__(self, config: Any, layers: nn.Sequential, seed: int = 0, tied: bool = False) -> None:
         super().__init__()
         self.config = config
         self.layers = layers
+        self.tied = tied
         if next(self.parameters()).device.type != "meta":
             for index, layer in enumerate(layers):
                 initialise(layer, f"layers.{index}", seed)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head's weight the embedding's, where they are to be one; also after either was replaced."""
+        if self.tied:
+            embedding, head = self.layers[0], self.layers[-1]
+            assert isinstance(embedding, Embedding)
+            assert isinstance(head, Head)
+            head.project.weight = embedding.token.weight
 
     def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
         """[B, T] int64 → logits [B, T, vocab]. In train mode, without a context, dropout uses torch's generator."""

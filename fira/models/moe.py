@@ -110,7 +110,7 @@ class MoE(nn.Module):
         self.dispatcher = TokenDispatcher()
         self.num_experts = num_experts
         self.index = index
-        self.losses = losses
+        self.losses = [(loss, coefficient) for loss, coefficient in losses if coefficient]
 
     def forward(self, x: Tensor, context: Context, keys: Tensor | None) -> Tensor:
         """x: [B, T, d], keys: [B, T] int32 for dropout inside the experts and for noise → [B, T, width of experts]."""

@@ -2,14 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from types import ModuleType
 from typing import Any
 
 from fira.errors import UserError
-from fira.models import fira
+from fira.models import blues, fira, microrwkv, mooshak, rish
 from fira.models.language_model import LanguageModel
 
-FAMILIES: dict[str, tuple[Callable[[Any], LanguageModel], type, dict[str, Any]]] = {
-    "fira": (fira.FIRA, fira.FiraConfig, fira.PRESETS),
+# The file of each family, which has PRESETS and RECIPES, its model and its config.
+FAMILIES: dict[str, tuple[ModuleType, Callable[[Any], LanguageModel], type]] = {
+    "fira": (fira, fira.FIRA, fira.FiraConfig),
+    "rish": (rish, rish.Rish, rish.RishConfig),
+    "mooshak": (mooshak, mooshak.Mooshak, mooshak.MooshakConfig),
+    "blues": (blues, blues.Blues, blues.BluesConfig),
+    "microrwkv": (microrwkv, microrwkv.MicroRWKV, microrwkv.MicroRWKVConfig),
 }
 
 
@@ -23,8 +29,8 @@ class Recipe:
     warmup: int
 
 
-RECIPES = {name: Recipe(*values) for name, values in fira.RECIPES.items()}
-PRESETS = {name: preset for _, _, presets in FAMILIES.values() for name, preset in presets.items()}
+RECIPES = {name: Recipe(*values) for file, _, _ in FAMILIES.values() for name, values in file.RECIPES.items()}
+PRESETS: dict[str, Any] = {name: preset for file, _, _ in FAMILIES.values() for name, preset in file.PRESETS.items()}
 
 
 def make_config(preset: str, changes: dict[str, Any]) -> Any:
@@ -40,7 +46,7 @@ def make_config(preset: str, changes: dict[str, Any]) -> Any:
 
 def build(config: Any) -> LanguageModel:
     """The model of a config, on the current default device (`with torch.device("meta")` for an empty one)."""
-    model = next(model for model, kind, _ in FAMILIES.values() if kind is type(config))
+    model = next(model for _, model, kind in FAMILIES.values() if kind is type(config))
     try:
         return model(config)
     except ValueError as error:
@@ -49,7 +55,7 @@ def build(config: Any) -> LanguageModel:
 
 def to_document(config: Any) -> dict[str, Any]:
     """A config as JSON-able values, with its family's name."""
-    family = next(name for name, (_, kind, _) in FAMILIES.items() if kind is type(config))
+    family = next(name for name, (_, _, kind) in FAMILIES.items() if kind is type(config))
     return {"family": family, **asdict(config)}
 
 
@@ -60,6 +66,6 @@ def from_document(document: dict[str, Any]) -> Any:
     if family not in FAMILIES:
         raise UserError(f"config.json: unknown model family {family!r}; known: {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[family][1](**values)
+        return FAMILIES[family][2](**values)
     except TypeError as error:
         raise UserError(f"config.json does not describe a {family}: {error}") from None

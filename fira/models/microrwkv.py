@@ -1,0 +1,114 @@
+"""microrwkv: RWKV-5 time mixing, windowed and grouped attention, and a tiny mixture of experts, in one block.
+
+    x += tmix(rms x);  x += cmix(rms x);  x += sliding(x);  x += grouped(tmix(x));  x += moe(x)
+
+The same tmix is used twice. rms has no gain. sliding: each token attends to the last `window` ones. grouped: attention
+in groups × heads, multiplied by a linear function of x before the output projection. moe(x) = W(Σ_e p_e (W_e x + b_e)).
+Learned positions, a final LayerNorm without bias, logits through the embedding.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fira.models.attention import SelfAttention
+from fira.models.aux_losses import load_balance, small_outputs
+from fira.models.context import Context
+from fira.models.embedding import Embedding, Head
+from fira.models.experts import LinearExperts
+from fira.models.init import Normal
+from fira.models.language_model import LanguageModel
+from fira.models.layer import Layer
+from fira.models.moe import MoE
+from fira.models.norms import UnitRMS
+from fira.models.router import Router
+from fira.models.time_mixing import ChannelMix, TimeMix
+
+
+@dataclass(frozen=True)
+class MicroRWKVConfig:
+    """The shape of a microrwkv. seq_len: the longest context. n_group: groups of n_head heads in grouped attention.
+
+    output_coefficient: of the mean square of the experts' mean outputs. aux_coefficient: of the balance loss.
+    """
+
+    vocab_size: int = 50304
+    seq_len: int = 1024
+    d_model: int = 768
+    n_head: int = 8
+    n_group: int = 4
+    num_layers: int = 8
+    window: int = 256
+    d_moe: int = 614
+    num_experts: int = 4
+    top_k: int | float = 4
+    output_coefficient: float = 0.01
+    aux_coefficient: float = 0.0
+
+
+PRESETS = {
+    "microrwkv-base": MicroRWKVConfig(),
+    "microrwkv-tiny": MicroRWKVConfig(
+        vocab_size=2048, seq_len=128, d_model=96, n_head=4, n_group=2, num_layers=3, window=32, d_moe=64, top_k=2
+    ),
+}
+
+# Steps, peak and final learning rate, warm-up steps.
+RECIPES = {"microrwkv-base": (20_000, 6e-4, 6e-5, 500), "microrwkv-tiny": (400, 3e-3, 3e-4, 20)}
+
+
+class TinyMoE(nn.Module):
+    """W(Σ_e p_e (W_e x + b_e)), p the top-k of softmax(W_r x + b)."""
+
+    def __init__(self, config: MicroRWKVConfig, index: int) -> None:
+        super().__init__()
+        c = config
+        router = Router(c.d_model, c.num_experts, c.top_k, renormalise=False)
+        losses = [(small_outputs, c.output_coefficient), (load_balance, c.aux_coefficient)]
+        self.moe = MoE(router, LinearExperts(c.num_experts, c.d_model, c.d_moe), c.num_experts, index, losses)
+        self.project = Normal(c.d_moe, c.d_model)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, T, d] → [B, T, d]."""
+        return self.project(self.moe(x, context, None))
+
+
+class Block(Layer):
+    """The five branches. index: its place among the layers; the first block is at 1."""
+
+    def __init__(self, config: MicroRWKVConfig, index: int) -> None:
+        super().__init__()
+        c = config
+        self.name = f"layers.{index}"
+        self.rms = UnitRMS()
+        self.time_mix = TimeMix(c.d_model, c.n_head, index - 1, c.num_layers)
+        self.channel_mix = ChannelMix(c.d_model, 3 * c.d_model, index - 1, c.num_layers)
+        self.sliding = SelfAttention(c.d_model, c.n_head, f"{self.name}.sliding", Normal, window=c.window)
+        self.grouped = SelfAttention(c.d_model, c.n_group * c.n_head, f"{self.name}.grouped", Normal, gated=True)
+        self.experts = TinyMoE(c, index)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, T, d] → [B, T, d]."""
+        cache = context.cache
+        x = x + self.time_mix(self.rms(x), cache, f"{self.name}.time_mix.first")
+        x = x + self.channel_mix(self.rms(x), cache, f"{self.name}.channel_mix")
+        x = x + self.sliding(x, cache)
+        x = x + self.grouped(self.time_mix(x, cache, f"{self.name}.time_mix.second"), cache)
+        return x + self.experts(x, context)
+
+    def flops_per_token(self, length: int) -> float:
+        second = sum(2.0 * p.numel() for p in self.time_mix.parameters() if p.dim() == 2)
+        return super().flops_per_token(length) + second + self.time_mix.own_flops_per_token(length)
+
+
+class MicroRWKV(LanguageModel):
+    """`MicroRWKV(vocab_size=…, d_model=…, …)`, as in MicroRWKVConfig."""
+
+    config: MicroRWKVConfig
+
+    def __init__(self, config: MicroRWKVConfig | None = None, **arguments: int | float) -> None:
+        c = config or MicroRWKVConfig(**arguments)  # type: ignore[arg-type]
+        blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
+        head = Head(nn.LayerNorm(c.d_model, bias=False), nn.Linear(c.d_model, c.vocab_size, bias=False))
+        embedding = Embedding(c.vocab_size, c.d_model, positions=c.seq_len, std=0.02)
+        super().__init__(c, nn.Sequential(embedding, *blocks, head), tied=True)

@@ -1,0 +1,82 @@
+"""mooshak: a dense, Llama-like decoder for Hindi and English.
+
+    norm_order "pre":   h = x + Attn(RMS x)      y = h + MLP(RMS h)
+    norm_order "post":  h = x + Attn(x)          r = RMS(h)      y = RMS(h + MLP(r))
+
+Attn has rotary positions, MLP(x) = W2(silu(W1 x) ⊙ W3 x); a final RMS norm, an untied head, no biases.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fira.models.attention import SelfAttention
+from fira.models.context import Context
+from fira.models.embedding import Embedding, Head
+from fira.models.init import Normal
+from fira.models.language_model import LanguageModel
+from fira.models.layer import Layer
+from fira.models.mlp import GatedMLP
+from fira.models.norms import RMSNorm
+from fira.models.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class MooshakConfig:
+    """The shape of a mooshak. seq_len: the longest context. n_kv_head: None for one per query head."""
+
+    vocab_size: int = 64128
+    seq_len: int = 2048
+    d_model: int = 4096
+    n_head: int = 32
+    n_kv_head: int | None = None
+    num_layers: int = 8
+    d_ff: int = 11008
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+    norm_order: str = "pre"
+
+
+PRESETS = {
+    "mooshak-base": MooshakConfig(),
+    "mooshak-tiny": MooshakConfig(vocab_size=2048, seq_len=128, d_model=128, n_head=4, num_layers=4, d_ff=344),
+}
+
+# Steps, peak and final learning rate, warm-up steps.
+RECIPES = {"mooshak-base": (100_000, 3e-4, 3e-5, 3000), "mooshak-tiny": (400, 3e-3, 3e-4, 20)}
+
+
+class Block(Layer):
+    """Attention, then MLP, each in a residual branch. index: its place among the layers."""
+
+    def __init__(self, config: MooshakConfig, index: int) -> None:
+        super().__init__()
+        c = config
+        if c.norm_order not in ("pre", "post"):
+            raise ValueError(f"norm_order {c.norm_order!r} is neither 'pre' nor 'post'")
+        self.norm_first = c.norm_order == "pre"
+        rotary = Rotary(c.d_model // c.n_head, c.rope_theta)
+        name = f"layers.{index}.attention"
+        self.attention = SelfAttention(c.d_model, c.n_head, name, Normal, n_kv_head=c.n_kv_head, rotary=rotary)
+        self.mlp = GatedMLP(c.d_model, c.d_ff, Normal)
+        self.norm1, self.norm2 = (RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, T, d] → [B, T, d]."""
+        if self.norm_first:
+            h = x + self.attention(self.norm1(x), context.cache)
+            return h + self.mlp(self.norm2(h))
+        h = x + self.attention(x, context.cache)
+        return self.norm2(h + self.mlp(self.norm1(h)))
+
+
+class Mooshak(LanguageModel):
+    """`Mooshak(vocab_size=…, d_model=…, …)`, as in MooshakConfig."""
+
+    config: MooshakConfig
+
+    def __init__(self, config: MooshakConfig | None = None, **arguments: int | float | str) -> None:
+        c = config or MooshakConfig(**arguments)  # type: ignore[arg-type]
+        blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
+        head = Head(RMSNorm(c.d_model, c.norm_eps), Normal(c.d_model, c.vocab_size, bias=False))
+        super().__init__(c, nn.Sequential(Embedding(c.vocab_size, c.d_model, std=0.02), *blocks, head))

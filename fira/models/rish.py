@@ -1,0 +1,105 @@
+"""rish: a mixture of experts whose norms stand behind attention and experts, as in OLMo 2 and FlexOlmo.
+
+    h = x + RMS(Attn(x))        y = h + RMS(MoE(h))
+    MoE(x) = Σ_e p_e · W2_e (silu(W_gate_e x) ⊙ W_up_e x)       p = the top-k of softmax(W x), not renormalised
+
+Attn: q and k RMS-normed over their full width, rotary positions, fewer heads for keys and values than for queries.
+A final RMS norm, an untied head, no biases.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fira.models.attention import SelfAttention
+from fira.models.aux_losses import load_balance
+from fira.models.context import Context
+from fira.models.embedding import Embedding, Head
+from fira.models.experts import GatedExperts
+from fira.models.init import Normal
+from fira.models.language_model import LanguageModel
+from fira.models.layer import Layer
+from fira.models.moe import MoE
+from fira.models.norms import RMSNorm
+from fira.models.rotary import Rotary
+from fira.models.router import Router
+
+
+@dataclass(frozen=True)
+class RishConfig:
+    """The shape of a rish. seq_len: the longest context; beyond max_position the rotary base grows with the length."""
+
+    vocab_size: int = 100352
+    seq_len: int = 4096
+    d_model: int = 4096
+    n_head: int = 32
+    n_kv_head: int = 8
+    num_layers: int = 32
+    d_ff: int = 11008
+    num_experts: int = 7
+    top_k: int | float = 5
+    max_position: int = 4096
+    rope_theta: float = 5e5
+    rope_factor: float = 1.0
+    norm_eps: float = 1e-6
+    aux_coefficient: float = 0.01
+
+
+PRESETS = {
+    "rish-base": RishConfig(),
+    "rish-tiny": RishConfig(
+        vocab_size=2048,
+        seq_len=128,
+        d_model=128,
+        n_head=4,
+        n_kv_head=2,
+        num_layers=4,
+        d_ff=128,
+        num_experts=4,
+        top_k=2,
+        max_position=128,
+    ),
+}
+
+# Steps, peak and final learning rate, warm-up steps.
+RECIPES = {"rish-base": (100_000, 3e-4, 3e-5, 2000), "rish-tiny": (400, 3e-3, 3e-4, 20)}
+
+
+class Block(Layer):
+    """Attention, then experts, each in a residual branch. index: its place among the layers."""
+
+    def __init__(self, config: RishConfig, index: int) -> None:
+        super().__init__()
+        c = config
+        self.attention = SelfAttention(
+            c.d_model,
+            c.n_head,
+            f"layers.{index}.attention",
+            Normal,
+            n_kv_head=c.n_kv_head,
+            qk_norm_eps=c.norm_eps,
+            rotary=Rotary(c.d_model // c.n_head, c.rope_theta, c.max_position, c.rope_factor),
+        )
+        router = Router(c.d_model, c.num_experts, c.top_k, bias=False, renormalise=False)
+        experts = GatedExperts(c.num_experts, c.d_model, c.d_ff, F.silu, std=0.02)
+        balance = (load_balance, c.aux_coefficient / c.num_layers)  # transformers' loss is one for all layers
+        self.moe = MoE(router, experts, c.num_experts, index, [balance])
+        self.norm1, self.norm2 = (RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, T, d] → [B, T, d]."""
+        x = x + self.norm1(self.attention(x, context.cache))
+        return x + self.norm2(self.moe(x, context, None))
+
+
+class Rish(LanguageModel):
+    """`Rish(vocab_size=…, d_model=…, …)`, as in RishConfig."""
+
+    config: RishConfig
+
+    def __init__(self, config: RishConfig | None = None, **arguments: int | float) -> None:
+        c = config or RishConfig(**arguments)  # type: ignore[arg-type]
+        blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
+        head = Head(RMSNorm(c.d_model, c.norm_eps), Normal(c.d_model, c.vocab_size, bias=False))
+        super().__init__(c, nn.Sequential(Embedding(c.vocab_size, c.d_model, std=0.02), *blocks, head))

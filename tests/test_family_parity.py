@@ -1,0 +1,96 @@
+"""All families are trained alike on every layout, as `test_parity.py` shows of fira in more detail."""
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fira.models.blues import BluesConfig
+from fira.models.microrwkv import MicroRWKVConfig
+from fira.models.mooshak import MooshakConfig
+from fira.models.registry import to_document
+from fira.models.rish import RishConfig
+from tests.ranks import run_function
+
+SMALL = {"vocab_size": 61, "seq_len": 13, "d_model": 24, "num_layers": 2}
+MODELS = {
+    "rish": RishConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, num_experts=4, top_k=2, max_position=10),
+    "mooshak": MooshakConfig(**SMALL, n_head=6, d_ff=20, norm_order="post"),
+    "blues": BluesConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, noise=0.5, dropout=0.1),
+    "microrwkv": MicroRWKVConfig(**SMALL, n_head=3, n_group=2, window=5, d_moe=10, top_k=2, aux_coefficient=0.1),
+}
+ONE = [1, 1, 1]
+EXACT = {"microbatch": 2, "dtype": "float64"}
+
+
+def spread(name: str, pp: int, dp: int) -> list[int]:
+    """A layout, with as many ranks for the experts as there are replicas."""
+    return [pp, dp, dp if hasattr(MODELS[name], "num_experts") else 1]
+
+
+def case(name: str, layout: list[int], **settings: Any) -> str:
+    return json.dumps({"model": to_document(MODELS[name]), "layout": layout, "steps": 3, **settings}, sort_keys=True)
+
+
+def cases(name: str) -> list[str]:
+    """Every training of a family."""
+    return [
+        case(name, ONE),
+        case(name, ONE, recompute=True),
+        case(name, ONE, **EXACT),
+        case(name, ONE, **EXACT, devices=2, recompute=True),
+        case(name, [2, 1, 1]),
+        case(name, [2, 1, 1], schedule="gpipe"),
+        case(name, [1, 2, 1], **EXACT),
+        case(name, spread(name, 1, 2), **EXACT),
+        case(name, spread(name, 2, 2), **EXACT),
+        case(name, [2, 1, 1], **EXACT, devices=2),
+    ]
+
+
+@functools.cache
+def results(ranks: int) -> dict[str, Any]:
+    """What each case that needs this many ranks gives, the same on all of them."""
+    names = [n for name in MODELS for n in cases(name) if np.prod(json.loads(n)["layout"][:2]) == ranks]
+    by_rank = run_function(ranks, "tests.parity_ranks", "train_all", timeout=170, cases=[json.loads(n) for n in names])
+    merged = {}
+    for name, *ranks_results in zip(names, *by_rank, strict=True):
+        assert all(one["steps"] == ranks_results[0]["steps"] for one in ranks_results)
+        weights = {key: value for one in ranks_results for key, value in one["weights"].items()}
+        merged[name] = {**ranks_results[0], "weights": weights}
+    return merged
+
+
+def result(case: str) -> dict[str, Any]:
+    layout = json.loads(case)["layout"]
+    return results(layout[0] * layout[1])[case]
+
+
+def distance(one: str, other: str) -> float:
+    """The largest relative difference of loss, auxiliary loss and gradient norm in any step."""
+    a, b = np.array(result(one)["steps"]), np.array(result(other)["steps"])
+    return float((abs(a - b) / np.maximum(abs(b), 1e-300)).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pipelines_and_recompute_give_the_same_bits(name: str) -> None:
+    plain = result(case(name, ONE))
+    assert result(case(name, [2, 1, 1])) == plain
+    assert result(case(name, [2, 1, 1], schedule="gpipe")) == plain
+    assert result(case(name, ONE, recompute=True)) == plain
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_replicas_expert_shards_and_torchgpipe_agree_with_one_rank(name: str) -> None:
+    plain = case(name, ONE, **EXACT)
+    assert distance(plain, case(name, ONE)) > 1e-12  # fp32 does differ
+    for layout, settings in (
+        ([1, 2, 1], {}),
+        (spread(name, 1, 2), {}),
+        (spread(name, 2, 2), {}),
+        (ONE, {"devices": 2, "recompute": True}),
+        ([2, 1, 1], {"devices": 2}),
+    ):
+        assert distance(case(name, layout, **EXACT, **settings), plain) < 1e-12, (layout, settings)

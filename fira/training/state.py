@@ -62,6 +62,8 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader, tokenizer: byte
                     "step": torch.tensor(float(updates), device=part.parameter.device),
                     **{m: _read(saved, f"{m}/{part.name}", part).to(part.parameter) for m in MOMENTS},
                 }
+    if trainer.model.tied:
+        trainer.model.tied.share_value()
     loader.load_state_dict(state["loader"])
     trainer.scale.load_state_dict(state["loss_scale"])
     return saved.step

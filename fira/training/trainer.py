@@ -61,6 +61,8 @@ class Trainer:
             part.parameter.grad = None
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
         losses = self.model.engine.run(schedule, microbatches)
+        if self.model.tied:
+            self.model.tied.sum_gradients()
         reduce_gradients(self.model.parts, self.mesh)
 
         waited = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
@@ -79,6 +81,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            if self.model.tied:
+                self.model.tied.share_value()
         shares = (load / load.sum(1, keepdim=True)).tolist()
         return StepResult(loss / tokens, aux_loss, norm, shares, bubble, overflow, [round(s) for s in signals])
 

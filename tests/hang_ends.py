@@ -1,0 +1,68 @@
+"""Jobs that end, each in a way of its own: `mpirun -np 2 python tests/hang_ends.py killed`. Only rank 1 misbehaves."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+import torch
+import torch.distributed as dist
+
+import pipeline
+
+
+def returned(rank: int) -> None:
+    print("sum", int(_sum(rank)))
+    if rank != 1:
+        time.sleep(1)  # rank 1 is through long before the others
+
+
+def destroyed(rank: int) -> None:
+    print("sum", int(_sum(rank)))
+    dist.destroy_process_group()
+
+
+def thread(rank: int) -> None:
+    def work() -> None:
+        raise RuntimeError("in a thread")
+
+    if rank == 1:
+        threading.Thread(target=work).start()
+        time.sleep(60)
+    _sum(rank)
+
+
+def exited(rank: int) -> None:
+    if rank == 1:
+        sys.exit(3)
+    _sum(rank)
+
+
+def hard_exited(rank: int) -> None:
+    if rank == 1:
+        os._exit(3)
+    _sum(rank)
+
+
+def hard_exited_with_0(rank: int) -> None:
+    if rank == 1:
+        os._exit(0)
+    _sum(rank)
+
+
+def killed(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _sum(rank)
+
+
+def _sum(rank: int) -> torch.Tensor:
+    total = torch.tensor(float(rank))
+    dist.all_reduce(total)
+    return total
+
+
+if __name__ == "__main__":
+    assert not {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} & set(os.environ)
+    globals()[sys.argv[1]](pipeline.init().rank)

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fira import FIRA
 from fira.models.context import Context
-from fira.models.dropout import Dropout, keep_mask, token_keys
+from fira.models.dropout import Dropout, _mix, keep_mask, token_keys
 from fira.models.fira import FiraConfig
 
 CONFIG = FiraConfig(vocab_size=11, seq_len=6, d_model=16, n_head=2, num_layers=2, d_ff=24, dropout=0.3)
@@ -68,6 +68,15 @@ def test_places_are_independent() -> None:
     row, x = rows_of(8)[:1], torch.ones(1, 384)
     masks = torch.cat([Dropout(0.5, f"layers.{i}.dropout{j}")(x, row) > 0 for i in range(64) for j in range(4)])
     assert faults(masks, 0.5) == []
+
+
+def test_places_whose_salts_differ_as_two_channels_do_are_independent() -> None:
+    """Row, place and channel meet in an exclusive or: of row and place together it must not see the difference."""
+    here, there = Dropout(0.5, "here"), Dropout(0.5, "there")
+    first, second = _mix(torch.tensor([1, 2], dtype=torch.int32)).tolist()  # what tells the first two channels apart
+    there.salt = here.salt ^ first ^ second
+    x, rows = torch.ones(512, 2), rows_of(512)
+    assert faults(torch.cat([here(x, rows), there(x, rows)], 1).T > 0, 0.5) == []
 
 
 @pytest.mark.parametrize(

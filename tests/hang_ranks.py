@@ -58,6 +58,12 @@ def no_new_group(rank: int) -> None:
         dist.new_group()
 
 
+def future_nobody_completes(rank: int) -> None:
+    """As DistributedDataParallel waits: not in Python."""
+    if rank == 0:
+        dist.all_reduce(torch.zeros(4), async_op=True).get_future().wait()
+
+
 def stopped(rank: int) -> None:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)

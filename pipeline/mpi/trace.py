@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 LAST = 256  # operations kept per rank
-POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})  # numbered per peer and tag, not per group
+# numbered per peer and tag, not per group
+POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})
 
 
 class _Inside(dict[str, bool]):
@@ -52,15 +53,19 @@ class Entry:
     def end(self, error: BaseException | None) -> None:
         """Note that the operation is over, well or badly."""
         self.finished = time.time()
+        self.group.trace.waiting.discard(self)
         if error is not None:
             self.error = error
 
-    def __enter__(self) -> None:
+    def awaited(self) -> None:
+        """Note that somebody waits for the end of the operation."""
         self.waited_s = 0.0
         self.group.trace.waiting.add(self)
 
+    __enter__ = awaited
+
     def __exit__(self, *error: object) -> None:
-        self.group.trace.waiting.discard(self)  # not remove: another thread may have waited for it, too
+        self.group.trace.waiting.discard(self)
 
     def as_json(self, waiting: bool) -> dict[str, Any]:
         """The entry in words and numbers; ranks are global."""

@@ -200,6 +200,7 @@ class Operation(Work):
             if self.advance():
                 self.complete_future()
             else:
+                self._entry.awaited()
                 self._progress.promise(self)
         return self._future
 

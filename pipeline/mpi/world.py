@@ -31,7 +31,7 @@ def init(timeout_s: float | None = None) -> World:
     """
     global _world
     if _world is None:
-        _world = _start(_timeout_s() if timeout_s is None else timeout_s)
+        _world = _start(_seconds(os.environ.get("FIRA_TIMEOUT_S", 600) if timeout_s is None else timeout_s))
     return _world
 
 
@@ -66,12 +66,14 @@ def _start(timeout_s: float) -> World:
     return world
 
 
-def _timeout_s() -> float:
-    text = os.environ.get("FIRA_TIMEOUT_S", "600")
+def _seconds(timeout: str | float) -> float:
     try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"FIRA_TIMEOUT_S={text}: not a number of seconds") from error
+        seconds = float(timeout)
+    except ValueError:
+        seconds = 0
+    if not seconds > 0:
+        raise ValueError(f"timeout_s, or FIRA_TIMEOUT_S, must be a positive number of seconds, not {timeout}")
+    return seconds
 
 
 def _refuse_foreign_mpirun(size: int) -> None:

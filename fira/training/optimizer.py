@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.optim.adamw import adamw
 
 from fira.parallelize import Distributed, Part
 from pipeline.mesh import Mesh
@@ -25,13 +26,53 @@ def learning_rate(step: int, steps: int, peak: float, low: float, warmup: int) -
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def make_optimizer(parts: Sequence[Part], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with β 0.9 / 0.95; matrices decay, vectors (norms and biases, also each expert's) do not."""
-    decayed = [part.parameter for part in parts if len(part.shape) - part.expert >= 2]
-    others = [part.parameter for part in parts if len(part.shape) - part.expert < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+def gradient_of(part: Part) -> Tensor:
+    """A part's gradient; every parameter takes part in every step, so there is one after each backward."""
+    assert part.parameter.grad is not None, part.name
+    return part.parameter.grad
+
+
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with β 0.9 / 0.95, by torch's fused kernel.
+
+    Matrices decay; vectors (norms and biases, also each expert's) do not. moments: [parameter name] → exp_avg and
+    exp_avg_sq, shaped like the part. Not a torch.optim.Optimizer, whose first use imports torch's compiler: two seconds
+    on every rank at every start.
+    """
+
+    def __init__(self, parts: Sequence[Part], weight_decay: float) -> None:
+        self.updates = 0
+        self.moments = {
+            part.name: (torch.zeros_like(part.parameter), torch.zeros_like(part.parameter)) for part in parts
+        }
+        decayed = [part for part in parts if len(part.shape) - part.expert >= 2]
+        others = [part for part in parts if len(part.shape) - part.expert < 2]
+        self._groups = [(decayed, weight_decay), (others, 0.0)]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update every parameter by its `.grad`."""
+        for parts, weight_decay in self._groups:
+            if not parts:
+                continue
+            first, second = zip(*(self.moments[part.name] for part in parts), strict=True)
+            adamw(
+                [part.parameter for part in parts],
+                [gradient_of(part) for part in parts],
+                list(first),
+                list(second),
+                [],
+                [torch.tensor(float(self.updates), device=part.parameter.device) for part in parts],
+                fused=True,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.95,
+                lr=lr,
+                weight_decay=weight_decay,
+                eps=1e-8,
+                maximize=False,
+            )
+        self.updates += 1
 
 
 def reduce_gradients(parts: Sequence[Part], mesh: Mesh) -> None:
@@ -43,7 +84,7 @@ def reduce_gradients(parts: Sequence[Part], mesh: Mesh) -> None:
         group = mesh.groups[axis]
         if dist.get_world_size(group) == 1:
             continue
-        gradients = [part.parameter.grad for part in parts if part.expert == expert and part.parameter.grad is not None]
+        gradients = [gradient_of(part) for part in parts if part.expert == expert]
         for bucket in _buckets(gradients):
             flat = _flatten_dense_tensors(bucket)
             dist.all_reduce(flat, group=group)
@@ -87,8 +128,7 @@ class NormVector:
         vector = torch.zeros(len(self.names), dtype=torch.float64)
         norms = []
         for part, _, rows in self._mine:
-            assert part.parameter.grad is not None
-            norms.append(torch.linalg.vector_norm(part.parameter.grad.reshape(rows, -1), dim=1, dtype=torch.float64))
+            norms.append(torch.linalg.vector_norm(gradient_of(part).reshape(rows, -1), dim=1, dtype=torch.float64))
         for (_, start, rows), norm in zip(self._mine, norms, strict=True):
             vector[start : start + rows] = norm.square()
         return vector
@@ -97,7 +137,7 @@ class NormVector:
 def scale_gradients(parts: Sequence[Part], factor: float) -> None:
     """Multiply all gradients, for clipping and for unscaling."""
     if factor != 1.0:
-        torch._foreach_mul_([part.parameter.grad for part in parts if part.parameter.grad is not None], factor)
+        torch._foreach_mul_([gradient_of(part) for part in parts], factor)
 
 
 class LossScale:

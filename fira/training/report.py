@@ -12,7 +12,7 @@ from fira.training.trainer import StepResult
 
 
 class Report:
-    """One rank's, for all: creates the run folder and keeps its log. done: the last step of an earlier run; steps: of all."""
+    """One rank's, for all: keeps the run folder. done: the last step of an earlier run; steps: of all."""
 
     def __init__(self, config: TrainConfig, out: Path, run: Run, done: int, steps: int) -> None:
         run_folder.describe(out, config, run.corpus.summary)

@@ -87,12 +87,12 @@ def set_up(config: TrainConfig, world: World) -> Run:
     )
     tokenizer = corpus.tokenizer.read_bytes() if corpus.tokenizer else None
     summary = corpus.summary
+    stages = " | ".join(f"{span.start}–{span.stop - 1}" for span in distributed.stages)
     heading = "\n".join(
         [
             f"{config.model}: {model.num_parameters():,} parameters · {devices[0].type} {config.precision} · {layout}",
             f"{config.schedule} · micro-batches a replica: {split.count(config.batch_size)}, each {microbatch} × "
-            f"{model_config.seq_len} tokens · stages {' | '.join(f'{s.start}–{s.stop - 1}' for s in distributed.stages)} "
-            f"of {len(model.layers)} layers",
+            f"{model_config.seq_len} tokens · stages of layers {stages}",
             f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
             f"vocabulary {model_config.vocab_size}",
         ]

@@ -25,15 +25,13 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader, tokenizer: byt
     mesh, optimizer = trainer.mesh, trainer.optimizer
     owned = [part for part in trainer.model.parts if (mesh.edp_rank if part.expert else mesh.dp_rank) == 0]
     moments = [
-        Shard(f"{moment}/{part.name}", optimizer.state[part.parameter][moment], part.start, part.shape)
+        Shard(f"{moment}/{part.name}", tensor, part.start, part.shape)
         for part in owned
-        for moment in MOMENTS
-        if part.parameter in optimizer.state
+        for moment, tensor in zip(MOMENTS, optimizer.moments[part.name], strict=True)
     ]
-    updates = [int(state["step"]) for state in optimizer.state.values()]
     state = {
         "step": step,
-        "updates": max(updates, default=0),
+        "updates": optimizer.updates,
         "loader": loader.state_dict(),
         "loss_scale": trainer.scale.state_dict(),
     }
@@ -53,15 +51,12 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader, tokenizer: byte
     """Take up a checkpoint written by any layout; returns its step. UserError where it is of another model or data."""
     _check_same(saved, trainer, tokenizer)
     state = saved.document("state")
-    updates = state["updates"]
     with torch.no_grad():
         for part in trainer.model.parts:
             part.parameter.copy_(_read(saved, part.name, part))
-            if updates:
-                trainer.optimizer.state[part.parameter] = {
-                    "step": torch.tensor(float(updates), device=part.parameter.device),
-                    **{m: _read(saved, f"{m}/{part.name}", part).to(part.parameter) for m in MOMENTS},
-                }
+            for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[part.name], strict=True):
+                tensor.copy_(_read(saved, f"{moment}/{part.name}", part))
+    trainer.optimizer.updates = state["updates"]
     if trainer.model.tied:
         trainer.model.tied.share_value()
     loader.load_state_dict(state["loader"])

@@ -13,7 +13,7 @@ from fira.errors import UserError
 from fira.models.context import MoEStats
 from fira.parallelize import Distributed
 from fira.training.batch import Split
-from fira.training.optimizer import LossScale, NormVector, make_optimizer, reduce_gradients, scale_gradients
+from fira.training.optimizer import AdamW, LossScale, NormVector, reduce_gradients, scale_gradients
 from pipeline.engine import MicroBatch
 from pipeline.mesh import Mesh
 from pipeline.schedule import SCHEDULES, forward_only
@@ -43,7 +43,7 @@ class Trainer:
         self.split = split
         self.schedule = SCHEDULES[schedule]
         self.clip = clip
-        self.optimizer = make_optimizer(model.parts, weight_decay)
+        self.optimizer = AdamW(model.parts, weight_decay)
         self.scale = LossScale(fp16)
         self.norms = NormVector(model, mesh)
 
@@ -78,9 +78,7 @@ class Trainer:
         if not overflow:
             clipping = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
             scale_gradients(self.model.parts, clipping / scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
+            self.optimizer.step(lr)
             if self.model.tied:
                 self.model.tied.share_value()
         shares = (load / load.sum(1, keepdim=True)).tolist()

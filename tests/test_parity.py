@@ -29,14 +29,13 @@ def alone(name: str, *without: str) -> str:
 # 5 sequences of 13 tokens: micro-batches of 1 make 5, of 2 make 3 with the last not full; neither divides over dp.
 PIPELINES = [
     case([stages, 1, 1], schedule=schedule, dropout=dropout, microbatch=microbatch)
-    for stages, schedule, dropout, microbatch in product([2, 4], ["gpipe", "1f1b"], [0.0, 0.1], [1, 2])
+    for stages, schedule, (dropout, microbatch) in product([2, 4], ["gpipe", "1f1b"], [(0.0, 1), (0.1, 1), (0.1, 2)])
 ]
 SPREAD = [
     case(layout, dropout=dropout, dtype=dtype, microbatch=microbatch, schedule=schedule)
-    for layout, dropout, (dtype, microbatch, schedule) in product(
+    for layout, (dropout, dtype, microbatch, schedule) in product(
         [[1, 2, 1], [1, 4, 1], [1, 2, 2], [1, 4, 4], [2, 2, 2]],
-        [0.0, 0.1],
-        [("float32", 1, "1f1b"), ("float64", 2, "gpipe")],
+        [(0.0, "float32", 1, "1f1b"), (0.1, "float32", 2, "gpipe"), (0.1, "float64", 1, "1f1b")],
     )
 ]
 LOCAL = [

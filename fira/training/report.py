@@ -56,4 +56,5 @@ class Report:
         print(f"picture: {plot_files([self.out])}")
         if self.last.iter < self.steps:
             print(f"stopped by a signal after step {self.last.iter}; the same command with --resume auto continues")
-        print(f'next: python scripts/generate.py --checkpoint {self.out} --prompt "def "', flush=True)
+        tokenizer = "" if self.run.tokenizer else " --tokenizer TOKENIZER.json"  # shards of token ids came without one
+        print(f'next: python scripts/generate.py --checkpoint {self.out}{tokenizer} --prompt "def "', flush=True)

@@ -1,5 +1,6 @@
 """The store: how ``torch.distributed``'s other backends (NCCL, gloo) find each other, without a port or a host name."""
 
+import atexit
 import json
 import threading
 import time
@@ -21,14 +22,22 @@ class MPIStore(Store):
         self._limit = timedelta(seconds=timeout_s)
         self._asking = threading.Lock()  # one request at a time; none of them blocks
         if comm.Get_rank() == 0:
-            threading.Thread(target=self._serve, name="mpi-store", daemon=True).start()
+            self._closing = threading.Event()
+            self._server = threading.Thread(target=self._serve, name="mpi-store", daemon=True)
+            self._server.start()
+            atexit.register(self._close)
+
+    def _close(self) -> None:
+        """End the thread: MPI must not be called once it is finalised."""
+        self._closing.set()
+        self._server.join()
 
     def _serve(self) -> None:
         values: dict[str, str] = {}
         status = MPI.Status()
-        while True:
+        while not self._closing.is_set():
             if not self._comm.Iprobe(tag=REQUEST, status=status):
-                time.sleep(POLL_S)
+                self._closing.wait(POLL_S)
                 continue
             request = bytearray(status.Get_count(MPI.BYTE))
             self._comm.Recv(request, status.Get_source(), REQUEST)

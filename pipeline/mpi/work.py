@@ -76,7 +76,8 @@ class Progress:
             done = [operation for operation in operations if operation.advance()]
             for operation in done:
                 operations.remove(operation)
-                operation.complete_future()
+                # in a thread of its own: what hangs on the future may wait for the next one (PowerSGD does)
+                threading.Thread(target=operation.complete_future, daemon=True).start()
             tests += 1
             pause(tests, time.monotonic() - began)
 

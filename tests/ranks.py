@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,23 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_ranks(
-    n: int, script: str | Path, *args: object, timeout: float = 60, env: dict[str, str] | None = None
+    n: int,
+    script: str | Path,
+    *args: object,
+    timeout: float = 60,
+    env: dict[str, str] | None = None,
+    within: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run ``mpirun -np n python script args`` with one thread per rank and return status, stdout and stderr.
+
+    Args:
+        within: a command that runs mpirun, somewhere else or in another way.
 
     Raises:
         subprocess.TimeoutExpired: after ``timeout`` seconds; every process of the job is killed first.
     """
     mpirun = Path(sys.executable).with_name("mpirun")  # the wheel's; not every test runner has it on its PATH
-    command = [str(mpirun) if mpirun.exists() else "mpirun", "-np", n, sys.executable, script, *args]
+    command = [*within, mpirun if mpirun.exists() else "mpirun", "-np", n, sys.executable, script, *args]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         # Files, not pipes: a process that outlives mpirun cannot hold up the reader.
@@ -32,7 +41,8 @@ def run_ranks(
         try:
             status = process.wait(timeout)
         finally:
-            _kill_session(process.pid)
+            for pid in members(process.pid):
+                os.kill(pid, signal.SIGKILL)
             process.wait()
             texts = [(file.seek(0), file.read())[1] for file in (out, err)]
             if process.returncode == -signal.SIGKILL:
@@ -57,15 +67,17 @@ def run_function(
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(n)]
 
 
-def _kill_session(session: int) -> None:
-    """Kill every process of a session: mpirun gives its children process groups of their own."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == session:
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                continue
+def members(session: int) -> list[int]:
+    """The processes of a session that live: mpirun gives its children process groups of their own."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended meanwhile
+        if int(its_session) == session and state not in "XZ":
+            found.append(int(stat.parent.name))
+    return found
 
 
 def _main(module: str, function: str, kwargs: str, folder: str) -> None:

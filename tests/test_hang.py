@@ -69,8 +69,9 @@ class Job:
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Job]]]:
     """Several at a time: they mostly wait."""
-    with ThreadPoolExecutor(3) as pool:
-        yield {way: pool.submit(Job, way, tmp_path_factory.mktemp(way)) for way in WAYS}
+    pool = ThreadPoolExecutor(3)
+    yield {way: pool.submit(Job, way, tmp_path_factory.mktemp(way)) for way in WAYS}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT
+from tests.ranks import ROOT, members
 
 ENDS = ROOT / "tests/hang_ends.py"
 FAILURE = range(1, 256)
@@ -42,38 +42,26 @@ class Job:
                 self.status = process.wait(60)
                 self.left = _left_of(process.pid)
             finally:
-                for pid in _members(process.pid):
+                for pid in members(process.pid):
                     os.kill(pid, signal.SIGKILL)
                 process.wait()
             self.output, self.error = [(file.seek(0), file.read())[1] for file in (out, err)]
 
 
-def _left_of(session: int) -> set[int]:
+def _left_of(session: int) -> list[int]:
     for _ in range(50):
-        if not _members(session):
+        if not members(session):
             break
         time.sleep(0.1)
-    return _members(session)
-
-
-def _members(session: int) -> set[int]:
-    """The processes of a session, but for those that are dead and wait for their parent to notice."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended meanwhile
-        if int(its_session) == session and state != "Z":
-            found.add(int(stat.parent.name))
-    return found
+    return members(session)
 
 
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[dict[tuple[str, int], Future[Job]]]:
     """Several jobs at a time, on one host: they do not disturb each other."""
-    with ThreadPoolExecutor(3) as pool:
-        yield {(way, ranks): pool.submit(Job, way, ranks) for way in WAYS for ranks in (2, 4)}
+    pool = ThreadPoolExecutor(3)
+    yield {(way, ranks): pool.submit(Job, way, ranks) for way in WAYS for ranks in (2, 4)}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -2,11 +2,14 @@
 
 import functools
 import json
+import tempfile
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from fira import load_model
 from fira.models.blues import BluesConfig
 from fira.models.microrwkv import MicroRWKVConfig
 from fira.models.mooshak import MooshakConfig
@@ -51,12 +54,24 @@ def cases(name: str) -> list[str]:
 
 
 @functools.cache
+def job(ranks: int) -> list[Any]:
+    """All that needs this many ranks, in one job; on two ranks, a tied model is saved and moved as well."""
+    needed = [json.loads(n) for name in MODELS for n in cases(name) if np.prod(json.loads(n)["layout"][:2]) == ranks]
+    if ranks != 2:
+        return run_function(ranks, "tests.family_ranks", "train_all", timeout=170, cases=needed)
+    with tempfile.TemporaryDirectory() as folder:
+        moved = {"model": to_document(MODELS["blues"]), "layouts": [[2, 1, 1], [1, 2, 2]], "folder": folder}
+        by_rank = run_function(2, "tests.family_ranks", "train_and_move", timeout=170, cases=needed, **moved)
+        by_rank[0]["loaded"] = load_model(folder)[0]
+        return by_rank
+
+
+@functools.cache
 def results(ranks: int) -> dict[str, Any]:
     """What each case that needs this many ranks gives, the same on all of them."""
     names = [n for name in MODELS for n in cases(name) if np.prod(json.loads(n)["layout"][:2]) == ranks]
-    by_rank = run_function(ranks, "tests.parity_ranks", "train_all", timeout=170, cases=[json.loads(n) for n in names])
     merged = {}
-    for name, *ranks_results in zip(names, *by_rank, strict=True):
+    for name, *ranks_results in zip(names, *(one["trained"] for one in job(ranks)), strict=True):
         assert all(one["steps"] == ranks_results[0]["steps"] for one in ranks_results)
         weights = {key: value for one in ranks_results for key, value in one["weights"].items()}
         merged[name] = {**ranks_results[0], "weights": weights}
@@ -94,3 +109,17 @@ def test_replicas_expert_shards_and_torchgpipe_agree_with_one_rank(name: str) ->
         ([2, 1, 1], {"devices": 2}),
     ):
         assert distance(case(name, layout, **EXACT, **settings), plain) < 1e-12, (layout, settings)
+
+
+def test_a_tied_weight_is_saved_once_and_taken_up_by_every_layout() -> None:
+    moved = job(2)[0]
+    whole, same, other = moved["continued"]
+    assert same == whole
+    np.testing.assert_allclose(other, whole, rtol=1e-12)
+    weights = [name for name in moved["names"] if not name.startswith("exp_avg")]
+    assert [name for name in weights if "project" in name] == []
+    assert weights.count("layers.0.token.weight") == 1
+    model = moved["loaded"]
+    assert sorted(name for name, _ in model.named_parameters()) == weights
+    assert torch.equal(model.layers[-1].project.weight, model.layers[0].token.weight)
+    assert not model.layers[-1].project.weight.is_meta

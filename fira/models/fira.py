@@ -44,8 +44,8 @@ PRESETS = {
     "fira-tiny": FiraConfig(vocab_size=2048, seq_len=128, d_model=128, n_head=4, num_layers=4, d_ff=256, dropout=0.0),
 }
 
-# Steps, peak and final learning rate, warm-up steps.
-RECIPES = {"fira-base": (20_000, 6e-4, 5e-5, 700), "fira-tiny": (400, 3e-3, 3e-4, 20)}
+# Steps, peak and final learning rate, warm-up steps, sequences in a batch.
+RECIPES = {"fira-base": (20_000, 6e-4, 5e-5, 700), "fira-tiny": (200, 6e-3, 3e-4, 20, 32)}
 
 
 class Block(Layer):

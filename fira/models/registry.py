@@ -27,6 +27,7 @@ class Recipe:
     lr: float
     min_lr: float
     warmup: int
+    batch_size: int = 16
 
 
 RECIPES = {name: Recipe(*values) for file, _, _ in FAMILIES.values() for name, values in file.RECIPES.items()}

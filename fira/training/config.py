@@ -27,9 +27,9 @@ class TrainConfig:
     tokenizer: str | None = _option(None, "a tokenizer.json; default: one is trained on the data")
     vocab_size: int | None = _option(None, "vocabulary; default: the preset's")
     seq_len: int | None = _option(None, "tokens per sequence; default: the preset's context")
-    batch_size: int = _option(16, "sequences in the global batch")
+    batch_size: int | None = _option(None, "sequences in the global batch; default: the preset's recipe")
     micro_batch_size: int | None = _option(None, "sequences in a micro-batch; default: chosen for the layout")
-    steps: int | None = _option(None, "optimizer steps in all; default: the preset's recipe, as for lr, min-lr, warmup")
+    steps: int | None = _option(None, "optimizer steps in all; default: the recipe's, as for lr, min-lr, warmup")
     lr: float | None = _option(None, "peak learning rate")
     min_lr: float | None = _option(None, "learning rate at the last step")
     warmup: int | None = _option(None, "steps of linear warm-up")
@@ -59,7 +59,7 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
 
     def recipe(self) -> Recipe:
-        """Steps and learning rates: what was given, and the preset's for what was left out."""
+        """Steps, learning rates, batch: what was given, and the preset's for what was left out."""
         if self.model not in RECIPES:
             raise UserError(f"--model {self.model}: no such preset; choose from {', '.join(PRESETS)}")
         given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Recipe)}

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from fira.errors import UserError
+from fira.models.registry import Recipe
 from fira.training import run_folder, state
 from fira.training.checkpoint import Checkpoint, find, newest_valid
 from fira.training.config import TrainConfig
@@ -19,19 +20,19 @@ def train(config: TrainConfig, world: World) -> None:
     """Train as configured, from the start or from a checkpoint, and leave a run folder (collective)."""
     recipe = config.recipe()
     out = run_folder.choose(config)
-    run = set_up(config, world)
+    run = set_up(config, recipe.batch_size, world)
     done = _resume(config, out, run)
-    report = Report(config, out, run, done, recipe.steps) if world.rank == 0 else None
-    before = _validate(config, run, done)
+    report = Report(config, out, run, done, recipe) if world.rank == 0 else None
+    before = _validate(run, recipe, done)
     signals = Signals()
     for step in range(done + 1, recipe.steps + 1):
         started = time.perf_counter()
         lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
-        result = run.trainer.step(run.loader, config.batch_size, lr, config.seed, signals.wanted())
+        result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, signals.wanted())
         seconds = time.perf_counter() - started
         save, end = (count > 0 for count in result.signals)
         end = end or step == recipe.steps
-        val_loss = _validate(config, run, step) if end or step % config.eval_every == 0 else None
+        val_loss = _validate(run, recipe, step) if end or step % config.eval_every == 0 else None
         if report:
             report.step(step, result, lr, seconds, val_loss)
         if save or end or step % config.save_every == 0:
@@ -42,8 +43,8 @@ def train(config: TrainConfig, world: World) -> None:
         report.finish(before)
 
 
-def _validate(config: TrainConfig, run: Run, step: int) -> float:
-    loss = run.trainer.evaluate(run.validation, config.batch_size)
+def _validate(run: Run, recipe: Recipe, step: int) -> float:
+    loss = run.trainer.evaluate(run.validation, recipe.batch_size)
     if not math.isfinite(loss):
         raise UserError(
             f"step {step}: the validation loss is {loss}; resume from the last checkpoint with a lower --lr"

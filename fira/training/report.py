@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fira.models.registry import Recipe
 from fira.training import run_folder
 from fira.training.config import TrainConfig
 from fira.training.log import LOG_NAME, Row, TrainingLog
@@ -12,17 +13,17 @@ from fira.training.trainer import StepResult
 
 
 class Report:
-    """One rank's, for all: keeps the run folder. done: the last step of an earlier run; steps: of all."""
+    """One rank's, for all: keeps the run folder. done: the last step of an earlier run."""
 
-    def __init__(self, config: TrainConfig, out: Path, run: Run, done: int, steps: int) -> None:
+    def __init__(self, config: TrainConfig, out: Path, run: Run, done: int, recipe: Recipe) -> None:
         run_folder.describe(out, config, run.corpus.summary)
         print(run.heading, flush=True)
         if done:
             print(f"resumed after step {done} in {out}", flush=True)
-        self.out, self.run, self.steps = out, run, steps
+        self.out, self.run, self.steps = out, run, recipe.steps
         self.log = TrainingLog(out / LOG_NAME, done)
-        self.tokens = config.batch_size * run.trainer.model.config.seq_len
-        self.progress = Progress(steps, done + 1, self.tokens)
+        self.tokens = recipe.batch_size * run.trainer.model.config.seq_len
+        self.progress = Progress(recipe.steps, done + 1, self.tokens)
         self.last: Row | None = None
 
     def step(self, step: int, result: StepResult, lr: float, seconds: float, val_loss: float | None) -> None:

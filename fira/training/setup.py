@@ -47,15 +47,15 @@ def load_corpus(config: TrainConfig, vocab_size: int, world: World) -> Corpus:
     return prepared or corpus(progress=False)
 
 
-def choose_microbatch(config: TrainConfig, layout: Layout) -> int:
+def choose_microbatch(config: TrainConfig, batch_size: int, layout: Layout) -> int:
     """Sequences per micro-batch: one micro-batch where there is no pipeline, else two per stage, to keep it full."""
     if config.micro_batch_size is not None:
         return config.micro_batch_size
     pieces = 2 * layout.pp if layout.pp > 1 else 1
-    return max(1, config.batch_size // (layout.dp * pieces))
+    return max(1, batch_size // (layout.dp * pieces))
 
 
-def set_up(config: TrainConfig, world: World) -> Run:
+def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     """Prepare data, build this rank's part of the model and measure the machine (collective)."""
     model_config = make_config(config.model, config.model_changes())
     if config.tokenizer and config.vocab_size is None:
@@ -69,7 +69,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     corpus = load_corpus(config, model_config.vocab_size, world)
     mesh = make_mesh(layout, devices[0].type, len(devices))
-    microbatch = choose_microbatch(config, layout)
+    microbatch = choose_microbatch(config, batch_size, layout)
     dtype = PARAMETERS.get(config.precision, torch.float32)
     distributed = parallelize(
         model_config,
@@ -91,7 +91,7 @@ def set_up(config: TrainConfig, world: World) -> Run:
     heading = "\n".join(
         [
             f"{config.model}: {model.num_parameters():,} parameters · {devices[0].type} {config.precision} · {layout}",
-            f"{config.schedule} · micro-batches a replica: {split.count(config.batch_size)}, each {microbatch} × "
+            f"{config.schedule} · micro-batches a replica: {split.count(batch_size)}, each {microbatch} × "
             f"{model_config.seq_len} tokens · stages of layers {stages}",
             f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
             f"vocabulary {model_config.vocab_size}",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from fira.expert_parallel import AllToAllDispatcher
 from fira.models.experts import ExpertBank
@@ -28,13 +28,13 @@ from pipeline.stage import DeviceLayers, Stage
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter as this rank holds it: the rows from `start` of a tensor whose global shape is `shape`.
+    """A tensor as this rank holds it: the rows from `start` of a tensor whose global shape is `shape`.
 
     expert: dim 0 counts experts, which are spread over ep; any other parameter is held whole by all ranks of a stage.
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     start: int
     shape: tuple[int, ...]
     expert: bool
@@ -46,7 +46,9 @@ class Distributed:
 
     config: Any
     engine: Engine
-    parts: list[Part]
+    parts: list[Part]  # what is trained
+    buffers: list[Part]  # what is saved with it
+    moe: list[MoE]
     tied: TiedWeight | None
     stages: list[range]  # the layers of each stage
     parameters: list[tuple[str, tuple[int, ...], bool]]  # of the whole model: name, shape, whether of experts
@@ -83,6 +85,7 @@ def parallelize(
     spans = partition([costs[i] for i in mine], min(len(devices), len(mine)))
     of_experts = _expert_tensors(model)
     parameters = [(name, tuple(p.shape), name in of_experts) for name, p in model.named_parameters()]
+    buffers = [(name, tuple(b.shape), False) for name, b in model.named_buffers()]
     moe = [module for module in model.modules() if isinstance(module, MoE)]
 
     layers = [model.layers[i] for i in mine]
@@ -103,11 +106,9 @@ def parallelize(
     return Distributed(
         config=config,
         engine=Engine({mesh.pp_rank: stage}, objective, mesh.groups["pp"], mesh.groups["pp_backward"], dtype),
-        parts=[
-            Part(name, parameter, mesh.ep_rank * len(parameter) if expert else 0, shape, expert)
-            for name, shape, expert in parameters
-            if (parameter := _held(name, mine, layers)) is not None
-        ],
+        parts=_parts(parameters, mine, layers, mesh),
+        buffers=_parts(buffers, mine, layers, mesh),
+        moe=[module for layer in layers for module in layer.modules() if isinstance(module, MoE)],
         tied=tied,
         stages=stages,
         parameters=parameters,
@@ -152,9 +153,15 @@ def _tie(layers: Sequence[nn.Module], mine: range, group: dist.ProcessGroup, cou
     return tied
 
 
-def _held(name: str, mine: range, layers: Sequence[nn.Module]) -> nn.Parameter | None:
-    """This rank's parameter of a global name, None where another stage holds it."""
-    _, index, path = name.split(".", 2)
-    if int(index) not in mine:
-        return None
-    return layers[int(index) - mine.start].get_parameter(path)
+def _parts(
+    tensors: list[tuple[str, tuple[int, ...], bool]], mine: range, layers: Sequence[nn.Module], mesh: Mesh
+) -> list[Part]:
+    """Those of the model's tensors (name, shape, whether of experts) that this rank's layers hold."""
+    parts = []
+    for name, shape, expert in tensors:
+        _, index, path = name.split(".", 2)
+        if int(index) in mine:
+            module, _, last = path.rpartition(".")
+            tensor = getattr(layers[int(index) - mine.start].get_submodule(module), last)
+            parts.append(Part(name, tensor, mesh.ep_rank * len(tensor) if expert else 0, shape, expert))
+    return parts

@@ -27,7 +27,8 @@ def write(path: Path, steps: range, resume_step: int = 0, **changed: object) -> 
 def test_columns_stand_in_the_promised_order(tmp_path: Path) -> None:
     write(tmp_path / "log.csv", range(1, 2))
     assert (tmp_path / "log.csv").read_text().splitlines()[0] == (
-        "iter,train_loss,val_loss,lr,mfu,tokens_per_s,grad_norm,aux_loss,load_imbalance,expert_load,bubble"
+        "iter,train_loss,val_loss,lr,mfu,tokens_per_s,grad_norm,aux_loss,load_imbalance,expert_load,bubble,"
+        "dropped,router_entropy"
     )
 
 

@@ -21,10 +21,10 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[La
     saved = Checkpoint.open(find(path))
     with torch.device("meta"):
         model = build(from_document(saved.document("config")))
-    for name, parameter in model.named_parameters():
-        if saved.shape(name) != tuple(parameter.shape):
-            raise UserError(f"{saved.folder}: {name} is {saved.shape(name)}, its config.json says {parameter.shape}")
-    weights = {name: saved.read(name) for name, _ in model.named_parameters()}
+    for name, tensor in model.weights().items():
+        if saved.shape(name) != tuple(tensor.shape):
+            raise UserError(f"{saved.folder}: {name} is {saved.shape(name)}, its config.json says {tensor.shape}")
+    weights = {name: saved.read(name) for name in model.weights()}
     model.load_state_dict(weights, strict=not model.tied, assign=True)
     model.tie()
     tokenizer = Tokenizer.from_buffer(saved.file(TOKENIZER)) if saved.has_file(TOKENIZER) else None

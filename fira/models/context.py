@@ -39,6 +39,8 @@ class MoEStats:
     """What one MoE layer did with (part of) one micro-batch."""
 
     load: Tensor  # [E] assignments of valid tokens
+    dropped: Tensor  # [E] how many of them the expert did not take
+    entropy: Tensor  # [] of the router's probabilities, in nats, summed over valid tokens
     aux: Tensor  # [] this part's share of the auxiliary loss
 
 

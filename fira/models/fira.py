@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fira.models.attention import SelfAttention
-from fira.models.aux_losses import even_weights
+from fira.models.aux_losses import even_weights, load_balance, router_z
 from fira.models.context import Context
 from fira.models.dropout import Dropout
 from fira.models.embedding import Embedding, Head
@@ -25,7 +25,11 @@ from fira.models.router import Router
 
 @dataclass(frozen=True)
 class FiraConfig:
-    """The shape of a fira. top_k: experts per token, or a fraction of them. seq_len: the longest context."""
+    """The shape of a fira. top_k: experts per token, or a fraction of them. seq_len: the longest context.
+
+    How experts are kept in balance is a choice: aux_coefficient is of fira's own loss, switch_coefficient of the
+    standard one, z_coefficient keeps router logits small; noise, balance_rate: see Router; capacity_factor: see MoE.
+    """
 
     vocab_size: int = 50304
     seq_len: int = 512
@@ -37,6 +41,11 @@ class FiraConfig:
     top_k: int | float = 2
     dropout: float = 0.1
     aux_coefficient: float = 1.0
+    switch_coefficient: float = 0.0
+    z_coefficient: float = 0.0
+    noise: float = 0.0
+    balance_rate: float = 0.0
+    capacity_factor: float = 0.0
 
 
 PRESETS = {
@@ -57,9 +66,22 @@ class Block(Layer):
         self.norm1 = nn.LayerNorm(c.d_model)
         self.attention = SelfAttention(c.d_model, c.n_head, f"{name}.attention", Xavier, bias=True)
         self.norm2 = nn.LayerNorm(c.d_model)
-        router = Router(c.d_model, c.num_experts, c.top_k, temperature=0.9)
+        router = Router(
+            c.d_model,
+            c.num_experts,
+            c.top_k,
+            temperature=0.9,
+            noise=c.noise,
+            balance_rate=c.balance_rate,
+            name=f"{name}.moe.router",
+        )
         experts = Experts(c.num_experts, c.d_model, c.d_ff, c.dropout, f"{name}.moe.experts")
-        self.moe = MoE(router, experts, c.num_experts, index, [(even_weights, c.aux_coefficient)])
+        losses = [
+            (even_weights, c.aux_coefficient),
+            (load_balance, c.switch_coefficient),
+            (router_z, c.z_coefficient),
+        ]
+        self.moe = MoE(router, experts, c.num_experts, index, losses, capacity_factor=c.capacity_factor)
         self.post_norm = nn.LayerNorm(c.d_model)
         self.dropout1, self.dropout2, self.dropout3 = (Dropout(c.dropout, f"{name}.dropout{i}") for i in (1, 2, 3))
 

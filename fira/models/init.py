@@ -45,7 +45,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialise(layer: nn.Module, prefix: str, seed: int, first_expert: int = 0) -> None:
-    """Fill a layer's parameters in place, as its modules say.
+    """Fill a layer's parameters in place, as its modules say, and its buffers with zeros.
 
     prefix: the layer's global name, `layers.3`. first_expert: the global number of the layer's first local expert;
     each expert is drawn by its own name, so a rank draws only those it holds. Drawing happens on the CPU in fp32.
@@ -62,6 +62,8 @@ def initialise(layer: nn.Module, prefix: str, seed: int, first_expert: int = 0) 
             else:
                 _fill(module, name, value, _generator(seed, full))
             parameter.copy_(value)
+        for buffer in module.buffers(recurse=False):
+            buffer.zero_()
 
 
 def _fill(module: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:

@@ -50,6 +50,10 @@ class LanguageModel(nn.Module):
             context.cache.length += tokens.shape[1]
         return x
 
+    def weights(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds of the model, by global name: parameters and buffers, tied ones once."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fira.models.aux_losses import AuxLoss
+from fira.models.capacity import within_capacity
 from fira.models.context import Context, MoEStats
 from fira.models.experts import ExpertBank
 from fira.models.router import Routed, Router
@@ -92,6 +93,8 @@ class MoE(nn.Module):
 
     index: the layer's number, under which its statistics are found. losses: each with its coefficient.
     norm: of each chosen expert's output, before it is weighted.
+    capacity_factor: how many times its even share of a sequence an expert takes at most while training; what is more
+    has an output of zero. 0: every expert takes all that come.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class MoE(nn.Module):
         index: int,
         losses: Sequence[tuple[AuxLoss, float]],
         norm: nn.Module | None = None,
+        capacity_factor: float = 0.0,
     ) -> None:
         super().__init__()
         self.router = router
@@ -111,34 +115,62 @@ class MoE(nn.Module):
         self.num_experts = num_experts
         self.index = index
         self.losses = [(loss, coefficient) for loss, coefficient in losses if coefficient]
+        self.capacity_factor = capacity_factor
 
     def forward(self, x: Tensor, context: Context, keys: Tensor | None) -> Tensor:
         """x: [B, T, d], keys: [B, T] int32 for dropout inside the experts and for noise → [B, T, width of experts]."""
-        tokens = x.flatten(0, 1)
-        keys = None if keys is None else keys.flatten()
-        routed = self.router(tokens, keys)
-        top_k = self.router.top_k
-        plan = self.dispatcher.plan(routed.experts, self.num_experts)
-        if keys is not None:  # a token has another mask in each of its experts
-            keys = self.dispatcher.dispatch((keys[:, None] + routed.experts.to(torch.int32)).flatten(), plan)
-        rows = self.experts(self.dispatcher.dispatch(tokens, plan, top_k), plan.counts, keys)
-        chosen = self.norm(self.dispatcher.combine(rows, plan)).unflatten(0, (-1, top_k))
-        y = (chosen * routed.weights[..., None]).sum(1)
-        if context.aux_weights is not None:
-            per_sequence = Routed(*(part.unflatten(0, x.shape[:2]) for part in routed))
-            y = self._note(y, per_sequence, chosen.unflatten(0, x.shape[:2]), context.valid(x), context)
-        return y.unflatten(0, x.shape[:2])
+        flat_keys = None if keys is None else keys.flatten()
+        flat = self.router(x.flatten(0, 1), flat_keys)
+        routed = Routed(*(part.unflatten(0, x.shape[:2]) for part in flat))
+        valid = context.valid(x)
+        taken = None
+        if self.capacity_factor and context.aux_weights is not None:
+            taken = within_capacity(routed.experts, valid, self.num_experts, self.capacity_factor)
+        outputs = self.norm(self._compute(x.flatten(0, 1), flat.experts, taken, flat_keys))
+        outputs = outputs.unflatten(0, routed.experts.shape)
+        y = (outputs * routed.weights[..., None]).sum(2)
+        return y if context.aux_weights is None else self._note(y, routed, outputs, valid, taken, context)
 
-    def _note(self, y: Tensor, routed: Routed, outputs: Tensor, valid: Tensor, context: Context) -> Tensor:
+    def _compute(self, tokens: Tensor, experts: Tensor, taken: Tensor | None, keys: Tensor | None) -> Tensor:
+        """Outputs [N·k, h] of the chosen experts [N, k] for tokens [N, d]; zero where an assignment is not taken."""
+        top_k = experts.shape[1]
+        if keys is not None:  # a token has another mask in each of its experts
+            keys = (keys[:, None] + experts.to(torch.int32)).flatten()
+        if taken is None:
+            return self._run(tokens, experts, top_k, keys)
+        rows = taken.flatten().nonzero().squeeze(1)
+        some = self._run(tokens[rows // top_k], experts.flatten()[rows, None], 1, None if keys is None else keys[rows])
+        return some.new_zeros(experts.numel(), some.shape[1]).index_copy(0, rows, some)
+
+    def _run(self, rows: Tensor, experts: Tensor, copies: int, keys: Tensor | None) -> Tensor:
+        """Dispatch rows [n, d] to experts [n, copies], keys [n · copies] with them, and bring the outputs back."""
+        plan = self.dispatcher.plan(experts, self.num_experts)
+        if keys is not None:
+            keys = self.dispatcher.dispatch(keys, plan)
+        return self.dispatcher.combine(
+            self.experts(self.dispatcher.dispatch(rows, plan, copies), plan.counts, keys), plan
+        )
+
+    def _note(
+        self, y: Tensor, routed: Routed, outputs: Tensor, valid: Tensor, taken: Tensor | None, context: Context
+    ) -> Tensor:
         """y, whose backward trains the losses too; the statistics go into the context."""
         assert context.aux_weights is not None
         aux = y.new_zeros((), dtype=routed.logits.dtype)
         for loss, coefficient in self.losses:
             aux = aux + coefficient * (loss(routed, outputs, valid) * context.aux_weights).sum()
-        counted = valid[..., None].expand_as(routed.experts).flatten().long()
-        load = counted.new_zeros(self.num_experts).scatter_add_(0, routed.experts.flatten(), counted)
-        context.stats[self.index, context.part] = MoEStats(load, aux.detach())
+        assigned = valid[..., None].expand_as(routed.experts)
+        load = self._count(routed.experts, assigned)
+        dropped = torch.zeros_like(load) if taken is None else self._count(routed.experts, assigned & ~taken)
+        chance = routed.logits.detach().log_softmax(dim=-1)
+        entropy = -(chance.exp() * chance).sum(-1)[valid].sum()
+        context.stats[self.index, context.part] = MoEStats(load, dropped, entropy, aux.detach())
         return _AddToObjective.apply(y, aux)
+
+    def _count(self, experts: Tensor, counted: Tensor) -> Tensor:
+        """experts, counted: [B, T, k] → [E], how many of those counted are each expert's."""
+        weights = counted.flatten().long()
+        return weights.new_zeros(self.num_experts).scatter_add_(0, experts.flatten(), weights)
 
     def own_flops_per_token(self, length: int) -> float:
         """The chosen experts; the router is a Linear and counts as such."""

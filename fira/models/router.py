@@ -23,8 +23,13 @@ class Router(nn.Module):
     of which the kept are divided by their sum. Otherwise the weights are the kept part of a softmax over all, and
     say how sure the router is.
     noise: deviation of Gaussian noise on the logits while training, a function of sequence, position and `name`.
+    balance_rate: what an expert's bias changes by in a step, up where it had less than its share and down where more.
+    The bias decides who is chosen and has no part in the weights, so that no loss has to balance (Wang et al. 2024,
+    arXiv 2408.15664).
     top_k: a number of experts, or a fraction of them.
     """
+
+    balance: Tensor  # [E], the bias
 
     def __init__(
         self,
@@ -36,6 +41,7 @@ class Router(nn.Module):
         temperature: float = 1.0,
         renormalise: bool = True,
         noise: float = 0.0,
+        balance_rate: float = 0.0,
         name: str = "",
     ) -> None:
         super().__init__()
@@ -44,6 +50,9 @@ class Router(nn.Module):
         self.renormalise = renormalise
         self.noise = noise
         self.salt = salt(name)
+        self.balance_rate = balance_rate
+        if balance_rate:
+            self.register_buffer("balance", torch.zeros(num_experts))
         # 0.8 of 4 experts are 3; a little is added because 15/22 of 22 is just below 15 in floating point
         self.top_k = top_k if isinstance(top_k, int) else max(1, int(top_k * num_experts + 1e-9))
         if not 1 <= self.top_k <= num_experts:
@@ -56,8 +65,13 @@ class Router(nn.Module):
             logits = self.gate(x.to(self.gate.weight.dtype)) / self.temperature
             if self.noise and keys is not None:
                 logits = logits + self.noise * normal(at_place(keys, self.salt), logits.shape[1]).to(logits.dtype)
+            preference = logits.softmax(dim=-1) + self.balance if self.balance_rate else logits
+            experts = preference.topk(self.top_k, dim=-1).indices
             if self.renormalise:
-                kept, experts = logits.topk(self.top_k, dim=-1)
-                return Routed(experts, kept.softmax(dim=-1), logits)
-            weights, experts = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
-            return Routed(experts, weights, logits)
+                return Routed(experts, logits.gather(-1, experts).softmax(dim=-1), logits)
+            return Routed(experts, logits.softmax(dim=-1).gather(-1, experts), logits)
+
+    def rebalance(self, load: Tensor) -> None:
+        """load: [E] assignments of a whole step, the same on all ranks that hold this router."""
+        if self.balance_rate:
+            self.balance += self.balance_rate * (load.mean() - load).sign().to(self.balance)

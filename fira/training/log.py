@@ -31,6 +31,8 @@ class Row:
     load_imbalance: float | None = field(init=False)  # worst layer's largest load × experts; 1 is even
     expert_load: Sequence[Sequence[float]] = ()  # per MoE layer, each expert's fraction of the assignments
     bubble: float | None = None  # fraction of the step in which a stage waits, 0 to 1
+    dropped: float | None = None  # fraction of the assignments that experts had no capacity for
+    router_entropy: float | None = None  # nats; how undecided the routers are, at most log(number of experts)
 
     def __post_init__(self) -> None:
         self.load_imbalance = max((max(layer) * len(layer) for layer in self.expert_load), default=None)

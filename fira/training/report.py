@@ -40,6 +40,8 @@ class Report:
             aux_loss=result.aux_loss,
             expert_load=result.expert_load,
             bubble=result.bubble,
+            dropped=result.dropped,
+            router_entropy=result.router_entropy,
         )
         self.log.write(self.last)
         self.progress.update(self.last)

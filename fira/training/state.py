@@ -24,6 +24,7 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader, tokenizer: byt
     """
     mesh, optimizer = trainer.mesh, trainer.optimizer
     owned = [part for part in trainer.model.parts if (mesh.edp_rank if part.expert else mesh.dp_rank) == 0]
+    buffers = trainer.model.buffers if mesh.dp_rank == 0 else []
     moments = [
         Shard(f"{moment}/{part.name}", tensor, part.start, part.shape)
         for part in owned
@@ -38,7 +39,7 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader, tokenizer: byt
     return checkpoint.save(
         root,
         step,
-        weights=[Shard(part.name, part.parameter, part.start, part.shape) for part in owned],
+        weights=[Shard(part.name, part.parameter, part.start, part.shape) for part in [*owned, *buffers]],
         optimizer=moments,
         documents={"config": to_document(trainer.model.config), "state": state},
         files={TOKENIZER: tokenizer} if tokenizer is not None else {},
@@ -56,6 +57,8 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader, tokenizer: byte
             part.parameter.copy_(_read(saved, part.name, part))
             for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[part.name], strict=True):
                 tensor.copy_(_read(saved, f"{moment}/{part.name}", part))
+        for part in trainer.model.buffers:
+            part.parameter.copy_(_read(saved, part.name, part))
     trainer.optimizer.updates = state["updates"]
     if trainer.model.tied:
         trainer.model.tied.share_value()

@@ -27,6 +27,8 @@ class StepResult:
     aux_loss: float
     grad_norm: float  # before clipping
     expert_load: list[list[float]]  # fraction of assignments, [MoE layer][expert]
+    dropped: float | None  # fraction of all assignments that no expert took; None without experts, as the next
+    router_entropy: float | None  # nats, mean over tokens and layers
     bubble: float  # fraction of the step that ranks waited for one another in the pipeline
     skipped: bool  # fp16 overflow: no update was made
     signals: list[int]
@@ -66,10 +68,10 @@ class Trainer:
         reduce_gradients(self.model.parts, self.mesh)
 
         waited = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
-        load, aux = self._experts([batch.context.stats for batch in microbatches])
-        scalars = torch.tensor([_total(losses), aux / scale, waited, *map(float, flags)], dtype=torch.float64)
+        load, *of_experts = self._experts([batch.context.stats for batch in microbatches])
+        scalars = torch.tensor([_total(losses), waited, *of_experts, *map(float, flags)], dtype=torch.float64)
         norms, load, scalars = _sum_over_ranks(self.norms.local(), load, scalars)
-        loss, aux_loss, bubble, *signals = scalars.tolist()
+        loss, bubble, aux_loss, dropped, entropy, *signals = scalars.tolist()
         norm = math.sqrt(float(norms.sum())) / scale
 
         overflow = self.scale.enabled and not math.isfinite(norm)
@@ -81,8 +83,20 @@ class Trainer:
             self.optimizer.step(lr)
             if self.model.tied:
                 self.model.tied.share_value()
-        shares = (load / load.sum(1, keepdim=True)).tolist()
-        return StepResult(loss / tokens, aux_loss, norm, shares, bubble, overflow, [round(s) for s in signals])
+            for moe in self.model.moe:
+                moe.router.rebalance(load[self.model.moe_layers.index(moe.index)])
+        some = len(self.model.moe_layers) > 0
+        return StepResult(
+            loss=loss / tokens,
+            aux_loss=aux_loss / scale,
+            grad_norm=norm,
+            expert_load=(load / load.sum(1, keepdim=True)).tolist(),
+            dropped=dropped / float(load.sum()) if some else None,
+            router_entropy=entropy / tokens / len(load) if some else None,
+            bubble=bubble,
+            skipped=overflow,
+            signals=[round(s) for s in signals],
+        )
 
     def evaluate(self, data: Sequential, batch: int) -> float:
         """Mean loss, in nats per token, over all of the data, `batch` sequences at a time."""
@@ -96,16 +110,18 @@ class Trainer:
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
-    def _experts(self, stats: list[dict[tuple[int, int], MoEStats]]) -> tuple[Tensor, float]:
-        """Assignments [MoE layers of the model, experts] and auxiliary loss of what this rank computed."""
-        rows = {layer: row for row, layer in enumerate(self.model.moe_layers)}
-        load = torch.zeros(len(rows), self.model.num_experts, dtype=torch.float64)
-        aux = 0.0
+    def _experts(self, stats: list[dict[tuple[int, int], MoEStats]]) -> tuple[Tensor, float, float, float]:
+        """What this rank's experts did: assignments [MoE layers of the model, experts], auxiliary loss, assignments
+        dropped, and the routers' entropy summed over tokens and layers."""
+        load = torch.zeros(len(self.model.moe_layers), self.model.num_experts, dtype=torch.float64)
+        aux = dropped = entropy = 0.0
         for microbatch in stats:
             for (layer, _), one in sorted(microbatch.items()):
-                load[rows[layer]] += one.load.cpu()
+                load[self.model.moe_layers.index(layer)] += one.load.cpu()
                 aux += float(one.aux)
-        return load, aux
+                dropped += float(one.dropped.sum())
+                entropy += float(one.entropy)
+        return load, aux, dropped, entropy
 
     def _check_finite(self, loss: float, norms: Tensor, overflow: bool) -> None:
         if math.isfinite(loss) and (overflow or bool(norms.isfinite().all())):

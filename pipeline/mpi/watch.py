@@ -41,7 +41,7 @@ class Watch:
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._answers: dict[int, Snapshot] = {}
         self._under_way: list[tuple[MPI.Request, bytes]] = []
-        self._receiving, self._gathering = threading.Lock(), threading.Lock()
+        self._messages, self._gathering = threading.RLock(), threading.Lock()
         self._requests: list[tuple[str, bool]] = []  # (reason, end the job?)
         self._reported_at = float("-inf")
         self._stopped = False
@@ -75,15 +75,15 @@ class Watch:
         snapshots[self._rank]["now"] = "the failure above"
         report = Report(snapshots, {})
         lines = report.mismatches + report.waits
-        return self._publish("the other ranks meanwhile", lines, snapshots) if lines else ""
+        return self._publish("the other ranks meanwhile", lines, snapshots) + "\n" if lines else ""
 
     # The thread
 
     def _run(self) -> None:
         poller = select.poll()
         poller.register(self._wake_up, select.POLLIN)
-        dead = {os.pidfd_open(pid): rank for rank, pid in self._pids.items() if rank != self._rank}
-        for handle in dead:
+        ranks = self._handles()
+        for handle in ranks:
             poller.register(handle, select.POLLIN)
         before = time.monotonic()
         while not self._stopped:
@@ -92,11 +92,18 @@ class Watch:
                     os.read(self._wake_up, 4096)
                 else:
                     poller.unregister(descriptor)
-                    self._gone[dead[descriptor]] = time.monotonic()
+                    self._gone[ranks[descriptor]] = time.monotonic()
             self._receive()
             now = time.monotonic()
             self._look(now, min(now - before, 2 * POLL_S))  # a stopped process has not waited meanwhile
             before = now
+
+    def _handles(self) -> dict[int, int]:
+        """File descriptors that become readable when the process of a rank on this machine ends."""
+        try:
+            return {os.pidfd_open(pid): rank for rank, pid in self._pids.items() if rank != self._rank}
+        except (AttributeError, OSError):  # an old kernel or Python, a sandbox: then a death shows at the timeout
+            return {}
 
     def _look(self, now: float, elapsed: float) -> None:
         """Is there something to report?"""
@@ -115,7 +122,7 @@ class Watch:
 
     def _report(self, reason: str, end: bool) -> None:
         """Have the lowest rank that answers report, which may be this one; then end the job, if so asked."""
-        if time.monotonic() - self._reported_at < QUIET_S:
+        if not end and time.monotonic() - self._reported_at < QUIET_S:
             return
         self._reported_at = time.monotonic()
         snapshots = self._gather(enough=range(1))
@@ -185,7 +192,7 @@ class Watch:
     def _receive(self) -> None:
         """Answer, or take down, what other ranks have sent."""
         status = MPI.Status()
-        with self._receiving:
+        with self._messages:
             self._under_way = [(request, data) for request, data in self._under_way if not request.Test()]
             while message := self._comm.Improbe(status=status):
                 source, tag = status.Get_source(), status.Get_tag()
@@ -200,7 +207,8 @@ class Watch:
                     self._requests.append((reason, end))
 
     def _send(self, data: bytes, peer: int, tag: int) -> None:
-        self._under_way.append((self._comm.Isend([data, MPI.BYTE], peer, tag), data))
+        with self._messages:
+            self._under_way.append((self._comm.Isend([data, MPI.BYTE], peer, tag), data))  # data lives until it is sent
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._requests.append((f"asked for by {signal.Signals(number).name}", False))
@@ -209,8 +217,9 @@ class Watch:
 
 def _processes_here(comm: MPI.Intracomm) -> dict[int, int]:
     """The process ids of the ranks on this machine, by rank: those of this boot and this space of process ids."""
-    if not hasattr(os, "pidfd_open"):
-        return {}
-    space = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    try:
+        space = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux, or a sandbox: nobody is known to be here
+        space = f"rank {comm.Get_rank()}"
     everyone = comm.allgather((space, os.getpid()))
     return {rank: pid for rank, (there, pid) in enumerate(everyone) if there == space}

@@ -95,7 +95,7 @@ def make_mesh(layout: Layout, device_type: str = "cpu", local_devices: int = 1) 
     backend = "nccl" if device_type == "cuda" else None
 
     def group(axis: str) -> dist.ProcessGroup:
-        return dist.new_subgroups_by_enumeration(layout.groups(axis), backend=backend)[0]
+        return dist.new_subgroups_by_enumeration(layout.groups(axis), backend=backend, group_desc=axis)[0]
 
     groups = {name: group(axis) for name, axis in (("pp", "pp"), ("pp_backward", "pp"), ("dp", "dp"), ("edp", "edp"))}
     return Mesh(layout, dist.get_rank(), groups, [group("ep") for _ in range(local_devices)], device_type)

@@ -106,7 +106,7 @@ class MPIProcessGroup(ProcessGroup):
         return self._trace.name
 
     def _set_group_desc(self, description: str) -> None:
-        self._trace.description = description
+        self._trace.description = "" if description == "undefined" else description
         super()._set_group_desc(description)
 
     @property

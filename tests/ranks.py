@@ -32,7 +32,7 @@ def run_ranks(
     """
     mpirun = Path(sys.executable).with_name("mpirun")  # the wheel's; not every test runner has it on its PATH
     command = [*within, mpirun if mpirun.exists() else "mpirun", "-np", n, sys.executable, script, *args]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "FIRA_HANG_DIR": tempfile.gettempdir()} | (env or {})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         # Files, not pipes: a process that outlives mpirun cannot hold up the reader.
         process = subprocess.Popen(

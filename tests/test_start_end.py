@@ -35,8 +35,12 @@ class Job:
     def __init__(self, way: str, ranks: int, *within: str) -> None:
         mpirun = Path(sys.executable).with_name("mpirun")
         command = [*within, mpirun if mpirun.exists() else "mpirun", "-np", str(ranks), sys.executable, ENDS, way]
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        with (
+            tempfile.TemporaryFile("w+") as out,
+            tempfile.TemporaryFile("w+") as err,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "FIRA_HANG_DIR": folder}
             process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
             try:
                 self.status = process.wait(60)

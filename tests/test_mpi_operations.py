@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.mpi import buffers
 from tests.ranks import run_function
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -178,6 +179,25 @@ def uneven() -> None:
         check(output, torch.cat([given(peer, (rows(peer, rank), 2), dtype, rank) for peer in range(SIZE)]), dtype)
 
 
+def huge() -> None:
+    """Messages beyond the count of one MPI datatype, as if that ended at 1000 bytes."""
+    buffers.BLOCK = 1000
+    rank = dist.get_rank()
+    for shape in ((1000,), (5001,), (300, 301)):
+        tensor = given(rank, shape, torch.uint8)
+        dist.broadcast(tensor, 1)
+        check(tensor, given(1, shape, torch.uint8), shape)
+        tensor = given(rank, shape, torch.float32)
+        dist.all_reduce(tensor)
+        check(tensor, torch.stack(everyone(shape, torch.float32)).sum(0), shape)
+        if rank == 0:
+            dist.send(tensor, 1)
+        elif rank == 1:
+            got = torch.empty_like(tensor)
+            dist.recv(got, 0)
+            check(got, tensor, shape)
+
+
 def refusals() -> None:
     """What is refused, and how."""
     rank = dist.get_rank()
@@ -208,6 +228,7 @@ def moves() -> None:
     aliases()
     uneven()
     refusals()
+    huge()
 
 
 @pytest.mark.parametrize("function", ["sums", "moves"])

@@ -1,5 +1,7 @@
 """Tensors as MPI sees them: an address, a count and a datatype."""
 
+import functools
+
 import torch
 from mpi4py import MPI
 from torch import Tensor
@@ -32,12 +34,22 @@ _REDUCTIONS = [  # (torch's, MPI's for numbers, MPI's for bool, ours); a ReduceO
     (ReduceOp.BOR, MPI.BOR, MPI.LOR, torch.bitwise_or),
     (ReduceOp.BXOR, MPI.BXOR, MPI.LXOR, torch.bitwise_xor),
 ]
+BLOCK = 2**30
 _ONLY_MPI = (torch.uint16, torch.uint32, torch.uint64)  # torch has next to no arithmetic for them
 
 
 def as_bytes(tensor: Tensor) -> list:
     """A contiguous tensor as raw bytes: any dtype crosses this way. The caller keeps the tensor alive."""
-    return [MPI.memory.fromaddress(tensor.data_ptr(), tensor.nbytes), MPI.BYTE]
+    memory = MPI.memory.fromaddress(tensor.data_ptr(), tensor.nbytes)
+    return [memory, MPI.BYTE] if tensor.nbytes < BLOCK else [memory, 1, _huge(tensor.nbytes)]
+
+
+@functools.cache
+def _huge(size: int) -> MPI.Datatype:
+    """A type of ``size`` bytes: before MPI 4 (Open MPI 5) a count ends at 2³¹."""
+    blocks, rest = divmod(size, BLOCK)
+    block = MPI.BYTE.Create_contiguous(BLOCK)
+    return MPI.Datatype.Create_struct([blocks, rest], [0, blocks * BLOCK], [block, MPI.BYTE]).Commit()
 
 
 def as_numbers(tensor: Tensor) -> list:

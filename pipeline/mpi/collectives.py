@@ -216,7 +216,7 @@ def _share_memory(some: list[Tensor], others: list[Tensor]) -> bool:
 
 def _complete(buffer: Tensor, status: MPI.Status, peer: int) -> None:
     """MPI reports a message that is too long; one that is too short is for us to see."""
-    got = status.Get_count(MPI.BYTE)
+    got = status.Get_elements(MPI.BYTE)
     expect("recv", got == buffer.nbytes, f"expected {buffer.nbytes} bytes from rank {peer}, got {got}")
 
 

@@ -30,8 +30,7 @@ def run_ranks(
     Raises:
         subprocess.TimeoutExpired: after ``timeout`` seconds; every process of the job is killed first.
     """
-    mpirun = Path(sys.executable).with_name("mpirun")  # the wheel's; not every test runner has it on its PATH
-    command = [*within, mpirun if mpirun.exists() else "mpirun", "-np", n, sys.executable, script, *args]
+    command = [*within, mpirun(), "-np", n, sys.executable, script, *args]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "FIRA_HANG_DIR": tempfile.gettempdir()} | (env or {})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         # Files, not pipes: a process that outlives mpirun cannot hold up the reader.
@@ -65,6 +64,12 @@ def run_function(
         result = run_ranks(n, __file__, module, function, json.dumps(kwargs), folder, timeout=timeout, env=env)
         assert result.returncode == 0, f"{module}.{function} on {n} ranks: {result.stdout}\n{result.stderr}"
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(n)]
+
+
+def mpirun() -> str:
+    """The wheel's mpirun, beside this Python, which not every test runner has on its PATH; else the system's."""
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else "mpirun"
 
 
 def members(session: int) -> list[int]:

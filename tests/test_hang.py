@@ -1,13 +1,14 @@
 """What a job does that does not get on: one report in plain words, every rank's last operations, and then it ends."""
 
 import json
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import ROOT, mpirun, run_ranks
 
 TIMEOUT_S = 3.0
 pytestmark = pytest.mark.timeout(180)
@@ -51,9 +52,9 @@ WAYS = {  # a function of hang_ranks.py: what the report must say, in this order
 class Job:
     """A job of ``hang_ranks.py`` that has ended, and what it left."""
 
-    def __init__(self, way: str, folder: Path, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, way: str, folder: Path, timeout_s: float = TIMEOUT_S, within: Sequence[str] = ()) -> None:
         env = {"FIRA_TIMEOUT_S": str(timeout_s), "FIRA_HANG_DIR": str(folder)}
-        result = run_ranks(2, ROOT / "tests/hang_ranks.py", way, timeout=90, env=env)
+        result = run_ranks(2, ROOT / "tests/hang_ranks.py", way, timeout=90, env=env, within=within)
         self.status, self.error = result.returncode, result.stderr
         self.files = {file.name: file for file in folder.glob("*/*")}
 
@@ -97,6 +98,15 @@ def test_a_killed_rank_ends_the_job_though_mpirun_leaves_no_time_for_a_report(tm
     job = Job("killed", tmp_path)
     assert job.status != 0
     assert "pipeline: " not in job.error
+
+
+def test_a_death_is_noticed_where_mpirun_does_nothing_about_it(tmp_path: Path) -> None:
+    lenient = ["sh", "-c", 'mpirun=$1; shift; exec "$mpirun" -disable-auto-cleanup "$@"', "-"]
+    if "-disable-auto-cleanup" not in subprocess.run([mpirun(), "--help"], capture_output=True, text=True).stdout:
+        pytest.skip("an option of MPICH's mpirun")
+    job = Job("gone", tmp_path, timeout_s=600, within=lenient)
+    assert ") died without a word; the job ends\n  rank 0 waits in barrier #2 " in job.error
+    assert job.status != 0
 
 
 def test_a_report_on_demand_disturbs_nothing(tmp_path: Path) -> None:

@@ -9,11 +9,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT, members
+from tests.ranks import ROOT, members, mpirun
 
 ENDS = ROOT / "tests/hang_ends.py"
 FAILURE = range(1, 256)
@@ -33,8 +32,7 @@ class Job:
     """A job that has ended by itself: its status, what it printed, and the processes that were left 5 s later."""
 
     def __init__(self, way: str, ranks: int, *within: str) -> None:
-        mpirun = Path(sys.executable).with_name("mpirun")
-        command = [*within, mpirun if mpirun.exists() else "mpirun", "-np", str(ranks), sys.executable, ENDS, way]
+        command = [*within, mpirun(), "-np", str(ranks), sys.executable, ENDS, way]
         with (
             tempfile.TemporaryFile("w+") as out,
             tempfile.TemporaryFile("w+") as err,

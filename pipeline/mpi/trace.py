@@ -34,7 +34,7 @@ class Entry:
     """One operation. As a context: this thread waits for it."""
 
     deadline = math.inf  # when the one who waits gives up by itself
-    error: BaseException | None = None
+    error: str | None = None
     finished: float | None = None
     waited_s = 0.0  # while the process was not stopped
 
@@ -55,7 +55,7 @@ class Entry:
         self.finished = time.time()
         self.group.trace.waiting.discard(self)
         if error is not None:
-            self.error = error
+            self.error = str(error)  # the exception itself would keep its frames, and their tensors, alive
 
     def awaited(self) -> None:
         """Note that somebody waits for the end of the operation."""
@@ -83,7 +83,7 @@ class Entry:
             "started": self.started,
             "finished": self.finished,
             "waited_s": self.waited_s if waiting else None,
-            "error": None if self.error is None else str(self.error),
+            "error": self.error,
             "where": None if self.code is None else f"{self.code.co_filename}:{_line(self.code, self.at)}",
         }
 

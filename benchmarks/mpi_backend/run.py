@@ -1,0 +1,106 @@
+"""Compare the MPI backend with gloo and with raw mpi4py: measure, then a table and a plot.
+
+    python -m benchmarks.mpi_backend.run                             # the MPI library of this environment
+    python -m benchmarks.mpi_backend.run .venv-openmpi/bin/python    # and that of another one
+
+Writes results.csv and results.png beside this file, and prints the tables of README.md.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+
+HERE = Path(__file__).parent
+ROUNDS = 11
+OPERATIONS = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
+SIZES = [4**k * 1024 for k in range(9)]  # 1 KB to 64 MB
+# Open MPI asks before it runs as root, or more ranks than cores
+ALLOWED = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+def main() -> None:
+    rows = [row for python in [sys.executable, *sys.argv[1:]] for ranks in (2, 4) for row in measure(python, ranks)]
+    frame = pd.DataFrame(rows)
+    frame.to_csv(HERE / "results.csv", index=False)
+    report(frame)
+
+
+def measure(python: str, ranks: int) -> Iterable[dict]:
+    """One job with all operations and sizes."""
+    mpirun = Path(python).with_name("mpirun")
+    library = "Open MPI" if mpirun.with_name("ompi_info").exists() else "MPICH"
+    sizes, operations = ",".join(map(str, SIZES)), ",".join(OPERATIONS)
+    command = [str(mpirun), "-np", str(ranks), python, str(HERE / "ranks.py"), str(ROUNDS), operations, sizes]
+    result = subprocess.run(command, env=os.environ | ALLOWED, stdout=subprocess.PIPE, text=True, check=True)
+    for line in result.stdout.splitlines():
+        if line.startswith("{"):
+            yield {"library": library, **json.loads(line)}
+
+
+def report(frame: pd.DataFrame) -> None:
+    """Print the tables, draw the plot."""
+    keys = ["library", "ranks", "operation", "bytes"]
+    wide = frame.pivot_table(index=keys, columns="who", values="seconds").reset_index()
+    wide["times_gloo"] = wide["gloo"] / wide["ours"]
+    wide["of_raw"] = wide["mpi4py"] / wide["ours"]
+    print(
+        "| MPI | ranks | operation | × gloo, mean | worst, at | of raw mpi4py from 256 KB |\n|---|---|---|---|---|---|"
+    )
+    for (library, ranks, operation), part in wide.groupby(["library", "ranks", "operation"]):
+        worst = part.loc[part["times_gloo"].idxmin()]
+        large = part[part["bytes"] >= 256 * 1024]
+        print(
+            f"| {library} | {ranks} | {operation} | {mean(part['times_gloo']):.1f} "
+            f"| {worst['times_gloo']:.1f}, {size(worst['bytes'])} | {mean(large['of_raw']):.2f} |"
+        )
+    for library, part in wide.groupby("library"):
+        large = part[part["bytes"] >= 256 * 1024]
+        print(
+            f"{library}: {mean(part['times_gloo']):.1f} × gloo, {mean(large['of_raw']):.2f} of raw mpi4py from 256 KB"
+        )
+    draw(wide)
+
+
+def draw(wide: pd.DataFrame) -> None:
+    libraries = wide["library"].unique()
+    figure, axes = plt.subplots(len(libraries), len(OPERATIONS), figsize=(16, 3.4 * len(libraries)), squeeze=False)
+    for row, library in zip(axes, libraries, strict=True):
+        for axis, operation in zip(row, OPERATIONS, strict=True):
+            for ranks, style in ((2, "--"), (4, "-")):
+                part = wide[(wide["library"] == library) & (wide["operation"] == operation) & (wide["ranks"] == ranks)]
+                for who, colour in (("gloo", "tab:orange"), ("mpi4py", "tab:gray"), ("ours", "tab:blue")):
+                    axis.loglog(part["bytes"], part[who] * 1e6, style, color=colour, label=f"{who}, {ranks} ranks")
+            axis.set_title(f"{operation}, {library}", fontsize=10)
+            axis.set_xlabel("bytes per rank")
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("µs per call")
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(HERE / "results.png", dpi=110)
+
+
+def mean(values: pd.Series) -> float:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def size(count: float) -> str:
+    return f"{count / 2**20:.0f} MB" if count >= 2**20 else f"{count / 2**10:.0f} KB"
+
+
+if __name__ == "__main__":
+    main()

@@ -61,6 +61,7 @@ class Progress:
 
     def promise(self, operation: "Operation") -> None:
         """See to it that the operation's future is completed, though whoever waits for that does not drive MPI."""
+        operation.entry.__enter__()  # somebody waits, as far as we can know
         self._promised.put(operation)
         if self._keeper is None:
             self._keeper = threading.Thread(target=self._keep, name="mpi-progress", daemon=True)
@@ -76,6 +77,7 @@ class Progress:
             done = [operation for operation in operations if operation.advance()]
             for operation in done:
                 operations.remove(operation)
+                operation.entry.__exit__()
                 # in a thread of its own: what hangs on the future may wait for the next one (PowerSGD does)
                 threading.Thread(target=operation.complete_future, daemon=True).start()
             tests += 1
@@ -106,7 +108,7 @@ class Operation(Work):
         super().__init__()
         self._progress = progress
         self.name = name = entry.operation
-        self._entry = entry
+        self.entry = entry
         self._steps = steps
         self._outputs = outputs
         self._timeout_s = timeout_s
@@ -148,7 +150,7 @@ class Operation(Work):
 
     def _close(self) -> None:
         self._progress.finished(self)
-        self._entry.end(self._error)
+        self.entry.end(self._error)
         if self._record is not None:
             self._record.__exit__(None, None, None)
 
@@ -169,8 +171,8 @@ class Operation(Work):
         """Wait until the operation is over, but not beyond ``deadline`` (``time.monotonic()``)."""
         if self.advance():
             return True
-        self._entry.deadline = deadline
-        with self._entry:
+        self.entry.deadline = deadline
+        with self.entry:
             return self._progress.wait(self, deadline)
 
     def is_completed(self) -> bool:
@@ -201,7 +203,7 @@ class Operation(Work):
             if self.advance():
                 self.complete_future()
             else:
-                self._entry.awaited()
+                self.entry.awaited()
                 self._progress.promise(self)
         return self._future
 

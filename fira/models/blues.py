@@ -54,8 +54,8 @@ PRESETS = {
     "blues-tiny": BluesConfig(vocab_size=2048, seq_len=128, d_model=128, d_ff=256, dropout=0.0),
 }
 
-# Steps, peak and final learning rate, warm-up steps.
-RECIPES = {"blues-base": (20_000, 1e-3, 1e-4, 500), "blues-tiny": (400, 3e-3, 3e-4, 20)}
+# Steps, peak and final learning rate, warm-up steps, sequences in a batch.
+RECIPES = {"blues-base": (20_000, 1e-3, 1e-4, 500), "blues-tiny": (200, 6e-3, 3e-4, 20, 32)}
 
 
 class Block(Layer):

@@ -53,8 +53,8 @@ PRESETS = {
     ),
 }
 
-# Steps, peak and final learning rate, warm-up steps.
-RECIPES = {"microrwkv-base": (20_000, 6e-4, 6e-5, 500), "microrwkv-tiny": (400, 3e-3, 3e-4, 20)}
+# Steps, peak and final learning rate, warm-up steps, sequences in a batch.
+RECIPES = {"microrwkv-base": (20_000, 6e-4, 6e-5, 500), "microrwkv-tiny": (200, 6e-3, 3e-4, 20, 32)}
 
 
 class TinyMoE(nn.Module):

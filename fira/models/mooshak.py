@@ -42,8 +42,8 @@ PRESETS = {
     "mooshak-tiny": MooshakConfig(vocab_size=2048, seq_len=128, d_model=128, n_head=4, num_layers=4, d_ff=344),
 }
 
-# Steps, peak and final learning rate, warm-up steps.
-RECIPES = {"mooshak-base": (100_000, 3e-4, 3e-5, 3000), "mooshak-tiny": (400, 3e-3, 3e-4, 20)}
+# Steps, peak and final learning rate, warm-up steps, sequences in a batch.
+RECIPES = {"mooshak-base": (100_000, 3e-4, 3e-5, 3000), "mooshak-tiny": (200, 6e-3, 3e-4, 20, 32)}
 
 
 class Block(Layer):

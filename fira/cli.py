@@ -11,10 +11,10 @@ from fira.errors import UserError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows defaults, takes `--min_lr` for `--min-lr`, and raises UserError on bad flags.
 
-    speaks: whether --help prints; on one rank only.
+    speaks: asked whether --help prints; of several ranks one does.
     """
 
-    def __init__(self, description: str | None, speaks: bool = True) -> None:
+    def __init__(self, description: str | None, speaks: Callable[[], bool] = lambda: True) -> None:
         super().__init__(description=description, allow_abbrev=False)
         self.speaks = speaks
 
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see --help")
 
     def print_help(self, file: Any = None) -> None:
-        if self.speaks:
+        if self.speaks():
             super().print_help(file)
 
 

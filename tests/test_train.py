@@ -193,6 +193,7 @@ MISTAKES = {
     "--model_set n_head=7": "not divisible by n_head 7",
     "--model-set colour=7": "fira-tiny has no colour",
     "--lr -1": "--lr -1.0: must be greater than 0",
+    "--timeout 0": "--timeout 0.0: must be greater than 0",
     "--steps many": "invalid int value: 'many'",
     "--data no/such/file": "no/such/file",
     "--tokenizer setup.py": "setup.py: not a tokenizer.json",

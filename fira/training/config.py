@@ -50,9 +50,24 @@ class TrainConfig:
     save_every: int = _option(100, "steps between checkpoints")
     keep: int = _option(2, "checkpoints kept")
     seed: int = _option(42, "of weights, data order and dropout")
+    timeout: float | None = _option(
+        None, "seconds a rank waits for another before the job ends with a report; default: $FIRA_TIMEOUT_S, or 600"
+    )
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "micro_batch_size", "steps", "seq_len", "vocab_size", "lr", "pp", "dp", "ep", "keep")
+        positive = (
+            "batch_size",
+            "micro_batch_size",
+            "steps",
+            "seq_len",
+            "vocab_size",
+            "lr",
+            "pp",
+            "dp",
+            "ep",
+            "keep",
+            "timeout",
+        )
         for name in (*positive, "eval_every", "eval_sequences", "save_every"):
             value = getattr(self, name)
             if value is not None and value <= 0:

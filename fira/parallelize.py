@@ -48,7 +48,7 @@ class Distributed:
     engine: Engine
     parts: list[Part]  # what is trained
     buffers: list[Part]  # what is saved with it
-    moe: list[MoE]
+    moe: list[MoE]  # of this rank's layers
     tied: TiedWeight | None
     stages: list[range]  # the layers of each stage
     parameters: list[tuple[str, tuple[int, ...], bool]]  # of the whole model: name, shape, whether of experts

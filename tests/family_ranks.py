@@ -38,19 +38,21 @@ def train_all(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def train_and_move(
-    cases: list[dict[str, Any]], model: dict[str, Any], layouts: list[list[int]], folder: str
+    cases: list[dict[str, Any]], models: dict[str, dict[str, Any]], layouts: list[list[int]]
 ) -> dict[str, Any]:
-    """`train_all`; then a training that is saved and taken up by every layout.
+    """`train_all`; then trainings that are saved and taken up by every layout. models: by the folder to save in."""
+    return train_all(cases) | {"moved": [_move(model, layouts, Path(folder)) for folder, model in models.items()]}
 
-    layouts: the first trains four steps and saves after two; all of them take that up and make the other two.
-    """
+
+def _move(model: dict[str, Any], layouts: list[list[int]], folder: Path) -> dict[str, Any]:
+    """The first layout trains four steps and saves after two; all of them take that up and make the other two."""
     whole = Training(model, layouts[0])
     whole.steps(2)
-    state.save(Path(folder), 2, whole.trainer, whole.loader, None, keep=1)
+    state.save(folder, 2, whole.trainer, whole.loader, None, keep=1)
     saved = Checkpoint.open(find(folder))
     continued = [whole.steps(2)]
     for layout in layouts:
         other = Training(model, layout)
         state.restore(saved, other.trainer, other.loader, None)
         continued.append(other.steps(2))
-    return train_all(cases) | {"continued": continued, "names": saved.names()}
+    return {"continued": continued, "names": saved.names()}

@@ -162,6 +162,21 @@ def test_the_state_of_a_recurrence_does_not_grow() -> None:
 
 
 @families
+def test_training_in_bf16_is_near_training_in_fp32(name: str) -> None:
+    gradients = []
+    for enabled in (False, True):
+        model, tokens = make_model(CONFIGS[name], torch.float32), make_tokens(CONFIGS[name])
+        context = Context(keys=torch.arange(2), aux_weights=torch.full((2,), 0.5))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(tokens, context).float()
+        F.cross_entropy(logits.flatten(0, 1), tokens.roll(1, 1).flatten()).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    exact, rounded = gradients
+    assert not torch.equal(rounded, exact)
+    assert F.cosine_similarity(rounded, exact, dim=0) > 0.95
+
+
+@families
 @pytest.mark.parametrize("recompute", [False, True])
 def test_pipeline_model_equals_the_model(name: str, recompute: bool) -> None:
     """Tied weights, too, which torchgpipe alone refuses."""
@@ -288,13 +303,13 @@ def test_time_mixing_starts_as_its_formula_says(layers: int, heads: int) -> None
         rho, sigma = layer / max(1, layers - 1), 1 - layer / layers
         for i in (0, 5, 23):
             a = i / 24
-            assert float(mix.maa_k[i]) == pytest.approx(1 - a**sigma, abs=1e-6)
-            assert float(mix.maa_v[i]) == pytest.approx(1 - (a**sigma + 0.3 * rho), abs=1e-6)
-            assert float(mix.maa_r[i]) == float(mix.maa_g[i]) == pytest.approx(1 - a ** (sigma / 2), abs=1e-6)
+            assert mix.maa_k[i].item() == pytest.approx(1 - a**sigma, abs=1e-6)
+            assert mix.maa_v[i].item() == pytest.approx(1 - (a**sigma + 0.3 * rho), abs=1e-6)
+            assert mix.maa_r[i].item() == mix.maa_g[i].item() == pytest.approx(1 - a ** (sigma / 2), abs=1e-6)
         for h in range(heads):
             place = h / max(1, heads - 1)
-            assert float(mix.decay[h]) == pytest.approx(-6 + 5 * place ** (0.7 + 1.3 * rho), abs=1e-5)
-            assert float(mix.bonus[h]) == pytest.approx(rho * (1 - place), abs=1e-6)
+            assert mix.decay[h].item() == pytest.approx(-6 + 5 * place ** (0.7 + 1.3 * rho), abs=1e-5)
+            assert mix.bonus[h].item() == pytest.approx(rho * (1 - place), abs=1e-6)
 
 
 def test_wrong_shapes_are_refused() -> None:

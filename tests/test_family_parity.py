@@ -1,4 +1,7 @@
-"""All families are trained alike on every layout, as `test_parity.py` shows of fira in more detail."""
+"""All families are trained alike on every layout, as `test_parity.py` shows of fira in more detail.
+
+fira is here with what it can do beside: noise, a limit to what experts take, and balance by a bias.
+"""
 
 import functools
 import json
@@ -7,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fira import load_model
 from fira.models.blues import BluesConfig
+from fira.models.fira import FiraConfig
 from fira.models.microrwkv import MicroRWKVConfig
 from fira.models.mooshak import MooshakConfig
 from fira.models.registry import to_document
@@ -22,8 +25,12 @@ MODELS = {
     "rish": RishConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, num_experts=4, top_k=2, max_position=10),
     "mooshak": MooshakConfig(**SMALL, n_head=6, d_ff=20, norm_order="post"),
     "blues": BluesConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, noise=0.5, dropout=0.1),
+    "fira": FiraConfig(
+        **SMALL, n_head=3, d_ff=20, noise=0.3, balance_rate=0.05, capacity_factor=0.9, switch_coefficient=0.1
+    ),
     "microrwkv": MicroRWKVConfig(**SMALL, n_head=3, n_group=2, window=5, d_moe=10, top_k=2, aux_coefficient=0.1),
 }
+MOVED = ["blues", "fira"]  # saved on one layout and taken up by others: a tied weight, and a bias
 ONE = [1, 1, 1]
 EXACT = {"microbatch": 2, "dtype": "float64"}
 
@@ -55,14 +62,16 @@ def cases(name: str) -> list[str]:
 
 @functools.cache
 def job(ranks: int) -> list[Any]:
-    """All that needs this many ranks, in one job; on two ranks, a tied model is saved and moved as well."""
+    """All that needs this many ranks, in one job; on two ranks, models are saved and moved as well."""
     needed = [json.loads(n) for name in MODELS for n in cases(name) if np.prod(json.loads(n)["layout"][:2]) == ranks]
     if ranks != 2:
         return run_function(ranks, "tests.family_ranks", "train_all", timeout=170, cases=needed)
     with tempfile.TemporaryDirectory() as folder:
-        moved = {"model": to_document(MODELS["blues"]), "layouts": [[2, 1, 1], [1, 2, 2]], "folder": folder}
+        models = {f"{folder}/{name}": to_document(MODELS[name]) for name in MOVED}
+        moved = {"models": models, "layouts": [[2, 1, 1], [1, 2, 2]]}
         by_rank = run_function(2, "tests.family_ranks", "train_and_move", timeout=170, cases=needed, **moved)
-        by_rank[0]["loaded"] = load_model(folder)[0]
+        for name, one in zip(MOVED, by_rank[0]["moved"], strict=True):
+            one["loaded"] = load_model(f"{folder}/{name}")[0]
         return by_rank
 
 
@@ -111,15 +120,19 @@ def test_replicas_expert_shards_and_torchgpipe_agree_with_one_rank(name: str) ->
         assert distance(case(name, layout, **EXACT, **settings), plain) < 1e-12, (layout, settings)
 
 
-def test_a_tied_weight_is_saved_once_and_taken_up_by_every_layout() -> None:
-    moved = job(2)[0]
+@pytest.mark.parametrize("name", MOVED)
+def test_every_layout_takes_up_what_another_saved(name: str) -> None:
+    moved = dict(zip(MOVED, job(2)[0]["moved"], strict=True))[name]
     whole, same, other = moved["continued"]
     assert same == whole
     np.testing.assert_allclose(other, whole, rtol=1e-12)
     weights = [name for name in moved["names"] if not name.startswith("exp_avg")]
-    assert [name for name in weights if "project" in name] == []
-    assert weights.count("layers.0.token.weight") == 1
-    model = moved["loaded"]
-    assert sorted(name for name, _ in model.named_parameters()) == weights
-    assert torch.equal(model.layers[-1].project.weight, model.layers[0].token.weight)
-    assert not model.layers[-1].project.weight.is_meta
+    assert sorted(moved["loaded"].weights()) == weights
+    assert not any(tensor.is_meta for tensor in moved["loaded"].parameters())
+
+
+def test_a_tied_weight_is_saved_once_and_a_bias_as_it_was() -> None:
+    tied, biased = (one["loaded"] for one in job(2)[0]["moved"])
+    assert "layers.3.project.weight" not in tied.weights()
+    assert tied.layers[-1].project.weight is tied.layers[0].token.weight
+    assert biased.layers[1].moe.router.balance.abs().max() > 0

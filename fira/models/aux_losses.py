@@ -40,7 +40,7 @@ def small_outputs(routed: Routed, outputs: Tensor, valid: Tensor) -> Tensor:
     """Mean over experts and channels of (mean_t output)²; an expert that was not chosen has an output of zero."""
     batch, _, _, width = outputs.shape
     num_experts = routed.logits.shape[-1]
-    rows = (outputs * valid[..., None, None]).flatten(1, 2)
+    rows = (outputs * valid[..., None, None]).flatten(1, 2).to(routed.logits.dtype)  # sums, also under autocast
     places = routed.experts.flatten(1)[..., None].expand_as(rows)
     summed = rows.new_zeros(batch, num_experts, width).scatter_add(1, places, rows)
     return (summed / _tokens(valid)[..., None]).square().mean((1, 2))

@@ -163,7 +163,7 @@ class MoE(nn.Module):
         load = self._count(routed.experts, assigned)
         dropped = torch.zeros_like(load) if taken is None else self._count(routed.experts, assigned & ~taken)
         chance = routed.logits.detach().log_softmax(dim=-1)
-        entropy = -(chance.exp() * chance).sum(-1)[valid].sum()
+        entropy = -(chance.exp() * chance * valid[..., None]).sum()
         context.stats[self.index, context.part] = MoEStats(load, dropped, entropy, aux.detach())
         return _AddToObjective.apply(y, aux)
 

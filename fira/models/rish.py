@@ -28,7 +28,11 @@ from fira.models.router import Router
 
 @dataclass(frozen=True)
 class RishConfig:
-    """The shape of a rish. seq_len: the longest context; beyond max_position the rotary base grows with the length."""
+    """The shape of a rish. seq_len: the longest context.
+
+    Beyond max_position the rotary base grows with the length: then what a cache holds of deeper layers was computed
+    with the base of its time, and decoding with it is near, not equal, to computing all tokens again.
+    """
 
     vocab_size: int = 100352
     seq_len: int = 4096

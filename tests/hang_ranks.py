@@ -91,7 +91,9 @@ def killed(rank: int) -> None:
 
 
 def raised(rank: int) -> None:
+    dist.all_reduce(torch.zeros(1))  # both are there
     if rank == 1:
+        time.sleep(1.5)  # and rank 0 waits by now
         raise RuntimeError("no more data")
     dist.barrier()
 

@@ -45,7 +45,7 @@ WAYS = {  # a function of hang_ranks.py: what the report must say, in this order
     "future_nobody_completes": ["rank 0 waits in all_reduce #1", "rank 1 never entered all_reduce #1"],
     "stopped": ["rank 0 waits in barrier #1", "rank 1 did not answer: its process", "is stopped (SIGSTOP)"],
     "stopped_first": ["rank 1 waits in barrier #1", "rank 0 did not answer: its process", "is stopped (SIGSTOP)"],
-    "raised": ["rank 1 failed:", "no more data", "rank 0 waits in barrier #1"],
+    "raised": ["rank 1 failed:", "no more data", "rank 0 waits in barrier #2"],
 }
 
 

@@ -14,16 +14,17 @@ import pytest
 from tests.ranks import run_function
 
 ONE = [1, 1, 1]
+pytestmark = pytest.mark.timeout(420)  # the first test of a number of ranks waits for all their cases
 
 
 def case(layout: list[int], **settings: Any) -> str:
     return json.dumps({"layout": layout, **settings}, sort_keys=True)
 
 
-def alone(name: str, *without: str) -> str:
-    """The same training on one rank, less some settings."""
-    settings = {key: value for key, value in json.loads(name).items() if key not in without}
-    return json.dumps(settings | {"layout": ONE}, sort_keys=True)
+def alone(name: str) -> str:
+    """The same training on one rank and one device, whose schedule is of no account, without recomputing."""
+    kept = ("dropout", "dtype", "microbatch")
+    return case(ONE, **{key: value for key, value in json.loads(name).items() if key in kept})
 
 
 # 5 sequences of 13 tokens: micro-batches of 1 make 5, of 2 make 3 with the last not full; neither divides over dp.
@@ -54,14 +55,10 @@ def results(ranks: int) -> dict[str, dict[str, Any]]:
     """Every case that needs this many ranks; its results must be the same on all of them."""
     cases = {name for name in ALL if np.prod(json.loads(name)["layout"][:2]) == ranks}
     if ranks == 1:
-        cases |= {
-            alone(name, *without)
-            for name in ALL
-            for without in ([], ["schedule"], ["recompute"], ["devices", "recompute"])
-        }
+        cases |= {alone(name) for name in ALL}
     names = sorted(cases)
     by_rank = run_function(
-        ranks, "tests.parity_ranks", "train_all", timeout=170, cases=[json.loads(name) for name in names]
+        ranks, "tests.parity_ranks", "train_all", timeout=400, cases=[json.loads(name) for name in names]
     )
     return {name: _merge([of_rank[i] for of_rank in by_rank]) for i, name in enumerate(names)}
 
@@ -87,13 +84,13 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def test_training_learns():
-    losses = np.array(result(alone(PIPELINES[0], "schedule"))["steps"])[:, 0]
+    losses = np.array(result(alone(PIPELINES[0]))["steps"])[:, 0]
     assert losses[-1] < losses[0] - 0.3
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_gives_the_same_bits(name):
-    assert result(name) == result(alone(name, "schedule"))
+    assert result(name) == result(alone(name))
 
 
 @pytest.mark.parametrize("name", SPREAD)
@@ -104,12 +101,12 @@ def test_replicas_and_expert_shards_agree_with_one_rank(name):
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_torchgpipe_agrees_with_one_device(name):
-    assert distance(result(name), result(alone(name, "devices", "recompute"))) < 1e-12
+    assert distance(result(name), result(alone(name))) < 1e-12
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)
 def test_recompute_changes_no_bit(name):
-    plain = alone(name, "recompute")
+    plain = alone(name)
     if json.loads(name)["layout"][1] == 1:
         assert result(name) == result(plain)
     else:

@@ -1,8 +1,8 @@
 """Dropout whose mask is a pure function of (sequence key, position, place in the model, channel).
 
 No generator, no state: the mask does not depend on the rank, the micro-batch, the device or the order of execution,
-recomputing a layer gives the same mask, and a checkpoint has no random state to keep. On a CPU it is also several
-times as fast as drawing from a generator, because the hash vectorises.
+recomputing a layer gives the same mask, and a checkpoint has no random state to keep. On a CPU it costs no
+more than drawing from a generator.
 """
 
 import math

@@ -5,11 +5,9 @@ traffic of dp and ep, which is the heavy one, stays inside a node where it can; 
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -76,13 +74,6 @@ class Mesh:
     @property
     def edp_rank(self) -> int:
         return self.dp_rank // self.layout.ep
-
-    @cached_property
-    def device_mesh(self) -> DeviceMesh:
-        """The same groups as a torch DeviceMesh with axes pp, edp, ep, for libraries that want one."""
-        axes = ("pp", "edp", "ep")
-        groups = [self.groups["pp"], self.groups["edp"], self.ep_groups[0]]
-        return DeviceMesh.from_group(groups, self.device_type, mesh=self.layout.grid(), mesh_dim_names=axes)
 
 
 def make_mesh(layout: Layout, device_type: str = "cpu", local_devices: int = 1) -> Mesh:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fira.data.loader import IGNORE
 from fira.models.context import Context
-from fira.training.objective import IGNORE
 from pipeline.engine import MicroBatch
 
 Read = Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # (first, count) → tokens, targets [count, T]

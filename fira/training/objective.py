@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fira.data.loader import IGNORE
 from fira.models.context import Context
-
-IGNORE = -100
 
 
 def objective(logits: Tensor, targets: Tensor, context: Context) -> tuple[Tensor, Tensor]:

@@ -23,14 +23,19 @@ MAY_IMPORT_PIPELINE = {
 
 
 def imports(path: Path) -> set[str]:
-    """The full names of all that a file imports, wherever in it."""
+    """The full names of all that a file imports, wherever in it.
+
+    The models' files import one another by relative names, because an exported model takes them along.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute here"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            package = path.relative_to(ROOT).parts[:-1]
+            assert node.level <= (package == ("fira", "models")), f"{path}: imports are absolute here"
+            module = ".".join([*package[: len(package) * node.level], *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
     return found
 
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fira.models.context import KVCache
-from fira.models.norms import RMSNorm
-from fira.models.rotary import Rotary
+from .context import KVCache
+from .norms import RMSNorm
+from .rotary import Rotary
 
 
 class SelfAttention(nn.Module):

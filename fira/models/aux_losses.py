@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fira.models.router import Routed
+from .router import Routed
 
 AuxLoss = Callable[[Routed, Tensor, Tensor], Tensor]
 

@@ -13,19 +13,19 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fira.models.attention import SelfAttention
-from fira.models.aux_losses import load_balance
-from fira.models.context import Context
-from fira.models.dropout import Dropout
-from fira.models.embedding import Embedding, Head
-from fira.models.experts import GatedExperts
-from fira.models.init import Normal
-from fira.models.language_model import LanguageModel
-from fira.models.layer import Layer
-from fira.models.moe import MoE
-from fira.models.norms import RMSNorm
-from fira.models.rotary import Rotary
-from fira.models.router import Router
+from .attention import SelfAttention
+from .aux_losses import load_balance
+from .context import Context
+from .dropout import Dropout
+from .embedding import Embedding, Head
+from .experts import GatedExperts
+from .init import Normal
+from .language_model import LanguageModel
+from .layer import Layer
+from .moe import MoE
+from .norms import RMSNorm
+from .rotary import Rotary
+from .router import Router
 
 
 @dataclass(frozen=True)

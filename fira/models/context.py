@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fira.models.dropout import token_keys
+from .dropout import token_keys
 
 
 class KVCache:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from fira.models.context import Context
-from fira.models.dropout import Dropout
-from fira.models.layer import Layer
+from .context import Context
+from .dropout import Dropout
+from .layer import Layer
 
 
 class TokenTable(nn.Embedding):

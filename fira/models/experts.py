@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fira.models.dropout import Dropout
+from .dropout import Dropout
 
 
 class ExpertBank(nn.Module):

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fira.models.attention import SelfAttention
-from fira.models.aux_losses import even_weights, load_balance, router_z
-from fira.models.context import Context
-from fira.models.dropout import Dropout
-from fira.models.embedding import Embedding, Head
-from fira.models.experts import Experts
-from fira.models.init import Xavier
-from fira.models.language_model import LanguageModel
-from fira.models.layer import Layer
-from fira.models.moe import MoE
-from fira.models.router import Router
+from .attention import SelfAttention
+from .aux_losses import even_weights, load_balance, router_z
+from .context import Context
+from .dropout import Dropout
+from .embedding import Embedding, Head
+from .experts import Experts
+from .init import Xavier
+from .language_model import LanguageModel
+from .layer import Layer
+from .moe import MoE
+from .router import Router
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fira.models.experts import ExpertBank
-from fira.models.norms import RMSNorm
+from .experts import ExpertBank
+from .norms import RMSNorm
 
 
 @runtime_checkable

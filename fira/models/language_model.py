@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fira.generation.decoding import continuation
-from fira.models.context import Context
-from fira.models.embedding import Embedding, Head
-from fira.models.init import initialise
-from fira.models.moe import MoE
+
+from .context import Context
+from .embedding import Embedding, Head
+from .init import initialise
+from .moe import MoE
 
 
 class LanguageModel(nn.Module):

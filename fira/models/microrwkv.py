@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fira.models.attention import SelfAttention
-from fira.models.aux_losses import load_balance, small_outputs
-from fira.models.context import Context
-from fira.models.embedding import Embedding, Head
-from fira.models.experts import LinearExperts
-from fira.models.init import Normal
-from fira.models.language_model import LanguageModel
-from fira.models.layer import Layer
-from fira.models.moe import MoE
-from fira.models.norms import UnitRMS
-from fira.models.router import Router
-from fira.models.time_mixing import ChannelMix, TimeMix
+from .attention import SelfAttention
+from .aux_losses import load_balance, small_outputs
+from .context import Context
+from .embedding import Embedding, Head
+from .experts import LinearExperts
+from .init import Normal
+from .language_model import LanguageModel
+from .layer import Layer
+from .moe import MoE
+from .norms import UnitRMS
+from .router import Router
+from .time_mixing import ChannelMix, TimeMix
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fira.models.aux_losses import AuxLoss
-from fira.models.capacity import within_capacity
-from fira.models.context import Context, MoEStats
-from fira.models.experts import ExpertBank
-from fira.models.router import Routed, Router
+from .aux_losses import AuxLoss
+from .capacity import within_capacity
+from .context import Context, MoEStats
+from .experts import ExpertBank
+from .router import Routed, Router
 
 
 class _Gather(torch.autograd.Function):

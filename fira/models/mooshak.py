@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fira.models.attention import SelfAttention
-from fira.models.context import Context
-from fira.models.embedding import Embedding, Head
-from fira.models.init import Normal
-from fira.models.language_model import LanguageModel
-from fira.models.layer import Layer
-from fira.models.mlp import GatedMLP
-from fira.models.norms import RMSNorm
-from fira.models.rotary import Rotary
+from .attention import SelfAttention
+from .context import Context
+from .embedding import Embedding, Head
+from .init import Normal
+from .language_model import LanguageModel
+from .layer import Layer
+from .mlp import GatedMLP
+from .norms import RMSNorm
+from .rotary import Rotary
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from types import ModuleType
 from typing import Any
 
 from fira.errors import UserError
-from fira.models import blues, fira, microrwkv, mooshak, rish
-from fira.models.language_model import LanguageModel
+
+from . import blues, fira, microrwkv, mooshak, rish
+from .language_model import LanguageModel
 
 # The file of each family, which has PRESETS and RECIPES, its model and its config.
 FAMILIES: dict[str, tuple[ModuleType, Callable[[Any], LanguageModel], type]] = {

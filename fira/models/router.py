@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fira.models.dropout import at_place, normal, salt
+from .dropout import at_place, normal, salt
 
 
 class Routed(NamedTuple):

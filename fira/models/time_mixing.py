@@ -8,8 +8,8 @@ Per head, with a matrix S as state, w = exp(−exp(decay)) and k_t v_tᵀ an out
 import torch
 from torch import Tensor, nn
 
-from fira.models.context import KVCache
-from fira.models.init import Normal
+from .context import KVCache
+from .init import Normal
 
 CHUNK = 64
 

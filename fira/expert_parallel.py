@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fira.models.moe import Plan, TokenDispatcher, gather_rows, sort_by_expert
+from fira.models.grouped import Groups
+from fira.models.moe import Plan, TokenDispatcher, count_by_expert, gather_rows, sort_by_expert
 from pipeline.collectives import all_to_all
 
 
@@ -31,7 +32,7 @@ class AllToAllDispatcher(TokenDispatcher):
         """experts: [N, k] chosen experts. Exchanges the counts; the one host synchronisation of the layer is here."""
         flat = experts.flatten()
         order, inverse = sort_by_expert(flat)
-        outgoing = flat.bincount(minlength=num_experts).view(self.ranks, -1)
+        outgoing = count_by_expert(flat, num_experts).view(self.ranks, -1)
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=self.group)
         sizes = torch.stack([outgoing, incoming]).tolist()
@@ -40,7 +41,7 @@ class AllToAllDispatcher(TokenDispatcher):
         return ExchangePlan(
             order,
             inverse,
-            [sum(column) for column in zip(*sizes[1], strict=True)],
+            Groups(incoming.sum(0), [sum(column) for column in zip(*sizes[1], strict=True)]),
             [sum(row) for row in sizes[0]],
             [sum(row) for row in sizes[1]],
             *sort_by_expert(arriving),

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fira import FIRA, create_pipeline_model
 from fira.models.context import Context
 from fira.models.fira import FiraConfig
+from fira.models.grouped import Groups, grouped_linear
 from fira.models.moe import MoE, Router, TokenDispatcher, gather_rows, sort_by_expert
 from fira.models.registry import PRESETS, build, from_document, to_document
 from tests import reference
@@ -143,6 +144,20 @@ def test_expert_gradients_equal_a_loop_and_are_zero_without_tokens() -> None:
             assert bool((grad[e] == 0).all()) == (e == 3)
 
 
+def test_either_gradient_of_a_grouped_product_is_computed_without_the_other() -> None:
+    torch.manual_seed(0)
+    groups = Groups(torch.tensor([3, 0, 5]))
+    x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda *inputs: grouped_linear(inputs[0], groups, *inputs[1:]), (x, weight, bias))
+    y = grouped_linear(x, groups, weight, bias)
+    for wanted in ([x], [weight, bias]):
+        with FlopCounterMode(display=False) as flops:
+            torch.autograd.grad(y, wanted, torch.ones_like(y), retain_graph=True)
+        assert flops.get_total_flops() == 2 * 8 * 4 * 6
+
+
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_experts_are_computed_only_for_tokens_that_chose_them(top_k: int) -> None:
     moe = make_moe(top_k)
@@ -242,7 +257,7 @@ def test_dispatch_then_combine_is_the_identity(top_k: int, tokens: int, seed: in
     x = torch.randn(tokens, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     dispatcher = TokenDispatcher()
     plan = dispatcher.plan(experts, 5)
-    assert plan.counts == [int((experts == e).sum()) for e in range(5)]
+    assert plan.groups.sizes == [int((experts == e).sum()) for e in range(5)]
     rows = dispatcher.dispatch(x, plan, top_k)
     at = [(e, n) for n, chosen in enumerate(experts.tolist()) for e in chosen]  # who wants which row
     assert torch.equal(rows, x[[n for _, n in sorted(at, key=lambda pair: pair[0])]])

@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import Dropout
+from .grouped import Groups, grouped_linear
 
 
 class ExpertBank(nn.Module):
     """Several experts' weights `w1`, `w2`, … [E, out, in] and biases `b1`, `b2`, … [E, out].
 
-    A subclass is called as `experts(x, counts, keys)`: x [n, d] sorted by expert, counts[e] rows for expert e, keys
-    [n] int32 for dropout or None. An expert without a row takes part with none, so that every parameter gets a
-    gradient on every rank.
+    A subclass is called as `experts(x, groups, keys)`: x [n, d] sorted by expert, a group of rows for each, keys [n]
+    int32 for dropout or None. An expert without a row takes part with none, so that every parameter gets a gradient
+    on every rank.
     """
 
     std: float | None = None
@@ -33,12 +34,6 @@ class ExpertBank(nn.Module):
         return sum(p[0].numel() for p in self.parameters() if p.dim() == 3)
 
 
-def _linear(x: Tensor, counts: list[int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Each expert's rows through its weight [out, in] and bias [out]."""
-    biases = [None] * len(weight) if bias is None else bias
-    return torch.cat([F.linear(rows, w, b) for rows, w, b in zip(x.split(counts), weight, biases, strict=True)])
-
-
 class Experts(ExpertBank):
     """W2 drop(gelu(W1 x + b1)) + b2."""
 
@@ -50,10 +45,10 @@ class Experts(ExpertBank):
         self.b2 = nn.Parameter(torch.empty(num_experts, d_model))
         self.dropout = Dropout(dropout, f"{name}.dropout")
 
-    def forward(self, x: Tensor, counts: list[int], keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, groups: Groups, keys: Tensor | None) -> Tensor:
         """[n, d] → [n, d]."""
-        h = self.dropout(F.gelu(_linear(x, counts, self.w1, self.b1)), keys)
-        return _linear(h, counts, self.w2, self.b2)
+        h = self.dropout(F.gelu(grouped_linear(x, groups, self.w1, self.b1)), keys)
+        return grouped_linear(h, groups, self.w2, self.b2)
 
 
 class GatedExperts(ExpertBank):
@@ -73,10 +68,10 @@ class GatedExperts(ExpertBank):
         self.activation = activation
         self.std = std
 
-    def forward(self, x: Tensor, counts: list[int], keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, groups: Groups, keys: Tensor | None) -> Tensor:
         """[n, d] → [n, d]."""
-        gate, a = _linear(x, counts, self.w1).chunk(2, dim=-1)
-        return _linear(self.activation(gate) * a, counts, self.w2)
+        gate, a = grouped_linear(x, groups, self.w1).chunk(2, dim=-1)
+        return grouped_linear(self.activation(gate) * a, groups, self.w2)
 
 
 class LinearExperts(ExpertBank):
@@ -87,6 +82,6 @@ class LinearExperts(ExpertBank):
         self.w1 = nn.Parameter(torch.empty(num_experts, width, d_model))
         self.b1 = nn.Parameter(torch.empty(num_experts, width))
 
-    def forward(self, x: Tensor, counts: list[int], keys: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, groups: Groups, keys: Tensor | None) -> Tensor:
         """[n, d] → [n, width]."""
-        return _linear(x, counts, self.w1, self.b1)
+        return grouped_linear(x, groups, self.w1, self.b1)

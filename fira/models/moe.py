@@ -15,6 +15,7 @@ from .aux_losses import AuxLoss
 from .capacity import within_capacity
 from .context import Context, MoEStats
 from .experts import ExpertBank
+from .grouped import Groups
 from .router import Routed, Router
 
 
@@ -39,7 +40,7 @@ class Plan:
 
     order: Tensor
     inverse: Tensor
-    counts: list[int]  # rows for each expert that is computed here
+    groups: Groups  # the rows of each expert that is computed here
 
 
 def sort_by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +49,12 @@ def sort_by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     return order, inverse
+
+
+def count_by_expert(experts: Tensor, num_experts: int, weights: Tensor | None = None) -> Tensor:
+    """Expert numbers [n] → [E] int64, how often each stands there, or the sum of its weights [n] int64."""
+    weights = torch.ones_like(experts) if weights is None else weights
+    return weights.new_zeros(num_experts).scatter_add_(0, experts, weights)  # bincount would wait for the device
 
 
 def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:
@@ -61,7 +68,7 @@ class TokenDispatcher:
     def plan(self, experts: Tensor, num_experts: int) -> Plan:
         """experts: [N, k] chosen experts."""
         flat = experts.flatten()
-        return Plan(*sort_by_expert(flat), flat.bincount(minlength=num_experts).tolist())
+        return Plan(*sort_by_expert(flat), Groups(count_by_expert(flat, num_experts)))
 
     def dispatch(self, rows: Tensor, plan: Plan, copies: int = 1) -> Tensor:
         """[N·k / copies, …] → [N·k, …] sorted by expert; copies = k sends one row to all k experts of its token."""
@@ -148,7 +155,7 @@ class MoE(nn.Module):
         if keys is not None:
             keys = self.dispatcher.dispatch(keys, plan)
         return self.dispatcher.combine(
-            self.experts(self.dispatcher.dispatch(rows, plan, copies), plan.counts, keys), plan
+            self.experts(self.dispatcher.dispatch(rows, plan, copies), plan.groups, keys), plan
         )
 
     def _note(
@@ -169,8 +176,7 @@ class MoE(nn.Module):
 
     def _count(self, experts: Tensor, counted: Tensor) -> Tensor:
         """experts, counted: [B, T, k] → [E], how many of those counted are each expert's."""
-        weights = counted.flatten().long()
-        return weights.new_zeros(self.num_experts).scatter_add_(0, experts.flatten(), weights)
+        return count_by_expert(experts.flatten(), self.num_experts, counted.flatten().long())
 
     def own_flops_per_token(self, length: int) -> float:
         """The chosen experts; the router is a Linear and counts as such."""

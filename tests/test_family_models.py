@@ -14,10 +14,11 @@ from fira import create_pipeline_model
 from fira.models.blues import BluesConfig
 from fira.models.context import Context, KVCache
 from fira.models.dropout import normal, token_keys
+from fira.models.families import to_document
 from fira.models.language_model import LanguageModel
 from fira.models.microrwkv import MicroRWKVConfig
 from fira.models.mooshak import MooshakConfig
-from fira.models.registry import PRESETS, build, from_document, to_document
+from fira.models.registry import PRESETS, build, from_document
 from fira.models.rish import RishConfig
 from fira.models.router import Router
 from fira.models.time_mixing import TimeMix, recurrence

@@ -13,10 +13,10 @@ import pytest
 
 from fira import load_model
 from fira.models.blues import BluesConfig
+from fira.models.families import to_document
 from fira.models.fira import FiraConfig
 from fira.models.microrwkv import MicroRWKVConfig
 from fira.models.mooshak import MooshakConfig
-from fira.models.registry import to_document
 from fira.models.rish import RishConfig
 from tests.ranks import run_function
 

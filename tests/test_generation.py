@@ -21,8 +21,8 @@ from fira.generation.perplexity import perplexity
 from fira.generation.sampling import sample
 from fira.generation.text import _default_tokenizer, continue_text
 from fira.models.context import Context, KVCache
+from fira.models.families import to_document
 from fira.models.fira import FiraConfig
-from fira.models.registry import to_document
 from fira.training import checkpoint
 from fira.training.checkpoint import Shard
 from tests.ranks import ROOT

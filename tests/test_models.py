@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fira import FIRA, create_pipeline_model
 from fira.models.context import Context
+from fira.models.families import to_document
 from fira.models.fira import FiraConfig
 from fira.models.grouped import Groups, grouped_linear
 from fira.models.moe import MoE, Router, TokenDispatcher, gather_rows, sort_by_expert
-from fira.models.registry import PRESETS, build, from_document, to_document
+from fira.models.registry import PRESETS, build, from_document
 from tests import reference
 
 CONFIG = FiraConfig(vocab_size=13, seq_len=9, d_model=8, n_head=2, num_layers=2, d_ff=12, dropout=0.0)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .context import KVCache
+from .context import Context
 from .norms import RMSNorm
 from .rotary import Rotary
 
@@ -56,8 +56,9 @@ class SelfAttention(nn.Module):
             nn.Identity() if qk_norm_eps is None else RMSNorm(w, qk_norm_eps) for w in (d_model, width)
         )
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: [B, T, d] → [B, T, d]. With a cache, x are the tokens that follow those in it."""
+        cache = context.cache
         q, k, v = (
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projected in (self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x))
@@ -68,24 +69,42 @@ class SelfAttention(nn.Module):
             k, v = cache.extend(self.name, k, v, self.window)
         if self.rotary is not None:  # after the cache, because with dynamic scaling all angles depend on the length
             q, k = self.rotary(q, length), self.rotary(k, length)
-        mask = self._mask(q, k)
-        causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.shared)
+        mask = self._mask(q, k, length, context.starts)
+        if context.attentions is not None:
+            y, context.attentions[self.name] = _attend(q, k, v, mask)
+        else:
+            causal = mask is None and q.shape[2] > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.shared)
         y = y.transpose(1, 2).flatten(2)
         return self.o(y if self.g is None else y * self.g(x))
 
-    def _mask(self, q: Tensor, k: Tensor) -> Tensor | None:
-        """[new, seen] bool: which keys each query sees, the queries being the last tokens among them.
+    def _mask(self, q: Tensor, k: Tensor, length: int, starts: Tensor | None) -> Tensor | None:
+        """[new, seen] or [B, 1, new, seen] bool: which keys each query sees, both being the last of `length` tokens.
 
         None where that is all of them for one query, or what is called causal for as many queries as keys.
         """
         new, seen = q.shape[2], k.shape[2]
         window = self.window or seen
-        if window >= seen and new in (1, seen):
+        if window >= seen and new in (1, seen) and starts is None:
             return None
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device)
-        return mask.tril(seen - new).triu(seen - new - window + 1)
+        mask = mask.tril(seen - new).triu(seen - new - window + 1)
+        if starts is None:
+            return mask
+        inside = torch.arange(length - seen, length, device=q.device) >= starts[:, None, None, None]
+        return mask & inside | mask.triu(seen - new)  # padding sees itself: a softmax over nothing is no number
 
     def own_flops_per_token(self, length: int) -> float:
         """Scores and values, of which causality leaves half, and a window less."""
         return 2.0 * self.o.in_features * min(length, 2 * (self.window or length))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What scaled_dot_product_attention computes, and the probabilities [B, H, new, seen], which it does not show."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is None:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=wide).to(v.dtype)
+    return probabilities @ v, probabilities

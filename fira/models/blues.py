@@ -81,7 +81,7 @@ class Block(Layer):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → [B, T, d]."""
         keys = context.token_keys(x)
-        x = x + self.dropout1(self.norm2(self.attention(self.norm1(x), context.cache)), keys)
+        x = x + self.dropout1(self.norm2(self.attention(self.norm1(x), context)), keys)
         return x + self.dropout2(self.norm4(self.moe(self.norm3(x), context, keys)), keys)
 
 

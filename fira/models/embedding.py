@@ -38,16 +38,16 @@ class Embedding(Layer):
         self.dropout = Dropout(dropout, "layers.0.dropout")
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        """[B, T] int64 → [B, T, d]. ValueError where there are more tokens than learned positions."""
-        x = self.token(tokens)
+        """[B, T] int64, or their vectors [B, T, d] → [B, T, d]. ValueError: more tokens than learned positions."""
+        x = tokens if tokens.is_floating_point() else self.token(tokens)
         if self.scale != 1:
             x = x * self.scale
         if self.position is not None:
-            start = context.cache.length if context.cache else 0
-            end = start + tokens.shape[1]
+            end = tokens.shape[1] + (context.cache.length if context.cache else 0)
+            end -= 0 if context.starts is None else int(context.starts.min())
             if end > self.position.num_embeddings:
                 raise ValueError(f"{end} tokens, the model's context is {self.position.num_embeddings}")
-            x = x + self.position(torch.arange(start, end, device=tokens.device))
+            x = x + self.position(context.places(tokens).clamp(min=0))
         return self.dropout(x, context.token_keys(tokens))
 
 

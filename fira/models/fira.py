@@ -88,7 +88,7 @@ class Block(Layer):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → [B, T, d]."""
         keys = context.token_keys(x)
-        x = x + self.dropout1(self.attention(self.norm1(x), context.cache), keys)
+        x = x + self.dropout1(self.attention(self.norm1(x), context), keys)
         y = self.moe(self.norm2(x), context, keys)
         return x + self.dropout3(self.post_norm(self.dropout2(y, keys)), keys)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -45,25 +46,34 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialise(layer: nn.Module, prefix: str, seed: int, first_expert: int = 0) -> None:
-    """Fill a layer's parameters in place, as its modules say, and its buffers with zeros.
+    """Fill a layer's parameters and buffers in place.
 
-    prefix: the layer's global name, `layers.3`. first_expert: the global number of the layer's first local expert;
-    each expert is drawn by its own name, so a rank draws only those it holds. Drawing happens on the CPU in fp32.
+    prefix: the layer's global name, `layers.3`. first_expert: the global number of the layer's first local expert.
     """
     for path, module in layer.named_modules(prefix=prefix):
-        for name, parameter in module.named_parameters(recurse=False):
-            full = f"{path}.{name}"
-            value = torch.empty(parameter.shape)
-            if isinstance(module, ExpertBank):
-                for i, one in enumerate(value):
-                    module.init_parameter(name, one, _generator(seed, f"{full}.{first_expert + i}"))
-            elif isinstance(module, OwnInit):
-                module.init_parameter(name, value, _generator(seed, full))
-            else:
-                _fill(module, name, value, _generator(seed, full))
-            parameter.copy_(value)
-        for buffer in module.buffers(recurse=False):
-            buffer.zero_()
+        for tensor, value in initial_values(module, path, seed, first_expert):
+            tensor.copy_(value)
+
+
+def initial_values(module: nn.Module, path: str, seed: int, first_expert: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """A module's own parameters, each with what it starts from as the module says, and its buffers with zeros.
+
+    path: its global name. Each expert is drawn by its own name, so a rank draws only those it holds. Drawing happens
+    on the CPU in fp32.
+    """
+    for name, parameter in module.named_parameters(recurse=False):
+        full = f"{path}.{name}"
+        value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        if isinstance(module, ExpertBank):
+            for i, one in enumerate(value):
+                module.init_parameter(name, one, _generator(seed, f"{full}.{first_expert + i}"))
+        elif isinstance(module, OwnInit):
+            module.init_parameter(name, value, _generator(seed, full))
+        else:
+            _fill(module, name, value, _generator(seed, full))
+        yield parameter, value
+    for buffer in module.buffers(recurse=False):
+        yield buffer, torch.zeros_like(buffer)
 
 
 def _fill(module: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:

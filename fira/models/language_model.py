@@ -1,12 +1,11 @@
 """A language model is a sequence of layers: embedding, blocks, head. This is what all families share."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from fira.generation.decoding import continuation
 
 from .context import Context
 from .embedding import Embedding, Head
@@ -87,7 +86,8 @@ class LanguageModel(nn.Module):
         device = next(self.parameters()).device
         tokens = torch.as_tensor(ids, dtype=torch.int64, device=device)
         prompt = torch.atleast_2d(tokens)
-        new = continuation(self, prompt, max_new_tokens, temperature, top_k, top_p, eos, seed, use_cache)
+        decoding = import_module("fira.generation.decoding")  # stands above models, and does not go with exported ones
+        new = decoding.continuation(self, prompt, max_new_tokens, temperature, top_k, top_p, eos, seed, use_cache)
         result = torch.cat([prompt, *(token[:, None] for token in new)], dim=1)
         result = result if tokens.dim() == 2 else result[0]
         return result if isinstance(ids, Tensor) else result.tolist()

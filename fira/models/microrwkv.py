@@ -89,11 +89,11 @@ class Block(Layer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → [B, T, d]."""
-        cache = context.cache
+        cache, x = context.cache, context.without_padding(x)
         x = x + self.time_mix(self.rms(x), cache, f"{self.name}.time_mix.first")
         x = x + self.channel_mix(self.rms(x), cache, f"{self.name}.channel_mix")
-        x = x + self.sliding(x, cache)
-        x = x + self.grouped(self.time_mix(x, cache, f"{self.name}.time_mix.second"), cache)
+        x = x + self.sliding(x, context)
+        x = x + self.grouped(self.time_mix(x, cache, f"{self.name}.time_mix.second"), context)
         return x + self.experts(x, context)
 
     def flops_per_token(self, length: int) -> float:

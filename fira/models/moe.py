@@ -131,7 +131,7 @@ class MoE(nn.Module):
         routed = Routed(*(part.unflatten(0, x.shape[:2]) for part in flat))
         valid = context.valid(x)
         taken = None
-        if self.capacity_factor and context.aux_weights is not None:
+        if self.capacity_factor and self.training and context.aux_weights is not None:
             taken = within_capacity(routed.experts, valid, self.num_experts, self.capacity_factor)
         outputs = self.norm(self._compute(x.flatten(0, 1), flat.experts, taken, flat_keys))
         outputs = outputs.unflatten(0, routed.experts.shape)
@@ -161,7 +161,7 @@ class MoE(nn.Module):
     def _note(
         self, y: Tensor, routed: Routed, outputs: Tensor, valid: Tensor, taken: Tensor | None, context: Context
     ) -> Tensor:
-        """y, whose backward trains the losses too; the statistics go into the context."""
+        """y, whose backward trains the losses too unless the caller does; the statistics go into the context."""
         assert context.aux_weights is not None
         aux = y.new_zeros((), dtype=routed.logits.dtype)
         for loss, coefficient in self.losses:
@@ -171,8 +171,9 @@ class MoE(nn.Module):
         dropped = torch.zeros_like(load) if taken is None else self._count(routed.experts, assigned & ~taken)
         chance = routed.logits.detach().log_softmax(dim=-1)
         entropy = -(chance.exp() * chance * valid[..., None]).sum()
-        context.stats[self.index, context.part] = MoEStats(load, dropped, entropy, aux.detach())
-        return _AddToObjective.apply(y, aux)
+        note = MoEStats(load, dropped, entropy, aux if context.aux_apart else aux.detach())
+        context.stats[self.index, context.part] = note
+        return y if context.aux_apart else _AddToObjective.apply(y, aux)
 
     def _count(self, experts: Tensor, counted: Tensor) -> Tensor:
         """experts, counted: [B, T, k] → [E], how many of those counted are each expert's."""

@@ -64,9 +64,9 @@ class Block(Layer):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → [B, T, d]."""
         if self.norm_first:
-            h = x + self.attention(self.norm1(x), context.cache)
+            h = x + self.attention(self.norm1(x), context)
             return h + self.mlp(self.norm2(h))
-        h = x + self.attention(x, context.cache)
+        h = x + self.attention(x, context)
         return self.norm2(h + self.mlp(self.norm1(h)))
 
 

@@ -93,7 +93,7 @@ class Block(Layer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → [B, T, d]."""
-        x = x + self.norm1(self.attention(x, context.cache))
+        x = x + self.norm1(self.attention(x, context))
         return x + self.norm2(self.moe(x, context, None))
 
 

@@ -110,14 +110,15 @@ class TimeMix(nn.Module):
         return self.o(y * nn.functional.silu(g))
 
     def _recur(self, r: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, name: str) -> Tensor:
-        """[B, T, d] each → [B, T, d], in the precision of the parameters: states add up over a whole sequence."""
+        """[B, T, d] each → [B, T, d], in fp32 or better: states add up over a whole sequence."""
+        wide = torch.promote_types(self.decay.dtype, torch.float32)
         with torch.autocast(r.device.type, enabled=False):
-            r, k, v = (x.to(self.decay.dtype).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (r, k, v))
+            r, k, v = (x.to(wide).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (r, k, v))
             state = None if cache is None else cache.states.get(name)
-            y, state = recurrence(r, k, v, -self.decay.exp(), self.bonus, state)
+            y, state = recurrence(r, k, v, -self.decay.to(wide).exp(), self.bonus.to(wide), state)
         if cache is not None:
             cache.states[name] = state
-        return y.transpose(1, 2).flatten(2)
+        return y.to(self.decay.dtype).transpose(1, 2).flatten(2)
 
     def own_flops_per_token(self, length: int) -> float:
         """Products inside a chunk, and of r, k and v with states."""

@@ -7,7 +7,7 @@ import torch
 
 from fira.data.loader import Loader
 from fira.errors import UserError
-from fira.models.registry import to_document
+from fira.models.families import to_document
 from fira.parallelize import Part
 from fira.training import checkpoint
 from fira.training.checkpoint import Checkpoint, Shard

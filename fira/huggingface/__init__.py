@@ -1,0 +1,16 @@
+"""At home in Hugging Face: once this is imported, transformers' Auto classes know our models without remote code."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from fira.models.configuration_fira import FiraLMConfig, RishAIConfig
+from fira.models.modeling_fira import FiraLMForCausalLM, FiraLMModel, RishAICausalLM, RishAIModel
+
+__all__ = ["FiraLMConfig", "FiraLMForCausalLM", "FiraLMModel", "RishAICausalLM", "RishAIConfig", "RishAIModel"]
+
+for _config, _base, _causal in (
+    (FiraLMConfig, FiraLMModel, FiraLMForCausalLM),
+    (RishAIConfig, RishAIModel, RishAICausalLM),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _base)
+    AutoModelForCausalLM.register(_config, _causal)

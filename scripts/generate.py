@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="the same seed writes the same text")
     parser.add_argument("--eval-text", help="a text, or a file with one: print how well it is predicted")
     options = parser.parse_args()
-    model, tokenizer = load_model(options.checkpoint, choose_devices("auto", None, 0)[0])
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer
+    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0])
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else model.tokenizer
     if tokenizer is None:
         raise UserError(f"{options.checkpoint} holds no tokenizer; give that of its data as --tokenizer")
     if options.eval_text is not None:

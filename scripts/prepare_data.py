@@ -7,7 +7,7 @@ from fira import cli
 from fira.data.prepare import prepare
 
 DATA = """text file, folder, CSV, JSONL, Parquet, folder of *_train_*.npy and *_val_*.npy shards, or the name of a
-Hugging Face dataset; left out, the Python standard library's source"""
+Hugging Face dataset; several with weights as A=0.7,B=0.3; left out, the Python standard library's source"""
 
 
 def main() -> None:
@@ -19,10 +19,20 @@ def main() -> None:
     parser.add_argument("--cache", help="where results are kept; left out, $FIRA_CACHE or ~/.cache/fira")
     options = parser.parse_args()
     corpus = prepare(options.data, options.text_column, options.tokenizer, options.vocab_size, options.cache)
-    for name, value in corpus.summary.items():
+    summary = dict(corpus.summary)
+    for source in summary.pop("sources", []):
+        print(f"{source.pop('data')}, {source.pop('weight'):.1%} of the sequences")
+        _print(source)
+    _print(summary)
+    print(f"{'kept in':>15}  {corpus.folder}\n\nTrain on it:\n{shlex.join(_training(options))}")
+
+
+def _print(counts: dict[str, int | float | None]) -> None:
+    for name, value in counts.items():
         if value is not None:
-            print(f"{name:>12}  {value:,}" if isinstance(value, int) else f"{name:>12}  {value:.3f} nats per token")
-    print(f"{'kept in':>12}  {corpus.folder}\n\nTrain on it:\n{shlex.join(_training(options))}")
+            unit = " nats per token" if name in ("unigram", "trigram") else ""
+            number = f"{value:,}" if isinstance(value, int) else f"{value:.3f}{unit}"
+            print(f"{name.replace('_', ' '):>15}  {number}")
 
 
 def _training(options: Namespace) -> list[str]:

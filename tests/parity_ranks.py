@@ -65,7 +65,8 @@ def train(
         result = trainer.step(loader, batch, learning_rate(step, steps, 1e-2, 1e-3, 3), seed=11, flags=[])
         results.append([result.loss, result.aux_loss, result.grad_norm])
     weights = {part.name: float(part.parameter.detach().double().sum()) for part in built.parts if not part.expert}
-    return {"steps": results, "load": result.expert_load, "weights": weights}
+    experts = {"load": result.expert_load, "dropped": result.expert_dropped, "entropy": [result.router_entropy]}
+    return {"steps": results, "experts": experts, "weights": weights}
 
 
 def train_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fira.data.loader import IGNORE, Loader, Sequential
+from fira.data.mixture import Joined, Mixture, interleave, parse_mixture
 from fira.data.packed import PackedTokens
 from fira.errors import UserError
 
@@ -70,3 +71,68 @@ def test_limited_validation_is_spread_evenly_and_in_order(tmp_path) -> None:
     assert sequences.batch(1, 2)[0][:, 0].tolist() == [20, 50]
     with pytest.raises(UserError, match="validation"):
         Sequential(packed(tmp_path, 1), 10)
+
+
+def test_a_mixture_reads_each_source_in_its_share_and_in_its_own_order(tmp_path) -> None:
+    """Sequence by sequence against counting turns, and also out of order, as ranks and resumed runs read it."""
+    sources = []
+    for number, length in enumerate((301, 41, 101)):
+        (tmp_path / str(number)).mkdir()
+        sources.append(Loader(packed(tmp_path / str(number), length), 10, seed=number))
+    weights = [0.62, 0.08, 0.3]
+    tokens, targets = Mixture(sources, weights).batch(0, 2500)
+    turns = interleave(weights)
+    counts = np.bincount(turns)
+    assert counts.tolist() == [620, 80, 300]
+    spread = [abs(np.cumsum(turns == s) - w * np.arange(1, 1001)).max() for s, w in enumerate(weights)]
+    assert max(spread) < 1.5  # the shares hold within every batch
+    used = [0, 0, 0]
+    for n in range(2500):
+        source = turns[n % 1000]
+        np.testing.assert_array_equal(tokens[n], sources[source].batch(used[source], 1)[0][0])
+        used[source] += 1
+    again = Mixture(sources, weights)
+    for first, count in ((990, 30), (3, 5), (2400, 100)):
+        np.testing.assert_array_equal(again.batch(first, count)[1], targets[first : first + count])
+
+
+def test_a_mixture_of_one_is_its_source_and_shares_below_the_finest_still_come(tmp_path) -> None:
+    loader = Loader(packed(tmp_path, 101), 10, seed=1)
+    np.testing.assert_array_equal(Mixture([loader], [1.0]).batch(995, 20)[0], loader.batch(995, 20)[0])
+    assert np.bincount(interleave([1, 1e-9])).tolist() == [999, 1]
+    assert np.bincount(interleave([1, 1, 1])).tolist() == [334, 333, 333]
+
+
+def test_joined_validation_is_one_source_after_another(tmp_path) -> None:
+    (tmp_path / "b").mkdir()
+    parts = [Sequential(packed(tmp_path, 31), 10), Sequential(packed(tmp_path / "b", 15), 10)]
+    joined = Joined(parts)
+    assert len(joined) == 5
+    for kind in (0, 1):
+        expected = np.concatenate([parts[0].batch(0, 3)[kind], parts[1].batch(0, 4)[kind]])
+        np.testing.assert_array_equal(joined.batch(0, 7)[kind], expected)
+        np.testing.assert_array_equal(joined.batch(2, 3)[kind], expected[2:5])
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        (None, [(None, 1)]),
+        ("plain.txt", [("plain.txt", 1)]),
+        ("a.txt=3,b=c.csv=1", [("a.txt", 0.75), ("b=c.csv", 0.25)]),
+        ("only.txt=0.2", [("only.txt", 1)]),
+    ],
+)
+def test_sources_are_given_with_weights(data: str | None, parts: list[tuple[str | None, float]]) -> None:
+    assert parse_mixture(data) == parts
+
+
+@pytest.mark.parametrize("data", ["a.txt=0.7,b.txt", "a.txt=x", "a.txt=0", "=1", "a=inf", "a=1,=2"])
+def test_weights_that_are_none_are_one_line(data: str) -> None:
+    with pytest.raises(UserError, match=r"as in .*hi\.txt=0\.3"):
+        parse_mixture(data)
+
+
+def test_a_path_may_look_like_a_mixture(tmp_path) -> None:
+    (tmp_path / "a=1").write_text("x")
+    assert parse_mixture(str(tmp_path / "a=1")) == [(str(tmp_path / "a=1"), 1)]

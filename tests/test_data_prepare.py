@@ -39,7 +39,7 @@ def stories(corpus: Corpus) -> tuple[list[str], list[str]]:
     """The documents of both splits, read back from the tokens."""
     tokenizer = load_tokenizer(corpus.tokenizer)
     parts = []
-    for tokens in (corpus.train, corpus.val):
+    for tokens in (corpus.sources[0].train, corpus.sources[0].val):
         ids = tokens.read(0, len(tokens))
         assert ids[-1] == eos_id(tokenizer)
         pieces = np.split(ids, np.flatnonzero(ids == eos_id(tokenizer)) + 1)[:-1]
@@ -61,7 +61,7 @@ def test_few_or_equal_documents_give_their_ends_to_validation(tmp_path, texts: l
     corpus = prepare(jsonl(tmp_path / "a.jsonl", texts), vocab_size=300)
     train, val = stories(corpus)
     assert [a + b for a, b in zip(train, val, strict=True)] == texts
-    assert 0 < len(corpus.val) < 0.25 * len(corpus.train)
+    assert 0 < len(corpus.sources[0].val) < 0.25 * len(corpus.sources[0].train)
 
 
 def test_a_document_too_short_for_a_twentieth_gives_one_token(tmp_path) -> None:
@@ -73,7 +73,10 @@ def test_summary_counts_what_there_is(tmp_path) -> None:
     corpus = prepare(jsonl(tmp_path / "a.jsonl", STORIES), vocab_size=400)
     assert corpus.summary["documents"] == 400
     assert corpus.summary["bytes"] == sum(len(text.encode()) for text in STORIES)
-    assert (corpus.summary["train_tokens"], corpus.summary["val_tokens"]) == (len(corpus.train), len(corpus.val))
+    assert (corpus.summary["train_tokens"], corpus.summary["val_tokens"]) == (
+        len(corpus.sources[0].train),
+        len(corpus.sources[0].val),
+    )
     assert 0 < corpus.summary["trigram"] < corpus.summary["unigram"] < np.log(400)
 
 
@@ -121,7 +124,7 @@ def test_a_large_file_is_read_again_only_when_it_changed(tmp_path, cache, monkey
 def test_preparing_twice_gives_the_same_bytes(tmp_path) -> None:
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     one, two = (prepare(data, vocab_size=400, cache_dir=tmp_path / name).folder for name in "xy")
-    names = ["summary.json", "tokenizer.json", "train.npy", "val.npy"]
+    names = ["summary.json", "tokenizer.json", "train-0.npy", "val-0.npy"]
     assert sorted(path.name for path in one.iterdir()) == names
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
@@ -198,8 +201,8 @@ def test_fineweb_shards_are_used_where_they_lie(tmp_path) -> None:
     data = shards(tmp_path)
     corpus = prepare(data, vocab_size=500)
     train = np.concatenate([np.load(tmp_path / f"edufineweb_train_00000{i}.npy") for i in (1, 2)])
-    np.testing.assert_array_equal(corpus.train.read(0, 8000), train)
-    np.testing.assert_array_equal(corpus.val.read(0, 900), np.load(tmp_path / "edufineweb_val_000000.npy"))
+    np.testing.assert_array_equal(corpus.sources[0].train.read(0, 8000), train)
+    np.testing.assert_array_equal(corpus.sources[0].val.read(0, 900), np.load(tmp_path / "edufineweb_val_000000.npy"))
     assert corpus.tokenizer is None
     assert [path.name for path in corpus.folder.iterdir()] == ["summary.json"]
     assert corpus.summary["trigram"] > 0
@@ -247,3 +250,37 @@ def test_nothing_of_a_folder_is_lost(tmp_path) -> None:
         (tmp_path / "texts" / f"{i:03}.txt").write_text(story)
     corpus = prepare(str(tmp_path / "texts"), vocab_size=300)
     assert sorted(chain(*stories(corpus))) == sorted(documents(str(tmp_path / "texts"), ""))
+
+
+def test_a_mixture_has_a_tokenizer_of_all_and_tells_of_each(tmp_path) -> None:
+    """The small Hindi source counts as its share says, so that its words become tokens."""
+    hindi = ["यह हिन्दी का एक वाक्य है। " * 3, "दूसरा वाक्य भी हिन्दी में है। " * 3, "और तीसरा यहाँ है। " * 3] * 4
+    data = f"{jsonl(tmp_path / 'en.jsonl', STORIES)}=0.5,{jsonl(tmp_path / 'hi.jsonl', hindi)}=0.5"
+    corpus = prepare(data, vocab_size=400)
+    assert [source.weight for source in corpus.sources] == [0.5, 0.5]
+    assert len(load_tokenizer(corpus.tokenizer).encode(" हिन्दी").ids) == 1
+    english, indian = corpus.summary["sources"]
+    assert [english["documents"], indian["documents"]] == [400, 12]
+    words = [sum(len(text.split()) for text in texts) for texts in (STORIES, hindi)]
+    assert [english["words"], indian["words"]] == words
+    pieces = 24  # few documents: each gives its end to validation
+    tokens = [len(source.train) + len(source.val) for source in corpus.sources]
+    assert english["tokens_per_word"] == pytest.approx((tokens[0] - 400) / words[0])
+    assert (tokens[1] - pieces) / words[1] <= indian["tokens_per_word"] <= (tokens[1] - 12) / words[1]
+    assert corpus.summary["tokens_per_word"] == pytest.approx(
+        (english["tokens_per_word"] * words[0] + indian["tokens_per_word"] * words[1]) / sum(words)
+    )
+    assert corpus.summary["train_tokens"] == english["train_tokens"] + indian["train_tokens"]
+    changed = prepare(data.replace("0.5,", "0.4,"), vocab_size=400)
+    assert changed.folder != corpus.folder
+
+
+def test_text_and_shards_mix_with_the_shards_tokenizer_only(tmp_path) -> None:
+    (tmp_path / "shards").mkdir()
+    data = f"{jsonl(tmp_path / 'a.jsonl', STORIES)}=1,{shards(tmp_path / 'shards')}=1"
+    with pytest.raises(UserError, match="--tokenizer"):
+        prepare(data, vocab_size=500)
+    train_tokenizer(STORIES, 500).save(str(tmp_path / "t.json"))
+    corpus = prepare(data, tokenizer_path=tmp_path / "t.json", vocab_size=500)
+    assert len(corpus.sources[1].train) == 8000
+    assert corpus.summary["documents"] is None

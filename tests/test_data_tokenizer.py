@@ -1,4 +1,7 @@
+import unicodedata
+
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
@@ -17,6 +20,7 @@ def tokenizer() -> Tokenizer:
 @settings(max_examples=300, deadline=None)
 @given(st.text())
 def test_any_text_survives(tokenizer: Tokenizer, text: str) -> None:
+    text = unicodedata.normalize("NFC", text)
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
@@ -34,6 +38,23 @@ def test_merges_are_learnt_within_the_limit_and_the_same_each_time(tokenizer: To
 
 def test_a_hindi_word_is_not_split_at_its_marks(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode(" हिन्दी").ids) == 1
+
+
+def test_hindi_is_one_text_however_it_was_typed(tokenizer: Tokenizer) -> None:
+    """Nukta letters as one character or two are the same tokens, and a joiner does not end a word."""
+    assert tokenizer.encode("\u0958\u0932\u092e").ids == tokenizer.encode("\u0915\u093c\u0932\u092e").ids
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(" क्\u200dया है, हि\u0902दी")
+    assert [end - start for _, (start, end) in words] == [6, 3, 1, 6]
+
+
+def test_no_token_ends_inside_a_grapheme_of_a_frequent_word() -> None:
+    """A consonant with its signs is one grapheme (\\X); a mixture half of which is English leaves room for that."""
+    hindi = "हिन्दी में लिखी हुई किताबें बहुत अच्छी हैं और बच्चों ने उन्हें पढ़ा। कृपया दूसरी पुस्तक भी दीजिए। " * 20
+    tokenizer = train_tokenizer([hindi, *TEXTS[:2]], 500)
+    for word in hindi.split():
+        encoding = tokenizer.encode(" " + word)
+        ends = {0, *(match.end() for match in regex.finditer(r"\X", " " + word))}
+        assert {end for _, end in encoding.offsets} <= ends, encoding.tokens
 
 
 def test_vocabulary_counts_gaps() -> None:

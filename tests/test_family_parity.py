@@ -71,7 +71,7 @@ def job(ranks: int) -> list[Any]:
         moved = {"models": models, "layouts": [[2, 1, 1], [1, 2, 2]]}
         by_rank = run_function(2, "tests.family_ranks", "train_and_move", timeout=170, cases=needed, **moved)
         for name, one in zip(MOVED, by_rank[0]["moved"], strict=True):
-            one["loaded"] = load_model(f"{folder}/{name}")[0]
+            one["loaded"] = load_model(f"{folder}/{name}")
         return by_rank
 
 
@@ -117,7 +117,11 @@ def test_replicas_expert_shards_and_torchgpipe_agree_with_one_rank(name: str) ->
         (ONE, {"devices": 2, "recompute": True}),
         ([2, 1, 1], {"devices": 2}),
     ):
-        assert distance(case(name, layout, **EXACT, **settings), plain) < 1e-12, (layout, settings)
+        other = case(name, layout, **EXACT, **settings)
+        assert distance(other, plain) < 1e-12, (layout, settings)
+        for key, values in result(plain)["experts"].items():
+            np.testing.assert_allclose(result(other)["experts"][key], values, rtol=1e-12, err_msg=key)
+    assert np.any(result(plain)["experts"]["dropped"]) == (name == "fira")
 
 
 @pytest.mark.parametrize("name", MOVED)

@@ -291,10 +291,10 @@ def test_public_names_are_loaded_when_asked_for() -> None:
 def test_a_loaded_model_is_the_saved_one(run_folder: Path, tokenizer: Tokenizer) -> None:
     tokens = torch.randint(300, (2, 12), generator=torch.Generator().manual_seed(0))
     for path in (run_folder, run_folder / "checkpoints", run_folder / "checkpoints" / "step-000007"):
-        model, its_tokenizer = load_model(path)
+        model = load_model(path)
         assert torch.equal(model(tokens), make_model()(tokens))
         assert model.config == CONFIG
-        assert its_tokenizer.to_str() == tokenizer.to_str()
+        assert model.tokenizer.to_str() == tokenizer.to_str()
         assert not model.training
         assert all(p.requires_grad for p in model.parameters())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fira.errors import UserError
-from fira.training.log import COLUMNS, Row, TrainingLog, parse_load, read_log
+from fira.training.log import COLUMNS, Row, TrainingLog, parse_layers, read_log
 from fira.training.progress import Progress
 
 
@@ -28,7 +28,7 @@ def test_columns_stand_in_the_promised_order(tmp_path: Path) -> None:
     write(tmp_path / "log.csv", range(1, 2))
     assert (tmp_path / "log.csv").read_text().splitlines()[0] == (
         "iter,train_loss,val_loss,lr,mfu,tokens_per_s,grad_norm,aux_loss,load_imbalance,expert_load,bubble,"
-        "dropped,router_entropy"
+        "dropped,router_entropy,expert_dropped,layer_entropy"
     )
 
 
@@ -46,6 +46,14 @@ def test_a_row_is_in_the_file_at_once_and_reads_as_plain_csv(tmp_path: Path) -> 
     assert float(cells["load_imbalance"]) == pytest.approx(0.6 * 3)
 
 
+def test_experts_are_logged_one_by_one_and_as_means(tmp_path: Path) -> None:
+    write(tmp_path / "log.csv", range(1, 2), expert_dropped=[[0.0, 0.125], [0.5, 0.25]], layer_entropy=[[0.5], [1.0]])
+    frame = read_log(tmp_path / "log.csv")
+    assert parse_layers(frame["expert_dropped"][0]) == [[0, 0.125], [0.5, 0.25]]
+    assert parse_layers(frame["layer_entropy"][0]) == [[0.5], [1]]
+    assert frame["router_entropy"][0] == 0.75
+
+
 def test_imbalance_is_one_when_even_and_absent_without_experts() -> None:
     assert row(1, expert_load=[[0.25] * 4] * 2).load_imbalance == 1
     assert row(1).load_imbalance is None
@@ -59,7 +67,7 @@ def test_read_log_gives_back_what_was_written(tmp_path: Path) -> None:
     assert list(frame["iter"]) == [1, 2, 3]
     assert frame["train_loss"].astype("float32").eq(loss).all()
     assert frame["val_loss"].isna().all()
-    assert parse_load(frame["expert_load"][0]) == [[0.75, 0.25]]
+    assert parse_layers(frame["expert_load"][0]) == [[0.75, 0.25]]
 
 
 def test_nan_and_infinity_survive(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,6 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from fira.training.expert_plots import plot_experts
 from fira.training.log import LOG_NAME, Row, TrainingLog, read_log
 from fira.training.plots import plot_files, plot_runs
 
@@ -42,6 +44,10 @@ def make_run(folder: Path, steps: int = 40, **changed: Any) -> Path:
 
 
 def draw(logs: dict[str, Any], out: Path, baselines: dict[str, float] | None = None) -> Figure:
+    return figure_of(lambda: plot_runs(logs, out, baselines), out)
+
+
+def figure_of(plot: Callable[[], Any], out: Path) -> Figure:
     """Plot, and catch the figure on its way to the file."""
     caught: list[Figure] = []
     save = Figure.savefig
@@ -51,7 +57,7 @@ def draw(logs: dict[str, Any], out: Path, baselines: dict[str, float] | None = N
         save(figure, *arguments, **(options | {"dpi": 50}))
 
     with patch.object(Figure, "savefig", catch):
-        plot_runs(logs, out, baselines)
+        plot()
     with Image.open(out) as image:
         assert image.format == "PNG"
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # not a blank page
@@ -103,6 +109,23 @@ def test_layers_with_different_numbers_of_experts(tmp_path: Path) -> None:
     figure = draw({"run": log}, tmp_path / "p.png")
     [image] = [image for axes in figure.axes for image in axes.images]
     np.testing.assert_allclose(image.get_array()[:, 0], [0.9, 1.2, 1.8])
+
+
+def test_experts_have_a_row_of_panels_per_layer(tmp_path: Path) -> None:
+    """Load in even shares; what was dropped, where a step without drops is zero; entropy."""
+    changed = {"expert_load": SKEWED, "layer_entropy": [[1.2], [0.7]]}
+    run = make_run(tmp_path / "run", steps=3, expert_dropped=[[0.5, 0, 0, 0], [0, 0.25, 0, 0]], **changed)
+    log = run / LOG_NAME
+    log.write_text(log.read_text().replace("0.500 0.000 0.000 0.000;0.000 0.250 0.000 0.000", "", 1))
+    figure = figure_of(lambda: plot_experts(run), run / "experts.png")
+    images = [image.get_array() for axes in figure.axes[:6] for image in axes.images]  # by rows; then the scales
+    np.testing.assert_allclose(images[0], np.tile([[2.8], [0.4], [0.4], [0.4]], 3))
+    np.testing.assert_allclose(images[1], [[0, 0.5, 0.5], [0] * 3, [0] * 3, [0] * 3])
+    np.testing.assert_allclose(images[2], np.tile([[1.2], [2.0], [0.4], [0.4]], 3))
+    np.testing.assert_allclose(images[3], [[0] * 3, [0, 0.25, 0.25], [0] * 3, [0] * 3])
+    np.testing.assert_allclose(figure.axes[5].lines[-1].get_ydata(), [0.7] * 3)
+    free = figure_of(lambda: plot_experts(make_run(tmp_path / "free")), tmp_path / "free" / "experts.png")
+    assert sum(len(axes.images) for axes in free.axes) == 2  # no drops, no entropies: the load alone
 
 
 @pytest.mark.filterwarnings("error")
@@ -196,6 +219,8 @@ def test_the_script_prints_the_path_written(tmp_path: Path) -> None:
         (["empty"], "no step"),
         (["broken"], "data.json"),
         (["garbled"], "expert_load"),
+        (["--experts", "run", "broken"], "one run"),
+        (["--experts", "dense"], "no step with experts"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_status_two(
@@ -207,6 +232,7 @@ def test_what_a_user_can_mend_is_one_line_and_status_two(
 ) -> None:
     make_run(tmp_path / "run", steps=2)
     make_run(tmp_path / "empty", steps=0)
+    make_run(tmp_path / "dense", steps=2, expert_load=())
     (make_run(tmp_path / "broken", steps=2) / "data.json").write_text('{"baselines": [6.1]}')
     log = make_run(tmp_path / "garbled", steps=2) / LOG_NAME
     log.write_text(log.read_text().replace("0.250 0.250", "0.250 what"))

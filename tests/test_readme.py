@@ -71,8 +71,9 @@ def test_commands_with_data(place):
     assert "Train on it" in run(command_with("prepare_data.py"), place)
     run(command_with("mpirun", "--data texts/"), place)
     run(command_with("--data pages.csv") + " --vocab-size 300", place)
-    run(command_with("plot.py"), place)
+    run(command_with("plot.py", "fira-tiny-2"), place)
     assert (place / "comparison.png").exists()
+    run(command_with("plot.py", "--experts"), place)
 
 
 def test_the_second_command_runs_the_tests():

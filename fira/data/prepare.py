@@ -7,11 +7,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from fira.data.cache import content_key, publish, total_size
+from fira.data.mixture import parse_mixture
 from fira.data.ngram import trigram_loss, unigram_loss
 from fira.data.packed import PackedTokens, TokenWriter, find_shards
 from fira.data.progress import progress_bar
@@ -19,13 +21,22 @@ from fira.data.sources import documents, input_files
 from fira.data.tokenizer import eos_id, load_tokenizer, train_tokenizer, vocabulary
 from fira.errors import UserError
 
-FORMAT = 1  # part of every key: raise it when the same input would give another result
+FORMAT = 2  # part of every key: raise it when the same input would give another result
 VALIDATION = 0.05  # share of the documents
 TOKENIZER_BYTES = 64e6  # merges learnt from more text hardly differ
 BATCH = 2**20  # characters tokenized together
 BASELINE_TOKENS = 10_000_000  # counted for the n-gram baselines; of validation tokens a tenth
 
-Summary = dict[str, int | float | None]
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source's tokens, and its share of the training sequences."""
+
+    weight: float
+    train: PackedTokens
+    val: PackedTokens
 
 
 @dataclass(frozen=True)
@@ -33,11 +44,11 @@ class Corpus:
     """Tokens ready to train on.
 
     `tokenizer`: a tokenizer.json beside them; None for shards given without one. `summary`: documents and bytes (None
-    for shards), train_tokens, val_tokens, unigram and trigram (loss on the validation tokens, nats per token).
+    for shards), train_tokens, val_tokens, tokens_per_word (its fertility), unigram and trigram (loss on the validation
+    tokens, nats per token); of several sources, `sources` tells the same of each.
     """
 
-    train: PackedTokens
-    val: PackedTokens
+    sources: list[Source]
     tokenizer: Path | None
     vocab_size: int
     summary: Summary
@@ -52,7 +63,8 @@ def prepare(
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Corpus:
-    """The corpus of `data` (see `sources.documents`, `packed.find_shards`), from the cache when it was made before.
+    """The corpus of `data` (see `mixture.parse_mixture`, `sources.documents`, `packed.find_shards`), from the cache
+    when it was made before.
 
     The key is the SHA-256 of the inputs' content, the tokenizer and the settings. Several processes may prepare the
     same corpus: each works aside and the first to finish publishes. `vocab_size` may exceed the tokenizer's, not fall
@@ -65,27 +77,20 @@ def prepare(
             raise UserError(
                 f"{tokenizer_path}: {vocabulary(given)} tokens, --vocab-size {vocab_size}; give at least as many"
             )
-        shards = find_shards(data)
-        files = shards[0] + shards[1] if shards else input_files(data)
-        inputs = [*files, Path(tokenizer_path)] if tokenizer_path else files
-        layout = [len(part) for part in shards] if shards else text_column
-        folder = cache / content_key(cache, inputs, [FORMAT, vocab_size, bool(tokenizer_path), layout], progress)
+        inputs = [_Input.find(source, weight) for source, weight in parse_mixture(data)]
+        files = [path for each in inputs for path in each.files]
+        layout = [[each.weight, text_column, len(each.files), each.shards] for each in inputs]
+        settings = [FORMAT, vocab_size, bool(tokenizer_path), layout]
+        tokenizer_files = [Path(tokenizer_path)] if tokenizer_path else []
+        folder = cache / content_key(cache, files + tokenizer_files, settings, progress)
         if not folder.is_dir():
             with publish(folder) as aside:
-                if given and tokenizer_path:
+                if tokenizer_path:
                     shutil.copy(tokenizer_path, aside / "tokenizer.json")
-                if shards:
-                    _check_ids(files, vocab_size, progress)
-                    _measure(aside, data, *shards, {"documents": None, "bytes": None})
-                else:
-                    work = _Work(aside, data, text_column, vocab_size, files, progress)
-                    counts = work.pack(given or work.train_tokenizer())
-                    _measure(aside, data, [aside / "train.npy"], [aside / "val.npy"], counts)
-        train, val = shards or ([folder / "train.npy"], [folder / "val.npy"])
+                _Work(aside, inputs, text_column, vocab_size, progress).run(given)
         tokenizer = folder / "tokenizer.json"
         return Corpus(
-            train=PackedTokens(train),
-            val=PackedTokens(val),
+            sources=[each.source(folder, number) for number, each in enumerate(inputs)],
             tokenizer=tokenizer if tokenizer.exists() else None,
             vocab_size=vocab_size,
             summary=json.loads((folder / "summary.json").read_text()),
@@ -96,35 +101,88 @@ def prepare(
 
 
 @dataclass(frozen=True)
+class _Input:
+    """A source as it was given. shards: how many of its files are training shards; None where they are text."""
+
+    data: str | None
+    weight: float
+    files: list[Path]
+    shards: int | None
+
+    @classmethod
+    def find(cls, data: str | None, weight: float) -> Self:
+        if shards := find_shards(data):
+            return cls(data, weight, shards[0] + shards[1], len(shards[0]))
+        return cls(data, weight, input_files(data), None)
+
+    def source(self, folder: Path, number: int) -> Source:
+        """Its tokens: shards stay where they lie, of text they are in `folder`."""
+        train, val = self.files[: self.shards], self.files[self.shards :]
+        if self.shards is None:
+            train, val = ([folder / f"{split}-{number}.npy"] for split in ("train", "val"))
+        return Source(self.weight, PackedTokens(train), PackedTokens(val))
+
+
+@dataclass(frozen=True)
 class _Work:
-    """One text source on its way to tokens."""
+    """Sources on their way to tokens."""
 
     folder: Path
-    data: str | None
+    inputs: list[_Input]
     text_column: str
     vocab_size: int
-    files: list[Path]
     progress: bool
 
+    def run(self, tokenizer: Tokenizer | None) -> None:
+        """Fill the folder: tokenizer.json if none is given, tokens, summary.json."""
+        texts = [each for each in self.inputs if each.shards is None]
+        if texts and not tokenizer:
+            if len(texts) < len(self.inputs):
+                raise UserError("--data mixes text with shards of tokens; give the shards' own --tokenizer")
+            tokenizer = self.train_tokenizer()
+        told = []
+        for number, each in enumerate(self.inputs):
+            if each.shards is None:
+                assert tokenizer
+                counts = self.pack(each, number, tokenizer)
+            else:
+                counts = dict.fromkeys(("documents", "bytes", "words", "tokens_per_word"))
+                _check_ids(each.files, self.vocab_size, self.progress)
+            source = each.source(self.folder, number)
+            told.append({**counts, "train_tokens": len(source.train), "val_tokens": len(source.val)})
+        _summarise(self.folder, self.inputs, told)
+
     def train_tokenizer(self) -> Tokenizer:
-        """Train on the text, or on an even sample of it when it is large, and save as tokenizer.json."""
-        share = TOKENIZER_BYTES / max(total_size(self.files), 1)
-        texts = enumerate(self._documents("reading for the tokenizer"))
-        sample = (text for number, text in texts if number == 0 or _fraction(text) > 1 - share)  # never nothing
-        tokenizer = train_tokenizer(sample, self.vocab_size)
+        """Train on the text, or on an even sample of it when it is large, and save as tokenizer.json.
+
+        Of several sources a small one is repeated until it counts for its share, as it will in training.
+        """
+        sizes = [max(total_size(each.files), 1) for each in self.inputs]
+        whole = max(size / each.weight for size, each in zip(sizes, self.inputs, strict=True))
+        shares = [
+            each.weight * min(whole, TOKENIZER_BYTES) / size for size, each in zip(sizes, self.inputs, strict=True)
+        ]
+
+        def sample() -> Iterator[str]:
+            for each, share in zip(self.inputs, shares, strict=True):
+                for number, text in enumerate(self._documents(each, "reading for the tokenizer")):
+                    if number == 0 or _fraction(text) > 1 - share:  # never nothing
+                        yield from [text] * max(1, round(share))
+
+        tokenizer = train_tokenizer(sample(), self.vocab_size)
         tokenizer.save(str(self.folder / "tokenizer.json"))
         return tokenizer
 
-    def pack(self, tokenizer: Tokenizer) -> Summary:
-        """Write train.npy and val.npy, each document ended by EOS and whole in one of them, where that works out."""
+    def pack(self, each: _Input, number: int, tokenizer: Tokenizer) -> Summary:
+        """Write train and val tokens, each document ended by EOS and whole in one of them, where that works out."""
         eos = eos_id(tokenizer)
         for split in (_by_document, _by_tail):
-            count = size = 0
+            count = size = words = tokens = 0
             with (
-                TokenWriter(self.folder / "train.npy", self.vocab_size) as train,
-                TokenWriter(self.folder / "val.npy", self.vocab_size) as val,
+                TokenWriter(self.folder / f"train-{number}.npy", self.vocab_size) as train,
+                TokenWriter(self.folder / f"val-{number}.npy", self.vocab_size) as val,
             ):
-                for batch in _batches(self._documents("tokenizing")):
+                for batch in _batches(self._documents(each, "tokenizing")):
                     encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
                     for text, encoding in zip(batch, encodings, strict=True):
                         for part, writer in zip(split(text, encoding.ids), (train, val), strict=True):
@@ -132,13 +190,15 @@ class _Work:
                                 writer.append([*part, eos])
                         count += 1
                         size += len(text.encode())
+                        words += len(text.split())
+                        tokens += len(encoding)
             if VALIDATION / 3 * train.length < val.length < VALIDATION * 3 * train.length:
                 break
-        return {"documents": count, "bytes": size}
+        return {"documents": count, "bytes": size, "words": words, "tokens_per_word": tokens / words}
 
-    def _documents(self, label: str) -> Iterator[str]:
-        with progress_bar(total_size(self.files), label, self.progress) as bar:
-            for text in documents(self.data, self.text_column):
+    def _documents(self, each: _Input, label: str) -> Iterator[str]:
+        with progress_bar(total_size(each.files), label, self.progress) as bar:
+            for text in documents(each.data, self.text_column):
                 yield text
                 bar.update(len(text.encode()))
 
@@ -182,15 +242,31 @@ def _check_ids(shards: list[Path], vocab_size: int, progress: bool) -> None:
             bar.update(path.stat().st_size)
 
 
-def _measure(folder: Path, data: str | None, train: list[Path], val: list[Path], counts: Summary) -> None:
-    """Count the n-gram baselines and write summary.json."""
-    train_tokens, val_tokens = PackedTokens(train), PackedTokens(val)
-    if min(len(train_tokens), len(val_tokens)) < 3:
-        raise UserError(f"{data}: {len(train_tokens)} + {len(val_tokens)} tokens are too few to train on; give more")
-    summary: Summary = {**counts, "train_tokens": len(train_tokens), "val_tokens": len(val_tokens)}
-    seen, unseen = _sample(train_tokens, BASELINE_TOKENS), _sample(val_tokens, BASELINE_TOKENS // 10)
-    summary |= {"unigram": unigram_loss(seen, unseen), "trigram": trigram_loss(seen, unseen)}
+def _summarise(folder: Path, inputs: list[_Input], told: list[Summary]) -> None:
+    """Count the n-gram baselines, on sources in their proportions, and write summary.json."""
+    seen, unseen = [], []
+    for number, (each, counts) in enumerate(zip(inputs, told, strict=True)):
+        if min(counts["train_tokens"], counts["val_tokens"]) < 3:
+            tokens = f"{counts['train_tokens']} + {counts['val_tokens']} tokens"
+            raise UserError(f"{each.data}: {tokens} are too few to train on; give more")
+        source = each.source(folder, number)
+        seen.append(_sample(source.train, int(each.weight * BASELINE_TOKENS)))
+        unseen.append(_sample(source.val, int(each.weight * BASELINE_TOKENS / 10)))
+    train, val = np.concatenate(seen), np.concatenate(unseen)
+    summary = _total(told) | {"unigram": unigram_loss(train, val), "trigram": trigram_loss(train, val)}
+    if len(inputs) > 1:
+        names = ({"data": each.data, "weight": each.weight} for each in inputs)
+        summary["sources"] = [name | counts for name, counts in zip(names, told, strict=True)]
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _total(told: list[Summary]) -> Summary:
+    """The sums of the sources' counts, None where one has none, and the mean of their fertilities over all words."""
+    known = {name: [counts[name] for counts in told] for name in told[0]}
+    total = {name: None if None in values else sum(values) for name, values in known.items()}
+    if total["words"] is not None:
+        total["tokens_per_word"] = sum(np.multiply(known["words"], known["tokens_per_word"])) / total["words"]
+    return total
 
 
 def _sample(tokens: PackedTokens, limit: int, pieces: int = 16) -> np.ndarray:

@@ -3,27 +3,32 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fira.errors import UserError
 
 EOS = "</s>"
 SPECIAL_TOKENS = ["[UNK]", "<s>", EOS, "<|prompter|>", "<|assistant|>"]
 END_NAMES = [EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>"]  # what published tokenizers call it
-# GPT-2's split into words, except that combining marks belong to the word: without them a Hindi word falls to pieces
-WORDS = Regex(r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+")
+# GPT-2's split into words, except that combining marks belong to the word, and joiners in it: without them a Hindi word
+# falls to pieces
+WORDS = Regex(
+    r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}][\p{L}\p{M}\u200C\u200D]*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+)
 SMALLEST = len(SPECIAL_TOKENS) + 256  # every byte needs a token
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016 on bytes, as GPT-2) of at most `vocab_size` tokens; little text gives fewer.
 
-    Lossless: `decode(encode(text).ids, skip_special_tokens=False) == text` for any text. The special tokens' names are
+    Text is normalised to NFC first: what looks the same is the same tokens. Otherwise lossless: for any text in NFC
+    `decode(encode(text).ids, skip_special_tokens=False) == text`. The special tokens' names are
     recognised inside a text, so that a chat marked with `<|prompter|>` and `<|assistant|>` needs no other treatment.
     """
     if vocab_size < SMALLEST:
         raise UserError(f"vocabulary of {vocab_size}: bytes and special tokens alone are {SMALLEST}; ask for more")
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(WORDS, behavior="isolated"),

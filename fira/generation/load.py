@@ -12,10 +12,10 @@ from fira.training.checkpoint import Checkpoint, find
 from fira.training.state import TOKENIZER
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[LanguageModel, Tokenizer | None]:
-    """The model, in eval mode, and the tokenizer of a run folder, a checkpoints folder or a step folder.
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
+    """The model, in eval mode and with its tokenizer, of a run folder, a checkpoints folder or a step folder.
 
-    Any layout may have written it. The tokenizer is None where the model was trained on shards without one.
+    Any layout may have written it. `model.tokenizer` is None where it was trained on shards without one.
     Raises UserError where there is no checkpoint, or one that is damaged or of another model.
     """
     saved = Checkpoint.open(find(path))
@@ -27,5 +27,6 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[La
     weights = {name: saved.read(name) for name in model.weights()}
     model.load_state_dict(weights, strict=not model.tied, assign=True)
     model.tie()
-    tokenizer = Tokenizer.from_buffer(saved.file(TOKENIZER)) if saved.has_file(TOKENIZER) else None
-    return model.to(device).eval(), tokenizer
+    if saved.has_file(TOKENIZER):
+        model.tokenizer = Tokenizer.from_buffer(saved.file(TOKENIZER))
+    return model.to(device).eval()

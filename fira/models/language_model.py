@@ -18,6 +18,7 @@ class LanguageModel(nn.Module):
 
     A parameter's name, `layers.3.moe.experts.w1`, is the same in every layout. `config` is the family's dataclass and
     has `vocab_size` and `seq_len`, the longest context. Built on the meta device it costs no memory and stays empty.
+    tokenizer: set where a model is loaded with the one that its tokens come from.
     tied: logits are products with the embedding's own vectors. Then the head's weight is that parameter, which has one
     name, the embedding's.
     """
@@ -27,6 +28,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.layers = layers
         self.tied = tied
+        self.tokenizer: Any = None
         if next(self.parameters()).device.type != "meta":
             for index, layer in enumerate(layers):
                 initialise(layer, f"layers.{index}", seed)

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from fira.errors import UserError
 
@@ -34,6 +34,11 @@ def make_config(preset: str, changes: dict[str, Any]) -> Any:
     known = {f.name for f in fields(config)}
     if unknown := set(changes) - known:
         raise UserError(f"{preset} has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+    kinds = get_type_hints(type(config))
+    for name, value in changes.items():
+        allowed = get_args(kinds[name]) or (kinds[name],)
+        if type(value) not in allowed and not (type(value) is int and float in allowed):
+            raise UserError(f"{name}={value}: {name} is {' or '.join(kind.__name__ for kind in allowed)}; give that")
     return replace(config, **changes)
 
 

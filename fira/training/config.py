@@ -2,12 +2,15 @@
 
 import tomllib
 from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fira.errors import UserError
 from fira.models.registry import PRESETS, RECIPES, Recipe
+
+WORDS = {"true": True, "false": False, "none": None}
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -21,7 +24,7 @@ class TrainConfig:
     model: str = _option("fira-tiny", f"preset: {', '.join(PRESETS)}")
     model_set: str = _option("", "changes to the preset, such as d_model=256,num_layers=6")
     data: str | None = _option(
-        None, "text file or folder, .csv, .jsonl, .parquet, folder of .npy shards, or dataset name"
+        None, "text file or folder, .csv, .jsonl, .parquet, folder of .npy shards, or dataset name; A=0.7,B=0.3 mixes"
     )
     text_column: str = _option("text", "column or key that holds the text")
     tokenizer: str | None = _option(None, "a tokenizer.json; default: one is trained on the data")
@@ -85,12 +88,9 @@ class TrainConfig:
         changes: dict[str, Any] = {}
         for item in filter(None, self.model_set.split(",")):
             name, separator, value = item.partition("=")
-            try:
-                changes[name.strip().replace("-", "_")] = float(value) if "." in value or "e" in value else int(value)
-            except ValueError:
-                raise UserError(
-                    f"--model-set {item}: give NAME=NUMBER{'' if separator else ', as in d_model=256'}"
-                ) from None
+            if not separator:
+                raise UserError(f"--model-set {item}: give NAME=VALUE, as in d_model=256 or norm_order=post")
+            changes[name.strip().replace("-", "_")] = _value(value.strip())
         for name in ("vocab_size", "seq_len"):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)
@@ -100,6 +100,16 @@ class TrainConfig:
         """The same settings as a file for --config."""
         values = ((name, value) for name, value in (asdict(self) | asdict(self.recipe())).items() if value is not None)
         return "".join(f"{name} = {_toml(value)}\n" for name, value in values)
+
+
+def _value(text: str) -> bool | int | float | str | None:
+    """What a text means: true, false, none, a number, or itself."""
+    if text.lower() in WORDS:
+        return WORDS[text.lower()]
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _toml(value: bool | int | float | str) -> str:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fira.errors import UserError
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 LOG_NAME = "training_log.csv"
+PER_LAYER = {
+    "expert_load",
+    "expert_dropped",
+    "layer_entropy",
+}  # their cells: spaces between numbers, ';' between layers
 
 
 @dataclass(kw_only=True)
@@ -32,10 +38,13 @@ class Row:
     expert_load: Sequence[Sequence[float]] = ()  # per MoE layer, each expert's fraction of the assignments
     bubble: float | None = None  # fraction of the step in which a stage waits, 0 to 1
     dropped: float | None = None  # fraction of the assignments that experts had no capacity for
-    router_entropy: float | None = None  # nats; how undecided the routers are, at most log(number of experts)
+    router_entropy: float | None = field(init=False)  # nats, mean of layers; at most log(number of experts)
+    expert_dropped: Sequence[Sequence[float]] = ()  # per MoE layer, the fraction that each expert dropped of its own
+    layer_entropy: Sequence[Sequence[float]] = ()  # per MoE layer, its router's entropy alone: how undecided it is
 
     def __post_init__(self) -> None:
         self.load_imbalance = max((max(layer) * len(layer) for layer in self.expert_load), default=None)
+        self.router_entropy = fmean(entropy for [entropy] in self.layer_entropy) if self.layer_entropy else None
 
 
 COLUMNS = [column.name for column in fields(Row)]
@@ -68,7 +77,7 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> DataFrame:
-    """The log as a frame with every column of `Row`: numbers, NaN where a cell is empty; `expert_load` stays text.
+    """The log as a frame with every column of `Row`: numbers, NaN where a cell is empty; those of PER_LAYER stay text.
 
     Columns after the first five may be absent from the file. UserError where the file is missing or no training log.
     """
@@ -82,7 +91,7 @@ def read_log(path: Path) -> DataFrame:
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise _foreign(path, f"line {number} has {len(row)} cells, not {len(header)}")
-    numbers = [name for name in COLUMNS if name != "expert_load"]
+    numbers = [name for name in COLUMNS if name not in PER_LAYER]
     frame = pd.DataFrame(rows, columns=header).reindex(columns=COLUMNS)
     try:
         return frame.astype(dict.fromkeys(numbers, float) | {"iter": int})
@@ -90,13 +99,14 @@ def read_log(path: Path) -> DataFrame:
         raise _foreign(path, str(error)) from None
 
 
-def parse_load(cell: str) -> list[list[float]]:
-    """Read an `expert_load` cell back: a list of experts' fractions per MoE layer."""
+def parse_layers(cell: str) -> list[list[float]]:
+    """Read a cell of PER_LAYER back: a list of numbers per MoE layer."""
     try:
-        return [[float(share) for share in layer.split()] for layer in cell.split(";")]
+        return [[float(number) for number in layer.split()] for layer in cell.split(";")]
     except ValueError:
+        columns = ", ".join(sorted(PER_LAYER))
         raise UserError(
-            f"expert_load {cell[:40]!r} is not numbers between spaces and ';': mend or remove that row"
+            f"{cell[:40]!r} under {columns} is not numbers between spaces and ';': mend or remove that row"
         ) from None
 
 

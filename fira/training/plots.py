@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fira.errors import UserError
-from fira.training.log import LOG_NAME, parse_load, read_log
+from fira.training.log import LOG_NAME, parse_layers, read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.gridspec import SubplotSpec
+    from matplotlib.image import AxesImage
     from pandas import DataFrame, Series
 
 # What a column is called on its axis, what it is multiplied by, and whether it is noisy.
@@ -62,8 +63,6 @@ def plot_runs(logs: dict[str, DataFrame], out: Path, baselines: dict[str, float]
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    if out.suffix != ".png":
-        raise UserError(f"{out}: the picture is a PNG; give a name that ends in .png")
     for name, log in logs.items():
         if log.empty:
             raise UserError(f"{name}: the log has no step yet; plot it once training has done one")
@@ -78,6 +77,13 @@ def plot_runs(logs: dict[str, DataFrame], out: Path, baselines: dict[str, float]
         _plot_experts(figure, grid[1, 1], logs)
     else:
         _plot_imbalance(figure.add_subplot(grid[1, 1]), logs)
+    save(figure, out)
+
+
+def save(figure: Figure, out: Path) -> None:
+    """Write a PNG; UserError where that cannot be."""
+    if out.suffix != ".png":
+        raise UserError(f"{out}: the picture is a PNG; give a name that ends in .png")
     try:
         figure.savefig(out, dpi=120)
     except OSError as error:
@@ -85,7 +91,7 @@ def plot_runs(logs: dict[str, DataFrame], out: Path, baselines: dict[str, float]
 
 
 def _plot_loss(axes: Axes, logs: dict[str, DataFrame], baselines: dict[str, float]) -> None:
-    _dress(axes, "Loss", "nats per token")
+    dress(axes, "Loss", "nats per token")
     alone = len(logs) == 1
     for name, loss in baselines.items():
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 3)), linewidth=1)
@@ -119,7 +125,7 @@ def _plot_pair(axes: Axes, logs: dict[str, DataFrame], title: str, left: str, ri
     # Headroom differs, so that two columns in proportion (throughput and its share of the peak) do not hide each other.
     for panel, name, style, headroom in ((axes, left, "solid", 1.15), (beside, right, "dashed", 1.7)):
         label, scale, noisy = SCALES[name]
-        _dress(panel, title if panel is axes else "", label if alone else f"{label}, {style}")
+        dress(panel, title if panel is axes else "", label if alone else f"{label}, {style}")
         highest = max(log[name].quantile(0.99) * scale if log[name].notna().any() else 0 for log in logs.values())
         panel.set_ylim(0, headroom * highest or 1)
         for colour, log in zip(colours[name], logs.values(), strict=True):
@@ -138,7 +144,7 @@ def _plot_experts(figure: Figure, place: SubplotSpec, logs: dict[str, DataFrame]
     loads = log.loc[log["expert_load"].notna(), ["iter", "expert_load"]]
     if loads.empty:
         axes = figure.add_subplot(place)
-        _dress(axes, "Expert load", "")
+        dress(axes, "Expert load", "")
         axes.set(xticks=[], yticks=[], xlabel="")
         axes.text(0.5, 0.5, "no experts in this model", color=GREY, ha="center", transform=axes.transAxes)
         return
@@ -148,30 +154,36 @@ def _plot_experts(figure: Figure, place: SubplotSpec, logs: dict[str, DataFrame]
     above.set_xlabel("")
     above.tick_params(labelbottom=False)
 
-    steps, cells = _thin(loads["iter"], loads["expert_load"], MOST_COLUMNS)
-    means = [_mean_over_layers(parse_load(cell)) for cell in cells]
+    loads = thin(loads, MOST_COLUMNS)
+    means = [_mean_over_layers(parse_layers(cell)) for cell in loads["expert_load"]]
     shares = np.array(list(zip_longest(*means, fillvalue=np.nan)))  # experts × steps
     experts = len(shares)
     below = figure.add_subplot(rows[1], sharex=above)
-    _dress(below, "", "expert, mean of layers")
-    image = below.imshow(
-        shares * experts,
-        aspect="auto",
-        interpolation="nearest",
-        cmap="PuOr_r",
-        vmin=0,
-        vmax=2,
-        extent=(steps.iloc[0] - 0.5, steps.iloc[-1] + 0.5, experts - 0.5, -0.5),
-    )
-    below.grid(visible=False)
-    below.locator_params(axis="y", integer=True, min_n_ticks=1)
+    dress(below, "", "expert, mean of layers")
+    image = heat_map(below, loads["iter"], shares * experts, "PuOr_r", 2)
     bar = figure.colorbar(image, ax=below, ticks=[0, 1, 2], pad=0.01, aspect=12)
     bar.set_ticklabels(["none", "even", "≥ double"])
     bar.outline.set_visible(False)
 
 
+def heat_map(axes: Axes, steps: Series, values: np.ndarray, colours: str, most: float) -> AxesImage:
+    """values: [experts, steps], in colours from 0 to `most`; a white cell has none."""
+    image = axes.imshow(
+        values,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colours,
+        vmin=0,
+        vmax=most,
+        extent=(steps.iloc[0] - 0.5, steps.iloc[-1] + 0.5, len(values) - 0.5, -0.5),
+    )
+    axes.grid(visible=False)
+    axes.locator_params(axis="y", integer=True, min_n_ticks=1)
+    return image
+
+
 def _plot_imbalance(axes: Axes, logs: dict[str, DataFrame]) -> None:
-    _dress(axes, "Expert load, and its imbalance in the worst layer (1 is even)", "imbalance")
+    dress(axes, "Expert load, and its imbalance in the worst layer (1 is even)", "imbalance")
     axes.axhline(1, color=GREY, linewidth=1)
     for colour, log in zip(_cycle(logs), logs.values(), strict=True):
         _draw(axes, log["iter"], _smooth(log["load_imbalance"]), color=colour)
@@ -187,10 +199,10 @@ def _draw(axes: Axes, steps: Series, values: Series, **style: Any) -> None:
     """A line through the values there are; a lone one, which makes no line, as a dot."""
     steps, values = steps[values.notna()], values.dropna()
     lone = {"marker": "o"} if len(values) == 1 else {}
-    axes.plot(*_thin(steps, values), **lone | style)
+    axes.plot(thin(steps), thin(values), **lone | style)
 
 
-def _dress(axes: Axes, title: str, label: str) -> None:
+def dress(axes: Axes, title: str, label: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_xlabel("step", color=INK)
     axes.locator_params(axis="x", integer=True, min_n_ticks=1)
@@ -226,10 +238,9 @@ def _smooth(values: Series) -> Series:
     return values.rolling(**window).median().rolling(**window).mean()
 
 
-def _thin(steps: Series, values: Series, most: int = MOST_POINTS) -> tuple[Series, Series]:
-    """At most `most` points, evenly chosen, the first and the last among them."""
-    chosen = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
-    return steps.iloc[chosen], values.iloc[chosen]
+def thin(rows: Any, most: int = MOST_POINTS) -> Any:
+    """At most `most` rows of a series or frame, evenly chosen, the first and the last among them."""
+    return rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))]
 
 
 def _read_baselines(path: Path) -> dict[str, float]:

@@ -41,7 +41,8 @@ class Report:
             expert_load=result.expert_load,
             bubble=result.bubble,
             dropped=result.dropped,
-            router_entropy=result.router_entropy,
+            expert_dropped=result.expert_dropped if result.dropped else (),
+            layer_entropy=[[entropy] for entropy in result.router_entropy],
         )
         self.log.write(self.last)
         self.progress.update(self.last)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from fira.data.loader import Loader, Sequential
+from fira.data.mixture import Joined, Mixture
 from fira.data.prepare import Corpus, prepare
 from fira.data.tokenizer import load_tokenizer, vocabulary
 from fira.layout import choose_layout
@@ -27,8 +28,8 @@ class Run:
     """What the loop works with."""
 
     trainer: Trainer
-    loader: Loader
-    validation: Sequential
+    loader: Mixture
+    validation: Joined
     corpus: Corpus
     tokenizer: bytes | None  # the content of tokenizer.json
     flops_per_token: float  # forward and backward
@@ -99,8 +100,16 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     )
     return Run(
         trainer=trainer,
-        loader=Loader(corpus.train, model_config.seq_len, config.seed),
-        validation=Sequential(corpus.val, model_config.seq_len, config.eval_sequences),
+        loader=Mixture(
+            [Loader(source.train, model_config.seq_len, config.seed) for source in corpus.sources],
+            [source.weight for source in corpus.sources],
+        ),
+        validation=Joined(
+            [
+                Sequential(source.val, model_config.seq_len, max(1, round(config.eval_sequences * source.weight)))
+                for source in corpus.sources
+            ]
+        ),
         corpus=corpus,
         tokenizer=tokenizer,
         flops_per_token=3 * distributed.flops_per_token,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fira.data.loader import Loader
+from fira.data.mixture import Mixture
 from fira.errors import UserError
 from fira.models.families import to_document
 from fira.parallelize import Part
@@ -17,7 +18,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 TOKENIZER = "tokenizer.json"
 
 
-def save(root: Path, step: int, trainer: Trainer, loader: Loader, tokenizer: bytes | None, keep: int) -> Path:
+def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, tokenizer: bytes | None, keep: int) -> Path:
     """Write `root/step-…` (collective): weights, AdamW's moments, loader position, loss scale, model and tokenizer.
 
     Dropout and data order are functions of the seed and the sequence number, so there is no random state to keep.
@@ -48,7 +49,7 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader, tokenizer: byt
     )
 
 
-def restore(saved: Checkpoint, trainer: Trainer, loader: Loader, tokenizer: bytes | None) -> int:
+def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, tokenizer: bytes | None) -> int:
     """Take up a checkpoint written by any layout; returns its step. UserError where it is of another model or data."""
     _check_same(saved, trainer, tokenizer)
     state = saved.document("state")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fira.data.loader import Loader, Sequential
+from fira.data.mixture import Joined, Mixture
 from fira.errors import UserError
 from fira.models.context import MoEStats
 from fira.parallelize import Distributed
@@ -27,8 +28,9 @@ class StepResult:
     aux_loss: float
     grad_norm: float  # before clipping
     expert_load: list[list[float]]  # fraction of assignments, [MoE layer][expert]
-    dropped: float | None  # fraction of all assignments that no expert took; None without experts, as the next
-    router_entropy: float | None  # nats, mean over tokens and layers
+    expert_dropped: list[list[float]]  # fraction of its own assignments that it did not take, [MoE layer][expert]
+    dropped: float | None  # fraction of all assignments that no expert took; None without experts
+    router_entropy: list[float]  # nats, mean over tokens, [MoE layer]
     bubble: float  # fraction of the step that ranks waited for one another in the pipeline
     skipped: bool  # fp16 overflow: no update was made
     signals: list[int]
@@ -49,7 +51,7 @@ class Trainer:
         self.scale = LossScale(fp16)
         self.norms = NormVector(model, mesh)
 
-    def step(self, loader: Loader, sequences: int, lr: float, seed: int, flags: list[bool]) -> StepResult:
+    def step(self, loader: Loader | Mixture, sequences: int, lr: float, seed: int, flags: list[bool]) -> StepResult:
         """Train on the loader's next sequences. Raises UserError, on all ranks and before any weight has changed, where
         loss or gradients are not finite."""
         started = time.perf_counter()
@@ -68,10 +70,10 @@ class Trainer:
         reduce_gradients(self.model.parts, self.mesh)
 
         waited = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
-        load, *of_experts = self._experts([batch.context.stats for batch in microbatches])
-        scalars = torch.tensor([_total(losses), waited, *of_experts, *map(float, flags)], dtype=torch.float64)
-        norms, load, scalars = _sum_over_ranks(self.norms.local(), load, scalars)
-        loss, bubble, aux_loss, dropped, entropy, *signals = scalars.tolist()
+        *of_experts, aux = self._experts([batch.context.stats for batch in microbatches])
+        scalars = torch.tensor([_total(losses), waited, aux, *map(float, flags)], dtype=torch.float64)
+        norms, load, dropped, entropy, scalars = _sum_over_ranks(self.norms.local(), *of_experts, scalars)
+        loss, bubble, aux_loss, *signals = scalars.tolist()
         norm = math.sqrt(float(norms.sum())) / scale
 
         overflow = self.scale.enabled and not math.isfinite(norm)
@@ -85,20 +87,20 @@ class Trainer:
                 self.model.tied.share_value()
             for moe in self.model.moe:
                 moe.router.rebalance(load[self.model.moe_layers.index(moe.index)])
-        some = len(self.model.moe_layers) > 0
         return StepResult(
             loss=loss / tokens,
             aux_loss=aux_loss / scale,
             grad_norm=norm,
             expert_load=(load / load.sum(1, keepdim=True)).tolist(),
-            dropped=dropped / float(load.sum()) if some else None,
-            router_entropy=entropy / tokens / len(load) if some else None,
+            expert_dropped=(dropped / load.clamp(min=1)).tolist(),
+            dropped=float(dropped.sum() / load.sum()) if len(load) else None,
+            router_entropy=(entropy / tokens).tolist(),
             bubble=bubble,
             skipped=overflow,
             signals=[round(s) for s in signals],
         )
 
-    def evaluate(self, data: Sequential, batch: int) -> float:
+    def evaluate(self, data: Sequential | Joined, batch: int) -> float:
         """Mean loss, in nats per token, over all of the data, `batch` sequences at a time."""
         total = torch.zeros(2, dtype=torch.float64)
         for first in range(0, len(data), batch):
@@ -110,18 +112,20 @@ class Trainer:
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
-    def _experts(self, stats: list[dict[tuple[int, int], MoEStats]]) -> tuple[Tensor, float, float, float]:
-        """What this rank's experts did: assignments [MoE layers of the model, experts], auxiliary loss, assignments
-        dropped, and the routers' entropy summed over tokens and layers."""
-        load = torch.zeros(len(self.model.moe_layers), self.model.num_experts, dtype=torch.float64)
-        aux = dropped = entropy = 0.0
+    def _experts(self, stats: list[dict[tuple[int, int], MoEStats]]) -> tuple[Tensor, Tensor, Tensor, float]:
+        """What became of this rank's tokens: assignments and how many of them were dropped, both [MoE layers of the
+        model, experts], the routers' entropy summed over tokens [MoE layers], and the auxiliary loss."""
+        layers = len(self.model.moe_layers)
+        load, dropped = torch.zeros(2, layers, self.model.num_experts, dtype=torch.float64)
+        entropy, aux = torch.zeros(layers, dtype=torch.float64), 0.0
         for microbatch in stats:
             for (layer, _), one in sorted(microbatch.items()):
-                load[self.model.moe_layers.index(layer)] += one.load.cpu()
+                place = self.model.moe_layers.index(layer)
+                load[place] += one.load.cpu()
+                dropped[place] += one.dropped.cpu()
+                entropy[place] += one.entropy.cpu()
                 aux += float(one.aux)
-                dropped += float(one.dropped.sum())
-                entropy += float(one.entropy)
-        return load, aux, dropped, entropy
+        return load, dropped, entropy, aux
 
     def _check_finite(self, loss: float, norms: Tensor, overflow: bool) -> None:
         if math.isfinite(loss) and (overflow or bool(norms.isfinite().all())):

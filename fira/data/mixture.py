@@ -1,0 +1,90 @@
+"""Several sources in fixed proportions: which sequence comes from which is a function of its number alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fira.data.loader import Loader, Sequential
+from fira.errors import UserError
+
+PERIOD = 1000  # sequences in which the proportions come out, and so the finest share there is
+
+
+def parse_mixture(data: str | None) -> list[tuple[str | None, float]]:
+    """`a.txt=0.7,b.csv=0.3` → each source with its share; without weights, one source."""
+    if data is None or "=" not in data or Path(data).exists():
+        return [(data, 1.0)]
+    sources, weights = [], []
+    for item in data.split(","):
+        source, _, weight = item.rpartition("=")
+        try:
+            weights.append(float(weight))
+        except ValueError:
+            raise UserError(f"--data {item}: give SOURCE=WEIGHT,SOURCE=WEIGHT, as in en.txt=0.7,hi.txt=0.3") from None
+        if not source or not 0 < weights[-1] < float("inf"):
+            raise UserError(f"--data {item}: give a source and a weight above 0, as in hi.txt=0.3")
+        sources.append(source)
+    return [(source, weight / sum(weights)) for source, weight in zip(sources, weights, strict=True)]
+
+
+def interleave(weights: Sequence[float]) -> np.ndarray:
+    """[PERIOD] the source of each sequence: every source as often as its weight says, and evenly spread."""
+    exact = np.array(weights) / sum(weights) * PERIOD
+    counts = np.maximum(1, np.floor(exact).astype(int))
+    for source in np.argsort(counts - exact, kind="stable")[: PERIOD - counts.sum()]:
+        counts[source] += 1  # those who lost most in rounding
+    sources = np.repeat(np.arange(len(counts)), counts)
+    turns = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+    return sources[np.argsort(turns, kind="stable")]
+
+
+class Mixture:
+    """Training batches of several loaders in the proportions of their weights; numbered for ever, as a Loader's are.
+
+    A source that is smaller than its share begins its next epoch earlier than the others.
+    """
+
+    def __init__(self, loaders: Sequence[Loader], weights: Sequence[float]) -> None:
+        self.consumed = 0
+        self._loaders = loaders
+        self._source = interleave(weights)
+        self._counts = np.bincount(self._source, minlength=len(loaders))
+        self._place = np.empty(len(self._source), np.int64)  # how often the same source was before, in this period
+        for source, count in enumerate(self._counts):
+            self._place[self._source == source] = np.arange(count)
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences number first … first + count − 1: (tokens, targets), int64, count × seq_len each."""
+        rows = [self._read(*divmod(number, len(self._source))) for number in range(first, first + count)]
+        inputs, targets = zip(*rows, strict=True)
+        return np.concatenate(inputs), np.concatenate(targets)
+
+    def _read(self, period: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
+        source = self._source[turn]
+        return self._loaders[source].batch(int(period * self._counts[source] + self._place[turn]), 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"consumed": self.consumed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.consumed = state["consumed"]
+
+
+class Joined:
+    """Validation sequences of several sources, one source after another; beyond the end as in Sequential."""
+
+    def __init__(self, parts: Sequence[Sequential]) -> None:
+        self._parts = parts
+        self._rows = [(part, row) for part in parts for row in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences first … first + count − 1: (tokens, targets), int64, count × seq_len each; padding is (0, −100)."""
+        last = self._parts[-1]
+        rows = [part.batch(row, 1) for part, row in self._rows[first : first + count]]
+        rows += [last.batch(len(last), 1)] * (count - len(rows))
+        inputs, targets = zip(*rows, strict=True)
+        return np.concatenate(inputs), np.concatenate(targets)

@@ -3,7 +3,7 @@
 The model does not know. A stage's parameters keep their global names, `layers.3.moe.experts.w1`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.engine import Engine
 from pipeline.local import LocalPipeline
 from pipeline.mesh import Mesh
 from pipeline.partition import partition
+from pipeline.schedule import SCHEDULES
 from pipeline.stage import DeviceLayers, Stage
 
 
@@ -51,6 +52,7 @@ class Distributed:
     moe: list[MoE]  # of this rank's layers
     tied: TiedWeight | None
     stages: list[range]  # the layers of each stage
+    placement: tuple[int, ...]  # the rank of the pipeline that has each stage
     parameters: list[tuple[str, tuple[int, ...], bool]]  # of the whole model: name, shape, whether of experts
     moe_layers: list[int]  # of the whole model
     num_experts: int
@@ -68,49 +70,55 @@ def parallelize(
     seq_len: int,
     seed: int,
     devices: Sequence[torch.device],
+    schedule: str = "1f1b",
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     recompute: bool = False,
 ) -> Distributed:
-    """Build this rank's stage of the model of a config.
+    """Build this rank's stages of the model of a config.
 
-    devices: one, or several for torchgpipe to split the stage over. dtype: of the parameters and of what crosses
-    boundaries. The weights depend on the seed alone, not on the layout.
+    devices: one, or several for torchgpipe to split each stage over. schedule: says which rank has which stages.
+    dtype: of the parameters and of what crosses boundaries. The weights depend on the seed alone, not on the layout.
     """
     with torch.device("meta"):
         model = build(config).to(dtype)
     costs = layer_costs(model, seq_len)
-    stages = partition(costs, mesh.layout.pp)
-    mine = stages[mesh.pp_rank]
-    spans = partition([costs[i] for i in mine], min(len(devices), len(mine)))
+    placement = SCHEDULES[schedule](mesh.layout.pp, 1).placement
+    stages = partition(costs, len(placement))
     of_experts = _expert_tensors(model)
     parameters = [(name, tuple(p.shape), name in of_experts) for name, p in model.named_parameters()]
     buffers = [(name, tuple(b.shape), False) for name, b in model.named_buffers()]
     moe = [module for module in model.modules() if isinstance(module, MoE)]
 
-    layers = [model.layers[i] for i in mine]
-    for device, span, group in zip(devices, spans, mesh.ep_groups, strict=False):
-        for local in span:
-            first_expert = _spread_experts(layers[local], mesh, group)
-            layers[local].to_empty(device=device)
-            initialise(layers[local], f"layers.{mine[local]}", seed, first_expert)
-    tied = _tie(layers, mine, mesh.groups["pp"], len(model.layers)) if model.tied else None
-    module: nn.Module = (
-        LocalPipeline(
-            layers, [len(span) for span in spans], devices[: len(spans)], autocast=autocast, recompute=recompute
-        )
-        if len(devices) > 1
-        else DeviceLayers(layers, autocast, recompute)
-    )
-    stage = Stage(module, devices[0])
+    layers: dict[int, nn.Module] = {}  # of this rank
+    mine: dict[int, Stage] = {}
+    for number in (s for s, rank in enumerate(placement) if rank == mesh.pp_rank):
+        held = [model.layers[i] for i in stages[number]]
+        layers |= dict(zip(stages[number], held, strict=True))
+        spans = partition([costs[i] for i in stages[number]], min(len(devices), len(held)))
+        for device, span, group in zip(devices, spans, mesh.ep_groups, strict=False):
+            for i in (stages[number][j] for j in span):
+                first_expert = _spread_experts(layers[i], mesh, group)
+                layers[i].to_empty(device=device)
+                initialise(layers[i], f"layers.{i}", seed, first_expert)
+        if len(devices) > 1:
+            balance = [len(span) for span in spans]
+            module: nn.Module = LocalPipeline(
+                held, balance, devices[: len(spans)], autocast=autocast, recompute=recompute
+            )
+        else:
+            module = DeviceLayers(held, autocast, recompute)
+        mine[number] = Stage(module, devices[0], splits=len(devices) == 1 and not recompute)
+    tied = _tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
     return Distributed(
         config=config,
-        engine=Engine({mesh.pp_rank: stage}, objective, mesh.groups["pp"], mesh.groups["pp_backward"], dtype),
-        parts=_parts(parameters, mine, layers, mesh),
-        buffers=_parts(buffers, mine, layers, mesh),
-        moe=[module for layer in layers for module in layer.modules() if isinstance(module, MoE)],
+        engine=Engine(mine, objective, mesh.groups["pp"], mesh.groups["pp_backward"], dtype),
+        parts=_parts(parameters, layers, mesh),
+        buffers=_parts(buffers, layers, mesh),
+        moe=[module for layer in layers.values() for module in layer.modules() if isinstance(module, MoE)],
         tied=tied,
         stages=stages,
+        placement=placement,
         parameters=parameters,
         moe_layers=[module.index for module in moe],
         num_experts=max((module.num_experts for module in moe), default=0),
@@ -138,30 +146,30 @@ def _spread_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> i
     return first
 
 
-def _tie(layers: Sequence[nn.Module], mine: range, group: dist.ProcessGroup, count: int) -> TiedWeight:
-    """Tie the head to the embedding, wherever they are (collective over the pipeline)."""
-    original = layers[0].get_submodule("token").get_parameter("weight") if mine.start == 0 else None
+def _tie(
+    layers: Mapping[int, nn.Module], count: int, group: dist.ProcessGroup, placement: tuple[int, ...]
+) -> TiedWeight:
+    """Tie the head, the last of `count` layers, to the embedding, wherever they are (collective over the pipeline)."""
+    original = layers[0].get_submodule("token").get_parameter("weight") if 0 in layers else None
     copy = None
-    if mine.stop == count:
-        head = layers[-1].get_submodule("project")
+    if count - 1 in layers:
+        head = layers[count - 1].get_submodule("project")
         copy = head.get_parameter("weight")
         if original is not None and original.device == copy.device:
             copy = nn.Parameter(original.detach())
             head.register_parameter("weight", copy)
-    tied = TiedWeight(original, copy, group)
+    tied = TiedWeight(original, copy, group, placement[0], placement[-1])
     tied.share_value()
     return tied
 
 
-def _parts(
-    tensors: list[tuple[str, tuple[int, ...], bool]], mine: range, layers: Sequence[nn.Module], mesh: Mesh
-) -> list[Part]:
+def _parts(tensors: list[tuple[str, tuple[int, ...], bool]], layers: Mapping[int, nn.Module], mesh: Mesh) -> list[Part]:
     """Those of the model's tensors (name, shape, whether of experts) that this rank's layers hold."""
     parts = []
     for name, shape, expert in tensors:
         _, index, path = name.split(".", 2)
-        if int(index) in mine:
+        if int(index) in layers:
             module, _, last = path.rpartition(".")
-            tensor = getattr(layers[int(index) - mine.start].get_submodule(module), last)
+            tensor = getattr(layers[int(index)].get_submodule(module), last)
             parts.append(Part(name, tensor, mesh.ep_rank * len(tensor) if expert else 0, shape, expert))
     return parts

@@ -10,14 +10,16 @@ class TiedWeight:
 
     Each is None on a rank of the pipeline that does not hold it. Also a rank that holds both keeps their gradients
     apart, so that every layout adds the same numbers in the same order; on one device they share their memory.
-    group: the ranks of the pipeline, of which the first holds the original and the last the copy.
+    group: the ranks of the pipeline. first, last: those of them that hold the original and the copy.
     """
 
-    def __init__(self, original: nn.Parameter | None, copy: nn.Parameter | None, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, original: nn.Parameter | None, copy: nn.Parameter | None, group: dist.ProcessGroup, first: int, last: int
+    ) -> None:
         self.original = original
         self.copy = copy
         self.group = group
-        self.first, self.last = (dist.get_global_rank(group, i) for i in (0, dist.get_world_size(group) - 1))
+        self.first, self.last = (dist.get_global_rank(group, rank) for rank in (first, last))
 
     def sum_gradients(self) -> None:
         """Add the copy's gradient to the original's, once all micro-batches went backwards. Both holders call it."""

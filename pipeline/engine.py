@@ -1,6 +1,7 @@
 """The engine interprets a schedule's actions on one rank: receive, compute, send. One stage is its simplest case."""
 
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from pipeline.schedule import Action, Kind, Schedule
 from pipeline.stage import Stage
+
+LOOK_AHEAD = 3  # actions whose receives are posted, so that what they need arrives while others compute
 
 
 @dataclass
@@ -59,16 +62,15 @@ class Engine:
         if len(microbatches) != schedule.microbatches:
             raise ValueError(f"the schedule is for {schedule.microbatches} micro-batches, not {len(microbatches)}")
         actions = schedule.actions[self.rank]
-        training = any(action.kind is Kind.BACKWARD for action in actions)
+        training = any(action.kind is not Kind.FORWARD for action in actions)
         play = _Play(self, schedule, microbatches)
         self.waited = 0.0
         try:
             with torch.set_grad_enabled(training):
-                for action, following in zip(actions, [*actions[1:], None], strict=True):
-                    play.receive(action)
-                    if following is not None:
-                        play.receive(following)  # posted early, so that it arrives while this action computes
-                    (play.forward if action.kind is Kind.FORWARD else play.backward)(action)
+                for position, action in enumerate(actions):
+                    for soon in actions[position : position + LOOK_AHEAD]:
+                        play.receive(soon)
+                    play.act(action)
                 play.finish()
         finally:
             for stage in self.stages.values():
@@ -77,7 +79,11 @@ class Engine:
 
 
 class _Play:
-    """One run: what was received, what is under way, what the last stage reported."""
+    """One run: what was received, what is under way, what the last stage reported.
+
+    A tensor is named by the action that it is for: the forward that takes it in, or the backward, whole or split, as
+    Action(Kind.BACKWARD, …).
+    """
 
     def __init__(self, engine: Engine, schedule: Schedule, microbatches: Sequence[MicroBatch]) -> None:
         self.engine = engine
@@ -88,8 +94,31 @@ class _Play:
         self.receiving: dict[Action, tuple[dist.Work, Tensor]] = {}
         self.sending: list[tuple[dist.Work, Tensor]] = []
         self.reports: list[Tensor] = []
+        # What its neighbours will send here, in their order: NCCL has no tags, so receives are posted in that order.
+        self.expected: dict[tuple[int, Kind], deque[Action]] = defaultdict(deque)
+        neighbours = {self._source(self._input(action)) for action in schedule.actions[engine.rank]} - {None}
+        for rank in cast(set[int], neighbours):
+            for action in schedule.actions[rank]:
+                tensor = self._output(action)
+                if tensor and schedule.placement[tensor.stage] == engine.rank:
+                    self.expected[rank, tensor.kind].append(tensor)
 
-    def forward(self, action: Action) -> None:
+    def act(self, action: Action) -> None:
+        kind, stage, i = action
+        module = self.engine.stages[stage]
+        if kind is Kind.FORWARD:
+            self._forward(action)
+        elif kind is Kind.WEIGHT:
+            module.backward_weights(i)
+        else:
+            backward = module.backward if kind is Kind.BACKWARD else module.backward_input
+            gradient = backward(i, self._take(self._input(action)))
+            if stage > 0:
+                if gradient is None:
+                    raise RuntimeError(f"stage {stage} gave its input no gradient")
+                self._give(Action(Kind.BACKWARD, stage - 1, i), gradient)
+
+    def _forward(self, action: Action) -> None:
         _, stage, i = action
         batch = self.microbatches[i]
         module = self.engine.stages[stage]
@@ -104,25 +133,20 @@ class _Play:
             (gradient,) = torch.autograd.grad(loss, y)
             self.arrived[Action(Kind.BACKWARD, stage, i)] = gradient
 
-    def backward(self, action: Action) -> None:
-        _, stage, i = action
-        gradient = self.engine.stages[stage].backward(i, self._take(action))
-        if stage > 0:
-            if gradient is None:
-                raise RuntimeError(f"stage {stage} gave its input no gradient")
-            self._give(Action(Kind.BACKWARD, stage - 1, i), gradient)
-
     def receive(self, action: Action) -> None:
-        """Post the receive of what an action needs from another rank, once."""
-        source = self._source(action)
-        if source is None or action in self.receiving or action in self.arrived:
+        """Post the receive of what an action needs from another rank, once, and of all that is sent before it."""
+        needed = self._input(action)
+        source = self._source(needed)
+        if source is None:
             return
-        kind, stage, i = action
-        device = self.engine.stages[stage].input_device  # a gradient is moved by autograd where it is needed elsewhere
-        buffer = torch.empty(self.microbatches[i].boundary, dtype=self.engine.dtype, device=device)
-        group = self._group(kind)
-        work = dist.irecv(buffer, dist.get_global_rank(group, source), group=group, tag=self._tag(action))
-        self.receiving[action] = cast(dist.Work, work), buffer
+        waiting = self.expected[source, needed.kind]
+        while needed in waiting:
+            kind, stage, i = tensor = waiting.popleft()
+            device = self.engine.stages[stage].input_device  # autograd moves a gradient where it is needed elsewhere
+            buffer = torch.empty(self.microbatches[i].boundary, dtype=self.engine.dtype, device=device)
+            group = self._group(kind)
+            work = dist.irecv(buffer, dist.get_global_rank(group, source), group=group, tag=self._tag(tensor))
+            self.receiving[tensor] = cast(dist.Work, work), buffer
 
     def finish(self) -> None:
         """Wait until everything sent has left; until then its memory must stay."""
@@ -131,10 +155,21 @@ class _Play:
             work.wait()
         self.engine.waited += time.perf_counter() - started
 
-    def _source(self, action: Action) -> int | None:
-        """The other rank that an action's input comes from, if it comes from one."""
-        kind, stage, _ = action
-        before = stage - 1 if kind is Kind.FORWARD else stage + 1
+    def _input(self, action: Action) -> Action:
+        """The name of the tensor that an action takes in."""
+        return action if action.kind is Kind.FORWARD else action._replace(kind=Kind.BACKWARD)
+
+    def _output(self, action: Action) -> Action | None:
+        """The name of the tensor that an action gives to another stage, if it does."""
+        kind, stage, i = action
+        step = {Kind.FORWARD: 1, Kind.WEIGHT: 0}.get(kind, -1)
+        if step == 0 or not 0 <= stage + step <= self.last:
+            return None
+        return self._input(Action(kind, stage + step, i))
+
+    def _source(self, tensor: Action) -> int | None:
+        """The other rank that a tensor comes from, if it comes from one."""
+        before = tensor.stage + (-1 if tensor.kind is Kind.FORWARD else 1)
         if not 0 <= before <= self.last:
             return None
         rank = self.schedule.placement[before]

@@ -1,10 +1,11 @@
 """Run a schedule on paper: is it valid, does it deadlock, how long are the bubbles, how much must be kept."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase, ascii_uppercase, digits
 
-from pipeline.schedule import Action, Kind, Schedule
+from pipeline.schedule import Action, Kind, Schedule, needs
 
 
 class ScheduleError(ValueError):
@@ -31,17 +32,8 @@ class Timeline:
         return 1 - busy / (self.length * len(self.spans))
 
 
-def needs(action: Action, stages: int) -> list[Action]:
-    """The actions that must be done before this one can start."""
-    kind, stage, i = action
-    if kind is Kind.FORWARD:
-        return [Action(Kind.FORWARD, stage - 1, i)] if stage > 0 else []
-    after = [Action(Kind.BACKWARD, stage + 1, i)] if stage < stages - 1 else []
-    return [Action(Kind.FORWARD, stage, i), *after]
-
-
-def simulate(schedule: Schedule, forward: Sequence[float], backward: Sequence[float]) -> Timeline:
-    """Play the action lists with the given cost per stage; communication is free.
+def simulate(schedule: Schedule, costs: Mapping[Kind, Sequence[float]]) -> Timeline:
+    """Play the action lists; `costs[kind][s]` is how long stage s takes for an action. Communication is free.
 
     Raises ScheduleError when an action is missing, doubled, on the wrong rank, out of order, or waits for ever.
     """
@@ -59,8 +51,7 @@ def simulate(schedule: Schedule, forward: Sequence[float], backward: Sequence[fl
                 if not all(r in done for r in required):
                     break
                 start = max([clock[rank], *(done[r] for r in required)])
-                cost = forward if action.kind is Kind.FORWARD else backward
-                done[action] = clock[rank] = start + cost[action.stage]
+                done[action] = clock[rank] = start + costs[action.kind][action.stage]
                 spans[rank].append((action, start, clock[rank]))
                 position[rank] += 1
                 moved = True
@@ -72,6 +63,9 @@ def simulate(schedule: Schedule, forward: Sequence[float], backward: Sequence[fl
 def _check(schedule: Schedule) -> None:
     seen = Counter(action for actions in schedule.actions for action in actions)
     kinds = {kind for kind, _, _ in seen} or {Kind.FORWARD}
+    if kinds & {Kind.INPUT, Kind.WEIGHT}:
+        kinds |= {Kind.FORWARD, Kind.INPUT, Kind.WEIGHT}  # both halves, and no whole backward beside them
+        kinds -= {Kind.BACKWARD}
     expected = {Action(k, s, i) for k in kinds for s in range(schedule.stages) for i in range(schedule.microbatches)}
     if set(seen) != expected or any(n > 1 for n in seen.values()):
         wrong = sorted((set(seen) ^ expected) | {a for a, n in seen.items() if n > 1})
@@ -89,7 +83,7 @@ def _check(schedule: Schedule) -> None:
 def _peak(actions: Sequence[Action]) -> int:
     held = peak = 0
     for kind, _, _ in actions:
-        held += 1 if kind is Kind.FORWARD else -1
+        held += {Kind.FORWARD: 1, Kind.INPUT: 0}.get(kind, -1)
         peak = max(peak, held)
     return peak
 
@@ -106,14 +100,15 @@ def grid(schedule: Schedule, marks: Sequence[int] = ()) -> str:
 
 
 def draw(timeline: Timeline, width: int = 100) -> str:
-    """The timeline as text, a row per rank: digits are forwards, letters backwards, dots are bubbles."""
+    """The timeline as text, a row per rank: digits are forwards, letters backwards or the gradients of
+    inputs, capitals the gradients of weights, dots are bubbles."""
     scale = width / timeline.length if timeline.length else 0.0
     rows = []
     for spans in timeline.spans:
         row = ["·"] * width
         for action, start, end in spans:
-            first = "0" if action.kind is Kind.FORWARD else "a"
-            mark = chr(ord(first) + action.microbatch % (10 if first == "0" else 26))
+            marks = {Kind.FORWARD: digits, Kind.WEIGHT: ascii_uppercase}.get(action.kind, ascii_lowercase)
+            mark = marks[action.microbatch % len(marks)]
             for x in range(round(start * scale), round(end * scale)):
                 row[x] = mark
         rows.append("".join(row))

@@ -4,12 +4,14 @@ A layer is any module called as `layer(x, context)`; one tensor crosses a bounda
 hands to every layer beside its input; a stage on one device does not look inside.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from pipeline.split_backward import SplitBackward
 
 
 class Autocast(nn.Module):
@@ -48,13 +50,16 @@ class DeviceLayers(nn.Module):
 class Stage:
     """Runs a module's forward and backward for several micro-batches in flight.
 
-    module: called as `module(x, context)`. input_device: where it wants its input.
+    module: called as `module(x, context)`. input_device: where it wants its input. splits: whether its graph can be
+    walked in two halves; not where recomputation or torchgpipe hide it. Then the first half is the whole backward.
     """
 
-    def __init__(self, module: nn.Module, input_device: torch.device) -> None:
+    def __init__(self, module: nn.Module, input_device: torch.device, splits: bool = True) -> None:
         self.module = module
         self.input_device = input_device
+        self.splits = splits
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._weights: dict[int, Callable[[], None]] = {}  # the second half of backwards
 
     def forward(self, microbatch: int, x: Tensor, context: Any) -> Tensor:
         """The stage's output; where gradients are enabled, input and output are kept for `backward`."""
@@ -71,6 +76,24 @@ class Stage:
         torch.autograd.backward(y, gradient)
         return x.grad
 
+    def backward_input(self, microbatch: int, gradient: Tensor) -> Tensor | None:
+        """The first half of `backward`: what it returns. The rest waits for `backward_weights`."""
+        if not self.splits:
+            return self.backward(microbatch, gradient)
+        x, y = self._kept.pop(microbatch)
+        if not x.requires_grad:  # tokens: nobody waits for anything
+            self._weights[microbatch] = lambda: torch.autograd.backward(y, gradient)
+            return None
+        split = SplitBackward(y, x)
+        self._weights[microbatch] = split.weight_gradients
+        return split.input_gradient(gradient)
+
+    def backward_weights(self, microbatch: int) -> None:
+        """The second half of `backward`."""
+        if self.splits:
+            self._weights.pop(microbatch)()
+
     def clear(self) -> None:
         """Forget micro-batches whose backward never came."""
         self._kept.clear()
+        self._weights.clear()

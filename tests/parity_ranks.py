@@ -56,7 +56,7 @@ def train(
         config = from_document(model)
     mesh = make_mesh(Layout(*layout), local_devices=devices)
     places = [torch.device("cpu")] * devices
-    built = parallelize(config, mesh, SEQ_LEN, 7, places, getattr(torch, dtype), recompute=recompute)
+    built = parallelize(config, mesh, SEQ_LEN, 7, places, schedule, getattr(torch, dtype), recompute=recompute)
     split = Split(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
     loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ MAY_IMPORT_PIPELINE = {
     "fira/local_pipeline.py",
     "fira/parallelize.py",
     "fira/training/batch.py",
+    "fira/training/config.py",
     "fira/training/loop.py",
     "fira/training/optimizer.py",
     "fira/training/setup.py",

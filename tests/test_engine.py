@@ -80,15 +80,24 @@ def on_one_rank(stages: int) -> Schedule:
     return Schedule("one rank", MICROBATCHES, (0,) * stages, (tuple(forwards + backwards),))
 
 
+def zero_bubble_on_one_rank(stages: int) -> Schedule:
+    """The same with the gradients of weights after everything else."""
+    before = on_one_rank(stages).actions[0]
+    halves = [a if a.kind is Kind.FORWARD else a._replace(kind=Kind.INPUT) for a in before]
+    weights = [Action(Kind.WEIGHT, s, i) for s in range(stages) for i in range(MICROBATCHES)]
+    return Schedule("one rank", MICROBATCHES, (0,) * stages, (tuple(halves + weights),))
+
+
+@pytest.mark.parametrize("schedule", [on_one_rank, zero_bubble_on_one_rank])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("stages", [1, 2, 5])
-def test_engine_gives_the_bits_of_plain_autograd(stages, recompute):
+def test_engine_gives_the_bits_of_plain_autograd(stages, recompute, schedule):
     layers, batches = make(torch.float32)
     losses, gradients = plain(layers, batches)
     cuts = [round(s * LAYERS / stages) for s in range(stages + 1)]
     modules = [DeviceLayers(layers[a:b], recompute=recompute) for a, b in itertools.pairwise(cuts)]
-    engine = Engine({s: Stage(m, torch.device("cpu")) for s, m in enumerate(modules)}, squares)
-    reports = engine.run(on_one_rank(stages), batches)
+    engine = Engine({s: Stage(m, torch.device("cpu"), not recompute) for s, m in enumerate(modules)}, squares)
+    reports = engine.run(schedule(stages), batches)
     assert [float(report) for report in reports] == losses
     assert all(torch.equal(a, b) for a, b in zip(take_gradients(layers), gradients, strict=True))
 
@@ -97,7 +106,7 @@ def test_evaluation_leaves_no_gradient():
     layers, batches = make()
     losses, _ = plain(layers, batches)
     engine = Engine({0: Stage(DeviceLayers(layers), torch.device("cpu"))}, squares)
-    reports = engine.run(forward_only(1, MICROBATCHES), batches)
+    reports = engine.run(forward_only((0,), MICROBATCHES), batches)
     assert [float(report) for report in reports] == losses
     assert all(p.grad is None for layer in layers for p in layer.parameters())
 
@@ -122,7 +131,7 @@ def test_torchgpipe_follows_each_row_with_its_context(devices, chunks, recompute
     reports = engine.run(on_one_rank(1), batches)
     assert [float(report) for report in reports] == pytest.approx(losses, rel=1e-13)
     torch.testing.assert_close(take_gradients(layers), gradients, rtol=1e-12, atol=1e-12)
-    assert len(engine.run(forward_only(1, MICROBATCHES), batches)) == MICROBATCHES
+    assert len(engine.run(forward_only((0,), MICROBATCHES), batches)) == MICROBATCHES
 
 
 def test_precision_reaches_torchgpipes_threads():

@@ -9,6 +9,7 @@ from typing import Any
 
 from fira.errors import UserError
 from fira.models.registry import PRESETS, RECIPES, Recipe
+from pipeline.schedule import SCHEDULES
 
 WORDS = {"true": True, "false": False, "none": None}
 
@@ -41,7 +42,7 @@ class TrainConfig:
     pp: int | None = _option(None, "pipeline stages")
     dp: int | None = _option(None, "data-parallel replicas")
     ep: int | None = _option(None, "ranks the experts are spread over; divides dp")
-    schedule: str = _option("1f1b", "pipeline schedule", ("gpipe", "1f1b"))
+    schedule: str = _option("1f1b", "pipeline schedule", tuple(SCHEDULES))
     device: str = _option("auto", "where to train", ("auto", "cpu", "cuda"))
     local_devices: str | None = _option(None, "devices torchgpipe splits a stage over, such as cuda:0,cuda:1")
     precision: str = _option("fp32", "of the matrix products", ("fp32", "bf16", "fp16", "fp64"))

@@ -18,6 +18,7 @@ from fira.training.hardware import choose_devices, measure_peak
 from fira.training.trainer import Trainer
 from pipeline import World
 from pipeline.mesh import Layout, make_mesh
+from pipeline.schedule import SCHEDULES
 
 PARAMETERS = {"fp64": torch.float64}  # else fp32
 PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # else as the parameters
@@ -65,7 +66,13 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     with torch.device("meta"):
         model = build(model_config)
     layout = choose_layout(
-        world.size, len(model.layers), getattr(model_config, "num_experts", 1), config.pp, config.dp, config.ep
+        world.size,
+        len(model.layers),
+        getattr(model_config, "num_experts", 1),
+        config.pp,
+        config.dp,
+        config.ep,
+        stages_per_rank=len(SCHEDULES[config.schedule](1, 1).placement),
     )
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     corpus = load_corpus(config, model_config.vocab_size, world)
@@ -78,6 +85,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         model_config.seq_len,
         config.seed,
         devices,
+        config.schedule,
         dtype,
         PRODUCTS.get(config.precision),
         config.recompute,

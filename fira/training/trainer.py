@@ -1,5 +1,6 @@
 """One optimizer step and one validation over all ranks. Everything that ranks tell each other in a step is here."""
 
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Trainer:
         self.model = model
         self.mesh = mesh
         self.split = split
-        self.schedule = SCHEDULES[schedule]
+        self.schedule = functools.cache(SCHEDULES[schedule])
         self.clip = clip
         self.optimizer = AdamW(model.parts, weight_decay)
         self.scale = LossScale(fp16)
@@ -106,7 +107,7 @@ class Trainer:
         for first in range(0, len(data), batch):
             count = min(batch, len(data) - first)
             microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
-            schedule = forward_only(self.mesh.layout.pp, len(microbatches))
+            schedule = forward_only(self.model.placement, len(microbatches))
             losses = self.model.engine.run(schedule, microbatches)
             total += torch.tensor([_total(losses), _targets(microbatches) if losses else 0], dtype=torch.float64)
         dist.all_reduce(total)

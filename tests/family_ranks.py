@@ -22,7 +22,7 @@ class Training:
     def __init__(self, model: dict[str, Any], layout: list[int]) -> None:
         config = from_document(model)
         mesh = make_mesh(Layout(*layout))
-        built = parallelize(config, mesh, config.seq_len, 7, [torch.device("cpu")], torch.float64)
+        built = parallelize(config, mesh, config.seq_len, 7, [torch.device("cpu")], dtype=torch.float64)
         split = Split(2, mesh.layout.dp, mesh.dp_rank, config.d_model)
         self.trainer = Trainer(built, mesh, split, "1f1b", weight_decay=0.1, clip=1.0, fp16=False)
         self.loader = Loader(parity_ranks.Tokens(config.vocab_size), config.seq_len, seed=3)  # type: ignore[arg-type]

@@ -9,18 +9,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fira.generation.load import load_model
-    from fira.generation.text import decode, encode
+    from fira.generation.text import decode, encode, evaluate_perplexity, expert_utilisation, sample_text
     from fira.local_pipeline import create_pipeline_model
     from fira.models.fira import FIRA
 
-__all__ = ["FIRA", "create_pipeline_model", "decode", "encode", "load_model"]
+__all__ = [
+    "FIRA",
+    "create_pipeline_model",
+    "decode",
+    "encode",
+    "evaluate_perplexity",
+    "expert_utilisation",
+    "load_model",
+    "sample_text",
+]
 
 _HOMES = {
     "FIRA": "fira.models.fira",
     "create_pipeline_model": "fira.local_pipeline",
     "decode": "fira.generation.text",
     "encode": "fira.generation.text",
+    "evaluate_perplexity": "fira.generation.text",
+    "expert_utilisation": "fira.generation.text",
     "load_model": "fira.generation.load",
+    "sample_text": "fira.generation.text",
 }
 
 

@@ -3,58 +3,85 @@
 import sys
 import time
 from argparse import Namespace
-
-from tokenizers import Tokenizer
+from collections.abc import Iterator
+from pathlib import Path
 
 from fira import cli, encode, load_model
 from fira.data.tokenizer import eos_id, load_tokenizer
 from fira.errors import UserError
+from fira.generation.options import add_sampling, sampling
 from fira.generation.perplexity import perplexity
-from fira.generation.text import continue_text, text_or_content
+from fira.generation.text import continue_text, own_tokenizer, text_or_content
 from fira.models.language_model import LanguageModel
 from fira.training.hardware import choose_devices
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a run folder (its latest checkpoint) or a step folder")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--checkpoint", help="a run folder (its latest checkpoint), a step folder or an exported folder")
+    place.add_argument("--model-name", help="the same by its name in out/, with or without extension")
     parser.add_argument("--tokenizer", help="a tokenizer.json; default: the checkpoint's own")
-    parser.add_argument("--prompt", help="default: none, a new document begins")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--max-new-tokens", type=int, default=100, help="tokens to write (default: %(default)s)")
-    length.add_argument("--max-length", type=int, help="the same with the prompt's tokens counted too")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, help="choose among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="choose among the likeliest tokens of this joint probability")
-    parser.add_argument("--seed", type=int, help="the same seed writes the same text")
+    parser.add_argument("--prompt", help="a text, or - for standard input; default: none, a new document begins")
+    length = ("--max-new-tokens", "--max-length", "--max-num-tokens")
+    parser.add_argument(*length, type=int, default=100, help="tokens to write (default: %(default)s)")
+    add_sampling(parser)
+    parser.add_argument("--draft", metavar="CHECKPOINT", help="a smaller model that guesses ahead, to be faster")
     parser.add_argument("--eval-text", help="a text, or a file with one: print how well it is predicted")
     options = parser.parse_args()
-    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0])
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else model.tokenizer
-    if tokenizer is None:
-        raise UserError(f"{options.checkpoint} holds no tokenizer; give that of its data as --tokenizer")
+    device = choose_devices("auto", None, 0)[0]
+    model = load_model(named(options.model_name) if options.model_name else options.checkpoint, device)
+    if options.tokenizer:
+        model.tokenizer = load_tokenizer(options.tokenizer)
+    if model.tokenizer is None:
+        raise UserError(
+            f"{options.checkpoint or options.model_name}: no tokenizer there; give its data's as --tokenizer"
+        )
     if options.eval_text is not None:
         text = text_or_content(options.eval_text)
-        ids = [eos_id(tokenizer), *encode(text, tokenizer)]  # in training a document follows the end of another
+        ids = [eos_id(model.tokenizer), *encode(text, model.tokenizer)]  # a document follows the end of another
         print(perplexity(model, ids).describe(len(text.encode())))
     if options.eval_text is None or options.prompt is not None:
-        write(model, tokenizer, options)
+        write(model, load_model(options.draft, device) if options.draft else None, options)
 
 
-def write(model: LanguageModel, tokenizer: Tokenizer, options: Namespace) -> None:
-    """Print the prompt and what follows it, as it comes; then the speed, on stderr."""
-    prompt = encode(options.prompt or "", tokenizer)
-    count = options.max_new_tokens if options.max_length is None else options.max_length - len(prompt)
-    if count < 1:
-        raise UserError(f"there is nothing to write after a prompt of {len(prompt)} tokens; ask for a greater length")
-    print(options.prompt or "", end="", flush=True)
-    sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    started, written = time.perf_counter(), 0
-    for piece in continue_text(model, tokenizer, prompt, count, **sampling):
+def named(name: str) -> Path:
+    """The folder of a model that stands in out/: its own, or that in which the file of this name lies."""
+    for path in (Path("out", name), Path("out", name).with_suffix(""), Path("out", f"{name}.safetensors")):
+        if path.exists():
+            return path if path.is_dir() else path.parent
+    raise UserError(f"--model-name {name}: neither a folder nor a file of this name in out/; give --checkpoint")
+
+
+def write(model: LanguageModel, draft: LanguageModel | None, options: Namespace) -> None:
+    """Print the prompt and what follows it, as it comes; then length and speed, on stderr."""
+    if options.max_new_tokens < 1:
+        raise UserError(f"there is nothing to write in {options.max_new_tokens} tokens; ask for a greater length")
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
+    tokenizer = own_tokenizer(model)
+    prompt = encode(text, tokenizer)
+    started = time.perf_counter()
+    pieces = continue_text(model, prompt, options.max_new_tokens, draft=draft, **sampling(options))
+    if options.model_name:
+        report(text, pieces, started)
+        return
+    print(text, end="", flush=True)
+    written = 0
+    for piece in pieces:
         print(piece, end="", flush=True)
         written += 1
     print()
     print(f"{written} tokens, {written / (time.perf_counter() - started):.1f} tokens/s", file=sys.stderr)
+
+
+def report(prompt: str, pieces: Iterator[str], started: float) -> None:
+    """All of it with headings, the text as it comes."""
+    print(f"Prompt: {prompt}\nGenerated text: ", end="", flush=True)
+    length = 0
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        length += len(piece)
+    print(f"\nGenerated text length: {length} characters\nInference time: {time.perf_counter() - started:.2f} s")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Generation, perplexity, loading and scripts/generate.py."""
 
+import io
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -13,13 +15,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import fira
-from fira import FIRA, load_model
+from fira import FIRA, load_model, sample_text
 from fira.data.prepare import Corpus, prepare
 from fira.data.tokenizer import eos_id, train_tokenizer
 from fira.errors import UserError
 from fira.generation.perplexity import perplexity
-from fira.generation.sampling import sample
-from fira.generation.text import _default_tokenizer, continue_text
+from fira.generation.text import _default_tokenizer
 from fira.models.context import Context, KVCache
 from fira.models.families import to_document
 from fira.models.fira import FiraConfig
@@ -141,8 +142,9 @@ def test_generation_ends_with_eos() -> None:
     eos = next(token for token in free[0][2:] if token not in free[1])
     end = free[0].index(eos) + 1
     assert 2 < end < 11
-    stopped = model.generate([[4], [9]], 10, temperature=0, eos=eos)
-    assert stopped == [free[0][:end] + [eos] * (11 - end), free[1]]  # the other one goes on
+    assert model.generate([[4], [9]], 10, temperature=0, eos=eos) == [free[0][:end], free[1]]  # the other one goes on
+    filled = model.generate(torch.tensor([[4], [9]]), 10, temperature=0, eos=eos)
+    assert filled.tolist() == [free[0][:end] + [eos] * (11 - end), free[1]]
     assert model.generate([4], 10, temperature=0, eos=eos) == free[0][:end]
 
 
@@ -161,35 +163,6 @@ def test_generation_ends_with_eos() -> None:
 def test_what_cannot_be_generated_is_said(ids: list[int], options: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_model().generate(ids, 3, **options)
-
-
-# One token
-
-
-def frequencies(logits: Tensor, **options: float) -> Tensor:
-    drawn = sample(logits.expand(20_000, -1), generator=torch.Generator().manual_seed(0), **options)
-    return drawn.bincount(minlength=len(logits)) / 20_000
-
-
-@pytest.mark.parametrize(
-    ("options", "weights"),
-    [
-        ({}, [0.05, 0.4, 0.15, 0.3, 0.1]),
-        ({"temperature": 0.5}, [0.05**2, 0.4**2, 0.15**2, 0.3**2, 0.1**2]),
-        ({"top_k": 2}, [0, 0.4, 0, 0.3, 0]),
-        ({"top_k": 9}, [0.05, 0.4, 0.15, 0.3, 0.1]),
-        ({"top_p": 0.75}, [0, 0.4, 0.15, 0.3, 0]),
-        ({"top_p": 0.1}, [0, 1, 0, 0, 0]),
-        ({"top_k": 3, "top_p": 0.8}, [0, 0.4, 0, 0.3, 0]),  # of what top_k leaves, 0.4 and 0.3 are 0.82
-        ({"temperature": 1e-30}, [0, 1, 0, 0, 0]),
-        ({"temperature": 0.0}, [0, 1, 0, 0, 0]),
-    ],
-)
-def test_tokens_are_drawn_as_often_as_they_should_be(options: dict[str, float], weights: list[float]) -> None:
-    expected = torch.tensor(weights) / sum(weights)
-    drawn = frequencies(torch.tensor([0.05, 0.4, 0.15, 0.3, 0.1]).log() + 3, **options)
-    assert torch.equal(drawn > 0, expected > 0)
-    assert (drawn - expected).abs().max() < 0.02
 
 
 # Perplexity
@@ -228,17 +201,6 @@ def test_a_text_needs_two_tokens_of_the_vocabulary() -> None:
 
 
 # Text
-
-
-def test_text_comes_in_whole_characters(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = fira.encode(TEXT, tokenizer)
-    eos = eos_id(tokenizer)
-    given = iter([*ids, eos, *ids])
-    monkeypatch.setattr("fira.generation.decoding.sample", lambda *_: torch.tensor([next(given)]))
-    pieces = list(continue_text(make_model(), tokenizer, ids[:20], 1000))
-    assert len(pieces) == len(ids) > len(list(filter(None, pieces)))  # some characters took several tokens
-    assert "".join(pieces) == TEXT
-    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_encode_and_decode(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,12 +298,30 @@ def test_script_continues_a_prompt(
     settings = {"temperature": 1.1, "top_k": 50, "top_p": 0.95, "seed": 5}
     written = make_model().generate(ids, 8, eos=eos_id(tokenizer), **settings)
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    for length in ("--max_new_tokens=8", f"--max-length={len(ids) + 8}"):
+    for length in ("--max_new_tokens=8", "--max_length=8", "--max_num_tokens=8"):
         generate(monkeypatch, "--checkpoint", run_folder, "--prompt", prompt, length, *flags)
         out, err = capsys.readouterr()
         assert out.startswith(prompt)
         assert out.rstrip("\n") == fira.decode(written, tokenizer).removesuffix("</s>").rstrip("\ufffd\n")
         assert "tokens/s" in err
+
+
+def test_script_takes_a_name_in_out_and_reports(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With and without extension, and a prompt from standard input."""
+    run_folder.parent.joinpath("out").mkdir()
+    run_folder.rename(run_folder.parent / "out" / "my")
+    monkeypatch.chdir(run_folder.parent)
+    said = []
+    for name in ("my", "my.pth"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("def main"))
+        generate(monkeypatch, "--prompt", "-", "--max_num_tokens", "8", "--model_name", name, "--temperature=0")
+        said.append(capsys.readouterr().out)
+    text = sample_text(load_model("out/my"), "def main", 8, temperature=0)
+    start = f"Prompt: def main\nGenerated text: {text.removeprefix('def main')}\nGenerated text length: "
+    assert all(one.startswith(start) for one in said)
+    assert re.search(r"Inference time: \d+\.\d\d s\n$", said[0])
 
 
 def test_script_evaluates_a_text_or_a_file(
@@ -397,8 +377,10 @@ def test_script_says_in_one_line_what_is_wrong(
         ("temperature", ["--checkpoint", run_folder, "--temperature=-1"]),
         ("invalid int value", ["--checkpoint", run_folder, "--seed=x"]),
         ("unrecognized arguments: --wrong", ["--checkpoint", run_folder, "--wrong"]),
-        ("not allowed with", ["--checkpoint", run_folder, "--max_length=3", "--max_new_tokens=3"]),
-        ("greater length", ["--checkpoint", run_folder, "--prompt=def main", "--max_length=1"]),
+        ("not allowed with", ["--checkpoint", run_folder, "--model_name=run"]),
+        ("greater length", ["--checkpoint", run_folder, "--prompt=def main", "--max_length=0"]),
+        ("min_p 2.0", ["--checkpoint", run_folder, "--min_p=2"]),
+        ("neither a folder nor a file", ["--model_name", "run"]),
         ("UTF-8", ["--checkpoint", run_folder, "--eval-text", tmp_path / "binary"]),
         ("nothing to predict", ["--checkpoint", run_folder, "--eval-text", ""]),
     ):

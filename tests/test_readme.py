@@ -58,19 +58,22 @@ def test_the_first_command_trains_writes_resumes_and_plots(place):
     (first,) = [command for command in COMMANDS if command.endswith("mpirun -np 4 python scripts/train.py")]
     assert first.startswith(SETUP)
     output = run(first, place)
-    assert "next: " + command_with("generate.py") in output
+    (write,) = [command for command in COMMANDS if command.endswith('--prompt "def "')]
+    assert "next: " + write in output
     assert {path.name for path in (place / "runs" / "fira-tiny").iterdir()} >= {
         "training_log.csv",
         "training_progress.png",
     }
-    assert run(command_with("generate.py") + " --max-new-tokens 5", place).startswith("def ")
+    assert run(write + " --max-new-tokens 5", place).startswith("def ")
+    assert run(command_with("--prompt - ") + " --max-new-tokens 5", place).startswith("import os")
     assert "resumed after step 2" in run(command_with("mpirun -np 2", "--resume auto"), place)
 
 
 def test_commands_with_data(place):
     assert "Train on it" in run(command_with("prepare_data.py"), place)
-    run(command_with("mpirun", "--data texts/"), place)
-    run(command_with("--data pages.csv") + " --vocab-size 300", place)
+    run(command_with("mpirun", "--data texts/ "), place)
+    run(command_with("texts/=").removeprefix("mpirun -np 4 ") + " --vocab-size 300", place)
+    run(command_with("--data pages.csv ") + " --vocab-size 300", place)
     run(command_with("plot.py", "fira-tiny-2"), place)
     assert (place / "comparison.png").exists()
     run(command_with("plot.py", "--experts"), place)

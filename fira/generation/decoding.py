@@ -1,51 +1,83 @@
 """Tokens one after another."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fira.errors import UserError
-from fira.generation.sampling import sample
+from fira.generation.sampling import Sampler, Sampling, draw
 from fira.models.context import Context, KVCache
+from fira.models.language_model import LanguageModel
+
+
+class Reader:
+    """A model on its way through a batch of texts of one length, which computes what is not in its cache yet."""
+
+    def __init__(self, model: LanguageModel, use_cache: bool = True) -> None:
+        self.model = model
+        self.seq_len: int = model.config.seq_len
+        self.cache = KVCache() if use_cache else None
+
+    def logits(self, tokens: Tensor, last: int = 1) -> Tensor:
+        """tokens: [B, T], all of the texts → logits [B, last, V] after their last tokens."""
+        if self.cache is None or tokens.shape[1] > self.seq_len:
+            # Positions are counted from the window's start: once it slides, nothing can be reused.
+            return self.model(tokens[:, -self.seq_len :], Context())[:, -last:].float()
+        return self.model(tokens[:, self.cache.length :], Context(cache=self.cache))[:, -last:].float()
+
+    def keep(self, length: int) -> None:
+        """Forget all tokens but the first `length`. UserError for a model whose state cannot go back."""
+        if self.cache is not None and self.cache.length > length:
+            try:
+                self.cache.crop(length)
+            except ValueError as error:
+                raise UserError(f"this model cannot take tokens back ({error}); generate without a draft") from None
+
+
+def check_prompt(model: LanguageModel, prompt: Sequence[int]) -> None:
+    """UserError for a prompt that is empty or not of the model's vocabulary."""
+    size = model.config.vocab_size
+    if not len(prompt):
+        raise UserError("there is nothing to continue; give at least one token")
+    if min(prompt) < 0 or max(prompt) >= size:
+        raise UserError(f"the prompt has a token outside the model's vocabulary of {size}; use its tokenizer")
 
 
 @torch.no_grad()
 def continuation(
-    model: nn.Module,
-    tokens: Tensor,
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    sampling: Sampling,
     eos: int | None = None,
-    seed: int | None = None,
     use_cache: bool = True,
-) -> Iterator[Tensor]:
-    """The tokens [B] that follow a prompt [B, T], each as soon as it is known (see `LanguageModel.generate`)."""
-    config: Any = model.config
-    if tokens.shape[1] == 0:
-        raise UserError("there is nothing to continue; give at least one token")
-    if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
-        raise UserError(
-            f"the prompt has a token outside the model's vocabulary of {config.vocab_size}; use its tokenizer"
-        )
-    generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-    finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-    cache: KVCache | None = None
-    for _ in range(max_new_tokens):
-        if cache is None or tokens.shape[1] > config.seq_len:
-            # Learned positions: once the window slides, every token's position changes and nothing can be reused.
-            cache = KVCache() if use_cache else None
-            logits = model(tokens[:, -config.seq_len :], Context(cache=cache))
-        else:
-            logits = model(tokens[:, cache.length :], Context(cache=cache))
-        new = sample(logits[:, -1].float(), temperature, top_k, top_p, generator)
-        if eos is not None:
-            new = new.masked_fill(finished, eos)
-            finished |= new == eos
-        yield new
-        if eos is not None and bool(finished.all()):
-            return
-        tokens = torch.cat([tokens, new[:, None]], dim=1)
+) -> Iterator[dict[int, int]]:
+    """The tokens that follow prompts, as soon as they are known: each time a token for some of the rows, by row.
+
+    A row ends after `max_new_tokens` or after `eos`. Prompts may differ in length, and each is continued as it is
+    alone: all begin together, and a row reads on in its prompt while shorter ones are being continued.
+    """
+    for prompt in prompts:
+        check_prompt(model, prompt)
+    device = next(model.parameters()).device
+    sampler, generators = Sampler(sampling), sampling.generators(len(prompts), device)
+    texts = [list(prompt) for prompt in prompts]
+    ends = [len(text) + max_new_tokens for text in texts]
+    running = set(range(len(texts))) if max_new_tokens > 0 else set()
+    reader, length = Reader(model, use_cache), min(map(len, texts), default=0)
+    while running:
+        logits = reader.logits(torch.tensor([text[:length] for text in texts], device=device))[:, -1]
+        new = {}
+        for row in sorted(running):
+            text = texts[row]
+            if len(text) == length:
+                new[row] = draw(sampler.probabilities(text, logits[row]), generators[row])
+                text.append(new[row])
+                if new[row] == eos or len(text) == ends[row]:
+                    running.discard(row)
+        length += 1
+        for text in texts:
+            text += [0] * (length - len(text))  # a row that has ended is read on, and its logits ignored
+        if new:
+            yield new

@@ -1,38 +1,110 @@
-"""From logits to the next token."""
+"""From logits to the next token's probabilities."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fira.errors import UserError
 
+Processor = Callable[[Tensor, Tensor], Tensor]  # (ids [1, T], logits [1, V]) → logits [1, V]
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """logits: [B, V] → [B] int64.
 
-    temperature 0 takes the likeliest. top_k keeps the k likeliest; top_p then keeps the smallest set of likeliest
-    tokens whose probability reaches p (nucleus sampling, Holtzman et al. 2019, arXiv 1904.09751).
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. What is left at its default does nothing; the order is that of the fields' effect.
+
+    repetition_penalty: logits of tokens in the text so far are divided by it, negative ones multiplied (Keskar et al.
+    2019, arXiv 1909.05858). presence_penalty: is subtracted from them. no_repeat_ngram: no n tokens stand twice.
+    temperature: 0 takes the likeliest token. top_k: the k likeliest. top_p: the fewest likeliest whose probability
+    reaches p (Holtzman et al. 2019, arXiv 1904.09751). min_p: those at least p times as likely as the likeliest.
+    typical_p: those whose information is nearest to the entropy, until their probability reaches p (Meister et al.
+    2022, arXiv 2202.00666). seed: the same one writes the same text; row i of a batch as if alone with seed + i.
     """
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature {temperature}: give 0 (the likeliest token) or more")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k {top_k}: give 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p {top_p}: give a probability above 0, at most 1")
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the greatest is 0, however small the temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        beyond = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
-        logits = logits.masked_fill(beyond, float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    no_repeat_ngram: int | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature {self.temperature}: give 0 (the likeliest token) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k {self.top_k}: give 1 or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p}: give a probability above 0, at most 1")
+
+    def generators(self, rows: int, device: torch.device) -> list[torch.Generator | None]:
+        """A stream of random numbers for each row of a batch; None: torch's own."""
+        if self.seed is None:
+            return [None] * rows
+        return [torch.Generator(device).manual_seed(self.seed + row) for row in range(rows)]
+
+
+class Sampler:
+    """Applies a Sampling. Whatever needs more than a line is transformers', imported when it is asked for."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        s = self.sampling = sampling
+        self.penalties: list[Processor] = []
+        if s.repetition_penalty != 1:
+            name = "RepetitionPenaltyLogitsProcessor"
+            self.penalties.append(_transformers(name, "repetition_penalty", float(s.repetition_penalty)))
+        if s.presence_penalty:
+            self.penalties.append(self._subtract_presence)
+        if s.no_repeat_ngram is not None:
+            self.penalties.append(_transformers("NoRepeatNGramLogitsProcessor", "no_repeat_ngram", s.no_repeat_ngram))
+        self.filters: list[Processor] = []
+        if s.min_p is not None:
+            self.filters.append(_transformers("MinPLogitsWarper", "min_p", s.min_p))
+        if s.typical_p is not None:
+            self.filters.append(_transformers("TypicalLogitsWarper", "typical_p", s.typical_p))
+
+    def _subtract_presence(self, ids: Tensor, logits: Tensor) -> Tensor:
+        present = torch.zeros_like(logits).index_fill(1, ids[0], self.sampling.presence_penalty)
+        return logits - present
+
+    def probabilities(self, text: list[int], logits: Tensor) -> Tensor:
+        """text: all tokens so far; logits [V] of the next one → its probabilities [V]."""
+        s = self.sampling
+        ids = torch.tensor([text], device=logits.device) if self.penalties else logits
+        logits = logits[None].float()
+        for process in self.penalties:
+            logits = process(ids, logits)
+        if s.temperature == 0:
+            return torch.zeros_like(logits[0]).index_fill(0, logits.argmax(-1), 1.0)
+        logits = (logits - logits.amax()) / s.temperature  # the greatest is 0, however small the temperature
+        if s.top_k is not None and s.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], float("-inf"))
+        if s.top_p is not None and s.top_p < 1:
+            ordered, order = logits.sort(descending=True)
+            likely = ordered.softmax(-1)
+            before = likely.cumsum(-1) - likely
+            beyond = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= s.top_p)
+            logits = logits.masked_fill(beyond, float("-inf"))
+        for process in self.filters:
+            logits = process(ids, logits)
+        return logits[0].softmax(-1)
+
+
+def draw(probabilities: Tensor, generator: torch.Generator | None) -> int:
+    """A token by its probabilities [V]."""
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _transformers(name: str, option: str, value: Any) -> Processor:
+    try:
+        return getattr(import_module("transformers.generation.logits_process"), name)(value)
+    except ImportError:
+        raise UserError(f"{option} is transformers' work; pip install transformers") from None
+    except ValueError as error:
+        raise UserError(f"{option} {value}: {error}") from None

@@ -70,26 +70,30 @@ class LanguageModel(nn.Module):
 
     def generate(
         self,
-        ids: Sequence[int] | Tensor,
+        ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
         max_new_tokens: int = 100,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
         eos: int | None = None,
-        seed: int | None = None,
         use_cache: bool = True,
-    ) -> list[int] | Tensor:
-        """Continue a prompt; returns prompt and continuation as what was given: a list, or a tensor [T] or [B, T].
+        **sampling: Any,
+    ) -> list[int] | list[list[int]] | Tensor:
+        """Continue a prompt, or several; returns prompt and continuation as what was given.
 
-        temperature 0 is greedy. eos: stop once every sequence has produced it. A prompt longer than the model's
-        context keeps its last tokens. use_cache=False computes every token from scratch and gives the same.
-        Raises UserError where the prompt is empty or outside the vocabulary, or a number is out of range.
+        ids: a list, lists of any lengths, or a tensor [T] or [B, T]. eos: a sequence ends once it has produced it,
+        which fills up a tensor's shorter rows. sampling: temperature (0 is greedy), top_k, top_p, seed and the other
+        fields of `fira.generation.sampling.Sampling`. A prompt longer than the model's context keeps its last tokens.
+        use_cache=False computes every token from scratch and gives the same. Raises UserError where a prompt is empty
+        or outside the vocabulary, or a number is out of range.
         """
-        device = next(self.parameters()).device
-        tokens = torch.as_tensor(ids, dtype=torch.int64, device=device)
-        prompt = torch.atleast_2d(tokens)
         decoding = import_module("fira.generation.decoding")  # stands above models, and does not go with exported ones
-        new = decoding.continuation(self, prompt, max_new_tokens, temperature, top_k, top_p, eos, seed, use_cache)
-        result = torch.cat([prompt, *(token[:, None] for token in new)], dim=1)
-        result = result if tokens.dim() == 2 else result[0]
-        return result if isinstance(ids, Tensor) else result.tolist()
+        several = ids.dim() == 2 if isinstance(ids, Tensor) else any(not isinstance(one, int) for one in ids)
+        rows: list[Any] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        texts = [list(row) for row in (rows if several else [rows])]
+        chosen = decoding.Sampling(**sampling)
+        for new in decoding.continuation(self, list(map(tuple, texts)), max_new_tokens, chosen, eos, use_cache):
+            for row, token in new.items():
+                texts[row].append(token)
+        if not isinstance(ids, Tensor):
+            return texts if several else texts[0]
+        longest = max(map(len, texts))
+        filled = torch.tensor([text + [eos or 0] * (longest - len(text)) for text in texts], device=ids.device)
+        return filled if several else filled[0]

@@ -1,0 +1,37 @@
+"""Which experts a text goes to."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fira.models.moe import MoE
+from fira.models.router import Routed
+
+
+@contextmanager
+def counting_experts(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """While it lasts, a model's routers note here, by layer, how many tokens each expert takes, [E]."""
+    counts: dict[int, Tensor] = {}
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    hooks = []
+    for moe in layers:
+        counts[moe.index] = torch.zeros(moe.num_experts, dtype=torch.int64)
+        hooks.append(moe.router.register_forward_hook(partial(_count, counts[moe.index])))
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _count(counts: Tensor, router: nn.Module, inputs: Any, routed: Routed) -> None:
+    counts += routed.experts.flatten().bincount(minlength=len(counts)).cpu()
+
+
+def shares(counts: dict[int, Tensor]) -> dict[int, list[float]]:
+    """Counts by layer as fractions of the layer's sum."""
+    return {layer: (count / count.sum()).tolist() for layer, count in counts.items()}

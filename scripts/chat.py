@@ -1,0 +1,50 @@
+"""Talk with a trained model. /reset forgets, /quit or Ctrl-D leaves, Ctrl-C stops an answer."""
+
+import sys
+from argparse import Namespace
+
+from fira import cli, load_model
+from fira.data.tokenizer import load_tokenizer
+from fira.generation.chat import Conversation
+from fira.generation.options import add_sampling, sampling
+from fira.training.hardware import choose_devices
+
+
+def main() -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a run folder, a step folder or an exported folder")
+    parser.add_argument("--tokenizer", help="a tokenizer.json; default: the checkpoint's own")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
+    add_sampling(parser)
+    options = parser.parse_args()
+    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0])
+    if options.tokenizer:
+        model.tokenizer = load_tokenizer(options.tokenizer)
+    talk(Conversation(model), options)
+
+
+def talk(conversation: Conversation, options: Namespace) -> None:
+    """Questions come from a terminal or, a line each, through a pipe; answers are printed as they come."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(__doc__, file=sys.stderr)
+    while True:
+        try:
+            question = input("> " if terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if question == "/quit":
+            break
+        if question == "/reset":
+            conversation.reset()
+        elif question:
+            try:
+                for piece in conversation.ask(question, options.max_new_tokens, **sampling(options)):
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:  # what was said stays in the conversation
+                pass
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -4,6 +4,7 @@ rank = pp_rank · dp + dp_rank and dp_rank = edp_rank · ep + ep_rank. Neighbour
 traffic of dp and ep, which is the heavy one, stays inside a node where it can; the pipeline crosses nodes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,17 +77,24 @@ class Mesh:
         return self.dp_rank // self.layout.ep
 
 
-def make_mesh(layout: Layout, device_type: str = "cpu", local_devices: int = 1) -> Mesh:
+CPU = torch.device("cpu")
+
+
+def make_mesh(layout: Layout, devices: Sequence[torch.device] = (CPU,)) -> Mesh:
     """Create the process groups of a layout. Collective over the world, whose size must be the layout's.
 
-    CPU groups use the default backend; CUDA groups are NCCL groups beside it.
+    `devices`: this rank's own. CPU groups use the default backend; CUDA groups NCCL, or MPI where ranks share a device.
     """
     if dist.get_world_size() != layout.world:
         raise ValueError(f"{layout} needs {layout.world} ranks, there are {dist.get_world_size()}")
-    backend = "nccl" if device_type == "cuda" else None
+    backend = None
+    if devices[0].type == "cuda":
+        from pipeline.mpi.devices import cuda_backend  # loads MPI
+
+        backend = cuda_backend(devices)
 
     def group(axis: str) -> dist.ProcessGroup:
         return dist.new_subgroups_by_enumeration(layout.groups(axis), backend=backend, group_desc=axis)[0]
 
     groups = {name: group(axis) for name, axis in (("pp", "pp"), ("pp_backward", "pp"), ("dp", "dp"), ("edp", "edp"))}
-    return Mesh(layout, dist.get_rank(), groups, [group("ep") for _ in range(local_devices)], device_type)
+    return Mesh(layout, dist.get_rank(), groups, [group("ep") for _ in devices], devices[0].type)

@@ -12,7 +12,7 @@ from fira.parallelize import parallelize
 from fira.training.batch import Split
 from fira.training.optimizer import learning_rate
 from fira.training.trainer import Trainer
-from pipeline.mesh import Layout, make_mesh
+from pipeline.mesh import CPU, Layout, make_mesh
 
 SEQ_LEN = 13
 
@@ -54,8 +54,8 @@ def train(
     )
     if model is not None:
         config = from_document(model)
-    mesh = make_mesh(Layout(*layout), local_devices=devices)
-    places = [torch.device("cpu")] * devices
+    places = [CPU] * devices
+    mesh = make_mesh(Layout(*layout), places)
     built = parallelize(config, mesh, SEQ_LEN, 7, places, schedule, getattr(torch, dtype), recompute=recompute)
     split = Split(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)

@@ -52,8 +52,10 @@ WAYS = {  # a function of hang_ranks.py: what the report must say, in this order
 class Job:
     """A job of ``hang_ranks.py`` that has ended, and what it left."""
 
-    def __init__(self, way: str, folder: Path, timeout_s: float = TIMEOUT_S, within: Sequence[str] = ()) -> None:
-        env = {"FIRA_TIMEOUT_S": str(timeout_s), "FIRA_HANG_DIR": str(folder)}
+    def __init__(
+        self, way: str, folder: Path, timeout_s: float = TIMEOUT_S, within: Sequence[str] = (), **env: str
+    ) -> None:
+        env |= {"FIRA_TIMEOUT_S": str(timeout_s), "FIRA_HANG_DIR": str(folder)}
         result = run_ranks(2, ROOT / "tests/hang_ranks.py", way, timeout=90, env=env, within=within)
         self.status, self.error = result.returncode, result.stderr
         self.files = {file.name: file for file in folder.glob("*/*")}
@@ -107,6 +109,13 @@ def test_a_death_is_noticed_where_mpirun_does_nothing_about_it(tmp_path: Path) -
     job = Job("gone", tmp_path, timeout_s=600, within=lenient)
     assert ") died without a word; the job ends\n  rank 0 waits in barrier #2 " in job.error
     assert job.status != 0
+
+
+def test_what_does_not_match_is_named_before_it_adds_up_to_something_wrong(tmp_path: Path) -> None:
+    job = Job("wrong_shape", tmp_path, timeout_s=60, TORCH_DISTRIBUTED_DEBUG="DETAIL")
+    assert job.error.count("ValueError: the sizes of #1 in group default_pg of ranks 0, 1 differ: ") == 1, job.error
+    assert "rank 0 called all_reduce of 8 float32, hang_ranks.py:" in job.error
+    assert job.status == 1
 
 
 def test_a_report_on_demand_disturbs_nothing(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """Several groups, threads and operations at once; the store and the other backends beside ours."""
 
+import os
+import signal
 import threading
 import time
 import warnings
+from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.profiler import profile
@@ -50,6 +54,21 @@ def orders() -> None:
     assert (started == dist.get_world_size()).all()
 
 
+def overtaking() -> None:
+    """An operation begins here before the second round of another one, and there after it."""
+    for _ in range(3):
+        first, second = torch.ones(LARGE), torch.full((LARGE,), 2.0)
+        one = dist.all_reduce(first, async_op=True)
+        until = time.monotonic() + 0.05
+        while dist.get_rank() == 1 and time.monotonic() < until:
+            one.is_completed()
+        other = dist.all_reduce(second, async_op=True)
+        other.wait()
+        one.wait()
+        assert (first == dist.get_world_size()).all()
+        assert (second == 2 * dist.get_world_size()).all()
+
+
 def futures() -> None:
     """Futures are completed though nobody calls ``wait`` on the work."""
     works = [dist.all_reduce(torch.full((count,), 2.0), async_op=True) for count in (3, LARGE, 5)]
@@ -57,6 +76,14 @@ def futures() -> None:
         (tensor,) = work.get_future().wait()
         assert (tensor == 2 * dist.get_world_size()).all()
     assert all(work.is_completed() and work.is_success() for work in works)
+    impatient = dist.new_group(timeout=timedelta(seconds=0.3))
+    if dist.get_rank() == 0:
+        future = dist.barrier(group=impatient, async_op=True).get_future()
+        with pytest.raises(RuntimeError, match="Timed out"):
+            future.wait()
+    dist.barrier()
+    if dist.get_rank() != 0:
+        dist.barrier(group=impatient)
 
 
 def other_threads_run() -> int:
@@ -104,6 +131,22 @@ def neighbours() -> None:
     assert messages == [{"rank": other} for other in range(size)]
 
 
+def stopped() -> None:
+    """The store gives up on a rank 0 that is stopped, and works again once it goes on."""
+    pids: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    if dist.get_rank() == 1:
+        store = dist.distributed_c10d.ProcessGroupMPI.store
+        store.set_timeout(timedelta(seconds=0.3))
+        os.kill(pids[0], signal.SIGSTOP)
+        with pytest.raises(RuntimeError, match="no answer from rank 0"):
+            store.set("late", "1")
+        os.kill(pids[0], signal.SIGCONT)
+        store.set_timeout(timedelta(seconds=60))
+        assert store.add("late", 1) == 2
+    dist.barrier()
+
+
 def any_source() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     if rank == 0:
@@ -135,7 +178,7 @@ def again() -> None:
 
 
 def everything() -> int:
-    for part in (threads, orders, futures, neighbours, any_source, profiled):
+    for part in (threads, orders, overtaking, futures, neighbours, stopped, any_source, profiled):
         part()
     counted = other_threads_run()
     again()

@@ -76,7 +76,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     )
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     corpus = load_corpus(config, model_config.vocab_size, world)
-    mesh = make_mesh(layout, devices[0].type, len(devices))
+    mesh = make_mesh(layout, devices)
     microbatch = choose_microbatch(config, batch_size, layout)
     dtype = PARAMETERS.get(config.precision, torch.float32)
     distributed = parallelize(

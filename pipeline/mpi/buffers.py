@@ -1,6 +1,7 @@
 """Tensors as MPI sees them: an address, a count and a datatype."""
 
 import functools
+from typing import Any, cast
 
 import torch
 from mpi4py import MPI
@@ -97,7 +98,10 @@ def _reduction(op: ReduceOp) -> tuple:
 
 def premultiplied(tensor: Tensor, op: ReduceOp) -> Tensor:
     """The tensor, or for PREMUL_SUM a new one, multiplied by the operation's factor."""
-    return tensor * op.factor if op == ReduceOp.PREMUL_SUM else tensor
+    if op != ReduceOp.PREMUL_SUM:
+        return tensor
+    _, factor = cast(Any, op).__getstate__()
+    return tensor * factor
 
 
 def average(tensor: Tensor, op: ReduceOp, size: int) -> None:

@@ -8,36 +8,44 @@ Every method makes an ``Operation`` (``work.py``) of the steps that ``collective
 import math
 import sys
 import time
+import weakref
 import zlib
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import accumulate
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
+from torch._C._distributed_c10d import Backend
 from torch.distributed import ProcessGroup, ReduceOp, distributed_c10d
 
+from pipeline.mpi.agreement import Agreement
 from pipeline.mpi.collectives import Collectives, expect
+from pipeline.mpi.staging import Moves, on_device, staged, straight
 from pipeline.mpi.store import MPIStore
-from pipeline.mpi.trace import GroupTrace
+from pipeline.mpi.trace import POINT_TO_POINT, GroupTrace
 from pipeline.mpi.watch import Watch
 from pipeline.mpi.work import Operation, Progress, Steps
 
+TAKES_BACKENDS = torch.__version__ >= "2.14"  # made in Python, for one device of a group
 
-def start(comm: MPI.Intracomm, progress: Progress, watch: Watch) -> None:
-    """Make ``comm`` the default process group of ``torch.distributed``, backend "mpi" for the CPU.
+
+def start(comm: MPI.Intracomm, progress: Progress, watch: Watch, cuda: str | None, cuda_aware: bool) -> None:
+    """Make ``comm`` the default process group of ``torch.distributed``: "mpi" for the CPU, ``cuda`` for CUDA.
 
     PyTorch knows the name "mpi", but its wheels are built without the class behind it. Ours takes that place, so
     ``new_group``, ``DeviceMesh`` and everything else make MPI groups by PyTorch's own path.
     """
-    groups = _Groups(comm, progress, watch)
+    groups = _Groups(comm, progress, watch, cuda_aware)
     distributed_c10d.ProcessGroupMPI = groups
     distributed_c10d._MPI_AVAILABLE = True
     dist.init_process_group(
-        "cpu:mpi",  # by its device: for plain "mpi" PyTorch would ignore the store
+        # by device: for plain "mpi" PyTorch would ignore the store. Up to 2.13 our group takes CUDA's tensors, too
+        f"cpu:mpi,cuda:{cuda}" if cuda and TAKES_BACKENDS else "cpu:mpi",
         store=groups.store,
         rank=comm.Get_rank(),
         world_size=comm.Get_size(),
@@ -48,14 +56,15 @@ def start(comm: MPI.Intracomm, progress: Progress, watch: Watch) -> None:
 class _Groups:
     """Makes a group from global ranks. PyTorch calls ``create`` on its members only, with the same ranks on each."""
 
-    def __init__(self, world: MPI.Intracomm, progress: Progress, watch: Watch) -> None:
+    def __init__(self, world: MPI.Intracomm, progress: Progress, watch: Watch, cuda_aware: bool) -> None:
         self._world = world
         self._progress = progress
         self._watch = watch
+        self._cuda_aware = cuda_aware
         self._creations: dict[tuple[int, ...], GroupTrace] = {}
         self.store = MPIStore(world, watch.timeout_s)  # torch keeps but its C++ half alive
 
-    def create(self, ranks: list[int]) -> "MPIProcessGroup":
+    def create(self, ranks: list[int]) -> "MPIProcessGroup | MPIBackend":
         ranks = ranks or list(range(self._world.Get_size()))
         tag = zlib.crc32(repr(ranks).encode()) % 32768  # groups made at the same time by several threads stay apart
         entry = self._creations.setdefault(tuple(ranks), self._watch.group(ranks)).begin("new_group", [])
@@ -63,142 +72,186 @@ class _Groups:
             comm = self._world.Create_group(self._world.Get_group().Incl(ranks), tag)
         entry.end(None)
         comm.Set_errhandler(MPI.ERRORS_RETURN)
-        timeout = sys._getframe(1).f_locals.get("timeout")  # of new_group; PyTorch has it, but does not pass it on
+        asked = _request()
+        timeout = asked.get("timeout")
         given = timeout not in (None, distributed_c10d.default_pg_timeout, timedelta(seconds=self._watch.timeout_s))
         limit_s = timeout.total_seconds() if timeout and given else math.inf
-        return MPIProcessGroup(comm, self._progress, self._watch.group(ranks), limit_s)
+        kind = MPIBackend if _mixed(asked.get("backend_config")) else MPIProcessGroup
+        group = kind(comm, self._progress, self._watch.group(ranks), limit_s, self._cuda_aware)
+        group.setGroupName(asked.get("group_name", ""))
+        return group
 
 
-class MPIProcessGroup(ProcessGroup):
-    """One communicator as a process group. Ranks are the group's own.
+def _request() -> dict[str, Any]:
+    """What ``new_group`` was asked for: PyTorch passes on no more than the ranks, but the rest stands in its frame."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "_new_process_group_helper":
+        frame = frame.f_back
+    return {} if frame is None else frame.f_locals
+
+
+def _mixed(config: Any) -> bool:
+    """Does another backend serve another device in the same group? PyTorch has room for it beside a ``Backend``."""
+    return TAKES_BACKENDS and config is not None and set(config.get_device_backend_map().values()) != {"mpi"}
+
+
+class Operations:
+    """One communicator's operations, as PyTorch calls them. Ranks are the group's own.
 
     ``timeout_s``: an operation that takes longer raises in the rank that waits. Without, the job's own timeout holds.
+    ``cuda_aware``: MPI reads and writes device memory.
     """
 
-    def __init__(self, comm: MPI.Intracomm, progress: Progress, trace: GroupTrace, timeout_s: float) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, progress: Progress, trace: GroupTrace, timeout_s: float, cuda_aware: bool
+    ) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
         self._steps = Collectives(comm)
         self._progress = progress
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._timeout_s = timeout_s
+        self._cuda_aware = cuda_aware
         self._trace = trace
-
-    # What torch asks a group about itself. Getters and setters are looked up by name from C++.
+        self._last: weakref.ref[Operation] | None = None
+        self._agree = Agreement(comm) if dist.get_debug_level() == dist.DebugLevel.DETAIL else None
 
     def getBackendName(self) -> str:
         return "mpi"
 
-    def getSize(self) -> int:
-        return self._size
-
-    def getRank(self) -> int:
-        return self._rank
-
     def setGroupName(self, name: str) -> None:
         self._trace.name = name
-
-    def getGroupName(self) -> str:
-        return self._trace.name
-
-    @property
-    def group_name(self) -> str:
-        return self._trace.name
-
-    def _set_group_desc(self, description: str) -> None:
-        self._trace.description = "" if description == "undefined" else description
-        super()._set_group_desc(description)
-
-    @property
-    def supports_coalescing(self) -> bool:
-        return False
-
-    def _get_backend(self, device: torch.device) -> "MPIProcessGroup":
-        return self
 
     def _start(
         self,
         name: str,
-        steps: Steps,
+        moves: Moves,
         inputs: list[Tensor],
         outputs: list[Tensor] | None = None,
         peer: int = -1,
         detail: Any = None,
     ) -> Operation:
-        """The one place where an operation begins.
+        """Begin an operation on tensors.
 
         Args:
+            moves: its steps, given the inputs and the outputs where MPI can read them.
             outputs: left out, it works in place.
             peer: the other rank, or the root.
             detail: what the trace notes besides: a message's tag, an all-to-all's sizes.
         """
-        entry = self._trace.begin(name, inputs or outputs or [], peer, detail)
-        return Operation(entry, self._progress, steps, inputs, inputs if outputs is None else outputs, self._timeout_s)
+        outputs = inputs if outputs is None else outputs
+        some = (inputs or outputs)[:1]
+        if some and on_device(some[0]):
+            message = name in POINT_TO_POINT
+            aware = message and self._cuda_aware
+            steps = straight(moves, inputs, outputs) if aware else staged(moves, inputs, outputs, at_once=message)
+        else:
+            local = _locals(inputs)
+            steps = moves(local, local if outputs is inputs else _locals(outputs))
+        return self._begin(name, steps, inputs, outputs, peer, detail)
+
+    def _begin(
+        self, name: str, steps: Steps, inputs: list[Tensor], outputs: list[Tensor], peer: int = -1, detail: Any = None
+    ) -> Operation:
+        """The one place where an operation begins. A group's collectives run one after the other, as they are called:
+        the next one's messages could else overtake the later rounds of this one, on some ranks and not on others."""
+        entry = self._trace.begin(name, inputs or outputs, peer, detail)
+        if name in POINT_TO_POINT:
+            return Operation(entry, self._progress, steps, inputs, outputs, self._timeout_s)
+        if self._agree is not None:
+            steps = self._agree.before(steps, entry)
+        before = None if self._last is None else self._last()
+        if before is not None and not before.advance():
+            steps = _behind(before, steps)
+        operation = Operation(entry, self._progress, steps, inputs, outputs, self._timeout_s)
+        self._last = weakref.ref(operation)
+        return operation
 
     # Reductions
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Operation:
-        if tensors[0].layout == torch.sparse_coo:
-            return self._start("all_reduce", self._steps.all_reduce_sparse(tensors[0], _reduce_op(opts)), tensors)
-        return self._start("all_reduce", self._steps.all_reduce(_locals(tensors), _reduce_op(opts)), tensors)
+        op = _reduce_op(opts)
+        if tensors[0].layout == torch.sparse_coo and tensors[0].is_cpu:
+            return self._begin("all_reduce", self._steps.all_reduce_sparse(tensors[0], op), tensors, tensors)
+        return self._start("all_reduce", lambda tensors, _: self._steps.all_reduce(tensors, op), tensors)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Operation:
-        return self._start("all_reduce_coalesced", self._steps.all_reduce(_locals(tensors), _reduce_op(opts)), tensors)
+        op = _reduce_op(opts)
+        return self._start("all_reduce_coalesced", lambda tensors, _: self._steps.all_reduce(tensors, op), tensors)
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> Operation:
-        steps = self._steps.reduce(_local(tensors[0]), _reduce_op(opts), opts.rootRank)
-        return self._start("reduce", steps, tensors, peer=opts.rootRank)
+        op, root = _reduce_op(opts), opts.rootRank
+        return self._start("reduce", lambda tensors, _: self._steps.reduce(tensors[0], op, root), tensors, peer=root)
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Operation:
-        pairs = [(_local(outputs[0]), _locals(inputs[0]))]
-        return self._start("reduce_scatter", self._steps.reduce_scatter(pairs, _reduce_op(opts)), inputs[0], outputs)
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            return self._steps.reduce_scatter([(outputs[0], inputs)], _reduce_op(opts))
+
+        return self._start("reduce_scatter", steps, inputs[0], outputs)
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Operation:
-        steps = self._steps.reduce_scatter([(_local(output), [_local(input)])], _reduce_op(opts))
-        return self._start("reduce_scatter_single", steps, [input], [output])
+        return self.reduce_scatter_single_coalesced([output], [input], opts, "reduce_scatter_single")
 
     def reduce_scatter_single_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
+        self,
+        outputs: list[Tensor],
+        inputs: list[Tensor],
+        opts: Any = None,
+        name: str = "reduce_scatter_single_coalesced",
     ) -> Operation:
-        pairs = [(output, [input]) for output, input in zip(_locals(outputs), _locals(inputs), strict=True)]
-        steps = self._steps.reduce_scatter(pairs, _reduce_op(opts))
-        return self._start("reduce_scatter_single_coalesced", steps, inputs, outputs)
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            pairs = [(output, [input]) for output, input in zip(outputs, inputs, strict=True)]
+            return self._steps.reduce_scatter(pairs, _reduce_op(opts))
+
+        return self._start(name, steps, inputs, outputs)
 
     # Movement
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Operation:
-        steps = self._steps.broadcast(_local(tensors[0]), opts.rootRank)
-        return self._start("broadcast", steps, tensors, peer=opts.rootRank)
+        root = opts.rootRank
+        return self._start("broadcast", lambda tensors, _: self._steps.broadcast(tensors[0], root), tensors, peer=root)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
-        steps = self._steps.all_gather([(_locals(outputs[0]), _local(inputs[0]))])
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            return self._steps.all_gather([(outputs, inputs[0])])
+
         return self._start("all_gather", steps, inputs, outputs[0])
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
-        rows = zip(*map(_locals, outputs), strict=True)  # torch gives them by rank, then by tensor
-        steps = self._steps.all_gather([(list(row), part) for row, part in zip(rows, _locals(inputs), strict=True)])
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            count = len(inputs)  # torch gives the outputs by rank, then by tensor
+            return self._steps.all_gather([(outputs[number::count], part) for number, part in enumerate(inputs)])
+
         return self._start("all_gather_coalesced", steps, inputs, [output for row in outputs for output in row])
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Operation:
-        steps = self._steps.all_gather([([_local(output)], _local(input))])
-        return self._start("all_gather_single", steps, [input], [output])
+        return self.all_gather_single_coalesced([output], [input], opts, "all_gather_single")
 
-    def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Operation:
-        pairs = [([output], input) for output, input in zip(_locals(outputs), _locals(inputs), strict=True)]
-        return self._start("all_gather_single_coalesced", self._steps.all_gather(pairs), inputs, outputs)
+    def all_gather_single_coalesced(
+        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None, name: str = "all_gather_single_coalesced"
+    ) -> Operation:
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            return self._steps.all_gather([([output], part) for output, part in zip(outputs, inputs, strict=True)])
+
+        return self._start(name, steps, inputs, outputs)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Operation:
-        row = outputs[0] if outputs else []
-        steps = self._steps.gather(_locals(row), _local(inputs[0]), opts.rootRank)
-        return self._start("gather", steps, inputs, row, opts.rootRank)
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            return self._steps.gather(outputs, inputs[0], opts.rootRank)
+
+        return self._start("gather", steps, inputs, outputs[0] if outputs else [], opts.rootRank)
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Operation:
-        row = inputs[0] if inputs else []
-        steps = self._steps.scatter(_local(outputs[0]), _locals(row), opts.rootRank)
-        return self._start("scatter", steps, row, outputs, opts.rootRank)
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            return self._steps.scatter(outputs[0], inputs, opts.rootRank)
+
+        return self._start("scatter", steps, inputs[0] if inputs else [], outputs, opts.rootRank)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Operation:
-        return self._start("all_to_all", self._steps.all_to_all(_locals(outputs), _locals(inputs)), inputs, outputs)
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            return self._steps.all_to_all(outputs, inputs)
+
+        return self._start("all_to_all", steps, inputs, outputs)
 
     def all_to_all_single(
         self,
@@ -208,10 +261,11 @@ class MPIProcessGroup(ProcessGroup):
         input_splits: Sequence[int],
         opts: Any = None,
     ) -> Operation:
-        received = self._split("output", _local(output), output_splits)
-        sent = self._split("input", _local(input), input_splits)
-        steps, sizes = self._steps.all_to_all(received, sent), (input_splits, output_splits)
-        return self._start("all_to_all_single", steps, [input], [output], detail=sizes)
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            received = self._split("output", outputs[0], output_splits)
+            return self._steps.all_to_all(received, self._split("input", inputs[0], input_splits))
+
+        return self._start("all_to_all_single", steps, [input], [output], detail=(input_splits, output_splits))
 
     def _split(self, name: str, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """``tensor`` cut along its first dimension, a part per rank."""
@@ -226,18 +280,27 @@ class MPIProcessGroup(ProcessGroup):
     # Point to point
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        return self._start("send", self._steps.send(_local(tensors[0]), peer, tag), tensors, peer=peer, detail=tag)
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            return self._steps.send(inputs[0], peer, tag)
+
+        return self._start("send", steps, tensors, [], peer, tag)
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        return self._start("recv", self._steps.recv(_local(tensors[0]), peer, tag), tensors, peer=peer, detail=tag)
+        return self._receive("recv", tensors, peer, tag)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> Operation:
-        return self._start(
-            "recvAnySource", self._steps.recv(_local(tensors[0]), MPI.ANY_SOURCE, tag), tensors, detail=tag
-        )
+        return self._receive("recvAnySource", tensors, -1, tag)
+
+    recvAnysource = recv_anysource  # a Backend's name for it
+
+    def _receive(self, name: str, tensors: list[Tensor], peer: int, tag: int) -> Operation:
+        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+            return self._steps.recv(outputs[0], MPI.ANY_SOURCE if peer < 0 else peer, tag)
+
+        return self._start(name, steps, [], tensors, peer, tag)
 
     def barrier(self, opts: Any = None) -> Operation:
-        return self._start("barrier", self._steps.barrier(), [])
+        return self._begin("barrier", self._steps.barrier(), [], [])
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """A barrier of which rank 0 says who did not come within ``timeout``.
@@ -268,7 +331,7 @@ class MPIProcessGroup(ProcessGroup):
             self._token("Isend", peer)
 
     def _token(self, call: str, peer: int) -> Operation:
-        return self._start("monitored_barrier", self._steps.token(call, peer), [], peer=peer)
+        return self._begin("monitored_barrier", self._steps.token(call, peer), [], [], peer)
 
     # The names torch used before 2.13
     _allgather_base = all_gather_single
@@ -278,6 +341,47 @@ class MPIProcessGroup(ProcessGroup):
     alltoall_base = all_to_all_single
 
 
+class MPIProcessGroup(Operations, ProcessGroup):
+    """A whole group, for tensors of every device. Getters and setters are looked up by name from C++."""
+
+    def getSize(self) -> int:
+        return self._size
+
+    def getRank(self) -> int:
+        return self._rank
+
+    def getGroupName(self) -> str:
+        return self._trace.name
+
+    @property
+    def group_name(self) -> str:
+        return self._trace.name
+
+    def _set_group_desc(self, description: str) -> None:
+        self._trace.description = "" if description == "undefined" else description
+        super()._set_group_desc(description)
+
+    @property
+    def supports_coalescing(self) -> bool:
+        return False
+
+    def _get_backend(self, device: torch.device) -> "MPIProcessGroup":
+        return self
+
+
+class MPIBackend(Operations, Backend):
+    """One device's share of a group, such as ``cpu:mpi,cuda:nccl``. PyTorch takes such a one from 2.14 on."""
+
+    def monitoredBarrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
+        self.monitored_barrier(opts.timeout, wait_all_ranks)
+
+
+def _behind(before: Operation, steps: Steps) -> Steps:
+    """Begin when ``before`` is over, well or badly."""
+    yield before.advance
+    yield from steps
+
+
 def _reduce_op(opts: Any) -> Any:
     return ReduceOp.SUM if opts is None else opts.reduceOp
 
@@ -285,7 +389,7 @@ def _reduce_op(opts: Any) -> Any:
 def _local(tensor: Tensor) -> Tensor:
     """The tensor as plain memory, without autograd."""
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise ValueError(f"the mpi backend moves dense CPU tensors, not {tensor.layout} on {tensor.device}")
+        raise ValueError(f"the mpi backend moves dense CPU and CUDA tensors, not {tensor.layout} on {tensor.device}")
     return tensor.detach()
 
 

@@ -21,6 +21,7 @@ class MPIStore(Store):
         self._comm = comm.Dup()
         self._limit = timedelta(seconds=timeout_s)
         self._asking = threading.Lock()  # one request at a time; none of them blocks
+        self._number = 0
         if comm.Get_rank() == 0:
             self._closing = threading.Event()
             self._server = threading.Thread(target=self._serve, name="mpi-store", daemon=True)
@@ -41,19 +42,32 @@ class MPIStore(Store):
                 continue
             request = bytearray(status.Get_count(MPI.BYTE))
             self._comm.Recv(request, status.Get_source(), REQUEST)
-            reply = json.dumps(_answer(values, *json.loads(request))).encode()
-            self._comm.Send(reply, status.Get_source(), REPLY)
+            number, *call = json.loads(request)
+            self._comm.Send(json.dumps([number, _answer(values, *call)]).encode(), status.Get_source(), REPLY)
 
-    def _ask(self, *request: object) -> str | int | None:
+    def _ask(self, *call: object) -> str | int | None:
+        """Rank 0's answer.
+
+        Raises:
+            RuntimeError: none came within the store's timeout.
+        """
         with self._asking:
-            sent = self._comm.Isend(json.dumps(request).encode(), 0, REQUEST)
+            self._number += 1
+            request = json.dumps([self._number, *call]).encode()
+            self._sent = self._comm.Isend(request, 0, REQUEST), request  # kept until the answer to it is there
             status = MPI.Status()
-            while not self._comm.Iprobe(0, REPLY, status):
-                time.sleep(POLL_S)
-            reply = bytearray(status.Get_count(MPI.BYTE))
-            self._comm.Recv(reply, 0, REPLY)
-            sent.Wait()
-            return json.loads(reply)
+            deadline = time.monotonic() + self._limit.total_seconds()
+            number = 0
+            while number != self._number:  # an answer that came too late for its question is dropped
+                while not self._comm.Iprobe(0, REPLY, status):
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(f"Timed out after {self._limit.total_seconds():g} s: no answer from rank 0")
+                    time.sleep(POLL_S)
+                reply = bytearray(status.Get_count(MPI.BYTE))
+                self._comm.Recv(reply, 0, REPLY)
+                number, answer = json.loads(reply)
+            self._sent[0].Wait()
+            return answer
 
     def set(self, key: str, value: str | bytes) -> None:
         self._ask("set", key, _text(value))

@@ -4,7 +4,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator
 from datetime import timedelta
 
 import torch
@@ -13,9 +14,9 @@ from torch.distributed import Work
 
 from pipeline.mpi.trace import Entry
 
-# An operation is a generator. It yields the requests it waits for, is sent their statuses, and finishes its outputs
-# after the last one. Its local variables keep every buffer alive until then.
-Steps = Generator[list[MPI.Request], list[MPI.Status], None]
+# An operation is a generator. It yields the requests it waits for and is sent their statuses, or yields a function that
+# says whether to go on; after the last one it finishes its outputs. Its local variables keep every buffer alive.
+Steps = Generator[list[MPI.Request] | Callable[[], bool], list[MPI.Status], None]
 
 YIELDS = 100  # tests, each followed by a yield to another rank on this core, before the first sleep
 SLEEPS_S = 20e-6, 1e-3  # the shortest and the longest sleep
@@ -35,11 +36,14 @@ class Progress:
     def __init__(self, spins: int) -> None:
         self._spins = spins
         self._under_way: set[Operation] = set()
+        # torch 2.6 keeps but the C++ half of an operation that DDP or a functional collective waits for
+        self._kept: deque[Operation] = deque(maxlen=64 if torch.__version__ < "2.7" else 0)
         self._promised: queue.SimpleQueue[Operation] = queue.SimpleQueue()
         self._keeper: threading.Thread | None = None
 
     def started(self, operation: "Operation") -> None:
         self._under_way.add(operation)
+        self._kept.append(operation)
 
     def finished(self, operation: "Operation") -> None:
         self._under_way.discard(operation)
@@ -61,6 +65,7 @@ class Progress:
 
     def promise(self, operation: "Operation") -> None:
         """See to it that the operation's future is completed, though whoever waits for that does not drive MPI."""
+        operation.entry.deadline = time.monotonic() + operation.timeout_s
         operation.entry.__enter__()  # somebody waits, as far as we can know
         self._promised.put(operation)
         if self._keeper is None:
@@ -74,7 +79,8 @@ class Progress:
             while not operations or not self._promised.empty():
                 operations.append(self._promised.get())
                 began, tests = time.monotonic(), 0
-            done = [operation for operation in operations if operation.advance()]
+            now = time.monotonic()
+            done = [operation for operation in operations if operation.advance() or now > operation.entry.deadline]
             for operation in done:
                 operations.remove(operation)
                 operation.entry.__exit__()
@@ -111,10 +117,10 @@ class Operation(Work):
         self.entry = entry
         self._steps = steps
         self._outputs = outputs
-        self._timeout_s = timeout_s
-        self._requests: list[MPI.Request] = []
+        self.timeout_s = timeout_s
+        self._awaited: list[MPI.Request] | Callable[[], bool] = []
         self._statuses: list[MPI.Status] = []
-        self._source = -1
+        self._received: list[MPI.Status] = []  # the last ones there were
         self._error: BaseException | None = None
         self._finished = False
         self._advancing = threading.Lock()
@@ -133,11 +139,11 @@ class Operation(Work):
         if self._finished or not self._advancing.acquire(blocking=False):
             return self._finished
         try:
-            while not self._finished and MPI.Request.Testall(self._requests, self._statuses):
-                self._requests = self._steps.send(self._statuses if self._requests else None)  # type: ignore[arg-type]
-                self._statuses = [MPI.Status() for _ in self._requests]
+            while not self._finished and self._may_go_on():
+                self._received = self._statuses or self._received
+                self._awaited = self._steps.send(self._statuses or None)  # type: ignore[arg-type]
+                self._statuses = [] if callable(self._awaited) else [MPI.Status() for _ in self._awaited]
         except StopIteration:
-            self._source = self._statuses[0].Get_source() if self._statuses else -1
             self._finished = True
         except Exception as error:
             self._error = error
@@ -147,6 +153,10 @@ class Operation(Work):
                 self._close()
             self._advancing.release()
         return self._finished
+
+    def _may_go_on(self) -> bool:
+        awaited = self._awaited
+        return awaited() if callable(awaited) else MPI.Request.Testall(awaited, self._statuses)
 
     def _close(self) -> None:
         self._progress.finished(self)
@@ -160,7 +170,7 @@ class Operation(Work):
         Raises:
             RuntimeError: the operation failed, or did not end in time.
         """
-        limit_s = timeout.total_seconds() or self._timeout_s
+        limit_s = timeout.total_seconds() or self.timeout_s
         if not self.finished_by(time.monotonic() + limit_s):
             raise RuntimeError(f"{self.name}: Timed out after {limit_s:g} s")
         if self._error is not None:
@@ -192,7 +202,7 @@ class Operation(Work):
 
     def source_rank(self) -> int:
         """The group rank a receive got its message from."""
-        return self._source
+        return self._received[0].Get_source() if self._received else -1
 
     _source_rank = source_rank
 
@@ -208,9 +218,11 @@ class Operation(Work):
         return self._future
 
     def complete_future(self) -> None:
-        """Hand the outputs, or the error, to those who wait for the future. The operation is over."""
+        """Hand the outputs, or the error, to those who wait for the future. The operation is over, or took too long."""
         assert self._future is not None
-        if self._error is None:
+        if not self._finished:
+            self._future.set_exception(RuntimeError(f"{self.name}: Timed out after {self.timeout_s:g} s"))
+        elif self._error is None:
             self._future.set_result(self._outputs)
         else:
             self._future.set_exception(self._error)

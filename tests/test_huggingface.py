@@ -25,9 +25,9 @@ def small(family: str) -> Any:
     return replace(config, window=6) if family == "microrwkv" else config
 
 
-def trained(family: str) -> LanguageModel:
+def trained(config: Any) -> LanguageModel:
     """A model whose every parameter matters, in eval mode."""
-    model = make(small(family)).eval()
+    model = make(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -37,7 +37,7 @@ def trained(family: str) -> LanguageModel:
 
 def wrapped(family: str) -> tuple[LanguageModel, FiraLMForCausalLM]:
     """A model of ours, and the same as one of transformers'."""
-    ours = trained(family)
+    ours = trained(small(family))
     made, config = (RishAICausalLM, RishAIConfig) if family == "rish" else (FiraLMForCausalLM, FiraLMConfig)
     theirs = made(config(shape=to_document(ours.config))).eval()
     theirs.load_state_dict({f"model.{name}": value for name, value in ours.state_dict().items()})

@@ -66,6 +66,7 @@ def test_the_first_command_trains_writes_resumes_and_plots(place):
     }
     assert run(write + " --max-new-tokens 5", place).startswith("def ")
     assert run(command_with("--prompt - ") + " --max-new-tokens 5", place).startswith("import os")
+    assert "exported" in run(command_with("export.py", "--out exported"), place)
     assert "resumed after step 2" in run(command_with("mpirun -np 2", "--resume auto"), place)
 
 
@@ -96,14 +97,14 @@ def test_the_other_commands_name_flags_that_exist():
                 assert not word.startswith("--") or f"  {word} " in helps[script].replace("[", "  "), (word, script)
 
 
-def test_the_python_of_the_readme(place):
-    (code,) = PYTHON
+@pytest.mark.parametrize("code", PYTHON, ids=["fira", "transformers"])
+def test_the_python_of_the_readme(place, code):
     environment = os.environ | {"FIRA_CACHE": str(place / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("def ")
+    assert "def " in done.stdout
 
 
 def test_every_file_it_names_is_there_and_every_file_is_named():

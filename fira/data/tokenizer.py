@@ -10,6 +10,18 @@ from fira.errors import UserError
 EOS = "</s>"
 SPECIAL_TOKENS = ["[UNK]", "<s>", EOS, "<|prompter|>", "<|assistant|>"]
 END_NAMES = [EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>"]  # what published tokenizers call it
+# A conversation in the language of transformers' `apply_chat_template`, as fira.generation.chat has it; a system's
+# message is one more of the prompter's.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == "assistant" -%}
+<|assistant|>{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+{%- else -%}
+<|prompter|>{{ message.content }}{{ eos_token }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
+"""
 # GPT-2's split into words, except that combining marks belong to the word, and joiners in it: without them a Hindi word
 # falls to pieces
 WORDS = Regex(

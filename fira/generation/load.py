@@ -8,17 +8,18 @@ from tokenizers import Tokenizer
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, from_document
-from fira.training.checkpoint import Checkpoint, find
+from fira.training.pretrained import open_saved
 from fira.training.state import TOKENIZER
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
-    """The model, in eval mode and with its tokenizer, of a run folder, a checkpoints folder or a step folder.
+    """The model, in eval mode and with its tokenizer, of a run folder, a checkpoints folder, a step folder, or a folder
+    of transformers (an export, a Llama, a FlexOlmo).
 
     Any layout may have written it. `model.tokenizer` is None where it was trained on shards without one.
     Raises UserError where there is no checkpoint, or one that is damaged or of another model.
     """
-    saved = Checkpoint.open(find(path))
+    saved = open_saved(path)
     with torch.device("meta"):
         model = build(from_document(saved.document("config")))
     for name, tensor in model.weights().items():

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from .families import FAMILIES, to_document
+from .families import from_document, to_document
 
 
 def _named(name: str) -> property:
@@ -56,7 +56,7 @@ class FiraLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.shape = {"family": self.family} | self.shape
         self.shape = to_document(self.own())
-        self.tie_word_embeddings = self.shape["family"] in ("blues", "microrwkv")
+        self.tie_word_embeddings = self.shape.get("tied", self.shape["family"] in ("blues", "microrwkv"))
         kwargs["auto_map"] = {"AutoConfig": f"configuration_fira.{type(self).__name__}"} | {
             auto: f"modeling_fira.{name}" for auto, name in self.classes.items()
         }
@@ -64,8 +64,7 @@ class FiraLMConfig(PreTrainedConfig):
 
     def own(self) -> Any:
         """The family's own config."""
-        fields = {name: value for name, value in self.shape.items() if name != "family"}
-        return FAMILIES[self.shape["family"]][1](**fields)
+        return from_document(self.shape)
 
 
 class RishAIConfig(FiraLMConfig):

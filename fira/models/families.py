@@ -30,3 +30,15 @@ def to_document(config: Any) -> dict[str, Any]:
     """A config as JSON-able values, with its family's name."""
     family = next(name for name, (_, kind) in FAMILIES.items() if kind is type(config))
     return {"family": family, **asdict(config)}
+
+
+def from_document(document: dict[str, Any]) -> Any:
+    """The config that `to_document` described. ValueError where it is none."""
+    values = dict(document)
+    family = values.pop("family", None)
+    if family not in FAMILIES:
+        raise ValueError(f"unknown model family {family!r}; known: {', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[family][1](**values)
+    except TypeError as error:
+        raise ValueError(f"it does not describe a {family}: {error}") from None

@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_fira import FiraLMConfig, RishAIConfig
 from .context import Context, KVCache
-from .families import make
+from .families import from_document, make
 from .init import initial_values
 from .router import Routed, Router
 
@@ -77,7 +77,7 @@ class FiraLMModel(FiraLMPreTrainedModel):
         super().__init__(config)
         device = torch.get_default_device()
         with torch.device("meta"):
-            model = make(config.own())
+            model = make(from_document(config.shape))  # of remote code each file's classes are its own, so not .own()
         self.layers = model.layers if device.type == "meta" else model.layers.to_empty(device=device)
         self.gradient_checkpointing = False
         last = len(self.layers) - 1

@@ -23,7 +23,10 @@ from .rotary import Rotary
 
 @dataclass(frozen=True)
 class MooshakConfig:
-    """The shape of a mooshak. seq_len: the longest context. n_kv_head: None for one per query head."""
+    """The shape of a mooshak. seq_len: the longest context. n_kv_head: None for one per query head.
+
+    tied: logits are products with the embedding's vectors, as in small Llamas.
+    """
 
     vocab_size: int = 64128
     seq_len: int = 2048
@@ -35,6 +38,7 @@ class MooshakConfig:
     rope_theta: float = 1e4
     norm_eps: float = 1e-6
     norm_order: str = "pre"
+    tied: bool = False
 
 
 PRESETS = {
@@ -79,4 +83,5 @@ class Mooshak(LanguageModel):
         c = config or MooshakConfig(**arguments)  # type: ignore[arg-type]
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
         head = Head(RMSNorm(c.d_model, c.norm_eps), Normal(c.d_model, c.vocab_size, bias=False))
-        super().__init__(c, nn.Sequential(Embedding(c.vocab_size, c.d_model, std=0.02), *blocks, head))
+        embedding = Embedding(c.vocab_size, c.d_model, std=0.02)
+        super().__init__(c, nn.Sequential(embedding, *blocks, head), tied=c.tied)

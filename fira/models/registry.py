@@ -6,6 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from fira.errors import UserError
 
+from . import families
 from .families import FAMILIES, make
 from .language_model import LanguageModel
 
@@ -30,15 +31,19 @@ def make_config(preset: str, changes: dict[str, Any]) -> Any:
     """The config of a preset with some fields changed."""
     if preset not in PRESETS:
         raise UserError(f"--model {preset}: no such preset; choose from {', '.join(PRESETS)}")
-    config = PRESETS[preset]
+    return change(PRESETS[preset], preset, changes)
+
+
+def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
+    """The config of the model called `name` with some fields changed."""
     known = {f.name for f in fields(config)}
     if unknown := set(changes) - known:
-        raise UserError(f"{preset} has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+        raise UserError(f"{name} has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
     kinds = get_type_hints(type(config))
-    for name, value in changes.items():
-        allowed = get_args(kinds[name]) or (kinds[name],)
+    for field, value in changes.items():
+        allowed = get_args(kinds[field]) or (kinds[field],)
         if type(value) not in allowed and not (type(value) is int and float in allowed):
-            raise UserError(f"{name}={value}: {name} is {' or '.join(kind.__name__ for kind in allowed)}; give that")
+            raise UserError(f"{field}={value}: {field} is {' or '.join(kind.__name__ for kind in allowed)}; give that")
     return replace(config, **changes)
 
 
@@ -51,12 +56,8 @@ def build(config: Any) -> LanguageModel:
 
 
 def from_document(document: dict[str, Any]) -> Any:
-    """The config that `families.to_document` described."""
-    values = dict(document)
-    family = values.pop("family", None)
-    if family not in FAMILIES:
-        raise UserError(f"config.json: unknown model family {family!r}; known: {', '.join(FAMILIES)}")
+    """The config that a config.json describes, as `families.to_document` did."""
     try:
-        return FAMILIES[family][1](**values)
-    except TypeError as error:
-        raise UserError(f"config.json does not describe a {family}: {error}") from None
+        return families.from_document(document)
+    except ValueError as error:
+        raise UserError(f"config.json: {error}") from None

@@ -13,6 +13,8 @@ from pipeline.schedule import SCHEDULES
 
 WORDS = {"true": True, "false": False, "none": None}
 
+FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # of a model that was trained before
+
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
@@ -48,6 +50,9 @@ class TrainConfig:
     precision: str = _option("fp32", "of the matrix products", ("fp32", "bf16", "fp16", "fp64"))
     recompute: bool = _option(False, "keep only the blocks' inputs and compute the rest again")
     out: str | None = _option(None, "run folder; default: a new one under runs/")
+    init: str | None = _option(
+        None, "start from the model, weights and tokenizer of a run, a checkpoint, an export, a Llama or a FlexOlmo"
+    )
     resume: str | None = _option(None, "auto (newest checkpoint in the run folder) or a checkpoint")
     eval_every: int = _option(50, "steps between validations")
     eval_sequences: int = _option(128, "sequences in a validation, spread evenly over the validation set")
@@ -78,11 +83,16 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
 
     def recipe(self) -> Recipe:
-        """Steps, learning rates, batch: what was given, and the preset's for what was left out."""
+        """Steps, learning rates, batch: what was given, and the preset's, or with init FINE_TUNING's, for the rest."""
         if self.model not in RECIPES:
             raise UserError(f"--model {self.model}: no such preset; choose from {', '.join(PRESETS)}")
         given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Recipe)}
-        return replace(RECIPES[self.model], **{name: value for name, value in given.items() if value is not None})
+        recipe = FINE_TUNING if self.init else RECIPES[self.model]
+        return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+    def name(self) -> str:
+        """What is trained, in a word: the preset, or the folder that it starts from."""
+        return Path(self.init).resolve().name if self.init else self.model
 
     def model_changes(self) -> dict[str, Any]:
         """What `model_set`, `vocab_size` and `seq_len` change of the preset."""

@@ -26,14 +26,14 @@ def choose(config: TrainConfig) -> Path:
     Without --out it is a new `runs/<model>`, `runs/<model>-2`, …; with --resume auto the newest of these. A folder that
     already holds a run is only taken with --resume: nothing is overwritten.
     """
-    earlier = sorted(_numbered(config.model)) if dist.get_rank() == 0 else []
+    earlier = sorted(_numbered(config.name())) if dist.get_rank() == 0 else []
     if config.out is not None:
         out = Path(config.out)
     elif config.resume == "auto" and earlier:
         out = earlier[-1][1]
     else:
         number = earlier[-1][0] + 1 if earlier else 1
-        out = RUNS / (config.model if number == 1 else f"{config.model}-{number}")
+        out = RUNS / (config.name() if number == 1 else f"{config.name()}-{number}")
     out = _on_all(out)
     if config.resume is None and _on_all((out / "training_log.csv").exists()):
         raise UserError(f"--out {out} already holds a run; add --resume auto to continue it, or choose another folder")

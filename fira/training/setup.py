@@ -1,6 +1,7 @@
 """From settings to everything a run needs: data, layout, model, trainer."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,11 +11,14 @@ from fira.data.mixture import Joined, Mixture
 from fira.data.prepare import Corpus, prepare
 from fira.data.tokenizer import load_tokenizer, vocabulary
 from fira.layout import choose_layout
-from fira.models.registry import build, make_config
+from fira.models.registry import build, change, from_document, make_config
 from fira.parallelize import parallelize
+from fira.training import state
 from fira.training.batch import Split
 from fira.training.config import TrainConfig
 from fira.training.hardware import choose_devices, measure_peak
+from fira.training.pretrained import Saved, open_saved
+from fira.training.state import TOKENIZER
 from fira.training.trainer import Trainer
 from pipeline import World
 from pipeline.mesh import Layout, make_mesh
@@ -38,15 +42,27 @@ class Run:
     heading: str  # what is trained, on what, and how it is spread: for a person
 
 
-def load_corpus(config: TrainConfig, vocab_size: int, world: World) -> Corpus:
+def load_corpus(config: TrainConfig, tokenizer: str | None, vocab_size: int, world: World) -> Corpus:
     """The data, prepared by one rank of each node while the others wait (collective)."""
 
     def corpus(progress: bool) -> Corpus:
-        return prepare(config.data, config.text_column, config.tokenizer, vocab_size, progress=progress)
+        return prepare(config.data, config.text_column, tokenizer, vocab_size, progress=progress)
 
     prepared = corpus(progress=world.rank == 0) if world.local_rank == 0 else None
     dist.barrier()
     return prepared or corpus(progress=False)
+
+
+def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | None]:
+    """The model's config, and the tokenizer.json that belongs to it, if any: what was saved, or as the flags say."""
+    changes = config.model_changes()
+    if saved:
+        own = str(saved.folder / TOKENIZER) if saved.has_file(TOKENIZER) else None
+        model = change(from_document(saved.document("config")), config.name(), changes)
+        return model, config.tokenizer or own
+    if config.tokenizer and config.vocab_size is None:
+        changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))
+    return make_config(config.model, changes), config.tokenizer
 
 
 def choose_microbatch(config: TrainConfig, batch_size: int, layout: Layout) -> int:
@@ -59,10 +75,8 @@ def choose_microbatch(config: TrainConfig, batch_size: int, layout: Layout) -> i
 
 def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     """Prepare data, build this rank's part of the model and measure the machine (collective)."""
-    model_config = make_config(config.model, config.model_changes())
-    if config.tokenizer and config.vocab_size is None:
-        changes = {**config.model_changes(), "vocab_size": vocabulary(load_tokenizer(config.tokenizer))}
-        model_config = make_config(config.model, changes)
+    saved = open_saved(config.init) if config.init else None
+    model_config, tokenizer_path = choose_model(config, saved)
     with torch.device("meta"):
         model = build(model_config)
     layout = choose_layout(
@@ -75,7 +89,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         stages_per_rank=len(SCHEDULES[config.schedule](1, 1).placement),
     )
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
-    corpus = load_corpus(config, model_config.vocab_size, world)
+    corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world)
     mesh = make_mesh(layout, devices)
     microbatch = choose_microbatch(config, batch_size, layout)
     dtype = PARAMETERS.get(config.precision, torch.float32)
@@ -94,12 +108,14 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     trainer = Trainer(
         distributed, mesh, split, config.schedule, config.weight_decay, config.clip, config.precision == "fp16"
     )
+    if saved:
+        state.load_weights(saved, distributed)
     tokenizer = corpus.tokenizer.read_bytes() if corpus.tokenizer else None
     summary = corpus.summary
     stages = " | ".join(f"{span.start}–{span.stop - 1}" for span in distributed.stages)
     heading = "\n".join(
         [
-            f"{config.model}: {model.num_parameters():,} parameters · {devices[0].type} {config.precision} · {layout}",
+            f"{config.name()}: {model.num_parameters():,} parameters · {devices[0].type} {config.precision} · {layout}",
             f"{config.schedule} · micro-batches a replica: {split.count(batch_size)}, each {microbatch} × "
             f"{model_config.seq_len} tokens · stages of layers {stages}",
             f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "

@@ -9,9 +9,10 @@ from fira.data.loader import Loader
 from fira.data.mixture import Mixture
 from fira.errors import UserError
 from fira.models.families import to_document
-from fira.parallelize import Part
+from fira.parallelize import Distributed, Part
 from fira.training import checkpoint
 from fira.training.checkpoint import Checkpoint, Shard
+from fira.training.pretrained import Saved
 from fira.training.trainer import Trainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -53,22 +54,26 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     """Take up a checkpoint written by any layout; returns its step. UserError where it is of another model or data."""
     _check_same(saved, trainer, tokenizer)
     state = saved.document("state")
-    with torch.no_grad():
-        for part in trainer.model.parts:
-            part.parameter.copy_(_read(saved, part.name, part))
-            for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[part.name], strict=True):
-                tensor.copy_(_read(saved, f"{moment}/{part.name}", part))
-        for part in trainer.model.buffers:
-            part.parameter.copy_(_read(saved, part.name, part))
+    load_weights(saved, trainer.model)
+    for part in trainer.model.parts:
+        for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[part.name], strict=True):
+            tensor.copy_(_read(saved, f"{moment}/{part.name}", part))
     trainer.optimizer.updates = state["updates"]
-    if trainer.model.tied:
-        trainer.model.tied.share_value()
     loader.load_state_dict(state["loader"])
     trainer.scale.load_state_dict(state["loss_scale"])
     return saved.step
 
 
-def _read(saved: Checkpoint, name: str, part: Part) -> torch.Tensor:
+@torch.no_grad()
+def load_weights(saved: Saved, model: Distributed) -> None:
+    """Take this rank's part of the weights, whoever wrote them (collective). UserError: they are another model's."""
+    for part in [*model.parts, *model.buffers]:
+        part.parameter.copy_(_read(saved, part.name, part))
+    if model.tied:
+        model.tied.share_value()
+
+
+def _read(saved: Saved, name: str, part: Part) -> torch.Tensor:
     if saved.shape(name) != part.shape:
         raise UserError(f"{saved.folder}: {name} has shape {saved.shape(name)}, this model's is {part.shape}")
     return saved.read(name, part.start, part.start + len(part.parameter)) if part.shape else saved.read(name)

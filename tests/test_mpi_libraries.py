@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.ranks import run_function
 
@@ -169,60 +169,49 @@ def load(folder: str) -> None:
     close(net, model())
 
 
-def trainer(folder: str) -> None:
-    """Hugging Face's Trainer, and Accelerate beneath it: losses and weights as in a plain loop over the whole batch."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+def accelerated() -> None:
+    """Hugging Face's Accelerate, on which its Trainer stands: its own loader, accumulation, clipping and gathering."""
+    from accelerate import Accelerator
 
-    class InOrder(Trainer):
-        def _get_train_sampler(self, *args: object) -> SequentialSampler:
-            return SequentialSampler(rows)  # type: ignore[arg-type]
+    size = dist.get_world_size()
+    rows = batch(0, range(4 * size))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    assert (accelerator.num_processes, accelerator.process_index) == (size, dist.get_rank())
+    net = model()
+    loader = DataLoader(TensorDataset(rows), batch_size=ROWS)  # a batch of it to each rank
+    wrapped, optimizer, loader = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader)
+    assert isinstance(wrapped, DistributedDataParallel)
+    losses: list[Tensor] = []
+    for (part,) in loader:
+        with accelerator.accumulate(wrapped):
+            loss = wrapped(part).square().mean()
+            losses.append(accelerator.gather(loss.detach()).mean())
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(wrapped.parameters(), 0.05)
+            optimizer.step()
+            optimizer.zero_grad()
 
-    def tiny() -> nn.Module:
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config)
-
-    steps, size = 4, dist.get_world_size()
-    tokens = torch.randint(0, 50, (steps * 2 * size, 12), generator=torch.Generator().manual_seed(1))
-    rows = [{"input_ids": row, "labels": row} for row in tokens]
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
-    arguments = TrainingArguments(
-        folder, use_cpu=True, per_device_train_batch_size=2, max_steps=steps, logging_steps=1, **quiet,
-        optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0,
-    )  # fmt: skip
-    net = tiny()
-    one = InOrder(net, arguments, train_dataset=rows)
-    one.train()
-    assert isinstance(one.model_wrapped, DistributedDataParallel)
-    assert one.args.world_size == size
-
-    whole, losses = tiny(), []
-    optimizer = torch.optim.SGD(whole.parameters(), lr=0.5)
-    for batch in tokens.split(2 * size):
-        loss = whole(input_ids=batch, labels=batch).loss
-        loss.backward()
+    whole, expected = model(), []
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    for step in rows.split(2 * ROWS * size):
+        expected += [whole(part).square().mean().detach() for part in step.split(ROWS * size)]
+        whole(step).square().mean().backward()
+        nn.utils.clip_grad_norm_(whole.parameters(), 0.05)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    logged = [entry["loss"] for entry in one.state.log_history if "loss" in entry]
-    torch.testing.assert_close(logged, losses, rtol=1e-4, atol=0)
-    close(net, whole, 1e-5)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
+    close(net, whole)
 
 
 def everything() -> None:
-    for part in (data_parallel, sharded, tensors, pipelined):
+    for part in (data_parallel, sharded, tensors, pipelined, accelerated):
         part()
         dist.barrier()
 
 
 def test_libraries_on_four_ranks() -> None:
     run_function(4, __name__, "everything", timeout=150)
-
-
-def test_hugging_face_trainer_on_two_ranks(tmp_path: Path) -> None:
-    run_function(2, __name__, "trainer", folder=str(tmp_path))
 
 
 def test_distributed_checkpoint_at_another_world_size() -> None:

@@ -40,7 +40,7 @@ def start(comm: MPI.Intracomm, progress: Progress, watch: Watch, cuda: str | Non
     PyTorch knows the name "mpi", but its wheels are built without the class behind it. Ours takes that place, so
     ``new_group``, ``DeviceMesh`` and everything else make MPI groups by PyTorch's own path.
     """
-    groups = _Groups(comm, progress, watch, cuda_aware)
+    groups = Groups(comm, progress, watch, cuda_aware)
     distributed_c10d.ProcessGroupMPI = groups
     distributed_c10d._MPI_AVAILABLE = True
     dist.init_process_group(
@@ -53,36 +53,39 @@ def start(comm: MPI.Intracomm, progress: Progress, watch: Watch, cuda: str | Non
     )
 
 
-class _Groups:
-    """Makes a group from global ranks. PyTorch calls ``create`` on its members only, with the same ranks on each."""
+class Groups:
+    """Makes groups of the world's ranks. PyTorch calls ``create`` on a group's members only, with the same ranks."""
 
     def __init__(self, world: MPI.Intracomm, progress: Progress, watch: Watch, cuda_aware: bool) -> None:
+        self.progress = progress
+        self.cuda_aware = cuda_aware
         self._world = world
-        self._progress = progress
         self._watch = watch
-        self._cuda_aware = cuda_aware
         self._creations: dict[tuple[int, ...], GroupTrace] = {}
         self.store = MPIStore(world, watch.timeout_s)  # torch keeps but its C++ half alive
 
-    def create(self, ranks: list[int]) -> "MPIProcessGroup | MPIBackend":
+    def create(self, ranks: list[int]) -> "Operations":
+        """A group of these ranks, or of all."""
+        asked = _asked_for()
         ranks = ranks or list(range(self._world.Get_size()))
+        return self.make(ranks, asked.get("timeout"), asked.get("group_name", ""), asked.get("group_desc"))
+
+    def make(self, ranks: list[int], timeout: timedelta | None, name: str, description: str | None) -> "Operations":
+        """A group with a name. Collective over ``ranks``."""
         tag = zlib.crc32(repr(ranks).encode()) % 32768  # groups made at the same time by several threads stay apart
         entry = self._creations.setdefault(tuple(ranks), self._watch.group(ranks)).begin("new_group", [])
         with entry:
             comm = self._world.Create_group(self._world.Get_group().Incl(ranks), tag)
         entry.end(None)
         comm.Set_errhandler(MPI.ERRORS_RETURN)
-        asked = _request()
-        timeout = asked.get("timeout")
         given = timeout not in (None, distributed_c10d.default_pg_timeout, timedelta(seconds=self._watch.timeout_s))
         limit_s = timeout.total_seconds() if timeout and given else math.inf
-        kind = MPIBackend if _mixed(asked.get("backend_config")) else MPIProcessGroup
-        group = kind(comm, self._progress, self._watch.group(ranks), limit_s, self._cuda_aware)
-        group.setGroupName(asked.get("group_name", ""))
+        group = (MPIBackend if TAKES_BACKENDS else MPIProcessGroup)(self, comm, self._watch.group(ranks), limit_s)
+        group.called(name, description)
         return group
 
 
-def _request() -> dict[str, Any]:
+def _asked_for() -> dict[str, Any]:
     """What ``new_group`` was asked for: PyTorch passes on no more than the ranks, but the rest stands in its frame."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name != "_new_process_group_helper":
@@ -90,37 +93,36 @@ def _request() -> dict[str, Any]:
     return {} if frame is None else frame.f_locals
 
 
-def _mixed(config: Any) -> bool:
-    """Does another backend serve another device in the same group? PyTorch has room for it beside a ``Backend``."""
-    return TAKES_BACKENDS and config is not None and set(config.get_device_backend_map().values()) != {"mpi"}
-
-
 class Operations:
     """One communicator's operations, as PyTorch calls them. Ranks are the group's own.
 
     ``timeout_s``: an operation that takes longer raises in the rank that waits. Without, the job's own timeout holds.
-    ``cuda_aware``: MPI reads and writes device memory.
     """
 
-    def __init__(
-        self, comm: MPI.Intracomm, progress: Progress, trace: GroupTrace, timeout_s: float, cuda_aware: bool
-    ) -> None:
+    def __init__(self, groups: Groups, comm: MPI.Intracomm, trace: GroupTrace, timeout_s: float) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
+        self._groups = groups
         self._steps = Collectives(comm)
-        self._progress = progress
+        self._progress = groups.progress
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._timeout_s = timeout_s
-        self._cuda_aware = cuda_aware
+        self._cuda_aware = groups.cuda_aware
         self._trace = trace
         self._last: weakref.ref[Operation] | None = None
         self._agree = Agreement(comm) if dist.get_debug_level() == dist.DebugLevel.DETAIL else None
 
+    @property
+    def supports_coalescing(self) -> bool:
+        return False
+
+    def called(self, name: str, description: str | None) -> None:
+        """How reports call the group."""
+        self._trace.name = name
+        self._trace.description = "" if description in (None, "undefined") else str(description)
+
     def getBackendName(self) -> str:
         return "mpi"
-
-    def setGroupName(self, name: str) -> None:
-        self._trace.name = name
 
     def _start(
         self,
@@ -342,13 +344,16 @@ class Operations:
 
 
 class MPIProcessGroup(Operations, ProcessGroup):
-    """A whole group, for tensors of every device. Getters and setters are looked up by name from C++."""
+    """Up to torch 2.13: a whole group, for every device. Getters and setters are looked up by name from C++."""
 
     def getSize(self) -> int:
         return self._size
 
     def getRank(self) -> int:
         return self._rank
+
+    def setGroupName(self, name: str) -> None:
+        self._trace.name = name
 
     def getGroupName(self) -> str:
         return self._trace.name
@@ -358,19 +363,33 @@ class MPIProcessGroup(Operations, ProcessGroup):
         return self._trace.name
 
     def _set_group_desc(self, description: str) -> None:
-        self._trace.description = "" if description == "undefined" else description
+        self.called(self._trace.name, description)
         super()._set_group_desc(description)
-
-    @property
-    def supports_coalescing(self) -> bool:
-        return False
 
     def _get_backend(self, device: torch.device) -> "MPIProcessGroup":
         return self
 
 
 class MPIBackend(Operations, Backend):
-    """One device's share of a group, such as ``cpu:mpi,cuda:nccl``. PyTorch takes such a one from 2.14 on."""
+    """From torch 2.14 on: what a group has for some of its devices, as in ``cpu:mpi,cuda:nccl``."""
+
+    @property
+    def options(self) -> Backend.Options:
+        return Backend.Options("mpi")
+
+    @property
+    def supports_splitting(self) -> bool:
+        return True
+
+    def split(self, store: dist.Store, ranks: list[int], opts: Backend.Options) -> Operations:
+        """For ``split_group``, from torch 2.15 on: the group of some of this group's ranks that this one is in.
+
+        Raises:
+            RuntimeError: it is in none; PyTorch would crash there.
+        """
+        if self._rank not in ranks:
+            raise RuntimeError("split_group needs every rank to be in one of the parts; new_group leaves ranks out")
+        return self._groups.make([self._trace.ranks[rank] for rank in ranks], opts._timeout, opts.group_name, None)
 
     def monitoredBarrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         self.monitored_barrier(opts.timeout, wait_all_ranks)

@@ -118,6 +118,7 @@ def test_an_export_is_a_checkpoint(
     [
         ("mooshak", "llama", {}),
         ("mooshak", "llama", {"n_kv_head": 1, "tied": True, "rope_theta": 5e5}),
+        ("mooshak", "llama", {"rope_factor": 8.0, "rope_original": 16}),
         ("rish", "flexolmo", {}),
         ("rish", "flexolmo", {"max_position": 5, "rope_factor": 2.0, "top_k": 0.8}),
     ],
@@ -152,7 +153,8 @@ def test_what_has_no_equal_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> N
         ({"model_type": "qwen2"}, "model_type qwen2"),
         ({"attention_bias": True}, "attention_bias True has no equal"),
         ({"hidden_act": "gelu"}, "hidden_act gelu has no equal"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type llama3 has no equal"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type yarn has no equal"),
+        ({"rope_scaling": {"type": "llama3"}, "rope_parameters": None}, "no factor"),
         ({"head_dim": 16}, "head_dim 16"),
         ({"num_hidden_layers": 3}, r"no tensor model\.layers\.2"),
         ({"intermediate_size": 41}, r"mlp.* is \(40, 32\)"),

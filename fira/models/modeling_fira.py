@@ -168,6 +168,7 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
     def __init__(self, config: FiraLMConfig) -> None:
         super().__init__(config)
         self.model = FiraLMModel(config)
+        self.loss_type = "ForCausalLM"
         self._is_stateful = config.shape["family"] == "microrwkv"
         self.post_init()
 

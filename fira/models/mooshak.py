@@ -18,14 +18,15 @@ from .language_model import LanguageModel
 from .layer import Layer
 from .mlp import GatedMLP
 from .norms import RMSNorm
-from .rotary import Rotary
+from .rotary import Rotary, Stretch
 
 
 @dataclass(frozen=True)
 class MooshakConfig:
     """The shape of a mooshak. seq_len: the longest context. n_kv_head: None for one per query head.
 
-    tied: logits are products with the embedding's vectors, as in small Llamas.
+    tied: logits are products with the embedding's vectors, as in small Llamas. rope_factor: where it is not 1, rotary
+    positions are stretched as in Llama 3.1; it and those below are `rotary.Stretch`'s.
     """
 
     vocab_size: int = 64128
@@ -39,6 +40,10 @@ class MooshakConfig:
     norm_eps: float = 1e-6
     norm_order: str = "pre"
     tied: bool = False
+    rope_factor: float = 1.0
+    rope_low: float = 1.0
+    rope_high: float = 4.0
+    rope_original: int = 8192
 
 
 PRESETS = {
@@ -59,7 +64,8 @@ class Block(Layer):
         if c.norm_order not in ("pre", "post"):
             raise ValueError(f"norm_order {c.norm_order!r} is neither 'pre' nor 'post'")
         self.norm_first = c.norm_order == "pre"
-        rotary = Rotary(c.d_model // c.n_head, c.rope_theta)
+        stretch = Stretch(c.rope_factor, c.rope_low, c.rope_high, c.rope_original) if c.rope_factor != 1 else None
+        rotary = Rotary(c.d_model // c.n_head, c.rope_theta, stretch=stretch)
         name = f"layers.{index}.attention"
         self.attention = SelfAttention(c.d_model, c.n_head, name, Normal, n_kv_head=c.n_kv_head, rotary=rotary)
         self.mlp = GatedMLP(c.d_model, c.d_ff, Normal)

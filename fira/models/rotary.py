@@ -1,23 +1,51 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in halves as Llama has it."""
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Stretch(NamedTuple):
+    """Llama 3.1's way to longer contexts: what makes few turns in the `original` context turns `factor` times slower.
+
+    Few are fewer than `low`. What makes more than `high` turns stays as it was, and between them it is a blend.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original: int
+
+    def __call__(self, frequencies: Tensor) -> Tensor:
+        turns = self.original * frequencies / (2 * math.pi)
+        fast = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return frequencies * (fast + (1 - fast) / self.factor)
 
 
 class Rotary:
     """Turns each pair (x_i, x_{i + hd/2}) of a head by position · θ^(−2i/hd).
 
     max_position: from there on θ grows with the length T, θ' = θ · (s·T/max − (s − 1))^(hd / (hd − 2)), which is
-    "dynamic NTK" scaling as transformers has it; s is `factor`. None: θ never changes.
+    "dynamic NTK" scaling as transformers has it; s is `factor`. None: θ never changes. stretch: see Stretch.
     """
 
-    def __init__(self, head_dim: int, theta: float, max_position: int | None = None, factor: float = 1.0) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        max_position: int | None = None,
+        factor: float = 1.0,
+        stretch: Stretch | None = None,
+    ) -> None:
         if head_dim % 2:
             raise ValueError(f"rotary embedding turns pairs; head_dim {head_dim} is odd")
         self.head_dim = head_dim
         self.theta = theta
         self.max_position = max_position
         self.factor = factor
+        self.stretch = stretch
 
     def __call__(self, x: Tensor, length: int) -> Tensor:
         """x: [B, H, n, hd], the last n of `length` positions → the same, turned.
@@ -26,7 +54,8 @@ class Rotary:
         """
         positions = torch.arange(length - x.shape[2], length, dtype=torch.float64, device=x.device)
         halves = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=x.device) / self.head_dim
-        angles = positions[:, None] * self._theta(length) ** -halves
+        frequencies = self._theta(length) ** -halves
+        angles = positions[:, None] * (self.stretch(frequencies) if self.stretch else frequencies)
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = angles.cos().to(wide), angles.sin().to(wide)
         a, b = x.to(wide).chunk(2, dim=-1)

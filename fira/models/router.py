@@ -16,6 +16,12 @@ class Routed(NamedTuple):
     logits: Tensor  # […, E]
 
 
+def number_chosen(top_k: int | float, num_experts: int) -> int:
+    """Experts per token. top_k: that number, or a fraction of all, rounded down: 0.8 of 4 are 3."""
+    # a little is added because 15/22 of 22 is just below 15 in floating point
+    return top_k if isinstance(top_k, int) else max(1, int(top_k * num_experts + 1e-9))
+
+
 class Router(nn.Module):
     """Token-choice top-k of the logits (W x + b) / temperature.
 
@@ -53,8 +59,7 @@ class Router(nn.Module):
         self.balance_rate = balance_rate
         if balance_rate:
             self.register_buffer("balance", torch.zeros(num_experts))
-        # 0.8 of 4 experts are 3; a little is added because 15/22 of 22 is just below 15 in floating point
-        self.top_k = top_k if isinstance(top_k, int) else max(1, int(top_k * num_experts + 1e-9))
+        self.top_k = number_chosen(top_k, num_experts)
         if not 1 <= self.top_k <= num_experts:
             raise ValueError(f"top_k {top_k} does not choose between 1 and {num_experts} experts")
 

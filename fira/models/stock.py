@@ -12,8 +12,15 @@ from fira.errors import UserError
 
 from .mooshak import MooshakConfig
 from .rish import RishConfig
+from .router import number_chosen
 
 ATTENTION = {f"attention.{name}.weight": f"self_attn.{name}_proj.weight" for name in "qkvo"}
+STRETCH = {
+    "factor": "rope_factor",
+    "low_freq_factor": "rope_low",
+    "high_freq_factor": "rope_high",
+    "original_max_position_embeddings": "rope_original",
+}
 
 
 @dataclass(frozen=True)
@@ -30,18 +37,25 @@ class Stock:
 def _llama_fields(config: MooshakConfig) -> dict[str, Any]:
     if config.norm_order != "pre":
         raise UserError(f"norm_order={config.norm_order} has no equal in Llama; export with --format fira")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_factor != 1:
+        rope |= {"rope_type": "llama3"} | {theirs: getattr(config, ours) for theirs, ours in STRETCH.items()}
     return {
         "max_position_embeddings": config.seq_len,
         "tie_word_embeddings": config.tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope,
     }
 
 
 def _mooshak_fields(document: dict[str, Any]) -> dict[str, Any]:
     rope = _rope(document, 1e4)
     _require(document, attention_bias=False, mlp_bias=False)
-    _require(rope, rope_type="default", partial_rotary_factor=1.0)
-    return {"rope_theta": rope["rope_theta"], "tied": document.get("tie_word_embeddings", False)}
+    _require(rope, partial_rotary_factor=1.0)
+    fields = {"rope_theta": rope["rope_theta"], "tied": document.get("tie_word_embeddings", False)}
+    if rope["rope_type"] == "llama3":
+        return fields | {ours: rope[theirs] for theirs, ours in STRETCH.items()}
+    _require(rope, rope_type="default")
+    return fields
 
 
 def _flexolmo_fields(config: RishConfig) -> dict[str, Any]:
@@ -54,15 +68,10 @@ def _flexolmo_fields(config: RishConfig) -> dict[str, Any]:
             "factor": config.rope_factor,
         },
         "num_experts": config.num_experts,
-        "num_experts_per_tok": _chosen(config),
+        "num_experts_per_tok": number_chosen(config.top_k, config.num_experts),
         "norm_topk_prob": False,
         "router_aux_loss_coef": config.aux_coefficient,
     }
-
-
-def _chosen(config: RishConfig) -> int:
-    """Experts per token, where top_k may be a fraction of them; see Router."""
-    return config.top_k if isinstance(config.top_k, int) else max(1, int(config.top_k * config.num_experts + 1e-9))
 
 
 def _rish_fields(document: dict[str, Any]) -> dict[str, Any]:

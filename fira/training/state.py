@@ -1,7 +1,6 @@
 """What a checkpoint of a training run holds, and how a run of any layout takes it up again."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -9,6 +8,7 @@ from fira.data.loader import Loader
 from fira.data.mixture import Mixture
 from fira.errors import UserError
 from fira.models.families import to_document
+from fira.models.registry import from_document
 from fira.parallelize import Distributed, Part
 from fira.training import checkpoint
 from fira.training.checkpoint import Checkpoint, Shard
@@ -80,7 +80,7 @@ def _read(saved: Saved, name: str, part: Part) -> torch.Tensor:
 
 
 def _check_same(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | None) -> None:
-    theirs: dict[str, Any] = saved.document("config")
+    theirs = to_document(from_document(saved.document("config")))  # with defaults for what is newer than the checkpoint
     ours = to_document(trainer.model.config)
     if different := [key for key in ours if theirs.get(key) != ours[key]]:
         key = different[0]

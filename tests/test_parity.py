@@ -23,7 +23,7 @@ def case(layout: list[int], **settings: Any) -> str:
 
 def alone(name: str) -> str:
     """The same training on one rank and one device, whose schedule is of no account, without recomputing."""
-    kept = ("dropout", "dtype", "microbatch", "layers")
+    kept = ("dropout", "dtype", "microbatch", "layers", "steps")
     return case(ONE, **{key: value for key, value in json.loads(name).items() if key in kept})
 
 
@@ -32,7 +32,9 @@ PIPELINES = [
     case([stages, 1, 1], schedule=schedule, dropout=dropout, microbatch=microbatch)
     for stages, schedule, (dropout, microbatch) in product([2, 4], ["gpipe", "1f1b"], [(0.0, 1), (0.1, 1), (0.1, 2)])
 ] + [
-    case([ranks, 1, 1], schedule=schedule, dropout=0.1, layers=6)  # enough for two stages on each of four ranks
+    case(
+        [ranks, 1, 1], schedule=schedule, dropout=0.1, steps=6, layers=6
+    )  # two stages for each of four ranks
     for ranks, schedule in product([2, 4], ["interleaved", "zb-h1", "zb-2p", "zb-v"])
 ]
 SPREAD = [
@@ -41,17 +43,17 @@ SPREAD = [
         [[1, 2, 1], [1, 4, 1], [1, 2, 2], [1, 4, 4], [2, 2, 2]],
         [(0.0, "float32", 1, "1f1b"), (0.1, "float32", 2, "gpipe"), (0.1, "float64", 1, "1f1b")],
     )
-] + [case([2, 2, 2], dropout=0.1, dtype="float64", microbatch=1, schedule=s) for s in ("interleaved", "zb-h1", "zb-v")]
+] + [case([2, 2, 2], dropout=0.1, dtype="float64", steps=6, schedule=s) for s in ("interleaved", "zb-h1", "zb-v")]
 LOCAL = [
     case(layout, devices=devices, dropout=dropout, recompute=recompute, microbatch=4, dtype="float64")
     for layout, devices, dropout, recompute in product([ONE], [2, 4], [0.0, 0.1], [False, True])
 ] + [
     case([2, 1, 1], devices=2, dropout=0.1, recompute=True, microbatch=2, dtype="float64"),
-    case([2, 1, 1], devices=2, dropout=0.1, microbatch=2, dtype="float64", schedule="zb-v"),
+    case([2, 1, 1], devices=2, dropout=0.1, microbatch=2, dtype="float64", steps=6, schedule="zb-v"),
     case([1, 2, 2], devices=2, dropout=0.1, recompute=True, microbatch=2, dtype="float64"),
 ]
 RECOMPUTED = [case(layout, recompute=True, dropout=0.1) for layout in (ONE, [2, 1, 1], [2, 2, 2])]
-RECOMPUTED += [case([2, 1, 1], recompute=True, dropout=0.1, schedule="zb-v")]
+RECOMPUTED += [case([2, 1, 1], recompute=True, dropout=0.1, steps=6, schedule="zb-v")]
 ALL = [*PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED]
 
 

@@ -1,0 +1,86 @@
+"""Compare our engine and schedules with PyTorch's: measure, then a table and a plot.
+
+    python -m benchmarks.pipeline.run
+
+Writes results.csv and results.png beside this file, and prints the table of README.md.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+
+HERE = Path(__file__).parent
+ROUNDS = 9
+JOBS = [(2, 4), (2, 8), (4, 8)]  # ranks, micro-batches
+COLOURS = {"ours": "tab:blue", "torch on ours": "tab:green", "torch on gloo": "tab:orange"}
+
+
+def main() -> None:
+    frame = pd.DataFrame([row for ranks, microbatches in JOBS for row in measure(ranks, microbatches)])
+    frame.to_csv(HERE / "results.csv", index=False)
+    report(frame)
+
+
+def measure(ranks: int, microbatches: int) -> Iterator[dict[str, Any]]:
+    """One job with all contenders; a row for each round of each."""
+    print(f"{ranks} ranks, {microbatches} micro-batches …", file=sys.stderr, flush=True)
+    mpirun = Path(sys.executable).with_name("mpirun")
+    command = [mpirun, "-np", ranks, sys.executable, HERE / "ranks.py", ROUNDS, microbatches]
+    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
+    for line in result.stdout.splitlines():
+        record = json.loads(line)
+        for number, seconds in enumerate(record.pop("seconds")):
+            yield {**record, "round": number, "seconds": seconds}
+
+
+def report(frame: pd.DataFrame) -> None:
+    """Print the table, draw the plot. A ratio is the median of the rounds' ratios."""
+    print("| ranks, micro-batches | schedule | ms | of 1F1B's ideal | × our 1F1B | × torch on ours | × torch on gloo |")
+    print("|---|---|---|---|---|---|---|")
+    for (ranks, microbatches), job in frame.groupby(["ranks", "microbatches"]):
+        by = {key: part.set_index("round")["seconds"] for key, part in job.groupby(["who", "schedule"])}
+        ideal = by["alone", "stage"] * (microbatches + ranks - 1) / microbatches
+        for schedule in (name for who, name in by if who == "ours"):
+            mine = by["ours", schedule]
+            cells = [f"{1e3 * mine.median():.0f}", ratio(ideal, mine), ratio(by["ours", "1f1b"], mine)]
+            cells += [ratio(by.get((who, schedule)), mine) for who in ("torch on ours", "torch on gloo")]
+            print(f"| {ranks}, {microbatches} | {schedule} | {' | '.join(cells)} |")
+    draw(frame)
+
+
+def ratio(theirs: pd.Series | None, mine: pd.Series) -> str:
+    return "–" if theirs is None else f"{(theirs / mine).median():.2f}"
+
+
+def draw(frame: pd.DataFrame) -> None:
+    jobs = list(frame.groupby(["ranks", "microbatches"]))
+    figure, axes = plt.subplots(1, len(jobs), figsize=(5 * len(jobs), 4), squeeze=False)
+    for axis, ((ranks, microbatches), job) in zip(axes[0], jobs, strict=True):
+        median = job.groupby(["who", "schedule"])["seconds"].median()
+        ideal = median["alone", "stage"] * (microbatches + ranks - 1) / microbatches
+        schedules = list(dict.fromkeys(job["schedule"]))[1:]
+        for shift, (who, colour) in enumerate(COLOURS.items()):
+            places = [i for i, name in enumerate(schedules) if (who, name) in median]
+            heights = [1e3 * median[who, schedules[i]] for i in places]
+            axis.bar([i + 0.27 * (shift - 1) for i in places], heights, 0.27, color=colour, label=who)
+        axis.axhline(1e3 * ideal, color="black", linewidth=0.8, linestyle="--", label="1F1B's ideal")
+        axis.axhline(1e3 * median["alone", "stage"], color="gray", linewidth=0.8, linestyle=":", label="no bubble")
+        axis.set_xticks(range(len(schedules)), schedules, rotation=30, ha="right")
+        axis.set_title(f"{ranks} ranks, {microbatches} micro-batches")
+        axis.set_ylabel("ms per step (forward and backward)")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(HERE / "results.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -32,9 +32,7 @@ PIPELINES = [
     case([stages, 1, 1], schedule=schedule, dropout=dropout, microbatch=microbatch)
     for stages, schedule, (dropout, microbatch) in product([2, 4], ["gpipe", "1f1b"], [(0.0, 1), (0.1, 1), (0.1, 2)])
 ] + [
-    case(
-        [ranks, 1, 1], schedule=schedule, dropout=0.1, steps=6, layers=6
-    )  # two stages for each of four ranks
+    case([ranks, 1, 1], schedule=schedule, dropout=0.1, steps=6, layers=6)  # two stages for each of four ranks
     for ranks, schedule in product([2, 4], ["interleaved", "zb-h1", "zb-2p", "zb-v"])
 ]
 SPREAD = [

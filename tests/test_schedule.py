@@ -3,7 +3,7 @@
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.partition import partition
@@ -35,6 +35,7 @@ def run(schedule: Schedule) -> Timeline:
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
+@settings(deadline=None, max_examples=30)
 @given(ranks=st.integers(1, 9), microbatches=st.integers(1, 30))
 def test_every_size_can_be_run(name, ranks, microbatches):
     schedule = SCHEDULES[name](ranks, microbatches)

@@ -11,8 +11,8 @@ from fira.models.context import Context
 from fira.models.registry import build, make_config
 from pipeline.split_backward import SplitBackward
 
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
-PRODUCTS |= {torch.ops.aten.embedding_dense_backward.default}
+aten = torch.ops.aten
+PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten._grouped_mm, aten.embedding_dense_backward}
 
 
 class Count(TorchDispatchMode):
@@ -23,7 +23,7 @@ class Count(TorchDispatchMode):
         self.products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.products += function in PRODUCTS
+        self.products += function.overloadpacket in PRODUCTS
         return function(*args, **kwargs or {})
 
 

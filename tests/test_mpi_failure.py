@@ -56,10 +56,14 @@ def test_without_init_it_ends_the_process() -> None:
     assert (result.returncode, result.stderr) == (2, "no such file\n")
 
 
-def test_an_mpirun_of_another_make_is_named(script: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "size", "rank"),
+    [("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")],
+)
+def test_a_launcher_that_does_not_know_the_library_is_named(script: Path, launcher: str, size: str, rank: str) -> None:
     """Its ranks find themselves alone, but their environment says how many were started."""
-    alone = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "PYTHONPATH": str(ROOT)}
+    alone = {size: "4", rank: "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), "all"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | alone)
     assert result.returncode == 2
-    assert result.stderr.startswith("mpirun started 4 ranks but MPI sees one")
+    assert result.stderr.startswith(f"{launcher} started 4 ranks but MPI sees one")

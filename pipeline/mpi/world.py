@@ -70,7 +70,7 @@ def _start(comm: Any, timeout_s: float) -> World:
     from pipeline.mpi.watch import Watch
     from pipeline.mpi.work import Progress
 
-    _refuse_foreign_mpirun(comm.Get_size())
+    _refuse_foreign_launcher(comm.Get_size())
     local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
     world = World(comm.Get_rank(), comm.Get_size(), local.Get_rank(), local.Get_size())
     cores = set().union(*local.allgather(os.sched_getaffinity(0)))
@@ -94,14 +94,21 @@ def _seconds(timeout: str | float) -> float:
     return seconds
 
 
-def _refuse_foreign_mpirun(size: int) -> None:
-    """One MPI's ``mpirun`` with another MPI's library starts n jobs of one rank: say so and end."""
-    started = max(int(os.environ.get(name, 1)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
-    if started > 1 and size == 1:
-        if os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == "0":
-            print(
-                f"mpirun started {started} ranks but MPI sees one: mpirun and the MPI library are of different makes; "
-                "use the mpirun that came with the library (`which -a mpirun`)",
-                file=sys.stderr,
-            )
-        raise SystemExit(2)
+_MPIRUN = (
+    "mpirun and the MPI library are of different makes; use the mpirun that came with the library (`which -a mpirun`)"
+)
+_LAUNCHERS = [  # name, its environment's number of ranks and rank, what is wrong if MPI sees one rank
+    ("mpirun", "PMI_SIZE", "PMI_RANK", _MPIRUN),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _MPIRUN),
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "say srun --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI"),
+]
+
+
+def _refuse_foreign_launcher(size: int) -> None:
+    """A launcher that does not know this MPI library starts n jobs of one rank: say so and end."""
+    for name, ranks, rank, advice in _LAUNCHERS:
+        started = int(os.environ.get(ranks, 1))
+        if size == 1 and started > 1:
+            if os.environ.get(rank) == "0":
+                print(f"{name} started {started} ranks but MPI sees one: {advice}", file=sys.stderr)
+            raise SystemExit(2)

@@ -68,9 +68,12 @@ class Groups:
         """A group of these ranks, or of all."""
         asked = _asked_for()
         ranks = ranks or list(range(self._world.Get_size()))
-        return self.make(ranks, asked.get("timeout"), asked.get("group_name", ""), asked.get("group_desc"))
+        kind = MPIBackend if TAKES_BACKENDS and _mixed(asked.get("backend_config")) else MPIProcessGroup
+        return self.make(kind, ranks, asked.get("timeout"), asked.get("group_name", ""), asked.get("group_desc"))
 
-    def make(self, ranks: list[int], timeout: timedelta | None, name: str, description: str | None) -> "Operations":
+    def make(
+        self, kind: type["Operations"], ranks: list[int], timeout: timedelta | None, name: str, description: str | None
+    ) -> "Operations":
         """A group with a name. Collective over ``ranks``."""
         tag = zlib.crc32(repr(ranks).encode()) % 32768  # groups made at the same time by several threads stay apart
         entry = self._creations.setdefault(tuple(ranks), self._watch.group(ranks)).begin("new_group", [])
@@ -80,7 +83,7 @@ class Groups:
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         given = timeout not in (None, distributed_c10d.default_pg_timeout, timedelta(seconds=self._watch.timeout_s))
         limit_s = timeout.total_seconds() if timeout and given else math.inf
-        group = (MPIBackend if TAKES_BACKENDS else MPIProcessGroup)(self, comm, self._watch.group(ranks), limit_s)
+        group = kind(self, comm, self._watch.group(ranks), limit_s)
         group.called(name, description)
         return group
 
@@ -91,6 +94,11 @@ def _asked_for() -> dict[str, Any]:
     while frame is not None and frame.f_code.co_name != "_new_process_group_helper":
         frame = frame.f_back
     return {} if frame is None else frame.f_locals
+
+
+def _mixed(config: Any) -> bool:
+    """Does another backend serve other devices of the group that is asked for?"""
+    return config is not None and set(config.get_device_backend_map().values()) != {"mpi"}
 
 
 class Operations:
@@ -344,7 +352,7 @@ class Operations:
 
 
 class MPIProcessGroup(Operations, ProcessGroup):
-    """Up to torch 2.13: a whole group, for every device. Getters and setters are looked up by name from C++."""
+    """A whole group, for every device. Getters and setters are looked up by name from C++."""
 
     def getSize(self) -> int:
         return self._size
@@ -371,7 +379,10 @@ class MPIProcessGroup(Operations, ProcessGroup):
 
 
 class MPIBackend(Operations, Backend):
-    """From torch 2.14 on: what a group has for some of its devices, as in ``cpu:mpi,cuda:nccl``."""
+    """What a group has for one of its devices, as in ``cpu:mpi,cuda:nccl``, from torch 2.14 on.
+
+    Of its operations PyTorch passes on ``wait`` and ``get_future`` only, so it is not what all groups are made of.
+    """
 
     @property
     def options(self) -> Backend.Options:
@@ -389,7 +400,8 @@ class MPIBackend(Operations, Backend):
         """
         if self._rank not in ranks:
             raise RuntimeError("split_group needs every rank to be in one of the parts; new_group leaves ranks out")
-        return self._groups.make([self._trace.ranks[rank] for rank in ranks], opts._timeout, opts.group_name, None)
+        everyone = self._trace.ranks
+        return self._groups.make(MPIBackend, [everyone[rank] for rank in ranks], opts._timeout, opts.group_name, None)
 
     def monitoredBarrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         self.monitored_barrier(opts.timeout, wait_all_ranks)

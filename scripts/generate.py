@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument(*length, type=int, default=100, help="tokens to write (default: %(default)s)")
     add_sampling(parser)
     parser.add_argument("--draft", metavar="CHECKPOINT", help="a smaller model that guesses ahead, to be faster")
+    parser.add_argument("--beams", type=int, help="the likeliest text that a search with this many beams finds")
     parser.add_argument("--eval-text", help="a text, or a file with one: print how well it is predicted")
     options = parser.parse_args()
     device = choose_devices("auto", None, 0)[0]
@@ -61,17 +62,23 @@ def write(model: LanguageModel, draft: LanguageModel | None, options: Namespace)
     tokenizer = own_tokenizer(model)
     prompt = encode(text, tokenizer)
     started = time.perf_counter()
-    pieces = continue_text(model, prompt, options.max_new_tokens, draft=draft, **sampling(options))
+    if options.beams:
+        from fira.huggingface.beams import beam_text  # imports transformers
+
+        pieces = iter([beam_text(model, prompt, options.max_new_tokens, options.beams)])
+    else:
+        pieces = continue_text(model, prompt, options.max_new_tokens, draft=draft, **sampling(options))
     if options.model_name:
         report(text, pieces, started)
         return
     print(text, end="", flush=True)
-    written = 0
+    written = ""
     for piece in pieces:
         print(piece, end="", flush=True)
-        written += 1
+        written += piece
     print()
-    print(f"{written} tokens, {written / (time.perf_counter() - started):.1f} tokens/s", file=sys.stderr)
+    count, seconds = len(encode(written, tokenizer)), time.perf_counter() - started
+    print(f"{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 def report(prompt: str, pieces: Iterator[str], started: float) -> None:

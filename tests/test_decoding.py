@@ -13,6 +13,7 @@ from fira.errors import UserError
 from fira.generation.decoding import continuation
 from fira.generation.sampling import Sampler, Sampling, draw
 from fira.generation.speculative import speculate
+from fira.huggingface.beams import beam_search
 from fira.models.context import Context
 from fira.models.registry import PRESETS, build
 
@@ -116,6 +117,14 @@ def test_prompts_of_unequal_length_are_continued_as_alone(family: str) -> None:
     for row, (one, whole) in enumerate(zip(ended, alone, strict=True)):
         new = whole[len(prompts[row]) :]
         assert one == prompts[row] + (new[: new.index(eos) + 1] if eos in new else new)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_many_beams_as_tokens_find_the_likeliest_pair(family: str) -> None:
+    model = small(family)
+    first = model(torch.tensor([[3, 1]]))[0, -1].log_softmax(-1)
+    second = model(torch.tensor([[3, 1, token] for token in range(50)]))[:, -1].log_softmax(-1)
+    assert beam_search(model, [3, 1], 2, 50, eos=49) == list(divmod(int((first[:, None] + second).argmax()), 50))
 
 
 # Drafts

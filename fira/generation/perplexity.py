@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fira.data.progress import progress_bar
 from fira.errors import UserError
 from fira.models.context import Context
 from fira.models.language_model import LanguageModel
@@ -22,6 +24,12 @@ class TextLoss:
 
     nats: float
     tokens: int
+
+    @classmethod
+    def mean(cls, losses: Sequence[Self]) -> Self:
+        """Of several texts, over all their tokens."""
+        tokens = sum(loss.tokens for loss in losses)
+        return cls(sum(loss.nats * loss.tokens for loss in losses) / tokens, tokens)
 
     @property
     def perplexity(self) -> float:
@@ -40,11 +48,12 @@ class TextLoss:
 
 
 @torch.no_grad()
-def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor) -> TextLoss:
+def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor, progress: bool = False) -> TextLoss:
     """The loss of every token of a text [N] but the first, each counted once, without dropout or auxiliary loss.
 
     The text is read in windows as long as the model's context that overlap by half, so that no token but the first
-    ones is predicted from less than half a context. Raises UserError where there is nothing to predict.
+    ones is predicted from less than half a context. progress: show a bar where it takes more than a few seconds.
+    Raises UserError where there is nothing to predict.
     """
     ids = torch.as_tensor(ids, dtype=torch.int64, device=next(model.parameters()).device)
     count = len(ids) - 1
@@ -57,8 +66,10 @@ def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor) -> TextLoss:
     fresh = torch.tensor([length, *(after - before for before, after in pairwise(ends))])  # predictions new in a window
     windows = ids.unfold(0, length + 1, 1)[torch.tensor(ends) - length]
     total = 0.0
-    for some, new in zip(windows.split(TOGETHER), fresh.split(TOGETHER), strict=True):
-        logits, targets = model(some[:, :-1], Context()), some[:, 1:]
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
-        total += float(losses.cpu().double()[torch.arange(length) >= length - new[:, None]].sum())
+    with progress_bar(count, "tokens", progress) as bar:
+        for some, new in zip(windows.split(TOGETHER), fresh.split(TOGETHER), strict=True):
+            logits, targets = model(some[:, :-1], Context()), some[:, 1:]
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+            total += float(losses.cpu().double()[torch.arange(length) >= length - new[:, None]].sum())
+            bar.update(int(new.sum()))
     return TextLoss(total / count, count)

@@ -39,12 +39,13 @@ class SlowLane:
 
 def pretend() -> None:
     """All operations with float32 staged, several pieces to a tensor, and others in between that are not."""
-    from pipeline.mpi import group, staging
+    from pipeline.mpi import operations as calls
+    from pipeline.mpi import staging
 
     lanes = SlowLane(), SlowLane()
     staging.lanes = lambda device: lanes  # type: ignore[assignment]
     staging.PIECE_BYTES = 100_000
-    group.on_device = lambda tensor: tensor.dtype == torch.float32
+    calls.on_device = lambda tensor: tensor.dtype == torch.float32
     operations.FLOATS, operations.WHOLES, operations.OTHERS = [torch.float32], [torch.int64], []
     operations.SHAPES, operations.OPS = [(0,), (2, 3), (300, 301)], {"AVG": operations.OPS["AVG"]}
     operations.reductions()

@@ -1,35 +1,24 @@
 # mypy: disable-error-code="override, assignment, misc"
-# (torch's stub declares overloads for callers of a group; one that implements it is only ever called with the first)
-"""The process group: ``torch.distributed``'s calls as MPI's.
-
-Every method makes an ``Operation`` (``work.py``) of the steps that ``collectives.py`` has for it.
-"""
+"""Process groups: what ``torch.distributed`` makes of a communicator, and how it comes to make ours."""
 
 import math
 import sys
-import time
-import weakref
 import zlib
-from collections.abc import Sequence
 from datetime import timedelta
-from itertools import accumulate
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mpi4py import MPI
-from torch import Tensor
 from torch._C._distributed_c10d import Backend
-from torch.distributed import ProcessGroup, ReduceOp, distributed_c10d
+from torch.distributed import ProcessGroup, distributed_c10d
 
-from pipeline.mpi.agreement import Agreement
-from pipeline.mpi.collectives import Collectives, expect
-from pipeline.mpi.staging import Moves, on_device, staged, straight
+from pipeline.mpi.operations import Operations
 from pipeline.mpi.store import MPIStore
-from pipeline.mpi.trace import POINT_TO_POINT, GroupTrace
+from pipeline.mpi.trace import GroupTrace
 from pipeline.mpi.watch import Watch
-from pipeline.mpi.work import Operation, Progress, Steps
+from pipeline.mpi.work import Progress
 
 TAKES_BACKENDS = torch.__version__ >= "2.14"  # made in Python, for one device of a group
 
@@ -64,7 +53,7 @@ class Groups:
         self._creations: dict[tuple[int, ...], GroupTrace] = {}
         self.store = MPIStore(world, watch.timeout_s)  # torch keeps but its C++ half alive
 
-    def create(self, ranks: list[int]) -> "Operations":
+    def create(self, ranks: list[int]) -> Operations:
         """A group of these ranks, or of all."""
         asked = _asked_for()
         ranks = ranks or list(range(self._world.Get_size()))
@@ -72,8 +61,8 @@ class Groups:
         return self.make(kind, ranks, asked.get("timeout"), asked.get("group_name", ""), asked.get("group_desc"))
 
     def make(
-        self, kind: type["Operations"], ranks: list[int], timeout: timedelta | None, name: str, description: str | None
-    ) -> "Operations":
+        self, kind: type[Operations], ranks: list[int], timeout: timedelta | None, name: str, description: str | None
+    ) -> Operations:
         """A group with a name. Collective over ``ranks``."""
         tag = zlib.crc32(repr(ranks).encode()) % 32768  # groups made at the same time by several threads stay apart
         entry = self._creations.setdefault(tuple(ranks), self._watch.group(ranks)).begin("new_group", [])
@@ -99,256 +88,6 @@ def _asked_for() -> dict[str, Any]:
 def _mixed(config: Any) -> bool:
     """Does another backend serve other devices of the group that is asked for?"""
     return config is not None and set(config.get_device_backend_map().values()) != {"mpi"}
-
-
-class Operations:
-    """One communicator's operations, as PyTorch calls them. Ranks are the group's own.
-
-    ``timeout_s``: an operation that takes longer raises in the rank that waits. Without, the job's own timeout holds.
-    """
-
-    def __init__(self, groups: Groups, comm: MPI.Intracomm, trace: GroupTrace, timeout_s: float) -> None:
-        super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
-        self._groups = groups
-        self._steps = Collectives(comm)
-        self._progress = groups.progress
-        self._rank = comm.Get_rank()
-        self._size = comm.Get_size()
-        self._timeout_s = timeout_s
-        self._cuda_aware = groups.cuda_aware
-        self._trace = trace
-        self._last: weakref.ref[Operation] | None = None
-        self._agree = Agreement(comm) if dist.get_debug_level() == dist.DebugLevel.DETAIL else None
-
-    @property
-    def supports_coalescing(self) -> bool:
-        return False
-
-    def called(self, name: str, description: str | None) -> None:
-        """How reports call the group."""
-        self._trace.name = name
-        self._trace.description = "" if description in (None, "undefined") else str(description)
-
-    def getBackendName(self) -> str:
-        return "mpi"
-
-    def _start(
-        self,
-        name: str,
-        moves: Moves,
-        inputs: list[Tensor],
-        outputs: list[Tensor] | None = None,
-        peer: int = -1,
-        detail: Any = None,
-    ) -> Operation:
-        """Begin an operation on tensors.
-
-        Args:
-            moves: its steps, given the inputs and the outputs where MPI can read them.
-            outputs: left out, it works in place.
-            peer: the other rank, or the root.
-            detail: what the trace notes besides: a message's tag, an all-to-all's sizes.
-        """
-        outputs = inputs if outputs is None else outputs
-        some = (inputs or outputs)[:1]
-        if some and on_device(some[0]):
-            message = name in POINT_TO_POINT
-            aware = message and self._cuda_aware
-            steps = straight(moves, inputs, outputs) if aware else staged(moves, inputs, outputs, at_once=message)
-        else:
-            local = _locals(inputs)
-            steps = moves(local, local if outputs is inputs else _locals(outputs))
-        return self._begin(name, steps, inputs, outputs, peer, detail)
-
-    def _begin(
-        self, name: str, steps: Steps, inputs: list[Tensor], outputs: list[Tensor], peer: int = -1, detail: Any = None
-    ) -> Operation:
-        """The one place where an operation begins. A group's collectives run one after the other, as they are called:
-        the next one's messages could else overtake the later rounds of this one, on some ranks and not on others."""
-        entry = self._trace.begin(name, inputs or outputs, peer, detail)
-        if name in POINT_TO_POINT:
-            return Operation(entry, self._progress, steps, inputs, outputs, self._timeout_s)
-        if self._agree is not None:
-            steps = self._agree.before(steps, entry)
-        before = None if self._last is None else self._last()
-        if before is not None and not before.advance():
-            steps = _behind(before, steps)
-        operation = Operation(entry, self._progress, steps, inputs, outputs, self._timeout_s)
-        self._last = weakref.ref(operation)
-        return operation
-
-    # Reductions
-
-    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Operation:
-        op = _reduce_op(opts)
-        if tensors[0].layout == torch.sparse_coo and tensors[0].is_cpu:
-            return self._begin("all_reduce", self._steps.all_reduce_sparse(tensors[0], op), tensors, tensors)
-        return self._start("all_reduce", lambda tensors, _: self._steps.all_reduce(tensors, op), tensors)
-
-    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Operation:
-        op = _reduce_op(opts)
-        return self._start("all_reduce_coalesced", lambda tensors, _: self._steps.all_reduce(tensors, op), tensors)
-
-    def reduce(self, tensors: list[Tensor], opts: Any) -> Operation:
-        op, root = _reduce_op(opts), opts.rootRank
-        return self._start("reduce", lambda tensors, _: self._steps.reduce(tensors[0], op, root), tensors, peer=root)
-
-    def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.reduce_scatter([(outputs[0], inputs)], _reduce_op(opts))
-
-        return self._start("reduce_scatter", steps, inputs[0], outputs)
-
-    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Operation:
-        return self.reduce_scatter_single_coalesced([output], [input], opts, "reduce_scatter_single")
-
-    def reduce_scatter_single_coalesced(
-        self,
-        outputs: list[Tensor],
-        inputs: list[Tensor],
-        opts: Any = None,
-        name: str = "reduce_scatter_single_coalesced",
-    ) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            pairs = [(output, [input]) for output, input in zip(outputs, inputs, strict=True)]
-            return self._steps.reduce_scatter(pairs, _reduce_op(opts))
-
-        return self._start(name, steps, inputs, outputs)
-
-    # Movement
-
-    def broadcast(self, tensors: list[Tensor], opts: Any) -> Operation:
-        root = opts.rootRank
-        return self._start("broadcast", lambda tensors, _: self._steps.broadcast(tensors[0], root), tensors, peer=root)
-
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.all_gather([(outputs, inputs[0])])
-
-        return self._start("all_gather", steps, inputs, outputs[0])
-
-    def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            count = len(inputs)  # torch gives the outputs by rank, then by tensor
-            return self._steps.all_gather([(outputs[number::count], part) for number, part in enumerate(inputs)])
-
-        return self._start("all_gather_coalesced", steps, inputs, [output for row in outputs for output in row])
-
-    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Operation:
-        return self.all_gather_single_coalesced([output], [input], opts, "all_gather_single")
-
-    def all_gather_single_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None, name: str = "all_gather_single_coalesced"
-    ) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.all_gather([([output], part) for output, part in zip(outputs, inputs, strict=True)])
-
-        return self._start(name, steps, inputs, outputs)
-
-    def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.gather(outputs, inputs[0], opts.rootRank)
-
-        return self._start("gather", steps, inputs, outputs[0] if outputs else [], opts.rootRank)
-
-    def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.scatter(outputs[0], inputs, opts.rootRank)
-
-        return self._start("scatter", steps, inputs[0] if inputs else [], outputs, opts.rootRank)
-
-    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.all_to_all(outputs, inputs)
-
-        return self._start("all_to_all", steps, inputs, outputs)
-
-    def all_to_all_single(
-        self,
-        output: Tensor,
-        input: Tensor,
-        output_splits: Sequence[int],
-        input_splits: Sequence[int],
-        opts: Any = None,
-    ) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            received = self._split("output", outputs[0], output_splits)
-            return self._steps.all_to_all(received, self._split("input", inputs[0], input_splits))
-
-        return self._start("all_to_all_single", steps, [input], [output], detail=(input_splits, output_splits))
-
-    def _split(self, name: str, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """``tensor`` cut along its first dimension, a part per rank."""
-        rows = tensor.shape[0]
-        if not sizes:
-            expect("all_to_all_single", rows % self._size == 0, f"{name} rows must divide by the group size")
-            sizes = [rows // self._size] * self._size
-        expect("all_to_all_single", len(sizes) == self._size, f"{name} split sizes: one per rank")
-        expect("all_to_all_single", sum(sizes) == rows, f"{name} split sizes must add up to {rows} rows")
-        return [tensor[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
-
-    # Point to point
-
-    def send(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.send(inputs[0], peer, tag)
-
-        return self._start("send", steps, tensors, [], peer, tag)
-
-    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        return self._receive("recv", tensors, peer, tag)
-
-    def recv_anysource(self, tensors: list[Tensor], tag: int) -> Operation:
-        return self._receive("recvAnySource", tensors, -1, tag)
-
-    recvAnysource = recv_anysource  # a Backend's name for it
-
-    def _receive(self, name: str, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.recv(outputs[0], MPI.ANY_SOURCE if peer < 0 else peer, tag)
-
-        return self._start(name, steps, [], tensors, peer, tag)
-
-    def barrier(self, opts: Any = None) -> Operation:
-        return self._begin("barrier", self._steps.barrier(), [], [])
-
-    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """A barrier of which rank 0 says who did not come within ``timeout``.
-
-        Raises:
-            RuntimeError: on rank 0 if a rank did not come; on the others if rank 0 did not answer.
-        """
-        limit_s = self._timeout_s if timeout is None else timeout.total_seconds()
-        deadline = time.monotonic() + limit_s
-        others = range(1, self._size)
-        if self._rank != 0:
-            self._token("Isend", 0)
-            if not self._token("Irecv", 0).finished_by(deadline):
-                raise RuntimeError(
-                    f"Rank {self._rank} successfully reached monitoredBarrier, but received errors while waiting for "
-                    f"send/recv from rank 0: no answer within {limit_s:g} s"
-                )
-            return
-        if limit_s <= 0:
-            raise RuntimeError(f"Rank 0 timed out in monitoredBarrier after {limit_s:g} s")
-        arrivals = [self._token("Irecv", peer) for peer in others]
-        missing = [peer for peer, arrival in zip(others, arrivals, strict=True) if not arrival.finished_by(deadline)]
-        if missing:
-            names = ", ".join(map(str, missing)) if wait_all_ranks else missing[0]
-            rank = "Ranks" if wait_all_ranks else "Rank"
-            raise RuntimeError(f"{rank} {names} failed to pass monitoredBarrier in {limit_s:g} s")
-        for peer in others:
-            self._token("Isend", peer)
-
-    def _token(self, call: str, peer: int) -> Operation:
-        return self._begin("monitored_barrier", self._steps.token(call, peer), [], [], peer)
-
-    # The names torch used before 2.13
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    alltoall_base = all_to_all_single
 
 
 class MPIProcessGroup(Operations, ProcessGroup):
@@ -405,24 +144,3 @@ class MPIBackend(Operations, Backend):
 
     def monitoredBarrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         self.monitored_barrier(opts.timeout, wait_all_ranks)
-
-
-def _behind(before: Operation, steps: Steps) -> Steps:
-    """Begin when ``before`` is over, well or badly."""
-    yield before.advance
-    yield from steps
-
-
-def _reduce_op(opts: Any) -> Any:
-    return ReduceOp.SUM if opts is None else opts.reduceOp
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The tensor as plain memory, without autograd."""
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise ValueError(f"the mpi backend moves dense CPU and CUDA tensors, not {tensor.layout} on {tensor.device}")
-    return tensor.detach()
-
-
-def _locals(tensors: list[Tensor]) -> list[Tensor]:
-    return [_local(tensor) for tensor in tensors]

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fira import FIRA, create_pipeline_model
 from fira.models.context import Context
+from fira.models.cross_entropy import LOGITS, linear_cross_entropy
 from fira.models.families import to_document
 from fira.models.fira import FiraConfig
 from fira.models.grouped import Groups, grouped_linear
@@ -58,6 +59,26 @@ def batch(config: FiraConfig = CONFIG, lengths: list[int] = LENGTHS) -> tuple[Te
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("logits", [256 * 7, 2**20])
+def test_loss_in_the_head_equals_that_of_logits(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece and in several, of which the last is short; also what an ignored target leaves alone."""
+    monkeypatch.setitem(LOGITS, "cpu", logits)
+    torch.manual_seed(0)
+    targets = torch.randint(7, (600,))
+    targets[::5] = -100
+    leaves = [torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (600, 7)]
+    losses = [
+        linear_cross_entropy(*leaves, targets),
+        F.cross_entropy(leaves[0] @ leaves[1].T, targets, reduction="sum"),
+    ]
+    gradients = [torch.autograd.grad(0.3 * loss, leaves) for loss in losses]
+    torch.testing.assert_close(*losses, rtol=1e-13, atol=0)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    with torch.no_grad():
+        assert linear_cross_entropy(*leaves, targets) == losses[0]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

@@ -62,6 +62,8 @@ class Context:
 
     lengths: [B] where each sequence ends (the rest is padding on the right); None: all are as long as the batch.
     starts: [B] where each sequence starts (what is before is padding on the left, as in batched decoding); None: at 0.
+    targets: [B, T] the token after each, −100 where nothing is to be learnt; None: not known. With them the model gives
+    not logits but their summed loss, [1].
     keys: [B] int64, one random number per sequence, from which all its dropout and noise follow; None: neither.
     aux_weights: [B] what each sequence's auxiliary loss weighs in the objective; None: not trained.
     aux_apart: the caller adds the auxiliary losses in `stats` to its objective. Otherwise layers train them.
@@ -74,6 +76,7 @@ class Context:
 
     lengths: Tensor | None = None
     starts: Tensor | None = None
+    targets: Tensor | None = None
     keys: Tensor | None = None
     aux_weights: Tensor | None = None
     aux_apart: bool = False
@@ -109,7 +112,7 @@ class Context:
 
     def _rows(self) -> dict[str, Tensor | None]:
         """What there is one of per sequence."""
-        return {name: getattr(self, name) for name in ("lengths", "starts", "keys", "aux_weights")}
+        return {name: getattr(self, name) for name in ("lengths", "starts", "targets", "keys", "aux_weights")}
 
     def token_keys(self, x: Tensor) -> Tensor | None:
         """[B, T] int32, one random number per token of x [B, T, …], which start their sequences; None: no dropout."""

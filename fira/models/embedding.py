@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .context import Context
+from .cross_entropy import linear_cross_entropy
 from .dropout import Dropout
 from .layer import Layer
 
@@ -52,7 +53,7 @@ class Embedding(Layer):
 
 
 class Head(Layer):
-    """Final norm and projection to logits."""
+    """Final norm and projection to logits; where the context has targets, on to the loss."""
 
     def __init__(self, norm: nn.Module, project: nn.Linear) -> None:
         super().__init__()
@@ -60,5 +61,8 @@ class Head(Layer):
         self.project = project
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → [B, T, vocab]."""
-        return self.project(self.norm(x))
+        """[B, T, d] → logits [B, T, vocab], or with targets their summed loss [1]."""
+        x = self.norm(x)
+        if context.targets is None:
+            return self.project(x)
+        return linear_cross_entropy(x.flatten(0, 1), self.project.weight, context.targets.flatten())[None]

@@ -26,6 +26,7 @@ class Split:
     dp: int
     dp_rank: int
     width: int  # of the hidden tensor
+    device: torch.device | None = None  # where layers find what they know of a micro-batch; None: the CPU
 
     def count(self, sequences: int) -> int:
         """Micro-batches that each replica runs for a global batch of this many sequences."""
@@ -47,7 +48,9 @@ class Split:
         for j in range(self.dp_rank, self.count(sequences) * self.dp, self.dp):
             rows = slice(j * self.microbatch, (j + 1) * self.microbatch)
             missing = self.microbatch - len(tokens[rows])
-            context = Context(lengths=torch.from_numpy(_fill(lengths[rows], missing, 0)), loss_weight=weight)
+            following = torch.from_numpy(_fill(targets[rows], missing, IGNORE))
+            valid = torch.from_numpy(_fill(lengths[rows], missing, 0))
+            context = Context(lengths=valid, targets=following, loss_weight=weight)
             if dropout_seed is not None:
                 numbers = range(first + rows.start, first + rows.stop)
                 context.keys = torch.tensor([_key(dropout_seed, number) for number in numbers])
@@ -56,9 +59,9 @@ class Split:
             made.append(
                 MicroBatch(
                     inputs=inputs,
-                    targets=torch.from_numpy(_fill(targets[rows], missing, IGNORE)),
+                    targets=following,
                     boundary=torch.Size((*inputs.shape, self.width)),
-                    context=context,
+                    context=context.to(self.device) if self.device else context,
                 )
             )
         return made

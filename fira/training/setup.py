@@ -16,7 +16,7 @@ from fira.parallelize import parallelize
 from fira.training import state
 from fira.training.batch import Split
 from fira.training.config import TrainConfig
-from fira.training.hardware import choose_devices, measure_peak
+from fira.training.hardware import choose_devices, keep_freed_memory, measure_peak
 from fira.training.pretrained import Saved, open_saved
 from fira.training.state import TOKENIZER
 from fira.training.trainer import Trainer
@@ -88,6 +88,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         config.ep,
         stages_per_rank=len(SCHEDULES[config.schedule](1, 1).placement),
     )
+    keep_freed_memory()
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world)
     mesh = make_mesh(layout, devices)
@@ -104,7 +105,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         PRODUCTS.get(config.precision),
         config.recompute,
     )
-    split = Split(microbatch, layout.dp, mesh.dp_rank, model_config.d_model)
+    split = Split(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
     trainer = Trainer(
         distributed, mesh, split, config.schedule, config.weight_decay, config.clip, config.precision == "fp16"
     )

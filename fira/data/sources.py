@@ -13,12 +13,12 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TextIO
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, TextIO
 
 from fira.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 CUT = 16_384  # characters: a text file is cut at the first blank line from here on ...
 LONGEST = 65_536  # ... or, without one, at the end of a line (of any line longer than this, inside it)
@@ -109,7 +109,7 @@ def _hugging_face(name: str) -> list[Path]:
     return [Path(file["filename"]) for file in dataset.cache_files]
 
 
-# Readers: (path, text column) -> documents
+# Readers: (path, text column) -> documents. pyarrow's large libraries are loaded only where such files are.
 
 
 def _text(path: Path, _column: str) -> Iterator[str]:
@@ -163,6 +163,9 @@ def _jsonl(path: Path, key: str) -> Iterator[str]:
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(path) as file:
             _require_text(column, file.schema_arrow, path)
@@ -173,6 +176,8 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
 
 
 def _arrow(path: Path, column: str) -> Iterator[str]:
+    import pyarrow as pa
+
     try:
         with pa.memory_map(str(path)) as memory, pa.ipc.open_stream(memory) as batches:
             _require_text(column, batches.schema, path)
@@ -205,7 +210,9 @@ def _require(column: str, present: Iterable[str], where: object) -> None:
         raise UserError(f"{where}: no column {column!r}; name one with --text-column: {', '.join(map(repr, present))}")
 
 
-def _require_text(column: str, schema: pa.Schema, path: Path) -> None:
+def _require_text(column: str, schema: "pa.Schema", path: Path) -> None:
+    import pyarrow as pa
+
     _require(column, schema.names, path)
     kind = schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):

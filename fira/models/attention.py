@@ -63,12 +63,15 @@ class SelfAttention(nn.Module):
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projected in (self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x))
         )
-        length = x.shape[1]
+        length = x.shape[1] + (cache.length if cache is not None else 0)
+        if self.rotary is not None:
+            q = self.rotary(q, length)
+            if not self.rotary.grows:
+                k = self.rotary(k, length)
         if cache is not None:
-            length += cache.length
             k, v = cache.extend(self.name, k, v, self.window)
-        if self.rotary is not None:  # after the cache, because with dynamic scaling all angles depend on the length
-            q, k = self.rotary(q, length), self.rotary(k, length)
+        if self.rotary is not None and self.rotary.grows:  # then the angles of all keys are new
+            k = self.rotary(k, length)
         mask = self._mask(q, k, length, context.starts)
         if context.attentions is not None:
             y, context.attentions[self.name] = _attend(q, k, v, mask)

@@ -19,19 +19,30 @@ class KVCache:
     def __init__(self) -> None:
         self.length = 0
         self.states: dict[str, Tensor] = {}
+        self._room: dict[str, Tensor] = {}  # what keys and values are views of, with room for those that come
 
     def extend(self, name: str, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """Append a module's new keys and values [B, H, T, hd] and return all of them.
 
         window: how many tokens, itself included, a token looks back; what is out of sight of the next one is dropped.
         """
-        places = f"{name}.k", f"{name}.v"
-        if places[0] in self.states:
-            k, v = (torch.cat([self.states[place], new], dim=2) for place, new in zip(places, (k, v), strict=True))
-        first = 0 if window is None else max(0, k.shape[2] - window + 1)
-        for place, whole in zip(places, (k, v), strict=True):
-            self.states[place] = whole[:, :, first:]
-        return k, v
+        return self._append(f"{name}.k", k, window), self._append(f"{name}.v", v, window)
+
+    def _append(self, place: str, new: Tensor, window: int | None) -> Tensor:
+        """A state and the new, along dim 2: written behind it where room was left, so that nothing is copied."""
+        old = self.states.get(place, new[:, :, :0])
+        before, end = old.shape[2], old.shape[2] + new.shape[2]
+        if torch.is_grad_enabled() or window is not None:
+            whole = torch.cat([old, new], dim=2)
+            self.states[place] = whole if window is None else whole[:, :, max(0, end - window + 1) :]
+            return whole
+        room = self._room.get(place)
+        if room is None or old.data_ptr() != room.data_ptr() or len(old) != len(room) or end > room.shape[2]:
+            room = self._room[place] = old.new_empty(*old.shape[:2], 2 * end, old.shape[3])
+            room[:, :, :before] = old
+        room[:, :, before:end] = new
+        self.states[place] = whole = room[:, :, :end]
+        return whole
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows [B'] int64 of the batch, in this order and as often as they are named."""

@@ -40,8 +40,24 @@ def grouped_linear(x: Tensor, groups: Groups, weight: Tensor, bias: Tensor | Non
     if x.is_cuda and x.dtype == torch.bfloat16:
         y = F.grouped_mm(x, weight.transpose(1, 2), offs=groups.ends)
         return y if bias is None else y + bias.repeat_interleave(groups.counts, 0, output_size=len(x))
+    if not torch.is_grad_enabled():
+        return _product(x, weight, bias, groups.sizes)
     y = _OfRows.apply(x, weight.detach(), None if bias is None else bias.detach(), groups.sizes)
     return _Join.apply(y, _OfWeights.apply(weight, bias, x.detach(), groups.sizes))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+    y = x.new_empty(len(x), weight.shape[1])
+    start = 0
+    for e, size in enumerate(sizes):
+        if size:
+            rows, out = x[start : start + size], y[start : start + size]
+            if bias is None:
+                torch.mm(rows, weight[e].T, out=out)
+            else:
+                torch.addmm(bias[e], rows, weight[e].T, out=out)
+            start += size
+    return y
 
 
 class _OfRows(torch.autograd.Function):
@@ -55,21 +71,12 @@ class _OfRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.sizes = sizes
-        y = x.new_empty(len(x), weight.shape[1])
-        for e, (rows, out) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
-            if bias is None:
-                torch.mm(rows, weight[e].T, out=out)
-            else:
-                torch.addmm(bias[e], rows, weight[e].T, out=out)
-        return y
+        return _product(x, weight, bias, sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
-        result = grad.new_empty(len(grad), weight.shape[2])
-        for e, (rows, out) in enumerate(zip(grad.split(ctx.sizes), result.split(ctx.sizes), strict=True)):
-            torch.mm(rows, weight[e], out=out)
-        return result, None, None, None
+        return _product(grad, weight.transpose(1, 2), None, ctx.sizes), None, None, None
 
 
 class _OfWeights(torch.autograd.Function):

@@ -83,7 +83,12 @@ class Block(Layer):
             Normal,
             n_kv_head=c.n_kv_head,
             qk_norm_eps=c.norm_eps,
-            rotary=Rotary(c.d_model // c.n_head, c.rope_theta, c.max_position, c.rope_factor),
+            rotary=Rotary(
+                c.d_model // c.n_head,
+                c.rope_theta,
+                c.max_position if c.max_position < c.seq_len else None,
+                c.rope_factor,
+            ),
         )
         router = Router(c.d_model, c.num_experts, c.top_k, bias=False, renormalise=False)
         experts = GatedExperts(c.num_experts, c.d_model, c.d_ff, F.silu, std=0.02)

@@ -46,20 +46,35 @@ class Rotary:
         self.max_position = max_position
         self.factor = factor
         self.stretch = stretch
+        self._turns: tuple[Tensor, Tensor] | None = None  # of the first positions, where θ never changes
+
+    @property
+    def grows(self) -> bool:
+        """Whether a token's angles depend on the length, so that it cannot be turned once and for all."""
+        return self.max_position is not None
 
     def __call__(self, x: Tensor, length: int) -> Tensor:
-        """x: [B, H, n, hd], the last n of `length` positions → the same, turned.
+        """x: [B, H, n, hd], the last n of `length` positions → the same, turned."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = (turn[length - x.shape[2] :] for turn in self._turns_up_to(length, wide, x.device))
+        a, b = x.to(wide).chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+    def _turns_up_to(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin [length, hd/2] of every position's angles.
 
         Angles are computed in float64: in fp32 the product loses a digit for every factor of ten in the position.
         """
-        positions = torch.arange(length - x.shape[2], length, dtype=torch.float64, device=x.device)
-        halves = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=x.device) / self.head_dim
-        frequencies = self._theta(length) ** -halves
-        angles = positions[:, None] * (self.stretch(frequencies) if self.stretch else frequencies)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = angles.cos().to(wide), angles.sin().to(wide)
-        a, b = x.to(wide).chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+        known = None if self.grows else self._turns
+        if known is None or len(known[0]) < length or known[0].dtype != dtype or known[0].device != device:
+            count = length if self.grows else max(256, 2 * length)
+            with torch.inference_mode(False):  # what is kept may be wanted for training later
+                positions = torch.arange(count, dtype=torch.float64, device=device)
+                halves = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
+                frequencies = self._theta(length) ** -halves
+                angles = positions[:, None] * (self.stretch(frequencies) if self.stretch else frequencies)
+                known = self._turns = angles.cos().to(dtype), angles.sin().to(dtype)
+        return known[0][:length], known[1][:length]
 
     def _theta(self, length: int) -> float:
         if self.max_position is None or length <= self.max_position:

@@ -143,6 +143,8 @@ def test_a_saved_model_is_known_by_its_folder(family: str, tmp_path: Path) -> No
     assert off.median() < 0.03  # not the greatest: a rounding can send a token to another expert
     base = AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(base(IDS).last_hidden_state, model(IDS, output_hidden_states=True).hidden_states[-1])
+    base.resize_token_embeddings(70, mean_resizing=False)
+    assert base.get_input_embeddings().weight.shape[0] == 70
     again.resize_token_embeddings(70)
     assert again(IDS).logits.shape[-1] == again.config.vocab_size == 70
     torch.testing.assert_close(again(IDS).logits[..., :64], model(IDS).logits)

@@ -99,7 +99,7 @@ def test_the_other_commands_name_flags_that_exist():
 
 @pytest.mark.parametrize("code", PYTHON, ids=["fira", "transformers"])
 def test_the_python_of_the_readme(place, code):
-    environment = os.environ | {"FIRA_CACHE": str(place / "cache")}
+    environment = os.environ | {"FIRA_CACHE": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=place, env=environment, capture_output=True, text=True, check=False
     )

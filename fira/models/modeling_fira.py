@@ -87,9 +87,12 @@ class FiraLMModel(FiraLMPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """As training starts; only for what is not in the folder that is loaded."""
-        path = next(path for path, other in self.named_modules() if other is module)
+        path = next((path for path, other in self.named_modules() if other is module), None)
+        if path is None:  # the larger table that takes an embedding's place
+            return super()._init_weights(module)
         for tensor, value in initial_values(module, path, seed=0):
             init.copy_(tensor, value)
+        return None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.layers.get_submodule("0.token")

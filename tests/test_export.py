@@ -139,6 +139,8 @@ def test_a_class_of_transformers_computes_the_same(
         export(step, tmp_path / "wrong", wrong)
     with pytest.raises(UserError, match="not empty"):
         export(step, folder, form)
+    with pytest.raises(UserError, match=r"run.*step-000007/manifest.json.*: Not a directory"):
+        export(step, step / "manifest.json" / "out", form)
 
 
 def test_what_has_no_equal_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from fira.models.families import to_document
 from fira.models.language_model import LanguageModel
 from fira.models.rish import Rish
 from fira.models.stock import STOCK, names, to_stock
+from fira.training.manifest import naming
 
 FORMATS = ("fira", *STOCK)
 SHARD = "5GB"
@@ -33,24 +34,25 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
     UserError where the folder is not empty, or the model's options have no equal in that class.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is not empty; choose a new folder")
+    partial = out.with_name(f"{out.name}.tmp")
+    for place in (out, partial):
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise UserError(f"{place} is not empty; choose a new folder as --out")
     model = load_model(checkpoint)
     made = as_transformers(model) if form == "fira" else as_stock(model, form)
     made.generation_config = GenerationConfig(max_new_tokens=model.config.seq_len // 2)  # as much again as is read
-    partial = out.with_name(f"{out.name}.tmp")
     try:
+        with naming(partial):
+            if model.tokenizer is not None:
+                tokenizer = as_fast_tokenizer(model.tokenizer, model.config.seq_len)
+                made.generation_config.eos_token_id = made.generation_config.pad_token_id = tokenizer.eos_token_id
+                tokenizer.save_pretrained(partial)
+            made.save_pretrained(partial, max_shard_size=SHARD)
+            for path in partial.iterdir():
+                path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes files that only their owner can read
+            os.replace(partial, out)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if model.tokenizer is not None:
-            ending = as_fast_tokenizer(model.tokenizer, model.config.seq_len)
-            made.generation_config.eos_token_id = made.generation_config.pad_token_id = ending.eos_token_id
-            ending.save_pretrained(partial)
-        made.save_pretrained(partial, max_shard_size=SHARD)
-        for path in partial.iterdir():
-            path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes files that only their owner can read
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror or error}; choose a folder that can be written") from None
     return out
 
 

@@ -1,6 +1,7 @@
 """What the scripts share: flags where hyphens and underscores are the same, and one line for the user's mistakes."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -41,7 +42,7 @@ def _exit(message: str, status: int) -> NoReturn:
 
 
 def run(main: Callable[[], None], fail: Callable[[str, int], NoReturn] = _exit) -> None:
-    """Call main; a UserError becomes its one line on stderr and exit status 2.
+    """Call main; a UserError becomes its one line on stderr and exit status 2. Who stops reading is not told so.
 
     fail(message, status) ends the program; a program of several ranks passes one that ends all.
     """
@@ -49,3 +50,6 @@ def run(main: Callable[[], None], fail: Callable[[str, int], NoReturn] = _exit) 
         main()
     except UserError as error:
         fail(str(error), 2)
+    except BrokenPipeError:  # as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # what the shell says of a program that SIGPIPE ended

@@ -73,9 +73,12 @@ def write(model: LanguageModel, draft: LanguageModel | None, options: Namespace)
         return
     print(text, end="", flush=True)
     written = ""
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        written += piece
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            written += piece
+    except KeyboardInterrupt:  # enough
+        pass
     print()
     count, seconds = len(encode(written, tokenizer)), time.perf_counter() - started
     print(f"{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)

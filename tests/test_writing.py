@@ -1,7 +1,6 @@
 """Text from a model: characters and stop texts, several prompts, utilisation, conversations."""
 
 import io
-import os
 import runpy
 import subprocess
 import sys
@@ -183,28 +182,34 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_was_heard(dictated
     assert f"<|assistant|>{said}</s><|prompter|>main" in heard[-1]
 
 
-def test_the_script_talks_through_a_pipe(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def chat(monkeypatch: pytest.MonkeyPatch, questions: str, *arguments: str | Path) -> None:
+    monkeypatch.setattr("sys.argv", ["chat.py", *map(str, arguments)])
+    monkeypatch.setattr("sys.stdin", io.StringIO(questions))
+    runpy.run_path(str(ROOT / "scripts" / "chat.py"), run_name="__main__")
+
+
+def test_the_script_talks_through_a_pipe(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(tmp_path / "run", make_model(), {"tokenizer.json": tokenizer.to_str().encode()})
-    command = [sys.executable, str(ROOT / "scripts" / "chat.py"), "--checkpoint", str(tmp_path / "run")]
-    done = subprocess.run(
-        [*command, "--max_new_tokens=5", "--temperature=0"],
-        input="Die Bäume\n\n/reset\nDie Bäume\n/quit\nDie Bäume\n",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    answer = done.stdout[: len(done.stdout) // 2]
-    assert done.stdout == answer * 2  # the same to the same question
+    questions = "Die Bäume\n\n/reset\nDie Bäume\n/quit\nDie Bäume\n"
+    chat(monkeypatch, questions, "--checkpoint", tmp_path / "run", "--max_new_tokens=5", "--temperature=0")
+    out, err = capsys.readouterr()
+    answer = out[: len(out) // 2]
+    assert out == answer * 2  # the same to the same question
     assert answer.strip()
+    assert err == ""
 
 
 def test_the_script_needs_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["chat.py", "--checkpoint", "nowhere"])
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "scripts" / "chat.py"), run_name="__main__")
+        chat(monkeypatch, "", "--checkpoint", "nowhere")
     assert end.value.code == 2
     assert "no checkpoint here" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    many = f"{sys.executable} -c 'from fira import cli; cli.run(lambda: [print(i) for i in range(10**5)] and None)'"
+    command = ["bash", "-c", f"{many} | head -n 1; exit ${{PIPESTATUS[0]}}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")

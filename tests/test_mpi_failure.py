@@ -39,7 +39,9 @@ def script(tmp_path: Path) -> Path:
 def test_the_message_is_printed_once(script: Path, who: str, speaker: int) -> None:
     result = run_ranks(3, script, who)
     assert result.returncode == 2
-    assert result.stderr.strip() == f"bad flag, says rank {speaker}"
+    first, *rest = result.stderr.strip().splitlines()
+    assert first == f"bad flag, says rank {speaker}"
+    assert not rest or set(rest[0]) == {"-"}, result.stderr  # Open MPI's mpirun adds a box of its own
     assert not result.stdout.strip()
 
 

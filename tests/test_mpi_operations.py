@@ -93,6 +93,10 @@ def odd_dtypes() -> None:
         dist.all_reduce(tensor)
         wide = torch.complex128 if dtype.is_complex else torch.float64
         check(tensor, torch.stack([part.to(wide) for part in everyone(shape, dtype)]).sum(0).to(dtype), (dtype, shape))
+    for dtype, value in ((torch.int8, 100), (torch.uint8, 100), (torch.int16, 30000), (torch.int32, 2**30)):
+        tensor = torch.full((200,), value, dtype=dtype)  # as long as a vector of the processor's
+        dist.all_reduce(tensor)
+        check(tensor, (torch.full((200,), value) * SIZE).to(dtype), ("goes round", dtype))
     tensor = torch.full((4,), float(rank + 1))
     dist.all_reduce(tensor, dist._make_nccl_premul_sum(0.5))
     check(tensor, torch.full((4,), 3.0), "premul_sum")

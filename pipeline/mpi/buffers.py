@@ -36,6 +36,7 @@ _REDUCTIONS = [  # (torch's, MPI's for numbers, MPI's for bool, ours); a ReduceO
     (ReduceOp.BXOR, MPI.BXOR, MPI.LXOR, torch.bitwise_xor),
 ]
 BLOCK = 2**30
+_NARROW = (torch.int8, torch.uint8, torch.int16, torch.uint16)
 _ONLY_MPI = (torch.uint16, torch.uint32, torch.uint64)  # torch has next to no arithmetic for them
 
 
@@ -60,12 +61,15 @@ def as_numbers(tensor: Tensor) -> list:
 
 
 def reducible(tensor: Tensor) -> Tensor:
-    """A contiguous tensor MPI can reduce: the tensor itself, or a copy; 16- and 8-bit floats are reduced in float32."""
+    """A contiguous tensor MPI can reduce: the tensor itself, or a wider copy for 16 and 8 bits.
+
+    Such floats have no MPI type; sums of such integers end at the largest one in Open MPI, and do not go round.
+    """
     if tensor.dtype not in _NUMBER_TYPES:
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"the mpi backend cannot reduce {tensor.dtype} tensors")
         return tensor.float().contiguous()
-    return tensor.contiguous()
+    return (tensor.int() if tensor.dtype in _NARROW else tensor).contiguous()
 
 
 def reduction(op: ReduceOp, dtype: torch.dtype) -> MPI.Op:

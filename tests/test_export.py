@@ -206,6 +206,3 @@ def test_a_llama_is_trained_on_and_goes_back(tokenizer: Tokenizer, tmp_path: Pat
     model = load_model(tmp_path / "run")
     torch.testing.assert_close(model(IDS, Context()), back(IDS).logits, rtol=0, atol=1e-5)
     assert model.tokenizer.get_vocab() == tokenizer.get_vocab()
-    done = run_ranks(1, ROOT / "scripts" / "train.py", "--init", tmp_path / "run" / "training_log.csv", timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1

@@ -61,6 +61,7 @@ def _mooshak_fields(document: dict[str, Any]) -> dict[str, Any]:
 def _flexolmo_fields(config: RishConfig) -> dict[str, Any]:
     return {
         "max_position_embeddings": config.max_position,
+        "seq_len": config.seq_len,  # theirs ends nowhere, because the base grows
         "tie_word_embeddings": False,
         "rope_parameters": {
             "rope_type": "dynamic",
@@ -150,7 +151,8 @@ def from_stock(document: dict[str, Any]) -> tuple[Any, dict[str, str]]:
     _require(document, hidden_act="silu")
     try:
         values = {ours: document[theirs] for theirs, ours in SHARED.items()}
-        values |= {"n_kv_head": document.get("num_key_value_heads"), "seq_len": document["max_position_embeddings"]}
+        context = document.get("seq_len", document["max_position_embeddings"])
+        values |= {"n_kv_head": document.get("num_key_value_heads"), "seq_len": context}
         values |= stock.read(document)
     except KeyError as error:
         raise UserError(f"config.json has no {error.args[0]}; it is no whole {form}") from None

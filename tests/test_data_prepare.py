@@ -260,6 +260,10 @@ def test_a_mixture_has_a_tokenizer_of_all_and_tells_of_each(tmp_path) -> None:
     assert [source.weight for source in corpus.sources] == [0.5, 0.5]
     assert len(load_tokenizer(corpus.tokenizer).encode(" हिन्दी").ids) == 1
     english, indian = corpus.summary["sources"]
+    assert [(Path(one["data"]).name, one["weight"]) for one in (english, indian)] == [
+        ("en.jsonl", 0.5),
+        ("hi.jsonl", 0.5),
+    ]
     assert [english["documents"], indian["documents"]] == [400, 12]
     words = [sum(len(text.split()) for text in texts) for texts in (STORIES, hindi)]
     assert [english["words"], indian["words"]] == words

@@ -89,11 +89,14 @@ def prepare(
                     shutil.copy(tokenizer_path, aside / "tokenizer.json")
                 _Work(aside, inputs, text_column, vocab_size, progress).run(given)
         tokenizer = folder / "tokenizer.json"
+        summary = json.loads((folder / "summary.json").read_text())
+        for each, counts in zip(inputs, summary.get("sources", ()), strict=False):
+            counts |= {"data": each.data, "weight": each.weight}  # not kept: the same text may have another name now
         return Corpus(
             sources=[each.source(folder, number) for number, each in enumerate(inputs)],
             tokenizer=tokenizer if tokenizer.exists() else None,
             vocab_size=vocab_size,
-            summary=json.loads((folder / "summary.json").read_text()),
+            summary=summary,
             folder=folder,
         )
     except OSError as error:
@@ -255,8 +258,7 @@ def _summarise(folder: Path, inputs: list[_Input], told: list[Summary]) -> None:
     train, val = np.concatenate(seen), np.concatenate(unseen)
     summary = _total(told) | {"unigram": unigram_loss(train, val), "trigram": trigram_loss(train, val)}
     if len(inputs) > 1:
-        names = ({"data": each.data, "weight": each.weight} for each in inputs)
-        summary["sources"] = [name | counts for name, counts in zip(names, told, strict=True)]
+        summary["sources"] = told
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 

@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
         or outside the vocabulary, or a number is out of range.
         """
         decoding = import_module("fira.generation.decoding")  # stands above models, and does not go with exported ones
-        several = ids.dim() == 2 if isinstance(ids, Tensor) else any(not isinstance(one, int) for one in ids)
+        several = ids.dim() == 2 if isinstance(ids, Tensor) else any(hasattr(one, "__len__") for one in ids)
         rows: list[Any] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         texts = [list(row) for row in (rows if several else [rows])]
         chosen = decoding.Sampling(**sampling)

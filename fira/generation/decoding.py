@@ -68,11 +68,15 @@ def continuation(
     reader, length = Reader(model, use_cache), min(map(len, texts), default=0)
     while running:
         logits = reader.logits(torch.tensor([text[:length] for text in texts], device=device))[:, -1]
+        greatest = logits.argmax(-1).tolist() if sampler.likeliest else None  # of all rows at once
         new = {}
         for row in sorted(running):
             text = texts[row]
             if len(text) == length:
-                new[row] = draw(sampler.probabilities(text, logits[row]), generators[row])
+                if greatest is None:
+                    new[row] = draw(sampler.probabilities(text, logits[row]), generators[row])
+                else:
+                    new[row] = greatest[row]
                 text.append(new[row])
                 if new[row] == eos or len(text) == ends[row]:
                     running.discard(row)

@@ -69,6 +69,11 @@ class Sampler:
         if s.typical_p is not None:
             self.filters.append(_transformers("TypicalLogitsWarper", "typical_p", s.typical_p))
 
+    @property
+    def likeliest(self) -> bool:
+        """Whether the next token is simply the one with the greatest logit."""
+        return self.sampling.temperature == 0 and not self.penalties
+
     def _subtract_presence(self, ids: Tensor, logits: Tensor) -> Tensor:
         present = torch.zeros_like(logits).index_fill(1, ids[0], self.sampling.presence_penalty)
         return logits - present

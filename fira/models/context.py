@@ -30,7 +30,7 @@ class KVCache:
 
     def _append(self, place: str, new: Tensor, window: int | None) -> Tensor:
         """A state and the new, along dim 2: written behind it where room was left, so that nothing is copied."""
-        old = self.states.get(place, new[:, :, :0])
+        old = self.states[place] if place in self.states else new[:, :, :0]
         before, end = old.shape[2], old.shape[2] + new.shape[2]
         if torch.is_grad_enabled() or window is not None:
             whole = torch.cat([old, new], dim=2)

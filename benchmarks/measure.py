@@ -1,0 +1,55 @@
+"""What the benchmarks share: contenders take turns, a figure is a median, and results are kept case by case."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+
+def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, after one to warm up. Each round calls all, every second one in reverse."""
+    for call in contenders.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds):
+        for name in list(contenders)[:: 1 if i % 2 == 0 else -1]:
+            started = time.perf_counter()
+            contenders[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(over: Iterable[float], under: Iterable[float]) -> float:
+    """The median of the ratios within a round: what slows a machine for a while slows both."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def products(n: int = 1024, count: int = 20) -> tuple[Callable[[], object], float]:
+    """Matrix products to time for the machine's peak, and their FLOPs."""
+    a, b = torch.randn(2, n, n)
+    out = torch.empty(n, n)
+
+    def call() -> None:
+        for _ in range(count):
+            torch.mm(a, b, out=out)
+
+    return call, 2.0 * n**3 * count
+
+
+def merge(path: Path, rows: list[dict[str, object]], keys: list[str]) -> pd.DataFrame:
+    """Put rows into a CSV in place of those with the same keys, so that a benchmark can be run in parts."""
+    frame = pd.DataFrame(rows)
+    if path.exists():
+        frame = pd.concat([pd.read_csv(path), frame])
+    frame = frame.drop_duplicates(keys, keep="last").sort_values(keys)
+    frame.to_csv(path, index=False, float_format="%.5g")
+    return frame
+
+
+def environment() -> str:
+    """One line about this machine, for a README."""
+    return f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"

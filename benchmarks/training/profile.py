@@ -1,0 +1,72 @@
+"""Where the time of a training step goes in one process: tokens/s, MFU, and the costliest operators.
+
+    python -m benchmarks.training.profile [THREADS]
+
+Forward and backward of fira-tiny and of a fira of 21 million parameters on made-up tokens, in fp32 on the CPU. The peak
+is that of matrix products, measured in turns with the steps.
+"""
+
+import sys
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.measure import alternate, environment, products, ratio
+from fira.models.context import Context
+from fira.models.fira import FiraConfig
+from fira.models.language_model import LanguageModel
+from fira.models.registry import PRESETS, build
+from fira.training.hardware import keep_freed_memory
+from fira.training.objective import objective
+
+ROUNDS = 5
+MODELS: dict[str, tuple[FiraConfig, int]] = {  # and the sequences of a step
+    "fira-tiny": (PRESETS["fira-tiny"], 16),
+    "fira, 21M": (
+        replace(PRESETS["fira-base"], vocab_size=8192, seq_len=256, d_model=384, n_head=6, num_layers=4, d_ff=1024),
+        8,
+    ),
+}
+
+
+def step(model: LanguageModel, config: Any, sequences: int) -> None:
+    """Forward and backward of a batch of random tokens, without dropout."""
+    tokens = sequences * config.seq_len
+    inputs, targets = torch.randint(config.vocab_size, (2, sequences, config.seq_len))
+    weights = torch.full((sequences,), 1 / sequences)
+    context = Context(targets=targets, aux_weights=weights, loss_weight=1 / tokens)
+    objective(model(inputs, context), targets, context)[0].backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def measure(name: str, config: FiraConfig, sequences: int) -> None:
+    """Print a line of figures and the profile of a model."""
+    model = build(config)
+    peak, flops = products()
+    seconds = alternate({"step": lambda: step(model, config, sequences), "peak": peak}, ROUNDS)
+    tokens = sequences * config.seq_len
+    of_step = 3 * sum(layer.flops_per_token(config.seq_len) for layer in model.layers) * tokens  # type: ignore[operator]
+    mfu = of_step / flops * ratio(seconds["peak"], seconds["step"])
+    speed, most = tokens / median(seconds["step"]), flops / median(seconds["peak"])
+    print(f"{name}: {model.num_parameters():,} parameters, {speed:.0f} tokens/s")
+    print(f"MFU {mfu:.3f} of {most / 1e9:.0f} GFLOP/s")
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        step(model, config, sequences)
+    print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))
+
+
+def main() -> None:
+    keep_freed_memory()
+    if len(sys.argv) > 1:
+        torch.set_num_threads(int(sys.argv[1]))
+    print(environment())
+    for name, (config, sequences) in MODELS.items():
+        measure(name, config, sequences)
+
+
+if __name__ == "__main__":
+    main()

@@ -53,6 +53,7 @@ class Engine:
         self.groups = {Kind.FORWARD: forward_group, Kind.BACKWARD: backward_group}
         self.rank = 0 if forward_group is None else dist.get_rank(forward_group)
         self.waited = 0.0  # seconds of the last run spent waiting for other ranks
+        self.trace: list[tuple[Action, float, float]] | None = None  # a list: when each action starts and ends
 
     def run(self, schedule: Schedule, microbatches: Sequence[MicroBatch]) -> list[Tensor]:
         """Play this rank's actions. Gradients are added to the parameters' `.grad`.
@@ -70,12 +71,24 @@ class Engine:
                 for position, action in enumerate(actions):
                     for soon in actions[position : position + LOOK_AHEAD]:
                         play.receive(soon)
-                    play.act(action)
+                    if self.trace is None:
+                        play.act(action)
+                    else:
+                        self.trace.append(self._timed(play, action))
                 play.finish()
         finally:
             for stage in self.stages.values():
                 stage.clear()
         return play.reports
+
+    def _timed(self, play: "_Play", action: Action) -> tuple[Action, float, float]:
+        """Do an action; when it had what it waits for, and when it was done, by time.perf_counter."""
+        device = self.stages[action.stage].input_device
+        before, waited = time.perf_counter(), self.waited
+        play.act(action)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return action, before + self.waited - waited, time.perf_counter()
 
 
 class _Play:

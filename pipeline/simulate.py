@@ -32,9 +32,11 @@ class Timeline:
         return 1 - busy / (self.length * len(self.spans))
 
 
-def simulate(schedule: Schedule, costs: Mapping[Kind, Sequence[float]]) -> Timeline:
-    """Play the action lists; `costs[kind][s]` is how long stage s takes for an action. Communication is free.
+def simulate(schedule: Schedule, costs: Mapping[Kind, Sequence[float]], transfer: float = 0.0) -> Timeline:
+    """Play the action lists; `costs[kind][s]` is how long stage s takes for an action.
 
+    transfer: from the end of an action until what it gives has arrived on another rank: latency and the tensor's size
+    over the bandwidth. Neither side is kept from computing meanwhile. Between stages of one rank nothing travels.
     Raises ScheduleError when an action is missing, doubled, on the wrong rank, out of order, or waits for ever.
     """
     _check(schedule)
@@ -50,14 +52,15 @@ def simulate(schedule: Schedule, costs: Mapping[Kind, Sequence[float]]) -> Timel
                 required = needs(action, schedule.stages)
                 if not all(r in done for r in required):
                     break
-                start = max([clock[rank], *(done[r] for r in required)])
+                arrivals = (done[r] + (transfer if schedule.placement[r.stage] != rank else 0.0) for r in required)
+                start = max([clock[rank], *arrivals])
                 done[action] = clock[rank] = start + costs[action.kind][action.stage]
                 spans[rank].append((action, start, clock[rank]))
                 position[rank] += 1
                 moved = True
         if not moved:
             raise ScheduleError("every rank waits for another:\n" + grid(schedule, position))
-    return Timeline(tuple(map(tuple, spans)), tuple(_peak(actions) for actions in schedule.actions))
+    return Timeline(tuple(map(tuple, spans)), peak_held(schedule, [1] * schedule.stages))
 
 
 def _check(schedule: Schedule) -> None:
@@ -80,12 +83,41 @@ def _check(schedule: Schedule) -> None:
             last[kind, stage] = i
 
 
-def _peak(actions: Sequence[Action]) -> int:
-    held = peak = 0
-    for kind, _, _ in actions:
-        held += {Kind.FORWARD: 1, Kind.INPUT: 0}.get(kind, -1)
-        peak = max(peak, held)
-    return peak
+def peak_held(schedule: Schedule, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The most that each rank holds at once, where stage s keeps sizes[s] from a forward until its backward is done."""
+    peaks = []
+    for actions in schedule.actions:
+        held = peak = 0
+        for kind, stage, _ in actions:
+            held += {Kind.FORWARD: 1, Kind.INPUT: 0}.get(kind, -1) * sizes[stage]
+            peak = max(peak, held)
+        peaks.append(peak)
+    return tuple(peaks)
+
+
+def soonest_ends(
+    placement: Sequence[int], microbatches: int, costs: Mapping[Kind, Sequence[float]], transfer: float = 0.0
+) -> list[float]:
+    """When each rank can have ended at the soonest, whatever the schedule, with the costs of split backwards.
+
+    A rank waits for its first micro-batch, then has its work to do; the rank of stage 0 also waits for the last
+    gradient. For equal stages this is the length of 1F1B and GPipe, (m + p − 1)(F + B), of interleaved 1F1B and of
+    ZB-2p, so it orders layouts before any is simulated. An unsplit backward is an I of its whole cost and a W of none.
+    """
+    forward, back, weight = (costs[kind] for kind in (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT))
+    ends = [0.0] * (max(placement) + 1)
+    last_gradient = 0.0
+    for rank in range(len(ends)):
+        mine = [s for s, r in enumerate(placement) if r == rank]
+        before = range(mine[0])
+        way = transfer * sum(placement[s] != placement[s + 1] for s in before)
+        lead = way + sum(forward[s] for s in before)
+        needed = lead + microbatches * sum(forward[s] + back[s] for s in mine)
+        ends[rank] = needed + microbatches * sum(weight[s] for s in mine)
+        last_gradient = max(last_gradient, needed + way + sum(back[s] for s in before))
+    first = placement[0]
+    ends[first] = max(ends[first], last_gradient + weight[0])
+    return ends
 
 
 def grid(schedule: Schedule, marks: Sequence[int] = ()) -> str:

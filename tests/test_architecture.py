@@ -14,11 +14,18 @@ MAY_IMPORT_PIPELINE = {
     "fira/layout.py",
     "fira/local_pipeline.py",
     "fira/parallelize.py",
+    "fira/planning/choose.py",
+    "fira/planning/layers.py",
+    "fira/planning/measure.py",
+    "fira/planning/picture.py",
+    "fira/planning/predict.py",
+    "fira/planning/ways.py",
     "fira/training/batch.py",
     "fira/training/config.py",
     "fira/training/loop.py",
     "fira/training/optimizer.py",
     "fira/training/setup.py",
+    "fira/training/tracing.py",
     "fira/training/trainer.py",
 }
 
@@ -64,5 +71,5 @@ def test_imports(path):
 
 
 def test_schedules_know_neither_torch_nor_ranks():
-    for name in ("schedule", "simulate", "partition"):
+    for name in ("schedule", "simulate", "trace", "partition"):
         assert not uses(ROOT / "pipeline" / f"{name}.py", "torch", "numpy", "mpi4py")

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from fira.training.log import read_log
+from pipeline.schedule import SCHEDULES
+from pipeline.trace import read_trace
 from tests.ranks import ROOT, run_function, run_ranks
 
 TRAIN = ROOT / "scripts" / "train.py"
@@ -87,7 +89,7 @@ def losses(run: Path) -> np.ndarray:
 def whole(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 steps on four stages without a disturbance."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    result = train(settings, 4, *PP4, "--out", out)
+    result = train(settings, 4, *PP4, "--out", out, "--trace", out.parent / "trace.json")
     assert "next: python scripts/generate.py --checkpoint" in result.stdout
     return out
 
@@ -120,6 +122,16 @@ def test_a_run_leaves_its_folder(whole):
     assert log["mfu"].between(0, 1, inclusive="neither").all()
 
 
+def test_a_trace_tells_what_every_rank_did(whole):
+    timeline = read_trace(whole.parent / "trace.json")
+    assert tuple(tuple(action for action, _, _ in spans) for spans in timeline.spans) == SCHEDULES["1f1b"](4, 3).actions
+    for spans in timeline.spans:
+        edges = [edge for _, start, end in spans for edge in (start, end)]
+        assert edges == sorted(edges)
+        assert 0 < edges[0] < edges[-1] < 60
+    assert (whole.parent / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_resumed_on_the_same_layout_it_is_bit_equal(settings, whole, killed, tmp_path):
     run = copy(killed, tmp_path / "run")
     result = train(settings, 4, *PP4, "--out", run, "--resume", "auto")
@@ -144,7 +156,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(settings, whole, 
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    result = train(settings, 2, "--out", run, "--resume", "auto", "--steps", 11)
+    result = train(settings, 2, "--out", run, "--resume", "auto", "--steps", 11, "--plan", "auto")
     assert f"step-000020/{damaged.name}" in result.stderr
     assert "resumed after step 10" in result.stdout
 
@@ -204,6 +216,7 @@ MISTAKES = {
     "--tokenizer setup.py": "setup.py: not a tokenizer.json",
     "--config setup.py": "setup.py is not TOML",
     "--resume tests": "tests: no checkpoint here",
+    "--plan maybe": "invalid choice: 'maybe'",
     "--seq-len 100000": "--seq-len",
     "--local-devices gpu:x": "--local-devices gpu:x",
 }

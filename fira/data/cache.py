@@ -18,6 +18,11 @@ REMEMBERED = 64 * 2**20  # bytes from which on a file's SHA-256 is remembered
 ABANDONED = 7 * 24 * 3600  # seconds after which what a killed process left behind is removed
 
 
+def cache_folder() -> Path:
+    """Where results are kept: $FIRA_CACHE, or a folder of the user."""
+    return Path(os.environ.get("FIRA_CACHE") or Path.home() / ".cache" / "fira")
+
+
 def total_size(files: list[Path]) -> int:
     """Bytes in all of them."""
     return sum(path.stat().st_size for path in files)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from tokenizers import Tokenizer
 
-from fira.data.cache import content_key, publish, total_size
+from fira.data.cache import cache_folder, content_key, publish, total_size
 from fira.data.mixture import parse_mixture
 from fira.data.ngram import trigram_loss, unigram_loss
 from fira.data.packed import PackedTokens, TokenWriter, find_shards
@@ -70,7 +69,7 @@ def prepare(
     same corpus: each works aside and the first to finish publishes. `vocab_size` may exceed the tokenizer's, not fall
     below it. UserError for whatever of this cannot be used.
     """
-    cache = Path(cache_dir or os.environ.get("FIRA_CACHE") or Path.home() / ".cache" / "fira")
+    cache = Path(cache_dir or cache_folder())
     try:
         given = load_tokenizer(tokenizer_path) if tokenizer_path else None
         if given and vocabulary(given) > vocab_size:

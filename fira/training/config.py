@@ -2,6 +2,7 @@
 
 import tomllib
 from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -44,11 +45,12 @@ class TrainConfig:
     pp: int | None = _option(None, "pipeline stages")
     dp: int | None = _option(None, "data-parallel replicas")
     ep: int | None = _option(None, "ranks the experts are spread over; divides dp")
-    schedule: str = _option("1f1b", "pipeline schedule", tuple(SCHEDULES))
+    schedule: str | None = _option(None, "pipeline schedule; default: 1f1b", tuple(SCHEDULES))
+    plan: str | None = _option(None, "auto: measure, then choose layout, schedule and micro-batch left out", ("auto",))
     device: str = _option("auto", "where to train", ("auto", "cpu", "cuda"))
     local_devices: str | None = _option(None, "devices torchgpipe splits a stage over, such as cuda:0,cuda:1")
     precision: str = _option("fp32", "of the matrix products", ("fp32", "bf16", "fp16", "fp64"))
-    recompute: bool = _option(False, "keep only the blocks' inputs and compute the rest again")
+    recompute: bool | None = _option(None, "keep only the blocks' inputs and compute the rest again; default: no")
     out: str | None = _option(None, "run folder; default: a new one under runs/")
     init: str | None = _option(
         None, "start from the model, weights and tokenizer of a run, a checkpoint, an export, a Llama or a FlexOlmo"
@@ -58,6 +60,7 @@ class TrainConfig:
     eval_sequences: int = _option(128, "sequences in a validation, spread evenly over the validation set")
     save_every: int = _option(100, "steps between checkpoints")
     keep: int = _option(2, "checkpoints kept")
+    trace: str | None = _option(None, "file for when each rank did what in the third step, to see in ui.perfetto.dev")
     seed: int = _option(42, "of weights, data order and dropout")
     timeout: float | None = _option(
         None, "seconds a rank waits for another before the job ends with a report; default: $FIRA_TIMEOUT_S, or 600"
@@ -150,12 +153,27 @@ class _LoadConfig(Action):
             parser.parse_args(arguments, namespace)
 
 
-def add_options(parser: ArgumentParser) -> None:
-    """Give a parser `--config` and a flag for every setting."""
+def given_flags(config: TrainConfig, without: Collection[str] = ()) -> list[str]:
+    """The flags for what differs from the defaults."""
+    words = []
+    for setting in fields(TrainConfig):
+        value = getattr(config, setting.name)
+        if value != setting.default and setting.name not in without:
+            flag = "--" + setting.name.replace("_", "-")
+            words += (
+                [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
+            )
+    return words
+
+
+def add_options(parser: ArgumentParser, only: Collection[str] | None = None) -> None:
+    """Give a parser `--config` and a flag for every setting, or for some of them."""
     parser.add_argument("--config", metavar="TOML", action=_LoadConfig, help="a file with these flags as keys")
     for setting in fields(TrainConfig):
+        if only is not None and setting.name not in only:
+            continue
         flag, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
-        if setting.type is bool:
+        if setting.type in (bool, bool | None):
             parser.add_argument(flag, action=BooleanOptionalAction, default=setting.default, help=text)
             continue
         kind = next(k for k in (int, float, str) if setting.type in (k, k | None))

@@ -13,6 +13,7 @@ from fira.training.optimizer import learning_rate
 from fira.training.report import Report
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
+from fira.training.tracing import STEP, traced
 from pipeline import World
 
 
@@ -28,8 +29,9 @@ def train(config: TrainConfig, world: World) -> None:
     for step in range(done + 1, recipe.steps + 1):
         started = time.perf_counter()
         lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
-        result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, signals.wanted())
-        seconds = time.perf_counter() - started
+        with traced(run.trainer.model.engine, config.trace if step == done + STEP else None):
+            result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, signals.wanted())
+            seconds = time.perf_counter() - started
         save, end = (count > 0 for count in result.signals)
         end = end or step == recipe.steps
         val_loss = _validate(run, recipe, step) if end or step % config.eval_every == 0 else None

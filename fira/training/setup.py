@@ -13,6 +13,7 @@ from fira.data.tokenizer import load_tokenizer, vocabulary
 from fira.layout import choose_layout
 from fira.models.registry import build, change, from_document, make_config
 from fira.parallelize import parallelize
+from fira.planning.choose import with_plan
 from fira.training import state
 from fira.training.batch import Split
 from fira.training.config import TrainConfig
@@ -79,6 +80,11 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     model_config, tokenizer_path = choose_model(config, saved)
     with torch.device("meta"):
         model = build(model_config)
+    keep_freed_memory()
+    devices = choose_devices(config.device, config.local_devices, world.local_rank)
+    if config.plan:
+        config = with_plan(config, model_config, batch_size, devices[0], world)
+    schedule = config.schedule or "1f1b"
     layout = choose_layout(
         world.size,
         len(model.layers),
@@ -86,10 +92,8 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         config.pp,
         config.dp,
         config.ep,
-        stages_per_rank=len(SCHEDULES[config.schedule](1, 1).placement),
+        stages_per_rank=len(SCHEDULES[schedule](1, 1).placement),
     )
-    keep_freed_memory()
-    devices = choose_devices(config.device, config.local_devices, world.local_rank)
     corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world)
     mesh = make_mesh(layout, devices)
     microbatch = choose_microbatch(config, batch_size, layout)
@@ -100,15 +104,13 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         model_config.seq_len,
         config.seed,
         devices,
-        config.schedule,
+        schedule,
         dtype,
         PRODUCTS.get(config.precision),
-        config.recompute,
+        bool(config.recompute),
     )
     split = Split(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
-    trainer = Trainer(
-        distributed, mesh, split, config.schedule, config.weight_decay, config.clip, config.precision == "fp16"
-    )
+    trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
     if saved:
         state.load_weights(saved, distributed)
     tokenizer = corpus.tokenizer.read_bytes() if corpus.tokenizer else None
@@ -117,7 +119,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     heading = "\n".join(
         [
             f"{config.name()}: {model.num_parameters():,} parameters · {devices[0].type} {config.precision} · {layout}",
-            f"{config.schedule} · micro-batches a replica: {split.count(batch_size)}, each {microbatch} × "
+            f"{schedule} · micro-batches a replica: {split.count(batch_size)}, each {microbatch} × "
             f"{model_config.seq_len} tokens · stages of layers {stages}",
             f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
             f"vocabulary {model_config.vocab_size}",

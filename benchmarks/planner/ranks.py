@@ -1,0 +1,117 @@
+"""One world's layouts: what the planner says of each, then what it takes. Started by run.py under mpirun."""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import pipeline
+from fira.models.registry import make_config
+from fira.parallelize import parallelize
+from fira.planning.layers import shape_of
+from fira.planning.measure import measure
+from fira.planning.predict import Predictor
+from fira.planning.ways import Way
+from fira.training.batch import Split
+from fira.training.trainer import Trainer
+from pipeline.mesh import Layout, make_mesh
+
+MODELS = {
+    "fira-tiny": {},
+    "fira 15M": {"d_model": 256, "num_layers": 6, "d_ff": 1024, "n_head": 4, "num_experts": 4},
+}
+BATCH, STEPS = 16, 9
+WAYS = {
+    1: [Way(Layout(1, 1, 1), "1f1b", 4, 4, False)],
+    2: [
+        Way(Layout(2, 1, 1), "1f1b", 4, 4, False),
+        Way(Layout(2, 1, 1), "zb-h1", 4, 4, False),
+        Way(Layout(2, 1, 1), "zb-v", 4, 4, False),
+        Way(Layout(1, 2, 1), "1f1b", 4, 2, False),
+        Way(Layout(1, 2, 2), "1f1b", 4, 2, False),
+    ],
+    4: [Way(Layout(2, 2, 2), "1f1b", 4, 2, False)],
+}
+
+
+class RandomTokens:
+    """Stands for a loader: its sequences are random."""
+
+    def __init__(self, vocab_size: int, seq_len: int) -> None:
+        self.consumed = 0
+        self.shape = vocab_size, seq_len
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.random.default_rng(first).integers(self.shape[0], size=(2, count, self.shape[1]))
+        return tokens[0], tokens[1]
+
+
+def trainer_of(config, way: Way) -> Trainer:
+    mesh = make_mesh(way.layout)
+    model = parallelize(config, mesh, config.seq_len, 0, [torch.device("cpu")], way.schedule)
+    split = Split(way.microbatch, way.layout.dp, mesh.dp_rank, config.d_model)
+    return Trainer(model, mesh, split, way.schedule, 0.1, 1.0, False)
+
+
+def step_seconds(config, way: Way) -> float:
+    """The median step, as the slowest rank has it."""
+    trainer, loader = trainer_of(config, way), RandomTokens(config.vocab_size, config.seq_len)
+    times = []
+    for _ in range(STEPS):
+        dist.barrier()
+        started = time.perf_counter()
+        trainer.step(loader, BATCH, 1e-4, 0, [])
+        times.append(time.perf_counter() - started)
+    slowest = torch.tensor(statistics.median(times[2:]), dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return float(slowest)
+
+
+def peak_bytes(config, way: Way) -> float:
+    """The most that torch has allocated on a rank in two steps, by its profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer, loader = trainer_of(config, way), RandomTokens(config.vocab_size, config.seq_len)
+        for _ in range(2):
+            trainer.step(loader, BATCH, 1e-4, 0, [])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    peak = torch.tensor(max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"))
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    return float(peak)
+
+
+def main() -> None:
+    world = pipeline.init()
+    for name, changes in MODELS.items():
+        config = make_config("fira-tiny", changes)
+        shape = shape_of(config)
+        hardware, costs = measure(shape, [4], "fp32", torch.device("cpu"), world.size, world)
+        for way in WAYS[world.size]:
+            estimate = Predictor(shape, hardware, costs, "fp32").predict(way)
+            seconds, peak = step_seconds(config, way), peak_bytes(config, way)
+            if world.rank == 0:
+                row = {
+                    "model": name,
+                    "layout": str(way.layout),
+                    "schedule": way.schedule,
+                    "predicted_ms": estimate.seconds * 1e3,
+                    "measured_ms": seconds * 1e3,
+                    "predicted_mb": max(estimate.memory) / 1e6,
+                    "measured_mb": peak / 1e6,
+                    "parts_ms": {part: round(value * 1e3, 2) for part, value in estimate.parts.items()},
+                }
+                print(json.dumps(row), flush=True)
+    if world.rank == 0:
+        print(json.dumps({"links": str(hardware.inside)}), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Predicted and measured steps side by side: python -m benchmarks.planner.run"""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COLUMNS = ("predicted_ms", "measured_ms", "predicted_mb", "measured_mb")
+
+
+def main() -> None:
+    rows = []
+    for ranks in (1, 2, 4):
+        command = ["mpirun", "-np", str(ranks), sys.executable, str(HERE / "ranks.py")]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    with (HERE / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["model", "layout", "schedule", *COLUMNS])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: f"{row[name]:.1f}" if name in COLUMNS else row[name] for name in writer.fieldnames})
+    print("| model | layout | schedule | step predicted | measured | error | memory predicted | measured | error |")
+    print("|" + "---|" * 9)
+    for row in rows:
+        a, b, c, d = (row[name] for name in COLUMNS)
+        print(
+            f"| {row['model']} | {row['layout']} | {row['schedule']} | {a:.0f} ms | {b:.0f} ms | {a / b - 1:+.0%} "
+            f"| {c:.0f} MB | {d:.0f} MB | {c / d - 1:+.0%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

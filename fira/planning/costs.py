@@ -1,0 +1,52 @@
+"""What layers cost on a device not at hand: FLOPs over FLOP/s, or bytes over bytes/s where those last longer."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from fira.planning.hardware import Hardware
+from fira.planning.layers import Cost, Shape, kept_bytes, working_bytes
+
+ITEM = {"fp64": 8}  # bytes of a parameter and of what travels; else 4
+PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZER_PASSES = 10  # over a tensor of the parameters' size: AdamW reads 4 and writes 3, norm and clipping 3
+
+Costs = Callable[[int], list[Cost]]  # micro-batch size → cost of each kind of layer
+
+
+def estimate(shape: Shape, hardware: Hardware, precision: str) -> Costs:
+    """The costs on a described device. A layer's weights are multiplied once in a forward, once for either gradient;
+    what has no weights (attention's scores) costs twice as much for the gradient of its input."""
+    rate, item = hardware.flops[precision], ITEM.get(precision, 4)
+    flops = dict(zip(shape.layers, shape.flops, strict=True))
+
+    @cache
+    def kept(kind: int, microbatch: int) -> int:
+        return kept_bytes(shape, kind, microbatch, PRODUCTS.get(precision)) * item // 4
+
+    def cost(kind: int, microbatch: int) -> Cost:
+        k, tokens = shape.kinds[kind], microbatch * shape.tokens
+        products = k.layer.flops_per_token(0) * tokens  # type: ignore[operator]
+        own = flops[kind] * tokens - products
+        # Sizes grow by the same from sequence to sequence, so two are enough to know all.
+        bytes_kept = kept(kind, 1) + (microbatch - 1) * (kept(kind, 2) - kept(kind, 1))
+        first, last = kind == shape.layers[0], kind == shape.layers[-1]
+        weights = 0 if first else item * (k.parameters + k.expert_parameters)  # of the table a few rows are read
+
+        def seconds(flops: float, traffic: float) -> float:
+            return max(flops / rate, traffic / hardware.memory_bandwidth, hardware.seconds_per_layer)
+
+        back = seconds(0 if last else products + 2 * own, weights + 2 * bytes_kept)
+        weight = seconds(0 if last else products, 2 * weights + bytes_kept)
+        return Cost(
+            forward=seconds(3 * products if last else products + own, weights + 2 * bytes_kept),
+            input=back,
+            weight=weight,
+            backward=back + weight,
+            kept=bytes_kept,
+            optimizer=OPTIMIZER_PASSES * item * (k.parameters + k.expert_parameters) / hardware.memory_bandwidth,
+            working=working_bytes(shape, microbatch, "cuda") if last else 0,
+        )
+
+    return lambda microbatch: [cost(kind, microbatch) for kind in range(len(shape.kinds))]

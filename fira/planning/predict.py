@@ -1,0 +1,229 @@
+"""What a way to train takes, in time and memory.
+
+A step is the pipeline as the simulator plays it, the reduction of gradients over replicas, and the optimizer. All
+replicas do alike, so one pipeline stands for all.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from fira.planning.costs import ITEM, Costs
+from fira.planning.hardware import Hardware, Links
+from fira.planning.layers import Kind as Layer
+from fira.planning.layers import Shape
+from fira.planning.ways import Way, placement_of, schedule_of, splits
+from fira.training.optimizer import BUCKET
+from pipeline.mesh import Layout
+from pipeline.partition import partition
+from pipeline.schedule import Kind
+from pipeline.simulate import Timeline, peak_held, simulate, soonest_ends
+
+MOST_ACTIONS = 10_000  # forwards simulated of one pipeline; further micro-batches go by at the slowest rank's pace
+GREEDY = 64  # ranks from which on ZB-V's lists take long to deal; its bound stands for them
+STATES = 4  # a weight, its gradient and AdamW's two moments
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a way takes. parts: seconds of a step by what they go to, mean over ranks; their sum is the step."""
+
+    way: Way
+    seconds: float
+    memory: tuple[float, ...]  # bytes, by rank of the pipeline
+    parts: Mapping[str, float]
+    timeline: Timeline | None  # of one pipeline; None where it was not simulated
+
+    @property
+    def bubble(self) -> float:
+        """Fraction of the step in which ranks wait for one another in the pipeline."""
+        return (self.parts["fill"] + self.parts["uneven"]) / self.seconds
+
+    @property
+    def limit(self) -> str:
+        """What most of the time goes to beside computing; "compute" where that is little."""
+        most = max((name for name in self.parts if name != "compute"), key=self.parts.__getitem__)
+        return most if self.parts[most] > 0.1 * self.seconds else "compute"
+
+
+class Predictor:
+    """Costs of layers, links and memory put together."""
+
+    def __init__(self, shape: Shape, hardware: Hardware, costs: Costs, precision: str) -> None:
+        self.shape = shape
+        self.hardware = hardware
+        self.costs = cache(costs)
+        self.item = ITEM.get(precision, 4)
+        self.stages = cache(lambda count: partition(shape.flops, count))
+
+    def predict(self, way: Way, memory: tuple[float, ...] | None = None) -> Estimate:
+        """Simulate a way."""
+        layout, placement = way.layout, placement_of(way.schedule, way.layout.pp)
+        costs, transfer = self._actions(way), self._transfer(way)
+        busy = self._busy(way, costs)
+        timeline = None
+        if way.schedule == "zb-v" and layout.pp >= GREEDY:
+            ends = self._soonest(way)
+        else:
+            few = min(way.count, max(4 * len(placement), MOST_ACTIONS // len(placement)))
+            timeline = simulate(schedule_of(way.schedule, layout.pp, few), costs, transfer)
+            rest = (way.count - few) * max(busy)
+            ends = [rest + max((end for _, _, end in spans), default=0.0) for spans in timeline.spans]
+        reduction = [self._reduction(way, rank) for rank in range(layout.pp)]
+        reduced = max(end + r for end, r in zip(ends, reduction, strict=True))
+        update = max(self._optimizer(way, rank) for rank in range(layout.pp)) + self._sums(layout)
+        length = max(ends)
+        work = way.count * sum(busy) / layout.pp
+        exchange = way.count * sum(self._exchanges(way)) / layout.pp
+        uneven = min(length - work, way.count * (max(busy) - sum(busy) / layout.pp))
+        parts = {
+            "compute": work - exchange,
+            "exchange": exchange,
+            "fill": length - work - uneven,
+            "uneven": uneven,
+            "reduce": reduced - length,
+            "optimizer": update,
+        }
+        return Estimate(way, reduced + update, memory or self.memory(way), parts, timeline)
+
+    def least_seconds(self, way: Way) -> float:
+        """No schedule with these stages can take less."""
+        ends = [end + self._reduction(way, rank) for rank, end in enumerate(self._soonest(way))]
+        return max(ends) + max(self._optimizer(way, rank) for rank in range(way.layout.pp)) + self._sums(way.layout)
+
+    def memory(self, way: Way) -> tuple[float, ...]:
+        """Bytes on each rank of the pipeline: weights, gradients, moments; activations as the schedule holds them,
+        logits among them; and what a backward or a reduction needs beside them."""
+        layout, placement = way.layout, placement_of(way.schedule, way.layout.pp)
+        costs, last = self.costs(way.microbatch), len(placement) - 1
+        sizes, single = [], []
+        for s, span in enumerate(self.stages(len(placement))):
+            layers = [costs[self.shape.layers[i]] for i in span]
+            full = sum(cost.kept for cost in layers)
+            kept = len(layers) * self._boundary(way) if way.recompute else full
+            single.append(max(cost.kept for cost in layers) if way.recompute else 0)
+            sizes.append(kept + (self._boundary(way) if s < last else 0))
+        if way.schedule == "zb-v" and layout.pp >= GREEDY:
+            held = tuple(float(min(layout.pp, way.count) * (sizes[r] + sizes[last - r])) for r in range(layout.pp))
+        else:
+            few = min(way.count, 4 * len(placement))
+            peaks = peak_held(schedule_of(way.schedule, layout.pp, few), sizes)
+            whole = [few * sum(sizes[s] for s, r in enumerate(placement) if r == rank) for rank in range(layout.pp)]
+            scale = [way.count / few if peak == all_ else 1.0 for peak, all_ in zip(peaks, whole, strict=True)]
+            held = tuple(peak * factor for peak, factor in zip(peaks, scale, strict=True))
+        result = []
+        for rank in range(layout.pp):
+            mine = [s for s, r in enumerate(placement) if r == rank]
+            weights = self.item * sum(self._parameters(way, rank))
+            largest = self.item * max(self._kind(i).largest for s in mine for i in self.stages(len(placement))[s])
+            working = max(costs[self.shape.layers[i]].working for i in self._layers(way, rank))
+            backward = max(max(single[s] for s in mine) + largest, working)
+            reduction = min(weights, BUCKET + largest) if layout.dp > 1 else 0
+            result.append(STATES * weights + max(held[rank] + backward, reduction))
+        return tuple(result)
+
+    def _kind(self, layer: int) -> Layer:
+        return self.shape.kinds[self.shape.layers[layer]]
+
+    def _layers(self, way: Way, rank: int) -> list[int]:
+        placement = placement_of(way.schedule, way.layout.pp)
+        spans = self.stages(len(placement))
+        return [i for s, r in enumerate(placement) if r == rank for i in spans[s]]
+
+    def _boundary(self, way: Way) -> int:
+        """Bytes of a tensor that crosses from stage to stage."""
+        return way.microbatch * self.shape.tokens * self.shape.width * self.item
+
+    def _transfer(self, way: Way) -> float:
+        return self.hardware.links(way.layout.pp, way.layout.dp)["p2p"].seconds(self._boundary(way))
+
+    def _exchange(self, way: Way, kind: int) -> tuple[float, float]:
+        """Seconds that a layer's tokens travel to experts and back, in a forward and in a backward."""
+        ep, k = way.layout.ep, self.shape.kinds[kind]
+        if ep == 1 or not k.exchanges:
+            return 0.0, 0.0
+        link = self.hardware.links(ep, 1)["all_to_all"]
+        once = link.seconds(self._boundary(way) * k.copies * (ep - 1) / ep)
+        return k.exchanges * (link.latency + 2 * once), k.exchanges * 2 * once
+
+    def _exchanges(self, way: Way) -> list[float]:
+        """Seconds of exchange in one micro-batch's forward and backward, by rank."""
+        return [
+            sum(sum(self._exchange(way, self.shape.layers[i])) for i in self._layers(way, rank))
+            for rank in range(way.layout.pp)
+        ]
+
+    def _actions(self, way: Way) -> dict[Kind, list[float]]:
+        """What each stage takes for each kind of action."""
+        costs = self.costs(way.microbatch)
+        result: dict[Kind, list[float]] = {kind: [] for kind in Kind}
+        for span in self.stages(len(placement_of(way.schedule, way.layout.pp))):
+            layers = [(costs[self.shape.layers[i]], *self._exchange(way, self.shape.layers[i])) for i in span]
+            forward = sum(cost.forward + there for cost, there, _ in layers)
+            back = sum(cost.input + back for cost, _, back in layers)
+            weight = sum(cost.weight for cost, _, _ in layers)
+            whole = sum(cost.backward + back for cost, _, back in layers)
+            if way.recompute:  # runs forward again, and cannot be split
+                whole += forward
+                back, weight = whole, 0.0
+            for kind, seconds in zip(
+                (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT), (forward, whole, back, weight), strict=True
+            ):
+                result[kind].append(seconds)
+        return result
+
+    def _busy(self, way: Way, costs: Mapping[Kind, Sequence[float]]) -> list[float]:
+        """Seconds of work that a micro-batch is for each rank."""
+        kinds = [Kind.FORWARD, Kind.INPUT, Kind.WEIGHT] if splits(way.schedule) else [Kind.FORWARD, Kind.BACKWARD]
+        busy = [0.0] * way.layout.pp
+        for stage, rank in enumerate(placement_of(way.schedule, way.layout.pp)):
+            busy[rank] += sum(costs[kind][stage] for kind in kinds)
+        return busy
+
+    def _soonest(self, way: Way) -> list[float]:
+        costs = self._actions(way)
+        if not splits(way.schedule):
+            costs |= {Kind.INPUT: costs[Kind.BACKWARD], Kind.WEIGHT: [0.0] * len(costs[Kind.BACKWARD])}
+        placement = placement_of(way.schedule, way.layout.pp)
+        return soonest_ends(placement, way.count, costs, self._transfer(way))
+
+    def _parameters(self, way: Way, rank: int) -> tuple[float, float]:
+        """How many a rank holds: whole ones, and its share of the experts'."""
+        layers = self._layers(way, rank)
+        whole = sum(self._kind(i).parameters for i in layers)
+        if self.shape.tied and {0, len(self.shape.layers) - 1} <= set(layers):
+            whole -= self._kind(0).largest
+        return whole, sum(self._kind(i).expert_parameters for i in layers) / way.layout.ep
+
+    def _reduction(self, way: Way, rank: int) -> float:
+        """Sum gradients over replicas: all over dp, experts' over the ranks that hold the same; copied to and fro."""
+        layout, seconds = way.layout, 0.0
+        groups = ((layout.dp, 1), (layout.dp // layout.ep, layout.ep))
+        for parameters, (size, stride) in zip(self._parameters(way, rank), groups, strict=True):
+            if size > 1 and parameters:
+                amount = self.item * parameters
+                seconds += _all_reduce(self.hardware.links(size, stride), size, amount)
+                seconds += 4 * amount / self.hardware.memory_bandwidth
+        if self.shape.tied and layout.pp > 1 and rank == 0:
+            table = self.item * self._kind(0).largest
+            seconds += 2 * self.hardware.links(layout.pp, layout.dp)["p2p"].seconds(table)
+        return seconds
+
+    def _optimizer(self, way: Way, rank: int) -> float:
+        costs, seconds = self.costs(way.microbatch), 0.0
+        for i in self._layers(way, rank):
+            k = self._kind(i)
+            share = (k.parameters + k.expert_parameters / way.layout.ep) / (k.parameters + k.expert_parameters)
+            seconds += share * costs[self.shape.layers[i]].optimizer
+        return seconds
+
+    def _sums(self, layout: Layout) -> float:
+        """The one small sum over all ranks: loss, norms, loads."""
+        return _all_reduce(self.hardware.links(layout.world, 1), layout.world, 0.0)
+
+
+def _all_reduce(links: Links, size: int, amount: float) -> float:
+    """A ring for large tensors, where each rank sends twice nearly all of it; a tree's latency."""
+    link = links["all_reduce"]
+    return 2 * math.ceil(math.log2(size)) * link.latency + 2 * (size - 1) / size * amount / link.bandwidth

@@ -1,0 +1,102 @@
+"""What a plan says to a person: a table, what limits the best way, and the command that trains it."""
+
+import shlex
+from collections.abc import Sequence
+
+from fira.planning.hardware import Hardware
+from fira.planning.predict import Estimate
+from fira.planning.search import Found
+from fira.planning.ways import Way
+
+PARTS = {
+    "compute": "compute",
+    "exchange": "experts' all-to-all",
+    "fill": "pipeline fills and drains",
+    "uneven": "uneven stages",
+    "reduce": "gradient reduction",
+    "optimizer": "optimizer",
+}
+COLUMNS = ("", "pp × dp (ep)", "schedule", "micro-batches", "step", "tokens/s", "bubble", "memory", "compute")
+
+
+def describe(found: Found, hardware: Hardware, tokens: int, command: Sequence[str]) -> str:
+    """The table of the best ways, and of the very best what its time goes to, and the command line.
+
+    tokens: of a batch. command: the flags that are not the plan's.
+    """
+    best = found.best[0]
+    rows = [COLUMNS, *(_row(n, estimate, tokens) for n, estimate in enumerate(found.best, 1))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    table = [
+        "  ".join(
+            cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    shares = ", ".join(
+        f"{PARTS[name]} {part / best.seconds:.0%}" for name, part in best.parts.items() if part > 0.0005 * best.seconds
+    )
+    unfit = f"; {found.too_large:,} that might be faster do not fit into memory" if found.too_large else ""
+    return "\n".join(
+        [
+            *(line.rstrip() for line in table),
+            "",
+            f"the best of {found.ways:,} ways on {hardware.name}, {hardware.memory / 1e9:.1f} GB a rank{unfit}",
+            f"a step: {shares}",
+            f"its limit: {PARTS[best.limit]}",
+            "memory by rank of the pipeline: " + _ranges([f"{size / 1e9:.2f} GB" for size in best.memory]),
+            "",
+            command_line(best.way, command),
+        ]
+    )
+
+
+def command_line(way: Way, command: Sequence[str]) -> str:
+    """How this way is trained."""
+    layout = way.layout
+    mpirun = f"mpirun -np {layout.world} " if layout.world > 1 else ""
+    return f"{mpirun}python scripts/train.py {shlex.join([*command, *flags(way)])}"
+
+
+def flags(way: Way) -> list[str]:
+    """The flags of train.py that choose this way."""
+    values = {
+        "pp": way.layout.pp,
+        "dp": way.layout.dp,
+        "ep": way.layout.ep,
+        "schedule": way.schedule,
+        "micro-batch-size": way.microbatch,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))] + [
+        "--recompute"
+    ] * way.recompute
+
+
+def _row(number: int, estimate: Estimate, tokens: int) -> tuple[str, ...]:
+    way = estimate.way
+    return (
+        str(number),
+        f"{way.layout.pp} × {way.layout.dp} ({way.layout.ep})",
+        way.schedule + (" recompute" if way.recompute else ""),
+        f"{way.count} of {way.microbatch}",
+        _seconds(estimate.seconds),
+        f"{tokens / estimate.seconds:,.0f}",
+        f"{estimate.bubble:.1%}",
+        f"{max(estimate.memory) / 1e9:.2f} GB",
+        f"{estimate.parts['compute'] / estimate.seconds:.0%}",
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _ranges(values: list[str]) -> str:
+    """Values with how often each stands in a row: 3 GB, 2 GB (× 14), 5 GB."""
+    groups: list[tuple[str, int]] = []
+    for value in values:
+        if groups and groups[-1][0] == value:
+            groups[-1] = value, groups[-1][1] + 1
+        else:
+            groups.append((value, 1))
+    return ", ".join(value if n == 1 else f"{value} (× {n})" for value, n in groups)

@@ -1,0 +1,79 @@
+"""Every way to spread a model's training over ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from fira.planning.layers import Shape
+from pipeline.mesh import Layout
+from pipeline.schedule import SCHEDULES, Kind, Schedule
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is given; None is chosen."""
+
+    batch: int  # sequences
+    pp: int | None = None
+    dp: int | None = None
+    ep: int | None = None
+    schedule: str | None = None
+    microbatch: int | None = None
+    recompute: bool | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train: count micro-batches of `microbatch` sequences on every replica."""
+
+    layout: Layout
+    schedule: str
+    microbatch: int
+    count: int
+    recompute: bool
+
+
+def ways(shape: Shape, ranks: int, wanted: Wanted) -> Iterator[Way]:
+    """Every legal way. One rank's pipeline needs no schedule but one; replicas without a sequence are no use.
+
+    Micro-batches are powers of two, or all that a replica has.
+    """
+    for pp in _divisors(ranks):
+        if pp > len(shape.layers):
+            break
+        dp = ranks // pp
+        if wanted.pp not in (None, pp) or wanted.dp not in (None, dp) or dp > wanted.batch:
+            continue
+        share = -(-wanted.batch // dp)
+        sizes = {share, *(2**n for n in range(share.bit_length()))}
+        names = [wanted.schedule] if wanted.schedule else list(SCHEDULES) if pp > 1 else ["1f1b"]
+        for name in names:
+            if len(placement_of(name, pp)) > len(shape.layers):
+                continue
+            for ep in _divisors(dp):
+                if shape.num_experts % ep or wanted.ep not in (None, ep):
+                    continue
+                for size in sorted(sizes) if wanted.microbatch is None else [wanted.microbatch]:
+                    count = -(-wanted.batch // (size * dp))
+                    for recompute in (False, True):
+                        if wanted.recompute in (None, recompute):
+                            yield Way(Layout(pp, dp, ep), name, size, count, recompute)
+
+
+@cache
+def schedule_of(name: str, pp: int, microbatches: int) -> Schedule:
+    return SCHEDULES[name](pp, microbatches)
+
+
+@cache
+def placement_of(schedule: str, pp: int) -> tuple[int, ...]:
+    return schedule_of(schedule, pp, 1).placement
+
+
+@cache
+def splits(schedule: str) -> bool:
+    return any(action.kind is Kind.WEIGHT for action in schedule_of(schedule, 1, 1).actions[0])
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

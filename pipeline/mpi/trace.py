@@ -37,6 +37,10 @@ class Entry:
     error: str | None = None
     finished: float | None = None
     waited_s = 0.0  # while the process was not stopped
+    shape: torch.Size | None = None
+    dtype: torch.dtype | None = None
+    code: CodeType | None = None  # where it was called: a place in a function,
+    at = -1  # whose line is looked up only when somebody asks
 
     def __init__(self, group: "GroupTrace", operation: str, number: int, peer: int, detail: Any) -> None:
         self.group = group
@@ -44,16 +48,13 @@ class Entry:
         self.number = number
         self.peer = peer
         self.detail = detail
-        self.shape: torch.Size | None = None
-        self.dtype: torch.dtype | None = None
-        self.code: CodeType | None = None  # where it was called: a place in a function,
-        self.at = -1  # whose line is looked up only when somebody asks
         self.started = time.time()
 
     def end(self, error: BaseException | None) -> None:
         """Note that the operation is over, well or badly."""
         self.finished = time.time()
-        self.group.trace.waiting.discard(self)
+        if waiting := self.group.trace.waiting:
+            waiting.discard(self)
         if error is not None:
             self.error = str(error)  # the exception itself would keep its frames, and their tensors, alive
 

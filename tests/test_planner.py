@@ -61,6 +61,7 @@ def test_what_is_held_weighs_what_its_stage_keeps():
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
+@settings(max_examples=50, deadline=None)
 @given(ranks=st.integers(1, 4), microbatches=st.integers(1, 9), costs=COSTS, transfer=st.integers(0, 3))
 def test_no_schedule_ends_sooner_than_the_bound(name, ranks, microbatches, costs, transfer):
     schedule = SCHEDULES[name](ranks, microbatches)

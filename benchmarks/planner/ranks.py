@@ -1,5 +1,6 @@
 """One world's layouts: what the planner says of each, then what it takes. Started by run.py under mpirun."""
 
+import gc
 import json
 import statistics
 import sys
@@ -75,6 +76,7 @@ def step_seconds(config, way: Way) -> float:
 
 def peak_bytes(config, way: Way) -> float:
     """The most that torch has allocated on a rank in two steps, by its profiler."""
+    gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer, loader = trainer_of(config, way), RandomTokens(config.vocab_size, config.seq_len)
         for _ in range(2):
@@ -83,7 +85,9 @@ def peak_bytes(config, way: Way) -> float:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    peak = torch.tensor(max(e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"))
+    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]  # of layouts measured earlier
+    peak = torch.tensor(float(max(e["args"]["Total Allocated"] for e in memory) - before))
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return float(peak)
 

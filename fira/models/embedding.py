@@ -16,6 +16,9 @@ class TokenTable(nn.Embedding):
         super().__init__(vocab_size, d_model)
         self.std = std
 
+    def reset_parameters(self) -> None:
+        """Left to `init_parameter`: on the meta device torch's own would import its compiler, two seconds a rank."""
+
     def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         value.normal_(std=self.std, generator=generator)
 

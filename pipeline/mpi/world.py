@@ -7,6 +7,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.mpi.failure import abort, install
+
 
 @dataclass(frozen=True)
 class World:
@@ -41,7 +43,7 @@ def init(timeout_s: float | None = None) -> World:
         except BaseException as error:
             if MPI.COMM_WORLD.Get_size() > 1 and not isinstance(error, SystemExit):  # the others would wait for ever
                 traceback.print_exc()
-                MPI.COMM_WORLD.Abort(1)
+                abort(1)
             raise
     return _world
 
@@ -65,7 +67,6 @@ def _start(comm: Any, timeout_s: float) -> World:
     from mpi4py import MPI
 
     from pipeline.mpi.devices import ways
-    from pipeline.mpi.failure import install
     from pipeline.mpi.group import start
     from pipeline.mpi.node import Node
     from pipeline.mpi.watch import Watch

@@ -1,9 +1,10 @@
 """The operations on one communicator, as steps: generators that ``work.py`` drives without ever blocking.
 
-On one machine the frequent ones go through memory that the ranks share (``shared.py``). Elsewhere small collectives are
-MPI's own, and from ``LARGE`` bytes up they are pairwise exchanges with the sums done here: on both MPICH and Open MPI
-that is up to twice as fast (benchmarks/mpi_backend), 16-bit floats travel as such but add up in float32, and the order
-of a sum does not depend on the library.
+Small collectives go through memory that the ranks share if all are on one machine (``shared.py``), and are MPI's own
+elsewhere. From ``LARGE`` bytes up they are pairwise exchanges with the sums done here: on both MPICH and Open MPI that
+is up to twice as fast (benchmarks/mpi_backend), 16-bit floats travel as such but add up in float32, and the order of a
+sum does not depend on the library. So is an all-to-all of any size: of the sizes between others a rank knows nothing,
+and all must take one way.
 
 Tensors come detached and on the CPU. One that is not contiguous is copied first, and its result copied back. Buffers
 live in a generator's frame until its requests are done.
@@ -44,13 +45,14 @@ class Collectives:
     # Reductions
 
     def all_reduce(self, tensors: list[Tensor], op: ReduceOp) -> Steps:
-        if self._shared and all(combines(tensor.dtype) for tensor in tensors):
-            for tensor in tensors:
+        small = []
+        for tensor in tensors:
+            if combines(tensor.dtype) and (shared := self._near(tensor.nbytes)):
                 total = premultiplied(tensor, op).contiguous()
-                yield from self._shared.all_reduce(total.view(-1), op)
+                yield from shared.all_reduce(total.view(-1), op)
                 write(tensor, total)
-            return
-        small = [tensor for tensor in tensors if not self._exchanges(tensor)]
+            elif not self._exchanges(tensor):
+                small.append(tensor)
         sums = [reducible(premultiplied(tensor, op)) for tensor in small]
         yield [self._comm.Iallreduce(MPI.IN_PLACE, as_numbers(s), reduction(op, s.dtype)) for s in sums]
         for tensor, total in zip(small, sums, strict=True):
@@ -100,10 +102,10 @@ class Collectives:
             total = sum(tensor.numel() for tensor in inputs)
             expect("reduce_scatter", total == output.numel() * self.size, "input must be group size × output")
             expect("reduce_scatter", inputs[0].dtype == output.dtype, "output and input must have one dtype")
-            if self._shared and combines(output.dtype):
+            if combines(output.dtype) and (shared := self._near(total * output.element_size())):
                 result = torch.empty_like(output) if _share_memory([output], inputs) else output
                 result = result.contiguous()
-                yield from self._shared.reduce_scatter(self._cut(inputs), result.view(-1), op)
+                yield from shared.reduce_scatter(self._cut(inputs), result.view(-1), op)
             elif self._exchanges(*inputs):
                 result = yield from self._exchange_reduce(self._cut(inputs), op)
             else:
@@ -128,8 +130,8 @@ class Collectives:
 
     def broadcast(self, tensor: Tensor, root: int) -> Steps:
         buffer = tensor.contiguous()
-        if self._shared:
-            yield from self._shared.broadcast(buffer, root)
+        if shared := self._near(buffer.nbytes):
+            yield from shared.broadcast(buffer, root)
         else:
             yield [self._comm.Ibcast(as_bytes(buffer), root)]
         if root != self.rank:
@@ -146,8 +148,8 @@ class Collectives:
             own, part = slots[self.rank], part.contiguous()
             if own.data_ptr() != part.data_ptr() and _share_memory(buffers, [part]):
                 part = part.clone()
-            if self._shared:
-                yield from self._shared.all_gather(part, slots)
+            if shared := self._near(total * part.element_size()):
+                yield from shared.all_gather(part, slots)
             elif total * part.element_size() < LARGE and len(buffers) == 1:
                 # FSDP2 gathers in place; MPI forbids aliases but for this one
                 sent = MPI.IN_PLACE if own.data_ptr() == part.data_ptr() else as_bytes(part)
@@ -176,7 +178,7 @@ class Collectives:
         shared = _share_memory(outputs, inputs)
         sent = [part.clone() if shared else part.contiguous() for part in inputs]
         received = [output.contiguous() for output in outputs]
-        yield from self._shared.all_to_all(sent, received) if self._shared else self._exchange(sent, received)
+        yield from self._exchange(sent, received)
         for output, part in zip(outputs, received, strict=True):
             write(output, part)
 
@@ -195,6 +197,13 @@ class Collectives:
         statuses = (yield requests) if requests else []
         for peer, status in zip(sources, statuses, strict=False):
             _complete(received[peer], status, peer)
+
+    def _near(self, nbytes: int) -> Shared | None:
+        """The way through shared memory, if there is one and it is the faster one for so many bytes.
+
+        MPI copies a large message once, from process to process; through the memory it is copied twice.
+        """
+        return self._shared if nbytes < LARGE else None
 
     def _exchanges(self, *tensors: Tensor) -> bool:
         return sum(tensor.nbytes for tensor in tensors) >= LARGE and self.size > 1 and combines(tensors[0].dtype)

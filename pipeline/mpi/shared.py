@@ -17,12 +17,12 @@ from torch.distributed import ReduceOp
 
 from pipeline.mpi.buffers import combine
 
-CHUNK = 512 * 1024  # bytes a rank writes per round
+CHUNK = 256 * 1024  # bytes a rank writes per round
 MEMORY = 16 * 2**20  # bytes of a group, about: with many ranks the chunks are smaller
 SMALL = 32 * 1024  # up to here every rank adds up everything, which saves a round
 
 # The numbers by which ranks see that they mean the same
-BARRIER, BROADCAST, ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, ALL_TO_ALL = range(6)
+BARRIER, BROADCAST, ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER = range(5)
 Rounds = Generator[Callable[[], bool], None, None]
 
 
@@ -37,7 +37,7 @@ def memory_bytes(size: int) -> int:
 
 
 def _header_bytes(size: int) -> int:
-    return -(-8 * (3 * size + 2 * size * size) // 4096) * 4096
+    return -(-8 * 3 * size // 4096) * 4096
 
 
 class Shared:
@@ -54,8 +54,6 @@ class Shared:
         words = self._bytes[: _header_bytes(size)].cast("q")
         self._counts = words[:size]  # rounds each rank has written
         self._states = [words[size : 2 * size], words[2 * size : 3 * size]]  # of each half: what, how much, any more
-        table = words[3 * size :]
-        self._sizes = [table[: size * size], table[size * size : 2 * size * size]]  # an all-to-all's, by row
         self._round = 0
 
     def barrier(self) -> Rounds:
@@ -158,34 +156,6 @@ class Shared:
 
         copy(part, outputs[self._rank])
         yield from self._rounds(ALL_GATHER, len(data), write, read)
-
-    def all_to_all(self, parts: list[Tensor], outputs: list[Tensor]) -> Rounds:
-        """Part number i to rank i; what rank i sends here into output number i."""
-        data, received = [as_memory(part) for part in parts], [as_memory(output) for output in outputs]
-        cell, size = self._cell, self._size
-        longest = max(len(data[peer]) for peer in self._others)
-        wrong = []
-
-        def write(number: int, half: int) -> bool:
-            for peer in self._others:
-                if number == 0:
-                    self._sizes[half][self._rank * size + peer] = len(data[peer])
-                self._put(half, peer * cell, data[peer][number * cell : (number + 1) * cell])
-            return (number + 1) * cell < longest
-
-        def read(number: int, half: int) -> None:
-            for peer in self._others:
-                output = received[peer]
-                if number == 0 and (sent := self._sizes[half][peer * size + self._rank]) != len(output):
-                    wrong.append(f"expected {len(output)} bytes from rank {peer}, got {sent}")
-                start, end = number * cell, min((number + 1) * cell, len(output))
-                if start < end:
-                    output[start:end] = self._get(half, peer, self._rank * cell, end - start)
-
-        copy(parts[self._rank], outputs[self._rank])
-        yield from self._rounds(ALL_TO_ALL, 0, write, read)
-        if wrong:
-            raise ValueError(f"all_to_all: {', '.join(wrong)}")
 
     def _rounds(
         self, call: int, detail: int, write: Callable[[int, int], bool], read: Callable[[int, int], None]

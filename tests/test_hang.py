@@ -35,6 +35,7 @@ WAYS = {  # a function of hang_ranks.py: what the report must say, in this order
         "the operations of #1 in group default_pg of ranks 0, 1 differ: ",
         "rank 0 called broadcast with root 0 of 4 float32",
         "rank 1 called all_reduce of 4 float32",
+        "(the order differs)",
     ],
     "receive_without_send": [
         "rank 0 waits in recv #1 from rank 1, tag 5",

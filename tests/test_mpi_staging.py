@@ -48,7 +48,7 @@ def pretend() -> None:
     calls.on_device = lambda tensor: tensor.dtype == torch.float32
     operations.FLOATS, operations.WHOLES, operations.OTHERS = [torch.float32], [torch.int64], []
     operations.SHAPES, operations.OPS = [(0,), (2, 3), (300, 301)], {"AVG": operations.OPS["AVG"]}
-    operations.reductions([torch.float32, torch.int64])
+    operations.reductions()
     operations.movements()
     operations.aliases()
     operations.uneven()

@@ -80,23 +80,17 @@ def reduction(op: ReduceOp, dtype: torch.dtype) -> MPI.Op:
 
 def combines(dtype: torch.dtype) -> bool:
     """Can ``combine`` reduce this dtype?"""
-    return (dtype in _NUMBER_TYPES or dtype.is_floating_point) and dtype not in _ONLY_MPI
+    return dtype not in _ONLY_MPI
 
 
-def combine(parts: list[Tensor], op: ReduceOp, result: Tensor) -> None:
-    """Write the reduction of two or more ranks' parts, first to last, to ``result``, which is none of them.
-
-    16- and 8-bit floats are added up, and averaged, in float32.
-    """
+def combine(parts: list[Tensor], op: ReduceOp) -> Tensor:
+    """A new tensor, the reduction of ``parts`` from the first to the last; 16- and 8-bit floats give float32."""
     *_, function = _reduction(op)
-    narrow = result.dtype not in _NUMBER_TYPES
-    first, *rest = [part.float() for part in parts] if narrow else parts
-    total = first if narrow else result
-    for part in rest:
-        first = function(first, part, out=total)
-    average(total, op, len(parts))
-    if narrow:
-        result.copy_(total)
+    wide = parts[0].dtype if parts[0].dtype in _NUMBER_TYPES else torch.float32
+    total = parts[0].to(wide, copy=True)
+    for part in parts[1:]:
+        function(total, part.to(wide), out=total)
+    return total
 
 
 def _reduction(op: ReduceOp) -> tuple:

@@ -1,10 +1,8 @@
 """The operations on one communicator, as steps: generators that ``work.py`` drives without ever blocking.
 
-Small collectives go through memory that the ranks share if all are on one machine (``shared.py``), and are MPI's own
-elsewhere. From ``LARGE`` bytes up they are pairwise exchanges with the sums done here: on both MPICH and Open MPI that
-is up to twice as fast (benchmarks/mpi_backend), 16-bit floats travel as such but add up in float32, and the order of a
-sum does not depend on the library. So is an all-to-all of any size: of the sizes between others a rank knows nothing,
-and all must take one way.
+Small collectives are MPI's own. From ``LARGE`` bytes up they are pairwise exchanges, with the sums done here: on both
+MPICH and Open MPI that is up to twice as fast (benchmarks/mpi_backend), 16-bit floats travel as such but add up in
+float32, and the order of a sum does not depend on the library.
 
 Tensors come detached and on the CPU. One that is not contiguous is copied first, and its result copied back. Buffers
 live in a generator's frame until its requests are done.
@@ -20,8 +18,6 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from pipeline.mpi.buffers import as_bytes, as_numbers, average, combine, combines, premultiplied, reducible, reduction
-from pipeline.mpi.node import Node
-from pipeline.mpi.shared import Shared, memory_bytes
 from pipeline.mpi.work import Steps
 
 LARGE = 256 * 1024
@@ -32,27 +28,17 @@ Exchange = Generator[list[MPI.Request], list[MPI.Status], Any]
 class Collectives:
     """A communicator's collectives and messages. Ranks are the communicator's own."""
 
-    def __init__(self, comm: MPI.Intracomm, node: Node) -> None:
+    def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm = comm
         self._inner = comm.Dup()  # exchanges, apart from the user's messages
         self._tags = count()
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
-        self._node, self._places = node, node.places(comm)
-        memory = node.memory(comm, memory_bytes(self.size)) if self.size > 1 else None
-        self._shared = None if memory is None else Shared(memory, self.rank, self.size, self._wake)
 
     # Reductions
 
     def all_reduce(self, tensors: list[Tensor], op: ReduceOp) -> Steps:
-        small = []
-        for tensor in tensors:
-            if combines(tensor.dtype) and (shared := self._near(tensor.nbytes)):
-                total = premultiplied(tensor, op).contiguous()
-                yield from shared.all_reduce(total.view(-1), op)
-                write(tensor, total)
-            elif not self._exchanges(tensor):
-                small.append(tensor)
+        small = [tensor for tensor in tensors if not self._exchanges(tensor)]
         sums = [reducible(premultiplied(tensor, op)) for tensor in small]
         yield [self._comm.Iallreduce(MPI.IN_PLACE, as_numbers(s), reduction(op, s.dtype)) for s in sums]
         for tensor, total in zip(small, sums, strict=True):
@@ -102,11 +88,7 @@ class Collectives:
             total = sum(tensor.numel() for tensor in inputs)
             expect("reduce_scatter", total == output.numel() * self.size, "input must be group size × output")
             expect("reduce_scatter", inputs[0].dtype == output.dtype, "output and input must have one dtype")
-            if combines(output.dtype) and (shared := self._near(total * output.element_size())):
-                result = torch.empty_like(output) if _share_memory([output], inputs) else output
-                result = result.contiguous()
-                yield from shared.reduce_scatter(self._cut(inputs), result.view(-1), op)
-            elif self._exchanges(*inputs):
+            if self._exchanges(*inputs):
                 result = yield from self._exchange_reduce(self._cut(inputs), op)
             else:
                 part = reducible(_joined(inputs))
@@ -122,18 +104,15 @@ class Collectives:
             parts[self.rank] if i == self.rank else torch.empty_like(parts[self.rank]) for i in range(self.size)
         ]
         yield from self._exchange(parts, received)
-        total = torch.empty_like(received[0])
-        combine(received, op, total)
+        total = combine(received, op)
+        average(total, op, self.size)
         return total
 
     # Movement, as bytes
 
     def broadcast(self, tensor: Tensor, root: int) -> Steps:
         buffer = tensor.contiguous()
-        if shared := self._near(buffer.nbytes):
-            yield from shared.broadcast(buffer, root)
-        else:
-            yield [self._comm.Ibcast(as_bytes(buffer), root)]
+        yield [self._comm.Ibcast(as_bytes(buffer), root)]
         if root != self.rank:
             write(tensor, buffer)
 
@@ -148,9 +127,7 @@ class Collectives:
             own, part = slots[self.rank], part.contiguous()
             if own.data_ptr() != part.data_ptr() and _share_memory(buffers, [part]):
                 part = part.clone()
-            if shared := self._near(total * part.element_size()):
-                yield from shared.all_gather(part, slots)
-            elif total * part.element_size() < LARGE and len(buffers) == 1:
+            if total * part.element_size() < LARGE and len(buffers) == 1:
                 # FSDP2 gathers in place; MPI forbids aliases but for this one
                 sent = MPI.IN_PLACE if own.data_ptr() == part.data_ptr() else as_bytes(part)
                 yield [self._comm.Iallgather(sent, as_bytes(buffers[0]))]
@@ -198,13 +175,6 @@ class Collectives:
         for peer, status in zip(sources, statuses, strict=False):
             _complete(received[peer], status, peer)
 
-    def _near(self, nbytes: int) -> Shared | None:
-        """The way through shared memory, if there is one and it is the faster one for so many bytes.
-
-        MPI copies a large message once, from process to process; through the memory it is copied twice.
-        """
-        return self._shared if nbytes < LARGE else None
-
     def _exchanges(self, *tensors: Tensor) -> bool:
         return sum(tensor.nbytes for tensor in tensors) >= LARGE and self.size > 1 and combines(tensors[0].dtype)
 
@@ -218,15 +188,11 @@ class Collectives:
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> Steps:
         buffer = tensor.contiguous()
-        requests = [self._comm.Isend(as_bytes(buffer), peer, tag)]
-        self._wake(peer)
-        yield requests
+        yield [self._comm.Isend(as_bytes(buffer), peer, tag)]
 
     def recv(self, tensor: Tensor, peer: int, tag: int) -> Steps:
         buffer = tensor.contiguous()
-        requests = [self._comm.Irecv(as_bytes(buffer), peer, tag)]
-        self._wake(peer)
-        (status,) = yield requests
+        (status,) = yield [self._comm.Irecv(as_bytes(buffer), peer, tag)]
         _complete(buffer, status, peer)
         write(tensor, buffer)
 
@@ -235,14 +201,7 @@ class Collectives:
         yield [getattr(self._inner, call)([bytearray(), MPI.BYTE], peer, TAGS)]
 
     def barrier(self) -> Steps:
-        if self._shared:
-            yield from self._shared.barrier()
-        else:
-            yield [self._comm.Ibarrier()]
-
-    def _wake(self, peer: int = MPI.ANY_SOURCE) -> None:
-        """Say to those on this machine who sleep, all or just ``peer``, that there is something for them."""
-        self._node.wake(self._places if peer == MPI.ANY_SOURCE else self._places[peer : peer + 1])
+        yield [self._comm.Ibarrier()]
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

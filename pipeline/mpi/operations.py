@@ -37,7 +37,7 @@ class Operations:
     def __init__(self, groups: "Groups", comm: MPI.Intracomm, trace: GroupTrace, timeout_s: float) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
         self._groups = groups
-        self._steps = Collectives(comm, groups.progress.node)
+        self._steps = Collectives(comm)
         self._progress = groups.progress
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()

@@ -1,5 +1,6 @@
 """An operation under way: MPI requests, what is left to do after them, and how to wait for both."""
 
+import os
 import queue
 import threading
 import time
@@ -11,13 +12,13 @@ import torch
 from mpi4py import MPI
 from torch.distributed import Work
 
-from pipeline.mpi.node import Node
 from pipeline.mpi.trace import Entry
 
 # An operation is a generator. It yields the requests it waits for and is sent their statuses, or yields a function that
 # says whether to go on; after the last one it finishes its outputs. Its local variables keep every buffer alive.
 Steps = Generator[list[MPI.Request] | Callable[[], bool], list[MPI.Status], None]
 
+YIELDS = 100  # tests, each followed by a yield to another rank on this core, before the first sleep
 SLEEPS_S = 20e-6, 1e-3  # the shortest and the longest sleep
 
 
@@ -32,9 +33,8 @@ class Progress:
             to catch a message that is coming; with fewer cores each look takes time from the rank that is to send it.
     """
 
-    def __init__(self, spins: int, node: Node) -> None:
+    def __init__(self, spins: int) -> None:
         self._spins = spins
-        self.node = node
         self._under_way: set[Operation] = set()
         # torch 2.6 keeps but the C++ half of an operation that DDP or a functional collective waits for
         self._kept: deque[Operation] = deque(maxlen=64 if torch.__version__ < "2.7" else 0)
@@ -58,11 +58,9 @@ class Progress:
                 now = time.monotonic()
                 if now > deadline:
                     return False
-                self.node.going_to_sleep()
                 for other in tuple(self._under_way):
                     other.advance()
-                if not operation.advance():
-                    self.node.sleep(pause_s(now - began))
+                pause(tests - self._spins, now - began)
         return True
 
     def promise(self, operation: "Operation") -> None:
@@ -80,8 +78,7 @@ class Progress:
         while True:
             while not operations or not self._promised.empty():
                 operations.append(self._promised.get())
-                began = time.monotonic()
-            self.node.going_to_sleep()
+                began, tests = time.monotonic(), 0
             now = time.monotonic()
             done = [operation for operation in operations if operation.advance() or now > operation.entry.deadline]
             for operation in done:
@@ -89,14 +86,17 @@ class Progress:
                 operation.entry.__exit__()
                 # in a thread of its own: what hangs on the future may wait for the next one (PowerSGD does)
                 threading.Thread(target=operation.complete_future, daemon=True).start()
-            if not done:
-                self.node.sleep(pause_s(time.monotonic() - began))
+            tests += 1
+            pause(tests, time.monotonic() - began)
 
 
-def pause_s(waited_s: float) -> float:
-    """How long to sleep before the next look: a twentieth of the time waited so far."""
-    shortest, longest = SLEEPS_S
-    return min(longest, max(shortest, waited_s / 20))
+def pause(times: int, waited_s: float) -> None:
+    """Give the core away: first to whoever is ready to run, then for a twentieth of the time waited so far."""
+    if times <= YIELDS:
+        os.sched_yield()
+    else:
+        shortest, longest = SLEEPS_S
+        time.sleep(min(longest, max(shortest, waited_s / 20)))
 
 
 class Operation(Work):

@@ -68,7 +68,6 @@ def _start(comm: Any, timeout_s: float) -> World:
 
     from pipeline.mpi.devices import ways
     from pipeline.mpi.group import start
-    from pipeline.mpi.node import Node
     from pipeline.mpi.watch import Watch
     from pipeline.mpi.work import Progress
 
@@ -80,8 +79,7 @@ def _start(comm: Any, timeout_s: float) -> World:
     local.Free()
 
     watch = Watch(comm, timeout_s)
-    progress = Progress(1000 if len(cores) >= world.local_size else 3, Node(comm))
-    start(comm, progress, watch, *ways(world.local_rank))
+    start(comm, Progress(spins=1000 if len(cores) >= world.local_size else 20), watch, *ways(world.local_rank))
     watch.start()
     install(comm, watch)  # after torch, which installs an excepthook of its own
     return world

@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 HERE = Path(__file__).parent
-ROUNDS = 9
-JOBS = [(2, 4), (2, 8), (4, 8)]  # ranks, micro-batches
+ROUNDS = 7
+JOBS = [(2, 4), (4, 8)]  # ranks, micro-batches
 COLOURS = {"ours": "tab:blue", "torch on ours": "tab:green", "torch on gloo": "tab:orange"}
 
 

@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 HERE = Path(__file__).parent
-ROUNDS = 7
-JOBS = [(2, 4), (4, 8)]  # ranks, micro-batches
+ROUNDS = 5
+JOBS = [(2, 4)]  # ranks, micro-batches
 COLOURS = {"ours": "tab:blue", "torch on ours": "tab:green", "torch on gloo": "tab:orange"}
 
 
@@ -77,7 +77,8 @@ def draw(frame: pd.DataFrame) -> None:
         axis.set_xticks(range(len(schedules)), schedules, rotation=30, ha="right")
         axis.set_title(f"{ranks} ranks, {microbatches} micro-batches")
         axis.set_ylabel("ms per step (forward and backward)")
-        axis.legend(fontsize=7)
+        axis.set_ylim(top=1.35 * axis.get_ylim()[1])
+        axis.legend(fontsize=7, loc="upper center", ncol=2)
     figure.tight_layout()
     figure.savefig(HERE / "results.png", dpi=110)
 

@@ -237,7 +237,8 @@ def test_padding_changes_nothing_for_valid_tokens() -> None:
         loss_of(logits, targets).backward()
         results.append((logits[targets != -100], context.stats, {n: p.grad for n, p in model.named_parameters()}))
     (logits, stats, grads), (other_logits, other_stats, other_grads) = results
-    assert torch.equal(logits, other_logits)
+    # Padding goes to other experts with another filling, and the last bit of a product depends on its number of rows.
+    torch.testing.assert_close(logits, other_logits, rtol=1e-12, atol=1e-12)
     for key, one in stats.items():
         assert torch.equal(one.load, other_stats[key].load)
         assert one.load.sum() == sum(LENGTHS) * 2

@@ -55,7 +55,7 @@ class SplitBackward:
             roots, given = zip(*arrived, strict=True)
             edges += junction.branches
             gradients += torch.autograd.grad(roots, junction.branches, given, retain_graph=True, allow_unused=True)
-        _accumulate(edges, gradients)
+        _accumulate(edges, gradients)  # at once: what comes to one weight from several is summed as in a whole backward
         self.junctions = []
 
 

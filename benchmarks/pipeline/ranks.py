@@ -1,14 +1,12 @@
-"""Time one forward and backward of a pipeline: our engine's schedules and PyTorch's, alternated. Started by `run.py`.
+"""Time one forward and backward of a pipeline: our engine's schedules and PyTorch's. Started by `run.py`.
 
-Usage: mpirun -np N python ranks.py ROUNDS MICROBATCHES
+Usage: mpirun -np N python -m benchmarks.pipeline.ranks MICROBATCHES
 
 All contenders run the same layers, weights and micro-batches, cut at the same places, one thread a rank, and must give
-the same gradients. Rank 0 prints a JSON line per contender: the times of the slowest rank, one per round.
+the same gradients before they wait for their turns.
 """
 
-import json
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import pipelining
 
 import pipeline
+from benchmarks.turns import serve
 from fira.models.context import Context
 from fira.models.fira import FIRA, FiraConfig
 from fira.training.hardware import keep_freed_memory
@@ -76,13 +75,17 @@ class Bench:
         self.targets = self.tokens.roll(-1, 1)
         self.weight = 1 / self.tokens.numel()
 
-    def cut(self, schedule: str) -> dict[int, nn.Sequential]:
-        """The layers of this rank's stages: blocks in equal parts, the embedding before and the head behind them."""
-        placement = SCHEDULES[schedule](self.ranks, 1).placement
-        edges = [1 + CONFIG.num_layers * s // len(placement) for s in range(len(placement) + 1)]
+    def stages(self, schedule: str) -> list[nn.Sequential]:
+        """All stages' layers: blocks in equal parts, the embedding before and the head behind them."""
+        count = len(SCHEDULES[schedule](self.ranks, 1).placement)
+        edges = [1 + CONFIG.num_layers * s // count for s in range(count + 1)]
         edges[0], edges[-1] = 0, CONFIG.num_layers + 2
-        spans = list(pairwise(edges))
-        return {s: self.model.layers[slice(*spans[s])] for s, rank in enumerate(placement) if rank == self.rank}
+        return [self.model.layers[slice(*span)] for span in pairwise(edges)]
+
+    def cut(self, schedule: str) -> dict[int, nn.Sequential]:
+        """The layers of this rank's stages."""
+        placement = SCHEDULES[schedule](self.ranks, 1).placement
+        return {s: layers for s, layers in enumerate(self.stages(schedule)) if placement[s] == self.rank}
 
     def microbatches(self) -> list[MicroBatch]:
         boundary = torch.Size((ROWS, CONFIG.seq_len, CONFIG.d_model))
@@ -140,9 +143,19 @@ class Bench:
         return float(total.sqrt())
 
 
-def main(rounds: int, microbatches: int) -> None:
+def forgotten(bench: Bench, run: Run) -> Run:
+    """A run whose gradients are not kept."""
+
+    def call() -> None:
+        run()
+        bench.model.zero_grad()
+
+    return call
+
+
+def main(microbatches: int) -> None:
     warnings.simplefilter("ignore")
-    world = pipeline.init()
+    world = pipeline.init(timeout_s=3600)  # others take their turns
     torch.set_num_threads(1)
     keep_freed_memory()
     bench = Bench(world.rank, world.size, microbatches)
@@ -159,21 +172,8 @@ def main(rounds: int, microbatches: int) -> None:
     expected = norms["ours", "1f1b"]
     wrong = [key for key, norm in norms.items() if key[0] != "alone" and abs(norm / expected - 1) > 1e-5]
     assert not wrong, f"these do not give the same gradients: {wrong}"
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for number in range(rounds):
-        for key, run in sorted(runs.items(), reverse=number % 2 == 1):  # who comes after whom changes
-            dist.barrier()
-            began = time.perf_counter()
-            run()
-            samples[key].append(time.perf_counter() - began)
-            bench.model.zero_grad()
-    slowest = torch.tensor(list(samples.values()), dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    if world.rank == 0:
-        for (who, schedule), row in zip(samples, slowest.tolist(), strict=True):
-            record = {"ranks": world.size, "microbatches": microbatches, "who": who, "schedule": schedule}
-            print(json.dumps(record | {"seconds": row}), flush=True)
+    serve({f"{who}: {schedule}": forgotten(bench, run) for (who, schedule), run in runs.items()}, world.rank)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]))

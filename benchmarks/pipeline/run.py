@@ -1,14 +1,14 @@
 """Compare our engine and schedules with PyTorch's: measure, then a table and a plot.
 
-    python -m benchmarks.pipeline.run
+    python -m benchmarks.pipeline.run [PYTHON]
 
+PYTHON: of an environment where DeepSpeed is installed, too, which then takes part.
 Writes results.csv and results.png beside this file, and prints the table of README.md.
 """
 
-import json
-import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +18,57 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from benchmarks.turns import Job
+
 HERE = Path(__file__).parent
 ROUNDS = 5
-JOBS = [(2, 4)]  # ranks, micro-batches
-COLOURS = {"ours": "tab:blue", "torch on ours": "tab:green", "torch on gloo": "tab:orange"}
+JOBS = [(2, 4), (4, 8)]  # ranks, micro-batches
+OTHERS = ("torch on ours", "torch on gloo", "deepspeed")
+COLOURS = {"ours": "tab:blue", "torch on ours": "tab:green", "torch on gloo": "tab:orange", "deepspeed": "tab:red"}
 
 
 def main() -> None:
-    frame = pd.DataFrame([row for ranks, microbatches in JOBS for row in measure(ranks, microbatches)])
+    deepspeed = sys.argv[1] if len(sys.argv) > 1 else None
+    frame = pd.DataFrame([row for job in JOBS for row in measure(*job, deepspeed)])
     frame.to_csv(HERE / "results.csv", index=False)
     report(frame)
 
 
-def measure(ranks: int, microbatches: int) -> Iterator[dict[str, Any]]:
-    """One job with all contenders; a row for each round of each."""
+def measure(ranks: int, microbatches: int, deepspeed: str | None) -> Iterator[dict[str, Any]]:
+    """All contenders take turns; a row for each round of each."""
     print(f"{ranks} ranks, {microbatches} micro-batches …", file=sys.stderr, flush=True)
-    mpirun = Path(sys.executable).with_name("mpirun")
-    command = [mpirun, "-np", ranks, sys.executable, HERE / "ranks.py", ROUNDS, microbatches]
-    result = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
-    for line in result.stdout.splitlines():
-        record = json.loads(line)
-        for number, seconds in enumerate(record.pop("seconds")):
-            yield {**record, "round": number, "seconds": seconds}
+    with ExitStack() as stack:
+        jobs = [stack.enter_context(Job(ranks, "benchmarks.pipeline.ranks", microbatches))]
+        if deepspeed:
+            job = Job(ranks, "benchmarks.pipeline.deepspeed_ranks", microbatches, python=deepspeed)
+            jobs.append(stack.enter_context(job))
+        turns = [(job, name) for job in jobs for name in job.names]
+        for number in range(ROUNDS):
+            for job, name in turns[:: -1 if number % 2 else 1]:  # who comes after whom changes
+                who, schedule = name.split(": ")
+                row = {"ranks": ranks, "microbatches": microbatches, "who": who, "schedule": schedule}
+                yield row | {"round": number, "seconds": job.time(name)}
 
 
 def report(frame: pd.DataFrame) -> None:
     """Print the table, draw the plot. A ratio is the median of the rounds' ratios."""
-    print("| ranks, micro-batches | schedule | ms | of 1F1B's ideal | × our 1F1B | × torch on ours | × torch on gloo |")
-    print("|---|---|---|---|---|---|---|")
+    columns = [
+        "ranks, micro-batches",
+        "schedule",
+        "ms",
+        "of 1F1B's ideal",
+        "× our 1F1B",
+        *(f"× {who}" for who in OTHERS),
+    ]
+    print(f"| {' | '.join(columns)} |")
+    print("|" + "---|" * 8)
     for (ranks, microbatches), job in frame.groupby(["ranks", "microbatches"]):
         by = {key: part.set_index("round")["seconds"] for key, part in job.groupby(["who", "schedule"])}
         ideal = by["alone", "stage"] * (microbatches + ranks - 1) / microbatches
         for schedule in (name for who, name in by if who == "ours"):
             mine = by["ours", schedule]
             cells = [f"{1e3 * mine.median():.0f}", ratio(ideal, mine), ratio(by["ours", "1f1b"], mine)]
-            cells += [ratio(by.get((who, schedule)), mine) for who in ("torch on ours", "torch on gloo")]
+            cells += [ratio(by.get((who, schedule)), mine) for who in OTHERS]
             print(f"| {ranks}, {microbatches} | {schedule} | {' | '.join(cells)} |")
     draw(frame)
 
@@ -71,7 +87,7 @@ def draw(frame: pd.DataFrame) -> None:
         for shift, (who, colour) in enumerate(COLOURS.items()):
             places = [i for i, name in enumerate(schedules) if (who, name) in median]
             heights = [1e3 * median[who, schedules[i]] for i in places]
-            axis.bar([i + 0.27 * (shift - 1) for i in places], heights, 0.27, color=colour, label=who)
+            axis.bar([i + 0.2 * (shift - 1.5) for i in places], heights, 0.2, color=colour, label=who)
         axis.axhline(1e3 * ideal, color="black", linewidth=0.8, linestyle="--", label="1F1B's ideal")
         axis.axhline(1e3 * median["alone", "stage"], color="gray", linewidth=0.8, linestyle=":", label="no bubble")
         axis.set_xticks(range(len(schedules)), schedules, rotation=30, ha="right")

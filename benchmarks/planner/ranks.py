@@ -8,20 +8,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import pipeline
+from benchmarks.steps import RandomTokens, trainer_of
 from fira.models.registry import make_config
-from fira.parallelize import parallelize
 from fira.planning.layers import shape_of
 from fira.planning.measure import measure
 from fira.planning.predict import Predictor
 from fira.planning.ways import Way
-from fira.training.batch import Split
-from fira.training.trainer import Trainer
-from pipeline.mesh import Layout, make_mesh
+from pipeline.mesh import Layout
 
 MODELS = {
     "fira-tiny": {},
@@ -39,25 +36,6 @@ WAYS = {
     ],
     4: [Way(Layout(2, 2, 2), "1f1b", 4, 2, False)],
 }
-
-
-class RandomTokens:
-    """Stands for a loader: its sequences are random."""
-
-    def __init__(self, vocab_size: int, seq_len: int) -> None:
-        self.consumed = 0
-        self.shape = vocab_size, seq_len
-
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        tokens = np.random.default_rng(first).integers(self.shape[0], size=(2, count, self.shape[1]))
-        return tokens[0], tokens[1]
-
-
-def trainer_of(config, way: Way) -> Trainer:
-    mesh = make_mesh(way.layout)
-    model = parallelize(config, mesh, config.seq_len, 0, [torch.device("cpu")], way.schedule)
-    split = Split(way.microbatch, way.layout.dp, mesh.dp_rank, config.d_model)
-    return Trainer(model, mesh, split, way.schedule, 0.1, 1.0, False)
 
 
 def step_seconds(config, way: Way) -> float:

@@ -7,9 +7,12 @@ exits by itself; otherwise the lowest that failed prints and the job is aborted,
 
 import atexit
 import ctypes
+import fcntl
 import gc
 import os
+import stat
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -30,9 +33,10 @@ def fail(message: str, status: int = 1) -> NoReturn:
 
 
 def abort(status: int) -> NoReturn:
-    """End every rank at once, without a word."""
+    """End every rank at once. What this rank has written to stderr arrives, and nothing is added to it."""
     from mpi4py import MPI
 
+    _wait_until_read(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPICH would add a line that says less than ours
     MPI.COMM_WORLD.Abort(status)
     raise AssertionError("MPI_Abort returned")
@@ -114,6 +118,16 @@ class _Job:
         everyone = self._comm.Ibarrier()
         while not everyone.Test():
             time.sleep(0.001)
+
+
+def _wait_until_read(descriptor: int) -> None:
+    """Wait, at most ``LISTEN_S``, until the launcher has read what was written: an abort would make it forget that."""
+    deadline = time.monotonic() + LISTEN_S
+    while stat.S_ISFIFO(os.fstat(descriptor).st_mode) and time.monotonic() < deadline:
+        unread = int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
+        if unread == 0:
+            return
+        time.sleep(0.001)
 
 
 _job: _Job | None = None

@@ -1,0 +1,156 @@
+"""What one GPU can tell: MFU of training in bf16, the engine's and torchgpipe's overhead, the MoE layer, shared ranks.
+
+    python -m benchmarks.gpu.run                    # one rank
+    mpirun -np 2 python -m benchmarks.gpu.run       # two ranks share the GPU: messages through the host
+    python -m benchmarks.gpu.run --device cpu       # a small model, to see that it runs; its figures mean nothing
+
+Writes results.csv: contenders took turns in one run, medians.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import pipeline
+from benchmarks.measure import alternate, merge, ratio
+from benchmarks.steps import RandomTokens, trainer_of
+from fira.local_pipeline import create_pipeline_model
+from fira.models.context import Context
+from fira.models.experts import GatedExperts
+from fira.models.language_model import LanguageModel
+from fira.models.mlp import GatedMLP
+from fira.models.moe import MoE
+from fira.models.registry import PRESETS, build
+from fira.models.router import Router
+from fira.planning.ways import Way
+from fira.training.objective import objective
+from pipeline.mesh import Layout
+
+HERE = Path(__file__).parent
+ROUNDS = 11
+BATCH, MICROBATCH = 32, 8  # sequences
+Run = Callable[[], object]
+
+
+def peak(device: torch.device) -> tuple[Run, float]:
+    """Matrix products in bf16, and their FLOPs."""
+    n = 8192 if device.type == "cuda" else 512
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    return lambda: a @ b, 2.0 * n**3
+
+
+def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
+    """A loop as anyone would write it: micro-batches through the whole model, then AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    loader = RandomTokens(config.vocab_size, config.seq_len)
+
+    def run() -> None:
+        batch = loader.batch(0, BATCH)
+        inputs, targets = (torch.from_numpy(part).to(device).split(MICROBATCH) for part in batch)
+        for x, y in zip(inputs, targets, strict=True):
+            weights = torch.full((MICROBATCH,), 1 / BATCH, device=device)
+            context = Context(targets=y, aux_weights=weights, loss_weight=1 / (BATCH * config.seq_len))
+            with torch.autocast(device.type, torch.bfloat16):
+                hidden = model(x, context)
+            objective(hidden, y, context)[0].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def ours(config: Any, layout: Layout, device: torch.device) -> Run:
+    way = Way(layout, "1f1b", MICROBATCH, BATCH // MICROBATCH // layout.dp, False)
+    trainer = trainer_of(config, way, device, torch.bfloat16)
+    loader = RandomTokens(config.vocab_size, config.seq_len)
+    return lambda: trainer.step(loader, BATCH, 1e-4, 0, [])
+
+
+def expert_layers(device: torch.device, experts: int, top_k: int) -> dict[str, Run]:
+    """Forward and backward of a MoE layer and of a dense one of equal active FLOPs, bf16."""
+    width, hidden, rows, length = (2048, 4096, 8, 1024) if device.type == "cuda" else (64, 128, 2, 32)
+    moe = MoE(Router(width, experts, top_k, bias=False), GatedExperts(experts, width, hidden, F.silu), experts, 1, [])
+    dense = GatedMLP(width, top_k * hidden, nn.Linear)
+    for parameter in [*moe.to(device).parameters(), *dense.to(device).parameters()]:
+        nn.init.normal_(parameter, std=0.02)
+    x = torch.randn(rows, length, width, device=device, requires_grad=True)
+
+    def step(layer: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            y = layer(x)
+        y.sum().backward()
+
+    return {
+        "dense layer": lambda: step(dense),
+        f"MoE layer, {experts} experts, top {top_k}": lambda: step(
+            lambda x: moe(x, Context(aux_weights=torch.ones(rows, device=device)), None)
+        ),
+    }
+
+
+def finished(run: Run, device: torch.device) -> Run:
+    """A run that ends when the device is through."""
+
+    def call() -> None:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return call
+
+
+def measure(contenders: dict[str, Run], base: str, flops: dict[str, float], device: torch.device) -> list[dict]:
+    """A row per contender: milliseconds, speed (`base` is 1), and FLOPs over those of the peak in the same rounds."""
+    product, of_product = peak(device)
+    runs = {name: finished(run, device) for name, run in (contenders | {"peak": product}).items()}
+    seconds = alternate(runs, ROUNDS)
+    return [
+        {
+            "contender": name,
+            "ms": median(seconds[name]) * 1e3,
+            "speed": ratio(seconds[base], seconds[name]),
+            "mfu": flops[name] / of_product * ratio(seconds["peak"], seconds[name]) if name in flops else None,
+            "peak_tflops": of_product / median(seconds["peak"]) / 1e12,
+        }
+        for name in contenders
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args().device)
+    world = pipeline.init()
+    config = replace(PRESETS["fira-base" if device.type == "cuda" else "fira-tiny"], dropout=0.0)
+    layouts = [Layout(1, 1, 1)] if world.size == 1 else [Layout(world.size, 1, 1), Layout(1, world.size, world.size)]
+    contenders = {f"our engine, {layout}": ours(config, layout, device) for layout in layouts}
+    base = next(iter(contenders))
+    if world.size == 1:
+        base = "plain loop"
+        model: LanguageModel = build(config).to(device)
+        contenders[base] = plain(model, config, device)
+        parts = create_pipeline_model(build(config), [device, device], chunks=2)
+        contenders["torchgpipe, two partitions"] = plain(parts, config, device)
+    of_layers = [layer.flops_per_token(config.seq_len) for layer in build(config).layers]  # type: ignore[operator]
+    of_step = 3 * sum(of_layers) * BATCH * config.seq_len / world.size  # the peak, too, is this rank's
+    rows = measure(contenders, base, dict.fromkeys(contenders, of_step), device)
+    if world.size == 1:
+        for experts, top_k in ((8, 2), (64, 2)):
+            rows += measure(expert_layers(device, experts, top_k), "dense layer", {}, device)
+    if world.rank == 0:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        rows = [{"device": name, "ranks": world.size} | row for row in rows]
+        path = HERE / "results.csv" if device.type == "cuda" else Path("gpu-check.csv")
+        print(merge(path, rows, ["device", "ranks", "contender"]).to_string())
+
+
+if __name__ == "__main__":
+    main()

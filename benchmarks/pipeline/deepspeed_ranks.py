@@ -1,0 +1,55 @@
+"""The same pipeline by DeepSpeed's PipelineModule, on gloo, waiting for its turns. Started by `run.py`.
+
+Usage: mpirun -np N python deepspeed_ranks.py MICROBATCHES
+
+Its step cannot be had without an optimizer's, so it gets the cheapest: SGD without momentum.
+"""
+
+import os
+import sys
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from mpi4py import MPI
+
+from benchmarks.pipeline.ranks import ROWS, Bench, Layers, objective
+from benchmarks.turns import serve
+from fira.models.context import Context
+from fira.training.hardware import keep_freed_memory
+
+
+def main(microbatches: int) -> None:
+    comm = MPI.COMM_WORLD
+    rank, ranks = comm.Get_rank(), comm.Get_size()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    dist.init_process_group("gloo")
+    deepspeed.init_distributed("gloo")
+    bench = Bench(rank, ranks, microbatches)
+    stages = [LayerSpec(Layers, layers) for layers in bench.stages("1f1b")]
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # the mean over micro-batches is DeepSpeed's
+        return objective(logits, targets, Context(loss_weight=1 / targets.numel()))[0]
+
+    module = PipelineModule(stages, num_stages=ranks, loss_fn=loss, partition_method="uniform")
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": microbatches,
+        "optimizer": {"type": "SGD", "params": {"lr": 1e-9}},
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=[p for p in module.parameters() if p.requires_grad], config=config
+    )
+    data = list(zip(bench.tokens.split(ROWS), bench.targets.split(ROWS), strict=True))
+    engine.train_batch(iter(data))
+    serve({"deepspeed: 1f1b": lambda: engine.train_batch(iter(data))}, rank)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

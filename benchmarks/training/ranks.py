@@ -1,0 +1,159 @@
+"""One world's contenders, each with a model, waiting for its turn. Started by run.py."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import pipelining
+from torch.nn.parallel import DistributedDataParallel
+
+import pipeline
+from benchmarks.measure import products
+from benchmarks.pipeline.ranks import Layers
+from benchmarks.pipeline.ranks import objective as of_logits
+from benchmarks.steps import RandomTokens, trainer_of
+from benchmarks.turns import serve
+from fira.models.context import Context
+from fira.models.fira import FIRA, FiraConfig
+from fira.parallelize import layer_costs
+from fira.planning.ways import Way
+from fira.training.hardware import keep_freed_memory
+from fira.training.objective import objective
+from pipeline.mesh import Layout
+from pipeline.partition import partition
+
+CONFIG = FiraConfig(
+    vocab_size=8192, seq_len=256, d_model=384, n_head=6, num_layers=6, d_ff=1088, num_experts=4, dropout=0.0
+)
+BATCH = 16  # sequences in a step, whoever takes it
+AT_ONCE = 4  # sequences in a forward of one process
+WAYS = {  # layout, schedule, sequences in a micro-batch, micro-batches per replica
+    1: [Way(Layout(1, 1, 1), "1f1b", 4, 4, False)],
+    2: [
+        Way(Layout(2, 1, 1), "1f1b", 2, 8, False),
+        Way(Layout(2, 1, 1), "zb-2p", 2, 8, False),
+        Way(Layout(1, 2, 1), "1f1b", 4, 2, False),
+        Way(Layout(1, 2, 2), "1f1b", 4, 2, False),
+    ],
+    4: [
+        Way(Layout(4, 1, 1), "1f1b", 2, 8, False),
+        Way(Layout(2, 2, 2), "1f1b", 2, 4, False),
+        Way(Layout(1, 4, 1), "1f1b", 4, 1, False),
+        Way(Layout(1, 4, 4), "1f1b", 4, 1, False),
+    ],
+}
+Run = Callable[[], object]
+
+
+def name_of(way: Way) -> str:
+    """What a way is called in the table."""
+    layout = way.layout
+    name = f"ours, pp {layout.pp} × dp {layout.dp}" + (f" (ep {layout.ep})" if layout.ep > 1 else "")
+    return name + (f", {way.schedule}" if way.layout.pp > 1 else "")
+
+
+def tokens() -> tuple[Tensor, Tensor]:
+    """A global batch: inputs and targets, [BATCH, seq_len]."""
+    inputs, targets = RandomTokens(CONFIG.vocab_size, CONFIG.seq_len).batch(0, BATCH)
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+
+
+def ours(way: Way) -> Run:
+    trainer, loader = trainer_of(CONFIG, way), RandomTokens(CONFIG.vocab_size, CONFIG.seq_len)
+    return lambda: trainer.step(loader, BATCH, 1e-4, 0, [])
+
+
+def data_parallel(group: dist.ProcessGroup) -> Run:
+    """The same model in PyTorch's DistributedDataParallel."""
+    model = DistributedDataParallel(FIRA(CONFIG), process_group=group, gradient_as_bucket_view=True)
+    optimizer = optimizer_of(model)
+    share = BATCH // dist.get_world_size()
+    rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+
+    def run() -> None:
+        inputs, targets = (part[rows] for part in tokens())
+        weights = torch.full((share,), 1 / share)
+        context = Context(targets=targets, aux_weights=weights, loss_weight=1 / targets.numel())
+        objective(model(inputs, context), targets, context)[0].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def torch_pipeline(group: dist.ProcessGroup) -> Run:
+    """The same model in stages by PyTorch's pipelining, 1F1B; its gradients are not clipped."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = FIRA(CONFIG)
+    span = partition(layer_costs(model, CONFIG.seq_len), ranks)[rank]
+    layers = Layers(model.layers[span.start : span.stop])
+    optimizer = optimizer_of(layers)
+    inputs, targets = tokens()
+    stage = pipelining.PipelineStage(layers, rank, ranks, torch.device("cpu"), group=group)
+
+    def loss(logits: Tensor, wanted: Tensor) -> Tensor:
+        return of_logits(logits, wanted, Context(loss_weight=1 / targets.numel()))[0]
+
+    player = pipelining.Schedule1F1B(stage, 8, loss_fn=loss, scale_grads=False)
+
+    def run() -> None:
+        player.step(*([inputs] if rank == 0 else []), **({"target": targets} if rank == ranks - 1 else {}))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def mixtral() -> Run:
+    """transformers' Mixtral of the same width, depth, experts and active FLOPs: three matrices of two thirds' size."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=CONFIG.vocab_size,
+        hidden_size=CONFIG.d_model,
+        intermediate_size=CONFIG.d_ff * 2 // 3,
+        num_hidden_layers=CONFIG.num_layers,
+        num_attention_heads=CONFIG.n_head,
+        num_key_value_heads=CONFIG.n_head,
+        num_local_experts=CONFIG.num_experts,
+        num_experts_per_tok=CONFIG.top_k,
+        output_router_logits=True,
+    )
+    model = MixtralForCausalLM._from_config(config, experts_implementation="grouped_mm")
+    optimizer = optimizer_of(model)
+
+    def run() -> None:
+        inputs, targets = tokens()
+        for x, y in zip(inputs.split(AT_ONCE), targets.split(AT_ONCE), strict=True):
+            (model(input_ids=x, labels=y, use_cache=False).loss * (AT_ONCE / BATCH)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def main() -> None:
+    world = pipeline.init(timeout_s=3600)  # the others' turns are long
+    keep_freed_memory()
+    runs = {name_of(way): ours(way) for way in WAYS[world.size]}
+    if world.size == 1:
+        runs["peak"] = products()[0]
+        runs["transformers' Mixtral"] = mixtral()
+    else:
+        gloo = dist.new_group(backend="gloo")
+        runs["DDP on gloo"] = data_parallel(gloo)
+        runs["torch pipelining on gloo, 1f1b"] = torch_pipeline(gloo)
+    for run in runs.values():
+        run()
+    serve(runs, world.rank)
+
+
+if __name__ == "__main__":
+    main()

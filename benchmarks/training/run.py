@@ -1,0 +1,84 @@
+"""Whole training steps of a fira of 30 million parameters, in layouts and beside others.
+
+    python -m benchmarks.training.run
+
+One process with all cores, two and four ranks wait side by side and take turns, a step each, so that what slows the
+machine slows all. Writes results.csv and results.png.
+"""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+import pandas as pd
+
+from benchmarks.measure import environment, products, ratio
+from benchmarks.training.ranks import BATCH, CONFIG
+from benchmarks.turns import Job
+from fira.models.fira import FIRA
+from fira.parallelize import layer_costs
+
+HERE = Path(__file__).parent
+ROUNDS = 5
+BASE = "ours, pp 1 × dp 1"  # one process with all cores
+
+
+def measure() -> dict[tuple[int, str], list[float]]:
+    """Seconds of each round, by ranks and contender."""
+    with ExitStack() as stack:
+        jobs = {ranks: stack.enter_context(Job(ranks, "benchmarks.training.ranks")) for ranks in (1, 2, 4)}
+        turns = [(ranks, name) for ranks, job in jobs.items() for name in job.names]
+        seconds: dict[tuple[int, str], list[float]] = {turn: [] for turn in turns}
+        for number in range(ROUNDS):
+            for ranks, name in turns[:: -1 if number % 2 else 1]:
+                seconds[ranks, name].append(jobs[ranks].time(name))
+            print(f"round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
+    return seconds
+
+
+def table(seconds: dict[tuple[int, str], list[float]]) -> pd.DataFrame:
+    """A row per contender: median of the rounds' ratios against one process of ours."""
+    model = FIRA(CONFIG)
+    count = BATCH * CONFIG.seq_len
+    flops = 3 * sum(layer_costs(model, CONFIG.seq_len)) * count
+    peak, of_peak = seconds.pop((1, "peak")), products()[1]
+    print(f"{model.num_parameters():,} parameters, peak {of_peak / median(peak) / 1e9:.0f} GFLOP/s; {environment()}")
+    return pd.DataFrame(
+        {
+            "ranks": ranks,
+            "contender": name,
+            "seconds": median(times),
+            "tokens_per_s": count / median(times),
+            "mfu": flops / of_peak * ratio(peak, times),
+            "speed": ratio(seconds[1, BASE], times),
+        }
+        for (ranks, name), times in seconds.items()
+    )
+
+
+def draw(rows: pd.DataFrame) -> None:
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    labels = [f"{row.contender}, {row.ranks} ranks" for row in rows.itertuples()]
+    colours = ["C0" if row.contender.startswith("ours") else "C7" for row in rows.itertuples()]
+    axes.barh(labels, rows["tokens_per_s"], color=colours)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens/s, whole steps")
+    figure.savefig(HERE / "results.png", dpi=110)
+
+
+def main() -> None:
+    rows = table(measure())
+    rows.to_csv(HERE / "results.csv", index=False, float_format="%.4g")
+    draw(rows)
+    print("| ranks | contender | tokens/s | MFU | one process of ours = 1 |\n|---|---|---|---|---|")
+    for row in rows.itertuples():
+        print(f"| {row.ranks} | {row.contender} | {row.tokens_per_s:,.0f} | {row.mfu:.2f} | {row.speed:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

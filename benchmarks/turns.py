@@ -1,0 +1,58 @@
+"""Contenders in jobs of their own, under mpirun, that take turns: what slows the machine for a while slows all."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Job:
+    """A job whose ranks `serve`. names: of its contenders. Ends with its `with` block."""
+
+    def __init__(self, ranks: int, module: str, *arguments: object, python: str = sys.executable) -> None:
+        command = ["mpirun", "-np", str(ranks), python, "-m", module, *map(str, arguments)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.names = self._answer("contenders:")
+
+    def time(self, name: str) -> float:
+        """Seconds of one call of a contender, on the slowest rank."""
+        assert self._process.stdin
+        print(name, file=self._process.stdin, flush=True)
+        return float(self._answer("seconds:")[0])
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _answer(self, mark: str) -> list[str]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith(mark):
+                return line.rstrip("\n").split("\t")[1:]
+        raise SystemExit(f"a job has ended with status {self._process.wait()}")
+
+
+def serve(runs: Mapping[str, Callable[[], Any]], rank: int) -> None:
+    """Call whichever contender the driver names, until it closes the pipe. For all ranks of a job."""
+    if rank == 0:
+        print("contenders:", *runs, sep="\t", flush=True)
+    while True:
+        asked = [sys.stdin.readline().strip() if rank == 0 else ""]
+        dist.broadcast_object_list(asked)
+        if not asked[0]:
+            return
+        dist.barrier()
+        started = time.perf_counter()
+        runs[asked[0]]()
+        seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        if rank == 0:
+            print(f"seconds:\t{float(seconds)}", flush=True)

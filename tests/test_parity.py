@@ -43,15 +43,17 @@ SPREAD = [
     )
 ] + [case([2, 2, 2], dropout=0.1, dtype="float64", steps=6, schedule=s) for s in ("interleaved", "zb-h1", "zb-v")]
 LOCAL = [
-    case(layout, devices=devices, dropout=dropout, recompute=recompute, microbatch=4, dtype="float64")
+    case(layout, devices=devices, dropout=dropout, recompute=recompute, microbatch=4, dtype="float64", steps=6)
     for layout, devices, dropout, recompute in product([ONE], [2, 4], [0.0, 0.1], [False, True])
 ] + [
     case([2, 1, 1], devices=2, dropout=0.1, recompute=True, microbatch=2, dtype="float64"),
     case([2, 1, 1], devices=2, dropout=0.1, microbatch=2, dtype="float64", steps=6, schedule="zb-v"),
-    case([1, 2, 2], devices=2, dropout=0.1, recompute=True, microbatch=2, dtype="float64"),
+    case([1, 2, 2], devices=2, dropout=0.1, recompute=True, microbatch=2, dtype="float64", steps=6),
 ]
-RECOMPUTED = [case(layout, recompute=True, dropout=0.1) for layout in (ONE, [2, 1, 1], [2, 2, 2])]
-RECOMPUTED += [case([2, 1, 1], recompute=True, dropout=0.1, steps=6, schedule="zb-v")]
+RECOMPUTED = [case(ONE, recompute=True, dropout=0.1)] + [
+    case(layout, recompute=True, dropout=0.1, steps=6, schedule=schedule)
+    for layout, schedule in [([2, 1, 1], "1f1b"), ([2, 1, 1], "zb-v"), ([2, 2, 2], "1f1b")]
+]
 ALL = [*PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED]
 
 

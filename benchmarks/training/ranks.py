@@ -24,7 +24,7 @@ from pipeline.mesh import Layout
 from pipeline.partition import partition
 
 CONFIG = FiraConfig(
-    vocab_size=8192, seq_len=256, d_model=384, n_head=6, num_layers=6, d_ff=1088, num_experts=4, dropout=0.0
+    vocab_size=8192, seq_len=256, d_model=384, n_head=6, num_layers=6, d_ff=1104, num_experts=4, dropout=0.0
 )
 BATCH = 16  # sequences in a step, whoever takes it
 AT_ONCE = 4  # sequences in a forward of one process

@@ -26,21 +26,21 @@ from pipeline.partition import partition
 CONFIG = FiraConfig(
     vocab_size=8192, seq_len=256, d_model=384, n_head=6, num_layers=6, d_ff=1104, num_experts=4, dropout=0.0
 )
-BATCH = 16  # sequences in a step, whoever takes it
+BATCH = 8  # sequences in a step, whoever takes it
 AT_ONCE = 4  # sequences in a forward of one process
 WAYS = {  # layout, schedule, sequences in a micro-batch, micro-batches per replica
-    1: [Way(Layout(1, 1, 1), "1f1b", 4, 4, False)],
+    1: [Way(Layout(1, 1, 1), "1f1b", 4, 2, False)],
     2: [
-        Way(Layout(2, 1, 1), "1f1b", 2, 8, False),
-        Way(Layout(2, 1, 1), "zb-2p", 2, 8, False),
-        Way(Layout(1, 2, 1), "1f1b", 4, 2, False),
-        Way(Layout(1, 2, 2), "1f1b", 4, 2, False),
+        Way(Layout(2, 1, 1), "1f1b", 1, 8, False),
+        Way(Layout(2, 1, 1), "zb-2p", 1, 8, False),
+        Way(Layout(1, 2, 1), "1f1b", 4, 1, False),
+        Way(Layout(1, 2, 2), "1f1b", 4, 1, False),
     ],
     4: [
-        Way(Layout(4, 1, 1), "1f1b", 2, 8, False),
-        Way(Layout(2, 2, 2), "1f1b", 2, 4, False),
-        Way(Layout(1, 4, 1), "1f1b", 4, 1, False),
-        Way(Layout(1, 4, 4), "1f1b", 4, 1, False),
+        Way(Layout(4, 1, 1), "1f1b", 1, 8, False),
+        Way(Layout(2, 2, 2), "1f1b", 1, 4, False),
+        Way(Layout(1, 4, 1), "1f1b", 2, 1, False),
+        Way(Layout(1, 4, 4), "1f1b", 2, 1, False),
     ],
 }
 Run = Callable[[], object]

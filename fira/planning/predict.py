@@ -167,6 +167,8 @@ class Predictor:
             if way.recompute:  # runs forward again, and cannot be split
                 whole += forward
                 back, weight = whole, 0.0
+            elif not result[Kind.FORWARD]:  # the first stage: tokens want no gradient, all is left to the second half
+                back, weight = 0.0, whole
             for kind, seconds in zip(
                 (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT), (forward, whole, back, weight), strict=True
             ):

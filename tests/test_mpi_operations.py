@@ -206,8 +206,8 @@ def refusals() -> None:
     """What is refused, and how."""
     rank = dist.get_rank()
     calls = {
-        "rows must divide": lambda: dist.all_to_all_single(torch.empty(4), torch.empty(4)),
-        "must add up to": lambda: dist.all_to_all_single(torch.empty(3), torch.empty(3), [1, 1, 2], [1, 1, 1]),
+        "must divide by the group size": lambda: dist.all_to_all_single(torch.empty(4), torch.empty(4)),
+        "add up to the split": lambda: dist.all_to_all_single(torch.empty(3), torch.empty(3), [1, 1, 2], [1, 1, 1]),
         "group size × input": lambda: dist.group.WORLD.all_gather_single(torch.empty(4), torch.empty(1)).wait(),
         "dense CPU and CUDA tensors": lambda: dist.broadcast(torch.eye(2).to_sparse(), 0),
         "cannot reduce": lambda: dist.all_reduce(torch.zeros(2, dtype=torch.bits8)),

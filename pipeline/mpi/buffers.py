@@ -1,7 +1,10 @@
 """Tensors as MPI sees them: an address, a count and a datatype."""
 
+import ctypes
 import functools
-from typing import Any, cast
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
 import torch
 from mpi4py import MPI
@@ -24,26 +27,44 @@ _NUMBER_TYPES = {
     torch.bool: MPI.C_BOOL,
 }
 
-_REDUCTIONS = [  # (torch's, MPI's for numbers, MPI's for bool, ours); a ReduceOp does not hash, but compares
-    (ReduceOp.SUM, MPI.SUM, MPI.LOR, torch.add),
-    (ReduceOp.AVG, MPI.SUM, MPI.LOR, torch.add),
-    (ReduceOp.PREMUL_SUM, MPI.SUM, MPI.LOR, torch.add),
-    (ReduceOp.MIN, MPI.MIN, MPI.LAND, torch.minimum),
-    (ReduceOp.MAX, MPI.MAX, MPI.LOR, torch.maximum),
-    (ReduceOp.PRODUCT, MPI.PROD, MPI.LAND, torch.mul),
-    (ReduceOp.BAND, MPI.BAND, MPI.LAND, torch.bitwise_and),
-    (ReduceOp.BOR, MPI.BOR, MPI.LOR, torch.bitwise_or),
-    (ReduceOp.BXOR, MPI.BXOR, MPI.LXOR, torch.bitwise_xor),
-]
 BLOCK = 2**30
+UNLOCKED = 64 * 1024
+NOTHING = MPI.memory.allocate(0)
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.uint16)
 _ONLY_MPI = (torch.uint16, torch.uint32, torch.uint64)  # torch has next to no arithmetic for them
 
 
+def memory(tensor: Tensor) -> MPI.memory:
+    """A contiguous tensor's bytes; cutting them costs a tenth of cutting tensors. The caller keeps the tensor alive."""
+    return MPI.memory.fromaddress(tensor.data_ptr(), tensor.nbytes)
+
+
+def memories(tensors: list[Tensor]) -> list[MPI.memory]:
+    """``memory`` of each."""
+    return [memory(tensor) for tensor in tensors]
+
+
+def cut(whole: MPI.memory, sizes: list[int]) -> list[MPI.memory]:
+    """Memory in parts of these numbers of bytes, one after the other."""
+    return [whole[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+
+
+def message(part: MPI.memory) -> list:
+    """Memory as raw bytes to send or receive: any dtype crosses this way."""
+    return [part, MPI.BYTE] if part.nbytes < BLOCK else [part, 1, _huge(part.nbytes)]
+
+
 def as_bytes(tensor: Tensor) -> list:
-    """A contiguous tensor as raw bytes: any dtype crosses this way. The caller keeps the tensor alive."""
-    memory = MPI.memory.fromaddress(tensor.data_ptr(), tensor.nbytes)
-    return [memory, MPI.BYTE] if tensor.nbytes < BLOCK else [memory, 1, _huge(tensor.nbytes)]
+    """A contiguous tensor as raw bytes to send or receive. The caller keeps the tensor alive."""
+    return message(memory(tensor))
+
+
+def copy(target: MPI.memory, source: MPI.memory) -> None:
+    """Copy bytes, without Python's lock where that pays."""
+    if source.nbytes < UNLOCKED:
+        target[:] = source
+    else:
+        ctypes.memmove(target.address, source.address, source.nbytes)
 
 
 @functools.cache
@@ -56,8 +77,7 @@ def _huge(size: int) -> MPI.Datatype:
 
 def as_numbers(tensor: Tensor) -> list:
     """A contiguous tensor as numbers to reduce. The caller keeps the tensor alive."""
-    memory = MPI.memory.fromaddress(tensor.data_ptr(), tensor.nbytes)
-    return [memory, _NUMBER_TYPES[tensor.dtype]]
+    return [memory(tensor), _NUMBER_TYPES[tensor.dtype]]
 
 
 def reducible(tensor: Tensor) -> Tensor:
@@ -72,10 +92,52 @@ def reducible(tensor: Tensor) -> Tensor:
     return (tensor.int() if tensor.dtype in _NARROW else tensor).contiguous()
 
 
-def reduction(op: ReduceOp, dtype: torch.dtype) -> MPI.Op:
-    """The MPI operation for ``op``; what AVG and PREMUL_SUM do to a sum is done before and after it."""
-    _, of_numbers, of_bools, _ = _reduction(op)
-    return of_bools if dtype == torch.bool else of_numbers
+class Reduction(NamedTuple):
+    """How one value is made of one from each rank."""
+
+    of_numbers: MPI.Op
+    of_bools: MPI.Op
+    of_tensors: Callable[..., Tensor]
+    averages: bool = False
+    factor: Any = None  # every rank's values are multiplied by it first
+
+    def by_mpi(self, dtype: torch.dtype) -> MPI.Op:
+        """MPI's operation; what AVG and PREMUL_SUM do to a sum is done before and after it."""
+        return self.of_bools if dtype == torch.bool else self.of_numbers
+
+    def prepare(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a new one, multiplied by the factor."""
+        return tensor if self.factor is None else tensor * self.factor
+
+    def finish(self, total: Tensor, size: int) -> None:
+        """Divide a sum over ``size`` ranks in place if that is asked for; integers are truncated, as NCCL does."""
+        if self.averages:
+            total.div_(size, rounding_mode=None if total.is_floating_point() or total.is_complex() else "trunc")
+
+
+_REDUCTIONS = {  # by the value of torch's constant: a ReduceOp does not hash in every torch, and is slow to compare
+    ReduceOp.SUM.value: Reduction(MPI.SUM, MPI.LOR, torch.add),
+    ReduceOp.AVG.value: Reduction(MPI.SUM, MPI.LOR, torch.add, averages=True),
+    ReduceOp.PREMUL_SUM.value: Reduction(MPI.SUM, MPI.LOR, torch.add),
+    ReduceOp.MIN.value: Reduction(MPI.MIN, MPI.LAND, torch.minimum),
+    ReduceOp.MAX.value: Reduction(MPI.MAX, MPI.LOR, torch.maximum),
+    ReduceOp.PRODUCT.value: Reduction(MPI.PROD, MPI.LAND, torch.mul),
+    ReduceOp.BAND.value: Reduction(MPI.BAND, MPI.LAND, torch.bitwise_and),
+    ReduceOp.BOR.value: Reduction(MPI.BOR, MPI.LOR, torch.bitwise_or),
+    ReduceOp.BXOR.value: Reduction(MPI.BXOR, MPI.LXOR, torch.bitwise_xor),
+}
+
+
+def reduction(op: ReduceOp) -> Reduction:
+    """What ``op`` asks for."""
+    kind = cast(Any, op).op.value
+    found = _REDUCTIONS.get(kind)
+    if found is None:
+        raise ValueError(f"the mpi backend does not support {op}")
+    if kind == ReduceOp.PREMUL_SUM.value:
+        _, factor = cast(Any, op).__getstate__()
+        return found._replace(factor=factor)
+    return found
 
 
 def combines(dtype: torch.dtype) -> bool:
@@ -83,32 +145,10 @@ def combines(dtype: torch.dtype) -> bool:
     return dtype not in _ONLY_MPI
 
 
-def combine(parts: list[Tensor], op: ReduceOp) -> Tensor:
+def combine(parts: list[Tensor], how: Reduction) -> Tensor:
     """A new tensor, the reduction of ``parts`` from the first to the last; 16- and 8-bit floats give float32."""
-    *_, function = _reduction(op)
     wide = parts[0].dtype if parts[0].dtype in _NUMBER_TYPES else torch.float32
     total = parts[0].to(wide, copy=True)
     for part in parts[1:]:
-        function(total, part.to(wide), out=total)
+        how.of_tensors(total, part.to(wide), out=total)
     return total
-
-
-def _reduction(op: ReduceOp) -> tuple:
-    for row in _REDUCTIONS:
-        if op == row[0]:
-            return row
-    raise ValueError(f"the mpi backend does not support {op}")
-
-
-def premultiplied(tensor: Tensor, op: ReduceOp) -> Tensor:
-    """The tensor, or for PREMUL_SUM a new one, multiplied by the operation's factor."""
-    if op != ReduceOp.PREMUL_SUM:
-        return tensor
-    _, factor = cast(Any, op).__getstate__()
-    return tensor * factor
-
-
-def average(tensor: Tensor, op: ReduceOp, size: int) -> None:
-    """Divide a sum over ``size`` ranks in place if ``op`` is AVG; integers are truncated, as NCCL does."""
-    if op == ReduceOp.AVG:
-        tensor.div_(size, rounding_mode=None if tensor.is_floating_point() or tensor.is_complex() else "trunc")

@@ -8,16 +8,28 @@ Tensors come detached and on the CPU. One that is not contiguous is copied first
 live in a generator's frame until its requests are done.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from itertools import count
 from typing import Any
 
 import torch
 from mpi4py import MPI
 from torch import Tensor
-from torch.distributed import ReduceOp
 
-from pipeline.mpi.buffers import as_bytes, as_numbers, average, combine, combines, premultiplied, reducible, reduction
+from pipeline.mpi.buffers import (
+    NOTHING,
+    Reduction,
+    as_bytes,
+    as_numbers,
+    combine,
+    combines,
+    copy,
+    cut,
+    memories,
+    memory,
+    message,
+    reducible,
+)
 from pipeline.mpi.work import Steps
 
 LARGE = 256 * 1024
@@ -37,75 +49,81 @@ class Collectives:
 
     # Reductions
 
-    def all_reduce(self, tensors: list[Tensor], op: ReduceOp) -> Steps:
-        small = [tensor for tensor in tensors if not self._exchanges(tensor)]
-        sums = [reducible(premultiplied(tensor, op)) for tensor in small]
-        yield [self._comm.Iallreduce(MPI.IN_PLACE, as_numbers(s), reduction(op, s.dtype)) for s in sums]
-        for tensor, total in zip(small, sums, strict=True):
-            average(total, op, self.size)
+    def all_reduce(self, tensors: list[Tensor], how: Reduction) -> Steps:
+        small, requests = [], []
+        for tensor in tensors:
+            if not self._exchanges(tensor.nbytes, tensor.dtype):
+                total = reducible(how.prepare(tensor))
+                small.append((tensor, total))
+                mpi_op = how.by_mpi(total.dtype)
+                requests.append(self._comm.Iallreduce(MPI.IN_PLACE, as_numbers(total), mpi_op))
+        yield requests
+        for tensor, total in small:
+            how.finish(total, self.size)
             write(tensor, total)
         for tensor in tensors:
-            if self._exchanges(tensor):
-                yield from self._exchange_all_reduce(tensor, op)
+            if self._exchanges(tensor.nbytes, tensor.dtype):
+                yield from self._exchange_all_reduce(tensor, how)
 
-    def _exchange_all_reduce(self, tensor: Tensor, op: ReduceOp) -> Exchange:
+    def _exchange_all_reduce(self, tensor: Tensor, how: Reduction) -> Exchange:
         """Every rank adds up one part, and the parts are gathered."""
-        buffer = premultiplied(tensor, op).contiguous()
+        buffer = how.prepare(tensor).contiguous()
         parts = list(buffer.view(-1).tensor_split(self.size))
-        parts[self.rank].copy_((yield from self._exchange_reduce(parts, op)))
-        yield from self._exchange([parts[self.rank]] * self.size, parts)
+        parts[self.rank].copy_((yield from self._exchange_reduce(parts, how)))
+        yield from self._share(parts[self.rank], parts)
         write(tensor, buffer)
 
-    def all_reduce_sparse(self, tensor: Tensor, op: ReduceOp) -> Steps:
+    def all_reduce_sparse(self, tensor: Tensor, how: Reduction) -> Steps:
         """Gather everyone's indices and values, whose numbers differ, and add up what falls on one index."""
-        expect("all_reduce", op == ReduceOp.SUM or op == ReduceOp.AVG, "sparse tensors can only be summed or averaged")
+        summed = how.of_tensors is torch.add and how.factor is None
+        expect("all_reduce", summed, "sparse tensors can only be summed or averaged")
         own = tensor.detach().coalesce()
         number, numbers = torch.tensor([own._nnz()]), torch.empty(self.size, dtype=torch.int64)
         yield [self._comm.Iallgather(as_bytes(number), as_bytes(numbers))]
         whole = []
         for part in (own.indices().t().contiguous(), own.values().contiguous()):
             rows = [part.new_empty(n, *part.shape[1:]) for n in numbers.tolist()]
-            yield from self._exchange([part] * self.size, rows)
+            yield from self._share(part, rows)
             whole.append(torch.cat(rows))
         total = torch.sparse_coo_tensor(whole[0].t(), whole[1], tensor.shape).coalesce()
-        average(total, op, self.size)
+        how.finish(total, self.size)
         with torch.no_grad():
             tensor.copy_(total)  # (a detached sparse tensor would keep the result to itself)
 
-    def reduce(self, tensor: Tensor, op: ReduceOp, root: int) -> Steps:
-        part = reducible(premultiplied(tensor, op))
+    def reduce(self, tensor: Tensor, how: Reduction, root: int) -> Steps:
+        part = reducible(how.prepare(tensor))
         total = torch.empty_like(part) if root == self.rank else None
-        mpi_op = reduction(op, part.dtype)
+        mpi_op = how.by_mpi(part.dtype)
         yield [self._comm.Ireduce(as_numbers(part), None if total is None else as_numbers(total), mpi_op, root)]
         if total is not None:
-            average(total, op, self.size)
+            how.finish(total, self.size)
             write(tensor, total)
 
-    def reduce_scatter(self, pairs: list[tuple[Tensor, list[Tensor]]], op: ReduceOp) -> Steps:
+    def reduce_scatter(self, pairs: list[tuple[Tensor, list[Tensor]]], how: Reduction) -> Steps:
         """For each pair (output, inputs): the sum of everyone's input number ``rank``; or one input, to be cut."""
         for output, given in pairs:
-            inputs = [premultiplied(tensor, op) for tensor in given]
-            total = sum(tensor.numel() for tensor in inputs)
-            expect("reduce_scatter", total == output.numel() * self.size, "input must be group size × output")
-            expect("reduce_scatter", inputs[0].dtype == output.dtype, "output and input must have one dtype")
-            if self._exchanges(*inputs):
-                result = yield from self._exchange_reduce(self._cut(inputs), op)
+            nbytes = sum([tensor.nbytes for tensor in given])
+            expect("reduce_scatter", given[0].dtype == output.dtype, "output and input must have one dtype")
+            expect("reduce_scatter", nbytes == output.nbytes * self.size, "input must be group size × output")
+            inputs = [how.prepare(tensor) for tensor in given]
+            if self._exchanges(nbytes, output.dtype):
+                result = yield from self._exchange_reduce(self._cut(inputs), how)
             else:
                 part = reducible(_joined(inputs))
-                result = torch.empty(output.numel(), dtype=part.dtype)
-                mpi_op = reduction(op, part.dtype)
+                direct = part.dtype == output.dtype and output.is_contiguous() and not _share_memory([output], [part])
+                result = output if direct else torch.empty(output.shape, dtype=part.dtype)
+                mpi_op = how.by_mpi(part.dtype)
                 yield [self._comm.Ireduce_scatter_block(as_numbers(part), as_numbers(result), mpi_op)]
-                average(result, op, self.size)
+                how.finish(result, self.size)
             write(output, result)
 
-    def _exchange_reduce(self, parts: list[Tensor], op: ReduceOp) -> Exchange:
+    def _exchange_reduce(self, parts: list[Tensor], how: Reduction) -> Exchange:
         """Send part number i to rank i; the reduction of what arrives here."""
-        received = [
-            parts[self.rank] if i == self.rank else torch.empty_like(parts[self.rank]) for i in range(self.size)
-        ]
-        yield from self._exchange(parts, received)
-        total = combine(received, op)
-        average(total, op, self.size)
+        own = parts[self.rank]
+        received = [own if i == self.rank else torch.empty_like(own) for i in range(self.size)]
+        yield from self._exchange(memories(parts), memories(received))
+        total = combine(received, how)
+        how.finish(total, self.size)
         return total
 
     # Movement, as bytes
@@ -119,64 +137,89 @@ class Collectives:
     def all_gather(self, pairs: list[tuple[list[Tensor], Tensor]]) -> Steps:
         """For each pair (outputs, input): everyone's input, in an output each, or one after the other in one output."""
         for outputs, part in pairs:
-            total = sum(output.numel() for output in outputs)
-            expect("all_gather", total == part.numel() * self.size, "output must be group size × input")
+            nbytes = sum([output.nbytes for output in outputs])
             expect("all_gather", outputs[0].dtype == part.dtype, "output and input must have one dtype")
-            buffers = [output.contiguous() for output in outputs]
-            slots = self._cut(buffers)
-            own, part = slots[self.rank], part.contiguous()
-            if own.data_ptr() != part.data_ptr() and _share_memory(buffers, [part]):
+            expect("all_gather", nbytes == part.nbytes * self.size, "output must be group size × input")
+            buffers, part = [output.contiguous() for output in outputs], part.contiguous()
+            slots = memories(buffers) if len(buffers) > 1 else cut(memory(buffers[0]), [part.nbytes] * self.size)
+            in_place = slots[self.rank].address == part.data_ptr()
+            if not in_place and _share_memory(buffers, [part]):
                 part = part.clone()
-            if total * part.element_size() < LARGE and len(buffers) == 1:
+            if nbytes < LARGE and len(buffers) == 1:
                 # FSDP2 gathers in place; MPI forbids aliases but for this one
-                sent = MPI.IN_PLACE if own.data_ptr() == part.data_ptr() else as_bytes(part)
+                sent = MPI.IN_PLACE if in_place else as_bytes(part)
                 yield [self._comm.Iallgather(sent, as_bytes(buffers[0]))]
             else:
-                yield from self._exchange([part] * self.size, slots)
+                yield from self._exchange([memory(part)] * self.size, slots)
             for output, buffer in zip(outputs, buffers, strict=True):
                 write(output, buffer)
 
     def gather(self, outputs: list[Tensor], part: Tensor, root: int) -> Steps:
-        slots = [output.contiguous() for output in outputs]
-        nothing = part.new_empty(0)
-        sent = [part.contiguous() if peer == root else nothing for peer in range(self.size)]
-        yield from self._exchange(sent, slots or [nothing] * self.size)
+        slots, part = [output.contiguous() for output in outputs], part.contiguous()
+        sent = [memory(part) if peer == root else NOTHING for peer in range(self.size)]
+        yield from self._exchange(sent, memories(slots) or [NOTHING] * self.size)
         for output, slot in zip(outputs, slots, strict=True):
             write(output, slot)
 
     def scatter(self, output: Tensor, parts: list[Tensor], root: int) -> Steps:
-        slot = output.contiguous()
-        nothing = output.new_empty(0)
-        sent = [part.contiguous() for part in parts] or [nothing] * self.size
-        yield from self._exchange(sent, [slot if peer == root else nothing for peer in range(self.size)])
+        slot, parts = output.contiguous(), [part.contiguous() for part in parts]
+        sent = memories(parts) or [NOTHING] * self.size
+        yield from self._exchange(sent, [memory(slot) if peer == root else NOTHING for peer in range(self.size)])
         write(output, slot)
 
     def all_to_all(self, outputs: list[Tensor], inputs: list[Tensor]) -> Steps:
         shared = _share_memory(outputs, inputs)
-        sent = [part.clone() if shared else part.contiguous() for part in inputs]
+        sent = [_copied(part) if shared else part.contiguous() for part in inputs]
         received = [output.contiguous() for output in outputs]
-        yield from self._exchange(sent, received)
+        yield from self._exchange(memories(sent), memories(received))
         for output, part in zip(outputs, received, strict=True):
             write(output, part)
 
-    def _exchange(self, sent: list[Tensor], received: list[Tensor]) -> Exchange:
+    def all_to_all_single(
+        self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]
+    ) -> Steps:
+        """Rows of ``input`` to each rank, as many as ``input_splits`` says; without splits, everybody the same."""
+        shared, received = _share_memory([output], [input]), output.contiguous()
+        sent = _copied(input) if shared else input.contiguous()
+        parts = self._rows("input", sent, input_splits)
+        yield from self._exchange(parts, self._rows("output", received, output_splits))
+        write(output, received)
+
+    def _rows(self, name: str, tensor: Tensor, sizes: Sequence[int]) -> list[MPI.memory]:
+        """``tensor`` cut along its first dimension, a part per rank."""
+        rows = tensor.shape[0]
+        sizes = sizes or [rows // self.size] * self.size
+        if sum(sizes) != rows or len(sizes) != self.size:
+            raise ValueError(
+                f"all_to_all_single: the {name}'s {rows} rows must divide by the group size, {self.size}, "
+                f"or add up to the split sizes, one per rank; these are {list(sizes)}"
+            )
+        row = tensor.nbytes // max(rows, 1)
+        return cut(memory(tensor), [size * row for size in sizes])
+
+    def _share(self, part: Tensor, slots: list[Tensor]) -> Exchange:
+        """``part`` to everybody, and everybody's into the slots."""
+        yield from self._exchange([memory(part)] * self.size, memories(slots))
+
+    def _exchange(self, sent: list[MPI.memory], received: list[MPI.memory]) -> Exchange:
         """Part number i of ``sent`` to rank i, and what rank i sent here into ``received``; nothing for empty parts."""
         tag = next(self._tags) % TAGS
         own, kept = sent[self.rank], received[self.rank]
-        expect("own part", own.nbytes == kept.nbytes, f"{kept.nbytes} bytes expected, {own.nbytes} given")
-        if own.data_ptr() != kept.data_ptr():
-            kept.view(-1).copy_(own.view(-1))
-        sources = [peer for peer in range(self.size) if peer != self.rank and received[peer].nbytes]
-        requests = [self._inner.Irecv(as_bytes(received[peer]), peer, tag) for peer in sources]
+        if own.nbytes != kept.nbytes:
+            raise ValueError(f"own part: {kept.nbytes} bytes expected, {own.nbytes} given")
+        if own.address != kept.address:
+            copy(kept, own)
+        sources = [peer for peer, part in enumerate(received) if peer != self.rank and part.nbytes]
+        requests = [self._inner.Irecv(message(received[peer]), peer, tag) for peer in sources]
         for peer, part in enumerate(sent):
             if peer != self.rank and part.nbytes:
-                requests.append(self._inner.Isend(as_bytes(part), peer, tag))
+                requests.append(self._inner.Isend(message(part), peer, tag))
         statuses = (yield requests) if requests else []
         for peer, status in zip(sources, statuses, strict=False):
-            _complete(received[peer], status, peer)
+            _complete(received[peer].nbytes, status, peer)
 
-    def _exchanges(self, *tensors: Tensor) -> bool:
-        return sum(tensor.nbytes for tensor in tensors) >= LARGE and self.size > 1 and combines(tensors[0].dtype)
+    def _exchanges(self, nbytes: int, dtype: torch.dtype) -> bool:
+        return nbytes >= LARGE and self.size > 1 and combines(dtype)
 
     def _cut(self, tensors: list[Tensor]) -> list[Tensor]:
         """A flat part per rank: of one tensor its cuts, else the tensors themselves."""
@@ -193,7 +236,7 @@ class Collectives:
     def recv(self, tensor: Tensor, peer: int, tag: int) -> Steps:
         buffer = tensor.contiguous()
         (status,) = yield [self._comm.Irecv(as_bytes(buffer), peer, tag)]
-        _complete(buffer, status, peer)
+        _complete(buffer.nbytes, status, peer)
         write(tensor, buffer)
 
     def token(self, call: str, peer: int) -> Steps:
@@ -204,25 +247,30 @@ class Collectives:
         yield [self._comm.Ibarrier()]
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _joined(tensors: list[Tensor]) -> Tensor:
-    """Tensors one after the other as one vector, without a copy if there is but one contiguous tensor."""
-    return tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
+    """Tensors one after the other as one vector; a single one as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def _share_memory(some: list[Tensor], others: list[Tensor]) -> bool:
     storages = [{tensor.untyped_storage().data_ptr() for tensor in tensors} for tensors in (some, others)]
-    return bool(storages[0] & storages[1] - {0})
+    return not storages[0].isdisjoint(storages[1] - {0})
 
 
-def _complete(buffer: Tensor, status: MPI.Status, peer: int) -> None:
+def _complete(expected: int, status: MPI.Status, peer: int) -> None:
     """MPI reports a message that is too long; one that is too short is for us to see."""
     got = status.Get_elements(MPI.BYTE)
-    expect("recv", got == buffer.nbytes, f"expected {buffer.nbytes} bytes from rank {peer}, got {got}")
+    if got != expected:
+        raise ValueError(f"recv: expected {expected} bytes from rank {peer}, got {got}")
 
 
 def write(target: Tensor, result: Tensor) -> None:
     """Copy a result to where it belongs, unless it is there already."""
-    if target.data_ptr() != result.data_ptr() or not target.is_contiguous():
+    if target is not result:
         target.copy_(result.view(target.shape))
 
 

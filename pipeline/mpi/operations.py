@@ -9,7 +9,6 @@ import time
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from pipeline.mpi.agreement import Agreement
-from pipeline.mpi.collectives import Collectives, expect
+from pipeline.mpi.buffers import Reduction, reduction
+from pipeline.mpi.collectives import Collectives
 from pipeline.mpi.staging import Moves, on_device, staged, straight
 from pipeline.mpi.trace import POINT_TO_POINT, GroupTrace
 from pipeline.mpi.work import Operation, Steps
@@ -106,23 +106,22 @@ class Operations:
 
     # Reductions
 
-    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> Operation:
-        op = _reduce_op(opts)
+    def allreduce(self, tensors: list[Tensor], opts: Any = None, name: str = "all_reduce") -> Operation:
+        how = _reduction(opts)
         if tensors[0].layout == torch.sparse_coo and tensors[0].is_cpu:
-            return self._begin("all_reduce", self._steps.all_reduce_sparse(tensors[0], op), tensors, tensors)
-        return self._start("all_reduce", lambda tensors, _: self._steps.all_reduce(tensors, op), tensors)
+            return self._begin(name, self._steps.all_reduce_sparse(tensors[0], how), tensors, tensors)
+        return self._start(name, lambda tensors, _: self._steps.all_reduce(tensors, how), tensors)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Operation:
-        op = _reduce_op(opts)
-        return self._start("all_reduce_coalesced", lambda tensors, _: self._steps.all_reduce(tensors, op), tensors)
+        return self.allreduce(tensors, opts, "all_reduce_coalesced")
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> Operation:
-        op, root = _reduce_op(opts), opts.rootRank
-        return self._start("reduce", lambda tensors, _: self._steps.reduce(tensors[0], op, root), tensors, peer=root)
+        how, root = _reduction(opts), opts.rootRank
+        return self._start("reduce", lambda tensors, _: self._steps.reduce(tensors[0], how, root), tensors, peer=root)
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Operation:
         def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.reduce_scatter([(outputs[0], inputs)], _reduce_op(opts))
+            return self._steps.reduce_scatter([(outputs[0], inputs)], _reduction(opts))
 
         return self._start("reduce_scatter", steps, inputs[0], outputs)
 
@@ -138,7 +137,7 @@ class Operations:
     ) -> Operation:
         def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
             pairs = [(output, [input]) for output, input in zip(outputs, inputs, strict=True)]
-            return self._steps.reduce_scatter(pairs, _reduce_op(opts))
+            return self._steps.reduce_scatter(pairs, _reduction(opts))
 
         return self._start(name, steps, inputs, outputs)
 
@@ -199,20 +198,9 @@ class Operations:
         opts: Any = None,
     ) -> Operation:
         def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            received = self._split("output", outputs[0], output_splits)
-            return self._steps.all_to_all(received, self._split("input", inputs[0], input_splits))
+            return self._steps.all_to_all_single(outputs[0], inputs[0], output_splits, input_splits)
 
         return self._start("all_to_all_single", steps, [input], [output], detail=(input_splits, output_splits))
-
-    def _split(self, name: str, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """``tensor`` cut along its first dimension, a part per rank."""
-        rows = tensor.shape[0]
-        if not sizes:
-            expect("all_to_all_single", rows % self._size == 0, f"{name} rows must divide by the group size")
-            sizes = [rows // self._size] * self._size
-        expect("all_to_all_single", len(sizes) == self._size, f"{name} split sizes: one per rank")
-        expect("all_to_all_single", sum(sizes) == rows, f"{name} split sizes must add up to {rows} rows")
-        return [tensor[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
     # Point to point
 
@@ -284,15 +272,15 @@ def _behind(before: Operation, steps: Steps) -> Steps:
     yield from steps
 
 
-def _reduce_op(opts: Any) -> Any:
-    return ReduceOp.SUM if opts is None else opts.reduceOp
+def _reduction(opts: Any) -> Reduction:
+    return reduction(ReduceOp(ReduceOp.SUM) if opts is None else opts.reduceOp)
 
 
 def _local(tensor: Tensor) -> Tensor:
     """The tensor as plain memory, without autograd."""
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+    if not tensor.is_cpu or tensor.layout != torch.strided:
         raise ValueError(f"the mpi backend moves dense CPU and CUDA tensors, not {tensor.layout} on {tensor.device}")
-    return tensor.detach()
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _locals(tensors: list[Tensor]) -> list[Tensor]:

@@ -5,7 +5,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
 
 import torch
@@ -102,6 +102,13 @@ def pause(times: int, waited_s: float) -> None:
 class Operation(Work):
     """The ``torch.distributed.Work`` of one operation. It starts when it is made."""
 
+    # what few operations ever set, so that the others need not
+    _error: BaseException | None = None
+    _finished = False
+    _received: Sequence[MPI.Status] = ()  # the last ones there were
+    _future: torch.futures.Future | None = None
+    _record = None
+
     def __init__(
         self,
         entry: Entry,
@@ -113,52 +120,59 @@ class Operation(Work):
     ) -> None:
         super().__init__()
         self._progress = progress
-        self.name = name = entry.operation
         self.entry = entry
         self._steps = steps
         self._outputs = outputs
         self.timeout_s = timeout_s
         self._awaited: list[MPI.Request] | Callable[[], bool] = []
-        self._statuses: list[MPI.Status] = []
-        self._received: list[MPI.Status] = []  # the last ones there were
-        self._error: BaseException | None = None
-        self._finished = False
+        self._statuses: list[MPI.Status] = []  # of the first requests in that list
         self._advancing = threading.Lock()
-        self._future: torch.futures.Future | None = None
-        self._record = None
         if torch.autograd._profiler_enabled():
-            self._record = torch._C._profiler._RecordFunctionFast(f"mpi:{name}", inputs)
+            self._record = torch._C._profiler._RecordFunctionFast(f"mpi:{entry.operation}", inputs)
             self._record.__enter__()
         progress.started(self)
         self.advance()
-        if self._error is not None and not self._statuses:  # nothing was sent: the call itself was wrong
+        if self._error is not None and not self._awaited:  # nothing was sent: the call itself was wrong
             raise self._error
 
-    def advance(self) -> bool:
-        """Go as far as possible without waiting. True when the operation is over, well or badly."""
+    def advance(self, looks: int = 1) -> bool:
+        """Go as far as possible without waiting. True when the operation is over, well or badly.
+
+        Args:
+            looks: how often to look for a message that is not there yet.
+        """
         if self._finished or not self._advancing.acquire(blocking=False):
             return self._finished
         try:
-            while not self._finished and self._may_go_on():
-                self._received = self._statuses or self._received
-                self._awaited = self._steps.send(self._statuses or None)  # type: ignore[arg-type]
-                self._statuses = [] if callable(self._awaited) else [MPI.Status() for _ in self._awaited]
+            while self._may_go_on(looks):
+                statuses = self._statuses
+                self._received = statuses or self._received
+                self._statuses = []
+                self._awaited = self._steps.send(statuses or None)  # type: ignore[arg-type]
         except StopIteration:
-            self._finished = True
+            self._close()
         except Exception as error:
             self._error = error
-            self._finished = True
+            self._close()
         finally:
-            if self._finished:
-                self._close()
             self._advancing.release()
         return self._finished
 
-    def _may_go_on(self) -> bool:
+    def _may_go_on(self, looks: int) -> bool:
         awaited = self._awaited
-        return awaited() if callable(awaited) else MPI.Request.Testall(awaited, self._statuses)
+        if callable(awaited):
+            return awaited()
+        for request in awaited[len(self._statuses) :]:
+            status = MPI.Status()
+            while not request.Test(status):  # (of many at once, Testall, costs twice as much)
+                looks -= 1
+                if looks <= 0:
+                    return False
+            self._statuses.append(status)
+        return True
 
     def _close(self) -> None:
+        self._finished = True
         self._progress.finished(self)
         self.entry.end(self._error)
         if self._record is not None:
@@ -172,9 +186,9 @@ class Operation(Work):
         """
         limit_s = timeout.total_seconds() or self.timeout_s
         if not self.finished_by(time.monotonic() + limit_s):
-            raise RuntimeError(f"{self.name}: Timed out after {limit_s:g} s")
+            raise RuntimeError(f"{self.entry.operation}: Timed out after {limit_s:g} s")
         if self._error is not None:
-            raise RuntimeError(f"{self.name} failed: {self._error}") from self._error
+            raise RuntimeError(f"{self.entry.operation} failed: {self._error}") from self._error
         return True
 
     def finished_by(self, deadline: float) -> bool:
@@ -221,7 +235,7 @@ class Operation(Work):
         """Hand the outputs, or the error, to those who wait for the future. The operation is over, or took too long."""
         assert self._future is not None
         if not self._finished:
-            self._future.set_exception(RuntimeError(f"{self.name}: Timed out after {self.timeout_s:g} s"))
+            self._future.set_exception(RuntimeError(f"{self.entry.operation}: Timed out after {self.timeout_s:g} s"))
         elif self._error is None:
             self._future.set_result(self._outputs)
         else:

@@ -114,6 +114,24 @@ class Reduction(NamedTuple):
         if self.averages:
             total.div_(size, rounding_mode=None if total.is_floating_point() or total.is_complex() else "trunc")
 
+    def combine(self, parts: list[Tensor], result: Tensor, scratch: Tensor) -> None:
+        """Reduce ``parts`` from the first to the last; 16- and 8-bit floats as float32.
+
+        Args:
+            result: where to; it may be one of the parts.
+            scratch: may be overwritten meanwhile; it may be the first or the second part.
+        """
+        if result.dtype not in _NUMBER_TYPES:
+            parts = [part.float() for part in parts]
+            scratch = parts[0]
+        total = parts[0]
+        for part in parts[1:]:
+            last = part is parts[-1] and scratch.dtype == result.dtype
+            total = self.of_tensors(total, part, out=result if last else scratch)
+        self.finish(total, len(parts))
+        if total is not result:
+            result.copy_(total)
+
 
 _REDUCTIONS = {  # by the value of torch's constant: a ReduceOp does not hash in every torch, and is slow to compare
     ReduceOp.SUM.value: Reduction(MPI.SUM, MPI.LOR, torch.add),
@@ -141,14 +159,5 @@ def reduction(op: ReduceOp) -> Reduction:
 
 
 def combines(dtype: torch.dtype) -> bool:
-    """Can ``combine`` reduce this dtype?"""
+    """Can ``Reduction.combine`` reduce this dtype?"""
     return dtype not in _ONLY_MPI
-
-
-def combine(parts: list[Tensor], how: Reduction) -> Tensor:
-    """A new tensor, the reduction of ``parts`` from the first to the last; 16- and 8-bit floats give float32."""
-    wide = parts[0].dtype if parts[0].dtype in _NUMBER_TYPES else torch.float32
-    total = parts[0].to(wide, copy=True)
-    for part in parts[1:]:
-        how.of_tensors(total, part.to(wide), out=total)
-    return total

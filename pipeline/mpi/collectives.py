@@ -21,7 +21,6 @@ from pipeline.mpi.buffers import (
     Reduction,
     as_bytes,
     as_numbers,
-    combine,
     combines,
     copy,
     cut,
@@ -33,6 +32,7 @@ from pipeline.mpi.buffers import (
 from pipeline.mpi.work import Steps
 
 LARGE = 256 * 1024
+PIECE = 2**21  # bytes reduced at a time: they stay in the processor's cache, and their memory is had once
 TAGS = 32767  # MPI guarantees tags up to this one, which ``token`` has for itself
 Exchange = Generator[list[MPI.Request], list[MPI.Status], Any]
 
@@ -69,7 +69,7 @@ class Collectives:
         """Every rank adds up one part, and the parts are gathered."""
         buffer = how.prepare(tensor).contiguous()
         parts = list(buffer.view(-1).tensor_split(self.size))
-        parts[self.rank].copy_((yield from self._exchange_reduce(parts, how)))
+        yield from self._exchange_reduce(parts, parts[self.rank], how)
         yield from self._share(parts[self.rank], parts)
         write(tensor, buffer)
 
@@ -106,25 +106,27 @@ class Collectives:
             expect("reduce_scatter", given[0].dtype == output.dtype, "output and input must have one dtype")
             expect("reduce_scatter", nbytes == output.nbytes * self.size, "input must be group size × output")
             inputs = [how.prepare(tensor) for tensor in given]
-            if self._exchanges(nbytes, output.dtype):
-                result = yield from self._exchange_reduce(self._cut(inputs), how)
+            exchanges = self._exchanges(nbytes, output.dtype)
+            part = inputs[0] if exchanges else reducible(_joined(inputs))
+            direct = output.is_contiguous() and output.dtype == part.dtype and not _share_memory([output], inputs)
+            result = output if direct else torch.empty(output.shape, dtype=part.dtype)
+            if exchanges:
+                yield from self._exchange_reduce(self._cut(inputs), result.view(-1), how)
             else:
-                part = reducible(_joined(inputs))
-                direct = part.dtype == output.dtype and output.is_contiguous() and not _share_memory([output], [part])
-                result = output if direct else torch.empty(output.shape, dtype=part.dtype)
                 mpi_op = how.by_mpi(part.dtype)
                 yield [self._comm.Ireduce_scatter_block(as_numbers(part), as_numbers(result), mpi_op)]
                 how.finish(result, self.size)
             write(output, result)
 
-    def _exchange_reduce(self, parts: list[Tensor], how: Reduction) -> Exchange:
-        """Send part number i to rank i; the reduction of what arrives here."""
-        own = parts[self.rank]
-        received = [own if i == self.rank else torch.empty_like(own) for i in range(self.size)]
-        yield from self._exchange(memories(parts), memories(received))
-        total = combine(received, how)
-        how.finish(total, self.size)
-        return total
+    def _exchange_reduce(self, parts: list[Tensor], result: Tensor, how: Reduction) -> Exchange:
+        """Send part number i to rank i, and reduce what arrives here into ``result``, which may be this rank's part."""
+        length = PIECE // result.element_size()
+        scratch = [None if i == self.rank else result.new_empty(min(length, len(result))) for i in range(self.size)]
+        for start in range(0, max(map(len, parts)), length):
+            sent, target = [part[start : start + length] for part in parts], result[start : start + length]
+            received = [sent[self.rank] if some is None else some[: len(target)] for some in scratch]
+            yield from self._exchange(memories(sent), memories(received))
+            how.combine(received, target, received[self.rank == 0])
 
     # Movement, as bytes
 

@@ -18,6 +18,7 @@ from pipeline.mpi.trace import Entry
 # says whether to go on; after the last one it finishes its outputs. Its local variables keep every buffer alive.
 Steps = Generator[list[MPI.Request] | Callable[[], bool], list[MPI.Status], None]
 
+LOOKS = 1
 YIELDS = 100  # tests, each followed by a yield to another rank on this core, before the first sleep
 SLEEPS_S = 20e-6, 1e-3  # the shortest and the longest sleep
 
@@ -52,7 +53,7 @@ class Progress:
         """Wait until the operation is over, but not beyond ``deadline`` (``time.monotonic()``). True if it is."""
         tests = 0
         began = time.monotonic()
-        while not operation.advance():
+        while not operation.advance(LOOKS):
             tests += 1
             if tests > self._spins:
                 now = time.monotonic()

@@ -33,6 +33,10 @@ def thread(rank: int) -> None:
     _sum(rank)
 
 
+def badly_timed(rank: int) -> None:
+    _sum(rank)  # rank 1's environment keeps it from getting here
+
+
 def exited(rank: int) -> None:
     if rank == 1:
         sys.exit(3)
@@ -69,4 +73,6 @@ def _sum(rank: int) -> torch.Tensor:
 
 if __name__ == "__main__":
     assert not {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} & set(os.environ)
+    if sys.argv[1] == "badly_timed" and "1" in {os.environ.get(name) for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")}:
+        os.environ["FIRA_TIMEOUT_S"] = "abc"
     globals()[sys.argv[1]](pipeline.init().rank)

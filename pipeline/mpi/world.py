@@ -88,7 +88,7 @@ def _start(comm: Any, timeout_s: float) -> World:
     local.Free()
 
     watch = Watch(comm, timeout_s)
-    start(comm, Progress(spins=1000 if len(cores) >= world.local_size else 5), watch, *ways(world.local_rank))
+    start(comm, Progress(spins=1000 if len(cores) >= world.local_size else 2), watch, *ways(world.local_rank))
     watch.start()
     install(comm, watch)  # after torch, which installs an excepthook of its own
     return world

@@ -73,12 +73,14 @@ def parallelize(
     schedule: str = "1f1b",
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
-    recompute: bool = False,
+    recompute: int = 0,
 ) -> Distributed:
     """Build this rank's stages of the model of a config.
 
     devices: one, or several for torchgpipe to split each stage over. schedule: says which rank has which stages.
-    dtype: of the parameters and of what crosses boundaries. The weights depend on the seed alone, not on the layout.
+    recompute: how many blocks, of those between embedding and head, each stage computes again for its backward, the
+    first ones, at most all; torchgpipe's stages all or none. dtype: of the parameters and of what crosses boundaries.
+    The weights depend on the seed alone, not on the layout.
     """
     with torch.device("meta"):
         model = build(config).to(dtype)
@@ -99,16 +101,15 @@ def parallelize(
         for device, span, group in zip(devices, spans, mesh.ep_groups, strict=False):
             for i in (stages[number][j] for j in span):
                 first_expert = _spread_experts(layers[i], mesh, group)
-                layers[i].to_empty(device=device)
+                _to_empty(layers[i], device)
                 initialise(layers[i], f"layers.{i}", seed, first_expert)
         if len(devices) > 1:
             balance = [len(span) for span in spans]
-            module: nn.Module = LocalPipeline(
-                held, balance, devices[: len(spans)], autocast=autocast, recompute=recompute
-            )
+            local = LocalPipeline(held, balance, devices[: len(spans)], autocast=autocast, recompute=recompute > 0)
+            mine[number] = Stage(local, devices[0])
         else:
-            module = DeviceLayers(held, autocast, recompute)
-        mine[number] = Stage(module, devices[0], splits=len(devices) == 1 and not recompute)
+            blocks = [place for place, i in enumerate(stages[number], 1) if 0 < i < len(model.layers) - 1]
+            mine[number] = _stage(held, max([0, *blocks[:recompute]]), autocast, devices[0])
     tied = _tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
     return Distributed(
         config=config,
@@ -130,6 +131,19 @@ def _expert_tensors(model: nn.Module) -> set[str]:
     """The global names of the parameters whose dim 0 counts experts."""
     experts = ((path, module) for path, module in model.named_modules() if isinstance(module, ExpertBank))
     return {f"{path}.{name}" for path, module in experts for name, _ in module.named_parameters(recurse=False)}
+
+
+def _stage(layers: list[nn.Module], cut: int, autocast: torch.dtype | None, device: torch.device) -> Stage:
+    """A stage that computes the layers before the cut again for its backward."""
+    again, once = DeviceLayers(layers[:cut], autocast, recompute=True), DeviceLayers(layers[cut:], autocast)
+    if cut in (0, len(layers)):
+        return Stage(again if cut else once, device)
+    return Stage(once, device, before=again)
+
+
+def _to_empty(layer: nn.Module, device: torch.device) -> None:
+    """nn.Module.to_empty without its question to the meta device, which imports sympy: most of a second every start."""
+    layer._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
 def _spread_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> int:

@@ -63,6 +63,7 @@ class LocalPipeline(nn.Module):
         super().__init__()
         self.links = [_Link(Autocast(layer, autocast)) for layer in layers]
         self.recompute = recompute
+        self.splits = False  # torchgpipe hides the graph
         self.gpipe = GPipe(
             nn.Sequential(*self.links),
             balance=list(balance),

@@ -10,9 +10,23 @@ at the activations: they are done in the first half.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
+
+Roots = Sequence[Tensor | GradientEdge]
+
+
+def run_backward(
+    roots: Roots, gradients: Sequence[Tensor], wanted: Roots = (), retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    """Run autograd from roots with these gradients: add to the parameters' `.grad`, or return those of what is wanted.
+
+    What torch.autograd.backward and .grad do, without their check of the gradients' shapes, for which they import
+    sympy: most of a second of every rank's start.
+    """
+    return _engine_run_backward(
+        tuple(roots), tuple(gradients), retain_graph, False, tuple(wanted), True, accumulate_grad=not wanted
+    )
 
 
 @dataclass
@@ -40,10 +54,11 @@ class SplitBackward:
         small, self.junctions = _branches(self.y, self.x)
         handles = [junction.node.register_prehook(junction.note) for junction in self.junctions]
         wanted = [get_gradient_edge(self.x), *small]
-        of_x, *of_small = torch.autograd.grad(self.y, wanted, gradient, retain_graph=True, allow_unused=True)
+        of_x, *of_small = run_backward([self.y], [gradient], wanted, retain_graph=True)
         for handle in handles:
             handle.remove()
         _accumulate(small, of_small)
+        assert of_x is not None
         return of_x
 
     def weight_gradients(self) -> None:
@@ -54,7 +69,7 @@ class SplitBackward:
             arrived = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.gradients) if g is not None]
             roots, given = zip(*arrived, strict=True)
             edges += junction.branches
-            gradients += torch.autograd.grad(roots, junction.branches, given, retain_graph=True, allow_unused=True)
+            gradients += run_backward(roots, given, junction.branches, retain_graph=True)
         _accumulate(edges, gradients)  # at once: what comes to one weight from several is summed as in a whole backward
         self.junctions = []
 
@@ -64,7 +79,7 @@ def _accumulate(edges: Sequence[GradientEdge], gradients: Sequence[Tensor | None
     arrived = [(edge, g) for edge, g in zip(edges, gradients, strict=True) if g is not None]
     if arrived:
         roots, given = zip(*arrived, strict=True)
-        torch.autograd.backward(roots, given)
+        run_backward(roots, given)
 
 
 def _branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junction]]:

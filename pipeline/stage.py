@@ -5,13 +5,13 @@ hands to every layer beside its input; a stage on one device does not look insid
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.split_backward import SplitBackward
+from pipeline.split_backward import SplitBackward, run_backward
 
 
 class Autocast(nn.Module):
@@ -27,6 +27,14 @@ class Autocast(nn.Module):
             return self.layer(x, context)
 
 
+class Segment(Protocol):
+    """Layers called as one. splits: whether their graph can be walked in two halves, which recomputation hides."""
+
+    splits: bool
+
+    def __call__(self, x: Tensor, context: Any) -> Tensor: ...
+
+
 class DeviceLayers(nn.Module):
     """Layers one after another on one device. With recompute only each layer's input is kept, and it runs again."""
 
@@ -36,6 +44,7 @@ class DeviceLayers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Autocast(layer, autocast) for layer in layers)
         self.recompute = recompute
+        self.splits = not recompute
 
     def forward(self, x: Tensor, context: Any) -> Tensor:
         for layer in self.layers:
@@ -48,52 +57,71 @@ class DeviceLayers(nn.Module):
 
 
 class Stage:
-    """Runs a module's forward and backward for several micro-batches in flight.
+    """Runs the forward and backward of its layers for several micro-batches in flight.
 
-    module: called as `module(x, context)`. input_device: where it wants its input. splits: whether its graph can be
-    walked in two halves; not where recomputation or torchgpipe hide it. Then the first half is the whole backward.
+    module: its layers. input_device: where they want their input. before: layers that come before the module's, kept
+    apart because they do not split as it does. What does not split is done whole in the first half of a backward.
     """
 
-    def __init__(self, module: nn.Module, input_device: torch.device, splits: bool = True) -> None:
-        self.module = module
+    def __init__(self, module: Segment, input_device: torch.device, before: Segment | None = None) -> None:
+        self.segments = [module] if before is None else [before, module]
         self.input_device = input_device
-        self.splits = splits
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-        self._weights: dict[int, Callable[[], None]] = {}  # the second half of backwards
+        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}  # each segment's input and output
+        self._weights: dict[int, list[Callable[[], object]]] = {}  # the second half of backwards
 
     def forward(self, microbatch: int, x: Tensor, context: Any) -> Tensor:
-        """The stage's output; where gradients are enabled, input and output are kept for `backward`."""
-        if x.is_floating_point():
-            x = x.detach().requires_grad_(torch.is_grad_enabled())
-        y = self.module(x, context)
+        """The stage's output; where gradients are enabled, inputs and outputs are kept for `backward`."""
+        kept = []
+        for segment in self.segments:
+            if x.is_floating_point():
+                x = x.detach().requires_grad_(torch.is_grad_enabled())
+            y = segment(x, context)
+            kept.append((x, y))
+            x = y
         if torch.is_grad_enabled():
-            self._kept[microbatch] = x, y
-        return y
+            self._kept[microbatch] = kept
+        return x
 
     def backward(self, microbatch: int, gradient: Tensor) -> Tensor | None:
         """Accumulate parameter gradients; the gradient of the stage's input, None where that was no float."""
-        x, y = self._kept.pop(microbatch)
-        torch.autograd.backward(y, gradient)
-        return x.grad
+        return _backward(self._kept.pop(microbatch), gradient)
 
     def backward_input(self, microbatch: int, gradient: Tensor) -> Tensor | None:
         """The first half of `backward`: what it returns. The rest waits for `backward_weights`."""
-        if not self.splits:
-            return self.backward(microbatch, gradient)
-        x, y = self._kept.pop(microbatch)
-        if not x.requires_grad:  # tokens: nobody waits for anything
-            self._weights[microbatch] = lambda: torch.autograd.backward(y, gradient)
+        kept = self._kept.pop(microbatch)
+        if not kept[0][0].requires_grad:  # tokens: nobody waits for anything
+            self._weights[microbatch] = [lambda: _backward(kept, gradient)]
             return None
-        split = SplitBackward(y, x)
-        self._weights[microbatch] = split.weight_gradients
-        return split.input_gradient(gradient)
+        later: list[Callable[[], object]] = []
+        of_x: Tensor | None = gradient
+        for segment in reversed(self.segments):
+            assert of_x is not None
+            x, y = kept.pop()
+            if segment.splits:
+                split = SplitBackward(y, x)
+                of_x = split.input_gradient(of_x)
+                later.append(split.weight_gradients)
+            else:
+                of_x = _backward([(x, y)], of_x)
+        self._weights[microbatch] = later
+        return of_x
 
     def backward_weights(self, microbatch: int) -> None:
         """The second half of `backward`."""
-        if self.splits:
-            self._weights.pop(microbatch)()
+        for work in self._weights.pop(microbatch):
+            work()
 
     def clear(self) -> None:
         """Forget micro-batches whose backward never came."""
         self._kept.clear()
         self._weights.clear()
+
+
+def _backward(kept: list[tuple[Tensor, Tensor]], gradient: Tensor | None) -> Tensor | None:
+    """Through segments, the last first, each forgotten as it is done; the gradient of the first one's input."""
+    while kept:
+        x, y = kept.pop()
+        assert gradient is not None
+        run_backward([y], [gradient])
+        gradient = x.grad
+    return gradient

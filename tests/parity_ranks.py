@@ -40,7 +40,7 @@ def train(
     dropout: float = 0.0,
     dtype: str = "float32",
     devices: int = 1,
-    recompute: bool = False,
+    recompute: int = 0,
     layers: int = 4,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:

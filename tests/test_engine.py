@@ -96,7 +96,7 @@ def test_engine_gives_the_bits_of_plain_autograd(stages, recompute, schedule):
     losses, gradients = plain(layers, batches)
     cuts = [round(s * LAYERS / stages) for s in range(stages + 1)]
     modules = [DeviceLayers(layers[a:b], recompute=recompute) for a, b in itertools.pairwise(cuts)]
-    engine = Engine({s: Stage(m, torch.device("cpu"), not recompute) for s, m in enumerate(modules)}, squares)
+    engine = Engine({s: Stage(m, torch.device("cpu")) for s, m in enumerate(modules)}, squares)
     reports = engine.run(schedule(stages), batches)
     assert [float(report) for report in reports] == losses
     assert all(torch.equal(a, b) for a, b in zip(take_gradients(layers), gradients, strict=True))

@@ -5,6 +5,7 @@ A case is the keyword arguments of `parity_ranks.train`, as JSON. All cases of o
 
 import functools
 import json
+import sys
 from itertools import product
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from tests.ranks import run_function
 
 ONE = [1, 1, 1]
+EVERY_BLOCK = sys.maxsize
 pytestmark = pytest.mark.timeout(420)  # the first test of a number of ranks waits for all their cases
 
 
@@ -44,15 +46,21 @@ SPREAD = [
 ] + [case([2, 2, 2], dropout=0.1, dtype="float64", steps=6, schedule=s) for s in ("interleaved", "zb-h1", "zb-v")]
 LOCAL = [
     case(layout, devices=devices, dropout=dropout, recompute=recompute, microbatch=4, dtype="float64", steps=6)
-    for layout, devices, dropout, recompute in product([ONE], [2, 4], [0.0, 0.1], [False, True])
+    for layout, devices, dropout, recompute in product([ONE], [2, 4], [0.0, 0.1], [0, EVERY_BLOCK])
 ] + [
-    case([2, 1, 1], devices=2, dropout=0.1, recompute=True, microbatch=2, dtype="float64"),
+    case([2, 1, 1], devices=2, dropout=0.1, recompute=EVERY_BLOCK, microbatch=2, dtype="float64"),
     case([2, 1, 1], devices=2, dropout=0.1, microbatch=2, dtype="float64", steps=6, schedule="zb-v"),
-    case([1, 2, 2], devices=2, dropout=0.1, recompute=True, microbatch=2, dtype="float64", steps=6),
+    case([1, 2, 2], devices=2, dropout=0.1, recompute=EVERY_BLOCK, microbatch=2, dtype="float64", steps=6),
 ]
-RECOMPUTED = [case(ONE, recompute=True, dropout=0.1)] + [
-    case(layout, recompute=True, dropout=0.1, steps=6, schedule=schedule)
-    for layout, schedule in [([2, 1, 1], "1f1b"), ([2, 1, 1], "zb-v"), ([2, 2, 2], "1f1b")]
+RECOMPUTED = [case(ONE, recompute=EVERY_BLOCK, dropout=0.1)] + [
+    case(layout, recompute=blocks, dropout=0.1, steps=6, schedule=schedule)
+    for layout, blocks, schedule in [
+        ([2, 1, 1], EVERY_BLOCK, "1f1b"),
+        ([2, 1, 1], EVERY_BLOCK, "zb-v"),
+        ([2, 1, 1], 1, "1f1b"),
+        ([2, 1, 1], 1, "zb-h1"),
+        ([2, 2, 2], EVERY_BLOCK, "1f1b"),
+    ]
 ]
 ALL = [*PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED]
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fira.errors import UserError
 from fira.models.context import Context
 from fira.models.registry import build, make_config
-from fira.planning.choose import plan_for, write_timeline
+from fira.planning.choose import fewest_recomputed, plan_for, write_timeline
 from fira.planning.costs import estimate
 from fira.planning.hardware import Hardware, Link, load
 from fira.planning.layers import Cost, Shape, kept_bytes, shape_of
@@ -118,7 +118,7 @@ def test_a_step_by_hand(tiny):
     free = replace(HARDWARE, inside=dict.fromkeys(HARDWARE.inside, Link(0, math.inf)))
     predictor = Predictor(tiny, free, round_numbers, "fp32")
     assert predictor.stages(2) == [range(4), range(4, 6)]
-    result = predictor.predict(Way(Layout(2, 1, 1), "1f1b", 1, 2, False))
+    result = predictor.predict(Way(Layout(2, 1, 1), "1f1b", 1, 2, 0))
     assert result.seconds == pytest.approx(78e-3)
     assert result.parts == pytest.approx(
         {"compute": 52e-3, "uneven": 18e-3, "fill": 4e-3, "optimizer": 4e-3, "exchange": 0, "reduce": 0}
@@ -129,9 +129,7 @@ def test_a_step_by_hand(tiny):
 
 
 def test_ways_against_brute_force(tiny):
-    found = {
-        (w.layout.pp, w.layout.dp, w.layout.ep, w.schedule, w.microbatch, w.recompute) for w in ways(tiny, 4, Wanted(8))
-    }
+    found = {(w.layout.pp, w.layout.dp, w.layout.ep, w.schedule, w.microbatch) for w in ways(tiny, 4, Wanted(8))}
     expected = set()
     for pp in range(1, 5):
         for dp in range(1, 5):
@@ -139,9 +137,7 @@ def test_ways_against_brute_force(tiny):
                 for name in SCHEDULES if pp > 1 else ["1f1b"]:
                     stages = pp * (2 if name in ("interleaved", "zb-v") else 1)
                     if pp * dp == 4 and dp % ep == 0 and 4 % ep == 0 and stages <= 6:
-                        expected |= {
-                            (pp, dp, ep, name, m, r) for m in (1, 2, 4, 8) if m <= 8 // dp for r in (False, True)
-                        }
+                        expected |= {(pp, dp, ep, name, m) for m in (1, 2, 4, 8) if m <= 8 // dp}
     assert found == expected
 
 
@@ -162,6 +158,7 @@ def test_the_search_finds_what_trying_all_finds(tiny, flops, memory, bandwidth):
 
     predictor = Predictor(tiny, hardware, costs, "fp32")
     every = [predictor.predict(way) for way in ways(tiny, 4, Wanted(16))]
+    every = [e if max(e.memory) <= memory else predictor.predict(predictor.sparing(e.way)) for e in every]
     fitting = sorted(e.seconds for e in every if max(e.memory) <= memory)
     best = search(tiny, 4, Wanted(16), hardware, costs, "fp32", most=5).best
     assert [e.seconds for e in best] == pytest.approx(fitting[:5])
@@ -202,13 +199,27 @@ def test_sixteen_thousand_ranks():
     assert text.splitlines()[-1] == command_line(found.best[0].way, ["--model", "rish-base"])
 
 
-def test_recompute_where_nothing_else_fits(tiny):
+def test_as_few_blocks_are_recomputed_as_must_be_to_fit(tiny, monkeypatch):
     costs = estimate(tiny, HARDWARE, "fp32")
     with_all = search(tiny, 1, Wanted(64), HARDWARE, costs, "fp32").best[0]
     assert not with_all.way.recompute
     few = Wanted(64, microbatch=64)
-    small = replace(HARDWARE, memory=0.9 * max(search(tiny, 1, few, HARDWARE, costs, "fp32").best[0].memory))
-    assert search(tiny, 1, few, small, costs, "fp32").best[0].way.recompute
+    plain = search(tiny, 1, few, HARDWARE, costs, "fp32").best[0]
+    sizes = [max(Predictor(tiny, HARDWARE, costs, "fp32").memory(replace(plain.way, recompute=n))) for n in range(5)]
+    assert sizes[0] > sizes[2] > sizes[3]
+    small = replace(HARDWARE, memory=(sizes[2] + sizes[3]) / 2)
+    best = search(tiny, 1, few, small, costs, "fp32").best[0]
+    assert best.way == replace(plain.way, recompute=3)
+    assert max(best.memory) == sizes[3]
+    again = 3 * costs(64)[1].forward
+    assert best.seconds == pytest.approx(plain.seconds + again)
+    with monkeypatch.context() as patch:
+        patch.setattr("fira.planning.choose.memory_of", lambda device, ranks: small.memory)
+        config, cuda = TrainConfig(recompute="auto"), torch.device("cuda")
+        assert fewest_recomputed(config, tiny.config, plain.way, cuda, 1) == 3
+        patch.setattr("fira.planning.choose.memory_of", lambda device, ranks: sizes[4] / 2)
+        with pytest.raises(UserError, match="with all blocks recomputed a rank needs"):
+            fewest_recomputed(config, tiny.config, plain.way, cuda, 1)
 
 
 @pytest.mark.parametrize(

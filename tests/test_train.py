@@ -216,6 +216,8 @@ MISTAKES = {
     "--tokenizer setup.py": "setup.py: not a tokenizer.json",
     "--config setup.py": "setup.py is not TOML",
     "--resume tests": "tests: no checkpoint here",
+    "--recompute some": "--recompute some: give none, full, auto, or how many",
+    "--recompute 1 --local-devices cpu,cpu": "torchgpipe recomputes all or nothing",
     "--plan maybe": "invalid choice: 'maybe'",
     "--seq-len 100000": "--seq-len",
     "--local-devices gpu:x": "--local-devices gpu:x",
@@ -243,9 +245,9 @@ def test_another_models_checkpoint_is_refused(settings, whole, tmp_path):
     assert "is of another model: its d_model is 16, this run's 32" in result.stderr
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_lower_precision_learns_the_same(settings, whole, tmp_path, precision):
+@pytest.mark.parametrize(("precision", "blocks"), [("bf16", "full"), ("fp16", "auto")])
+def test_lower_precision_learns_the_same(settings, whole, tmp_path, precision, blocks):
     run = tmp_path / "run"
-    train(settings, 2, "--pp", 2, "--out", run, "--precision", precision, "--recompute", "--schedule", "gpipe")
+    train(settings, 2, "--pp", 2, "--out", run, "--precision", precision, "--recompute", blocks, "--schedule", "gpipe")
     assert (losses(run) != losses(whole)).any()
     np.testing.assert_allclose(losses(run)[:, 0], losses(whole)[:, 0], rtol=0.02)

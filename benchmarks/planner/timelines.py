@@ -30,7 +30,7 @@ def main() -> None:
         for schedule in ("1f1b", "zb-h1"):
             wanted = [*MODEL, "--pp", "2", "--schedule", schedule]
             simulated, measured = Path(folder) / "simulated.json", Path(folder) / "measured.json"
-            start("plan.py", *wanted, "--no-recompute", "--ranks", "2", "--top", "1", "--timeline", simulated)
+            start("plan.py", *wanted, "--recompute", "none", "--ranks", "2", "--top", "1", "--timeline", simulated)
             run = ["--steps", "4", "--eval-sequences", "2", "--out", Path(folder) / schedule]
             start("train.py", *wanted, *run, "--trace", measured)
             panels[f"{schedule}, simulated"] = from_zero(read_trace(simulated))

@@ -1,5 +1,6 @@
 """The planner for a training run: what was left out of its settings is chosen."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from fira.errors import UserError
 from fira.planning.costs import estimate
 from fira.planning.hardware import Hardware, load
 from fira.planning.layers import shape_of
-from fira.planning.measure import measure
+from fira.planning.measure import measure, memory_of
 from fira.planning.picture import draw_timelines
+from fira.planning.predict import Predictor
+from fira.planning.report import recomputed
 from fira.planning.search import Found, search
-from fira.planning.ways import Wanted, ways
+from fira.planning.ways import Wanted, Way, ways
 from fira.training.config import TrainConfig
 from pipeline import World
 from pipeline.simulate import Timeline
@@ -22,7 +25,7 @@ from pipeline.trace import write_trace
 
 def wanted_of(config: TrainConfig, batch: int) -> Wanted:
     """What the settings leave open is None."""
-    return Wanted(batch, config.pp, config.dp, config.ep, config.schedule, config.micro_batch_size, config.recompute)
+    return Wanted(batch, config.pp, config.dp, config.ep, config.schedule, config.micro_batch_size, config.recomputed())
 
 
 def plan_here(
@@ -59,8 +62,23 @@ def with_plan(config: TrainConfig, model: Any, batch: int, device: torch.device,
         ep=way.layout.ep,
         schedule=way.schedule,
         micro_batch_size=way.microbatch,
-        recompute=way.recompute,
+        recompute=recomputed(way),
     )
+
+
+def fewest_recomputed(config: TrainConfig, model: Any, way: Way, device: torch.device, local_ranks: int) -> int:
+    """How many blocks of every stage are to be recomputed for this way to fit into this machine's memory."""
+    shape, memory = shape_of(model), memory_of(device, local_ranks)
+    here = Hardware("this machine", memory, math.inf, {config.precision: math.inf}, 0.0, local_ranks, {}, {})
+    predictor = Predictor(shape, here, estimate(shape, here, config.precision, device.type), config.precision)
+    if max(predictor.memory(way)) > memory:
+        way = predictor.sparing(way)
+    if (needed := max(predictor.memory(way))) > memory:
+        raise UserError(
+            f"--recompute auto: with all blocks recomputed a rank needs {needed / 1e9:.1f} GB and has "
+            f"{memory / 1e9:.1f}; take more ranks, a larger --pp or a smaller --micro-batch-size"
+        )
+    return way.recompute
 
 
 def write_timeline(timeline: Timeline, out: str, title: str) -> Path:

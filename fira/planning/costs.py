@@ -15,9 +15,12 @@ OPTIMIZER_PASSES = 10  # over a tensor of the parameters' size: AdamW reads 4 an
 Costs = Callable[[int], list[Cost]]  # micro-batch size → cost of each kind of layer
 
 
-def estimate(shape: Shape, hardware: Hardware, precision: str) -> Costs:
-    """The costs on a described device. A layer's weights are multiplied once in a forward, once for either gradient;
-    what has no weights (attention's scores) costs twice as much for the gradient of its input."""
+def estimate(shape: Shape, hardware: Hardware, precision: str, device: str = "cuda") -> Costs:
+    """The costs on a described device, of the kind that torch calls `device`.
+
+    A layer's weights are multiplied once in a forward, once for either gradient; what has no weights (attention's
+    scores) costs twice as much for the gradient of its input.
+    """
     rate, item = hardware.flops[precision], ITEM.get(precision, 4)
     flops = dict(zip(shape.layers, shape.flops, strict=True))
 
@@ -46,7 +49,7 @@ def estimate(shape: Shape, hardware: Hardware, precision: str) -> Costs:
             backward=back + weight,
             kept=bytes_kept,
             optimizer=OPTIMIZER_PASSES * item * (k.parameters + k.expert_parameters) / hardware.memory_bandwidth,
-            working=working_bytes(shape, microbatch, "cuda") if last else 0,
+            working=working_bytes(shape, microbatch, device) if last else 0,
         )
 
     return lambda microbatch: [cost(kind, microbatch) for kind in range(len(shape.kinds))]

@@ -86,7 +86,7 @@ def measure(
 def _hardware(values: dict[str, Any], links: Links, device: torch.device, local_ranks: int) -> Hardware:
     return Hardware(
         name=f"this machine ({platform.node()})",
-        memory=_memory(device, local_ranks),
+        memory=memory_of(device, local_ranks),
         memory_bandwidth=values["memory_bandwidth"],
         flops={},
         seconds_per_layer=0.0,
@@ -108,8 +108,8 @@ def _scaled(cost: Cost, slower: float, size: float) -> Cost:
     )
 
 
-def _memory(device: torch.device, ranks: int) -> float:
-    """Bytes that each of a machine's `ranks` ranks has."""
+def memory_of(device: torch.device, ranks: int) -> float:
+    """Bytes of memory that each of a machine's `ranks` ranks has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / -(-ranks // torch.cuda.device_count())
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
@@ -151,7 +151,8 @@ def _layer(
     dist.barrier()
     config = shape.config
     layer = _filled(shape.kinds[kind].layer, dtype, device)
-    stage = Stage(DeviceLayers([layer], autocast), device)
+    layers = DeviceLayers([layer], autocast)
+    stage = Stage(layers, device)
     first, last = kind == shape.layers[0], kind == shape.layers[-1]
     numbers = np.random.default_rng(0).integers(config.vocab_size, size=(2, size * FLYING, config.seq_len))
     split = Split(size, 1, 0, shape.width, device)
@@ -190,7 +191,7 @@ def _layer(
             for times in seconds.values():
                 times.clear()
     x = batches[0].inputs.to(device) if first else hidden[0].requires_grad_()
-    kept = bytes_kept(stage.module, x, batches[0].context)
+    kept = bytes_kept(layers, x, batches[0].context)
     working = working_bytes(shape, size, device.type) if last else 0
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {**medians, "kept": kept, "optimizer": _optimizer(layer), "working": working}

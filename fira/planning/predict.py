@@ -5,8 +5,9 @@ replicas do alike, so one pipeline stands for all.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from fira.planning.costs import ITEM, Costs
@@ -100,9 +101,9 @@ class Predictor:
         sizes, single = [], []
         for s, span in enumerate(self.stages(len(placement))):
             layers = [costs[self.shape.layers[i]] for i in span]
-            full = sum(cost.kept for cost in layers)
-            kept = len(layers) * self._boundary(way) if way.recompute else full
-            single.append(max(cost.kept for cost in layers) if way.recompute else 0)
+            again = [costs[self.shape.layers[i]].kept for i in self._again(way, span)]
+            kept = sum(cost.kept for cost in layers) - sum(again) + len(again) * self._boundary(way)
+            single.append(max(again, default=0))
             sizes.append(kept + (self._boundary(way) if s < last else 0))
         if way.schedule == "zb-v" and layout.pp >= GREEDY:
             held = tuple(float(min(layout.pp, way.count) * (sizes[r] + sizes[last - r])) for r in range(layout.pp))
@@ -130,6 +131,20 @@ class Predictor:
         placement = placement_of(way.schedule, way.layout.pp)
         spans = self.stages(len(placement))
         return [i for s, r in enumerate(placement) if r == rank for i in spans[s]]
+
+    def _again(self, way: Way, span: range) -> list[int]:
+        """The layers of a stage that are recomputed: of its blocks, the first."""
+        return [i for i in span if 0 < i < len(self.shape.layers) - 1][: way.recompute]
+
+    def sparing(self, way: Way) -> Way:
+        """The way with as few blocks recomputed as fit into memory; with all of them where it never fits."""
+        spans = self.stages(len(placement_of(way.schedule, way.layout.pp)))
+        most = max(1, *(len(self._again(replace(way, recompute=span.stop), span)) for span in spans))
+
+        def fits(blocks: int) -> bool:
+            return max(self.memory(replace(way, recompute=blocks))) <= self.hardware.memory
+
+        return replace(way, recompute=min(most, 1 + bisect_left(range(1, most + 1), True, key=fits)))
 
     def _boundary(self, way: Way) -> int:
         """Bytes of a tensor that crosses from stage to stage."""
@@ -159,15 +174,16 @@ class Predictor:
         costs = self.costs(way.microbatch)
         result: dict[Kind, list[float]] = {kind: [] for kind in Kind}
         for span in self.stages(len(placement_of(way.schedule, way.layout.pp))):
-            layers = [(costs[self.shape.layers[i]], *self._exchange(way, self.shape.layers[i])) for i in span]
-            forward = sum(cost.forward + there for cost, there, _ in layers)
-            back = sum(cost.input + back for cost, _, back in layers)
-            weight = sum(cost.weight for cost, _, _ in layers)
-            whole = sum(cost.backward + back for cost, _, back in layers)
-            if way.recompute:  # runs forward again, and cannot be split
-                whole += forward
-                back, weight = whole, 0.0
-            elif not result[Kind.FORWARD]:  # the first stage: tokens want no gradient, all is left to the second half
+            forward = whole = back = weight = 0.0
+            again = self._again(way, span)
+            for i in span:
+                cost, (there, and_back) = costs[self.shape.layers[i]], self._exchange(way, self.shape.layers[i])
+                recomputed = cost.forward + there if i in again else 0.0
+                forward += cost.forward + there
+                whole += cost.backward + and_back + recomputed
+                back += (cost.backward if i in again else cost.input) + and_back + recomputed  # cannot be split
+                weight += 0.0 if i in again else cost.weight
+            if not result[Kind.FORWARD]:  # the first stage: tokens want no gradient, all is left to the second half
                 back, weight = 0.0, whole
             for kind, seconds in zip(
                 (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT), (forward, whole, back, weight), strict=True

@@ -7,6 +7,7 @@ from fira.planning.hardware import Hardware
 from fira.planning.predict import Estimate
 from fira.planning.search import Found
 from fira.planning.ways import Way
+from fira.training.config import EVERY_BLOCK
 
 PARTS = {
     "compute": "compute",
@@ -60,16 +61,21 @@ def command_line(way: Way, command: Sequence[str]) -> str:
 
 def flags(way: Way) -> list[str]:
     """The flags of train.py that choose this way."""
-    values = {
+    values: dict[str, object] = {
         "pp": way.layout.pp,
         "dp": way.layout.dp,
         "ep": way.layout.ep,
         "schedule": way.schedule,
         "micro-batch-size": way.microbatch,
     }
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))] + [
-        "--recompute"
-    ] * way.recompute
+    if way.recompute:
+        values["recompute"] = recomputed(way)
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def recomputed(way: Way) -> str:
+    """What --recompute is called with."""
+    return "full" if way.recompute == EVERY_BLOCK else str(way.recompute)
 
 
 def _row(number: int, estimate: Estimate, tokens: int) -> tuple[str, ...]:
@@ -77,7 +83,7 @@ def _row(number: int, estimate: Estimate, tokens: int) -> tuple[str, ...]:
     return (
         str(number),
         f"{way.layout.pp} × {way.layout.dp} ({way.layout.ep})",
-        way.schedule + (" recompute" if way.recompute else ""),
+        way.schedule + (f" recompute {recomputed(way)}" if way.recompute else ""),
         f"{way.count} of {way.microbatch}",
         _seconds(estimate.seconds),
         f"{tokens / estimate.seconds:,.0f}",

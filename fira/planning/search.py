@@ -1,7 +1,8 @@
 """The best ways to train a model on so many ranks.
 
 Ways are tried in the order of the least time that any schedule could take with their stages, a formula; the search
-ends when that alone is more than the best ways found take, so what it returns is what trying all of them would.
+ends when that alone is more than the best ways found take, so what it returns is what trying all of them would. A way
+that does not fit into memory is tried once more, with as few blocks recomputed as are needed.
 """
 
 import heapq
@@ -38,6 +39,7 @@ def search(
         )
     queue = [(predictor.least_seconds(way), number) for number, way in enumerate(every)]
     heapq.heapify(queue)
+    count = len(every)
     found: list[Estimate] = []
     smallest, too_large = math.inf, 0
     while queue:
@@ -46,6 +48,10 @@ def search(
             break
         way = every[number]
         memory = predictor.memory(way)
+        if max(memory) > hardware.memory and wanted.recompute is None and not way.recompute:
+            every.append(predictor.sparing(way))
+            heapq.heappush(queue, (predictor.least_seconds(every[-1]), len(every) - 1))
+            continue
         smallest = min(smallest, max(memory))
         if max(memory) > hardware.memory:
             too_large += not found
@@ -53,10 +59,10 @@ def search(
         found = sorted([*found, predictor.predict(way, memory)], key=_order)[:most]
     if not found:
         raise UserError(
-            f"the model does not fit: the smallest of {len(every)} ways needs {smallest / 1e9:.1f} GB on a rank, "
+            f"the model does not fit: the smallest of {count} ways needs {smallest / 1e9:.1f} GB on a rank, "
             f"{hardware.name} has {hardware.memory / 1e9:.1f}; take more --ranks or a smaller model"
         )
-    return Found(found, len(every), too_large)
+    return Found(found, count, too_large)
 
 
 def _order(estimate: Estimate) -> tuple[float, float]:

@@ -19,7 +19,7 @@ class Wanted:
     ep: int | None = None
     schedule: str | None = None
     microbatch: int | None = None
-    recompute: bool | None = None
+    recompute: int | None = None
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Way:
     schedule: str
     microbatch: int
     count: int
-    recompute: bool
+    recompute: int  # blocks of every stage
 
 
 def ways(shape: Shape, ranks: int, wanted: Wanted) -> Iterator[Way]:
     """Every legal way. One rank's pipeline needs no schedule but one; replicas without a sequence are no use.
 
-    Micro-batches are powers of two, or all that a replica has.
+    Micro-batches are powers of two, or all that a replica has. Nothing is recomputed unless it is wanted.
     """
     for pp in _divisors(ranks):
         if pp > len(shape.layers):
@@ -55,9 +55,7 @@ def ways(shape: Shape, ranks: int, wanted: Wanted) -> Iterator[Way]:
                     continue
                 for size in sorted(sizes) if wanted.microbatch is None else [wanted.microbatch]:
                     count = -(-wanted.batch // (size * dp))
-                    for recompute in (False, True):
-                        if wanted.recompute in (None, recompute):
-                            yield Way(Layout(pp, dp, ep), name, size, count, recompute)
+                    yield Way(Layout(pp, dp, ep), name, size, count, wanted.recompute or 0)
 
 
 @cache

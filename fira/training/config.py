@@ -1,5 +1,6 @@
 """The settings of a training run: one dataclass, from which the command line and the TOML keys follow."""
 
+import sys
 import tomllib
 from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Collection
@@ -12,6 +13,7 @@ from fira.errors import UserError
 from fira.models.registry import PRESETS, RECIPES, Recipe
 from pipeline.schedule import SCHEDULES
 
+EVERY_BLOCK = sys.maxsize  # of a stage
 WORDS = {"true": True, "false": False, "none": None}
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # of a model that was trained before
@@ -50,7 +52,11 @@ class TrainConfig:
     device: str = _option("auto", "where to train", ("auto", "cpu", "cuda"))
     local_devices: str | None = _option(None, "devices torchgpipe splits a stage over, such as cuda:0,cuda:1")
     precision: str = _option("fp32", "of the matrix products", ("fp32", "bf16", "fp16", "fp64"))
-    recompute: bool | None = _option(None, "keep only the blocks' inputs and compute the rest again; default: no")
+    recompute: str | None = _option(
+        None,
+        "none, full, N (the first N blocks of every stage) or auto (the fewest that fit into memory): of these blocks "
+        "only the input is kept, and they are computed again for the backward; default: none, with --plan auto",
+    )
     out: str | None = _option(None, "run folder; default: a new one under runs/")
     init: str | None = _option(
         None, "start from the model, weights and tokenizer of a run, a checkpoint, an export, a Llama or a FlexOlmo"
@@ -84,6 +90,18 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+
+        self.recomputed()
+
+    def recomputed(self) -> int | None:
+        """Blocks of every stage that are computed again; None: auto, or nothing was said."""
+        if self.recompute in (None, "auto"):
+            return None
+        if self.recompute in ("none", "full"):
+            return 0 if self.recompute == "none" else EVERY_BLOCK
+        if not str(self.recompute).isdecimal():
+            raise UserError(f"--recompute {self.recompute}: give none, full, auto, or how many blocks of every stage")
+        return int(str(self.recompute))
 
     def recipe(self) -> Recipe:
         """Steps, learning rates, batch: what was given, and the preset's, or with init FINE_TUNING's, for the rest."""

@@ -10,13 +10,15 @@ from fira.data.loader import Loader, Sequential
 from fira.data.mixture import Joined, Mixture
 from fira.data.prepare import Corpus, prepare
 from fira.data.tokenizer import load_tokenizer, vocabulary
+from fira.errors import UserError
 from fira.layout import choose_layout
 from fira.models.registry import build, change, from_document, make_config
 from fira.parallelize import parallelize
-from fira.planning.choose import with_plan
+from fira.planning.choose import fewest_recomputed, with_plan
+from fira.planning.ways import Way
 from fira.training import state
 from fira.training.batch import Split
-from fira.training.config import TrainConfig
+from fira.training.config import EVERY_BLOCK, TrainConfig
 from fira.training.hardware import choose_devices, keep_freed_memory, measure_peak
 from fira.training.pretrained import Saved, open_saved
 from fira.training.state import TOKENIZER
@@ -74,6 +76,17 @@ def choose_microbatch(config: TrainConfig, batch_size: int, layout: Layout) -> i
     return max(1, batch_size // (layout.dp * pieces))
 
 
+def _recomputed(config: TrainConfig, model: Any, way: Way, devices: list[torch.device], world: World) -> int:
+    """Blocks of every stage to compute again, the same on all ranks (collective)."""
+    if len(devices) > 1 and config.recompute not in (None, "none", "full"):
+        raise UserError(f"--recompute {config.recompute}: torchgpipe recomputes all or nothing; give full or none")
+    if config.recompute != "auto":
+        return config.recomputed() or 0
+    blocks = torch.tensor(fewest_recomputed(config, model, way, devices[0], world.local_size))
+    dist.all_reduce(blocks, dist.ReduceOp.MAX)  # machines may differ
+    return int(blocks)
+
+
 def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     """Prepare data, build this rank's part of the model and measure the machine (collective)."""
     saved = open_saved(config.init) if config.init else None
@@ -98,6 +111,9 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     mesh = make_mesh(layout, devices)
     microbatch = choose_microbatch(config, batch_size, layout)
     dtype = PARAMETERS.get(config.precision, torch.float32)
+    split = Split(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
+    way = Way(layout, schedule, microbatch, split.count(batch_size), recompute=0)
+    recomputed = _recomputed(config, model_config, way, devices, world)
     distributed = parallelize(
         model_config,
         mesh,
@@ -107,9 +123,8 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         schedule,
         dtype,
         PRODUCTS.get(config.precision),
-        bool(config.recompute),
+        recomputed,
     )
-    split = Split(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
     trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
     if saved:
         state.load_weights(saved, distributed)
@@ -120,7 +135,12 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         [
             f"{config.name()}: {model.num_parameters():,} parameters · {devices[0].type} {config.precision} · {layout}",
             f"{schedule} · micro-batches a replica: {split.count(batch_size)}, each {microbatch} × "
-            f"{model_config.seq_len} tokens · stages of layers {stages}",
+            f"{model_config.seq_len} tokens · stages of layers {stages}"
+            + (
+                f" · {'all' if recomputed == EVERY_BLOCK else recomputed} blocks of each recomputed"
+                if recomputed
+                else ""
+            ),
             f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
             f"vocabulary {model_config.vocab_size}",
         ]

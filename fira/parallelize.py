@@ -58,6 +58,11 @@ class Distributed:
     num_experts: int
     flops_per_token: float  # of the whole model's forward
 
+    @property
+    def device(self) -> torch.device:
+        """Where what is known of all parts is put together: the first of this rank's."""
+        return self.parts[0].parameter.device
+
 
 def layer_costs(model: LanguageModel, seq_len: int) -> list[float]:
     """Forward FLOPs per token of each layer, as the layers say themselves."""

@@ -62,7 +62,7 @@ class AdamW:
                 list(first),
                 list(second),
                 [],
-                [torch.tensor(float(self.updates), device=part.parameter.device) for part in parts],
+                [torch.full((), float(self.updates), device=part.parameter.device) for part in parts],
                 fused=True,
                 amsgrad=False,
                 beta1=0.9,
@@ -114,23 +114,27 @@ class NormVector:
 
     def __init__(self, model: Distributed, mesh: Mesh) -> None:
         self.names: list[str] = []
-        self._mine: list[tuple[Part, int, int]] = []
+        self._mine: list[tuple[Part, int]] = []
+        places: list[int] = []
         held = {part.name: part for part in model.parts}
         for name, shape, expert in model.parameters:
             part = held.get(name)
             if part is not None and (mesh.edp_rank if expert else mesh.dp_rank) == 0:
                 rows = len(part.parameter) if expert else 1
-                self._mine.append((part, len(self.names) + part.start, rows))
+                self._mine.append((part, rows))
+                places += range(len(self.names) + part.start, len(self.names) + part.start + rows)
             self.names += [f"{name}[{e}]" for e in range(shape[0])] if expert else [name]
+        self._places = torch.tensor(places, device=model.device)
 
     def local(self) -> Tensor:
-        """The vector with this rank's entries, the rest zero: [len(names)] float64 on the CPU."""
-        vector = torch.zeros(len(self.names), dtype=torch.float64)
-        norms = []
-        for part, _, rows in self._mine:
-            norms.append(torch.linalg.vector_norm(gradient_of(part).reshape(rows, -1), dim=1, dtype=torch.float64))
-        for (_, start, rows), norm in zip(self._mine, norms, strict=True):
-            vector[start : start + rows] = norm.square()
+        """The vector with this rank's entries, the rest zero: [len(names)] float64."""
+        vector = torch.zeros(len(self.names), dtype=torch.float64, device=self._places.device)
+        norms = [
+            torch.linalg.vector_norm(gradient_of(part).reshape(rows, -1), dim=1, dtype=torch.float64).to(vector.device)
+            for part, rows in self._mine
+        ]
+        if norms:
+            vector[self._places] = torch.cat(norms).square()
         return vector
 
 

@@ -71,10 +71,11 @@ class Trainer:
         reduce_gradients(self.model.parts, self.mesh)
 
         waited = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
-        *of_experts, aux = self._experts([batch.context.stats for batch in microbatches])
-        scalars = torch.tensor([_total(losses), waited, aux, *map(float, flags)], dtype=torch.float64)
-        norms, load, dropped, entropy, scalars = _sum_over_ranks(self.norms.local(), *of_experts, scalars)
-        loss, bubble, aux_loss, *signals = scalars.tolist()
+        of_experts = self._experts([batch.context.stats for batch in microbatches])
+        own = torch.tensor([waited, *flags], dtype=torch.float64, device=self.model.device)
+        sums = _sum_over_ranks(self.norms.local(), *of_experts, _total(losses, self.model.device), own)
+        norms, load, dropped, entropy, aux, total, own = sums
+        loss, aux_loss, (bubble, *signals) = float(total), float(aux), own.tolist()
         norm = math.sqrt(float(norms.sum())) / scale
 
         overflow = self.scale.enabled and not math.isfinite(norm)
@@ -109,23 +110,24 @@ class Trainer:
             microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
             schedule = forward_only(self.model.placement, len(microbatches))
             losses = self.model.engine.run(schedule, microbatches)
-            total += torch.tensor([_total(losses), _targets(microbatches) if losses else 0], dtype=torch.float64)
+            total[0] += float(_total(losses, self.model.device))
+            total[1] += _targets(microbatches) if losses else 0
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
-    def _experts(self, stats: list[dict[tuple[int, int], MoEStats]]) -> tuple[Tensor, Tensor, Tensor, float]:
+    def _experts(self, stats: list[dict[tuple[int, int], MoEStats]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What became of this rank's tokens: assignments and how many of them were dropped, both [MoE layers of the
-        model, experts], the routers' entropy summed over tokens [MoE layers], and the auxiliary loss."""
-        layers = len(self.model.moe_layers)
-        load, dropped = torch.zeros(2, layers, self.model.num_experts, dtype=torch.float64)
-        entropy, aux = torch.zeros(layers, dtype=torch.float64), 0.0
+        model, experts], the routers' entropy summed over tokens [MoE layers], and the auxiliary loss []."""
+        layers, device = len(self.model.moe_layers), self.model.device
+        load, dropped = torch.zeros(2, layers, self.model.num_experts, dtype=torch.float64, device=device)
+        entropy, aux = torch.zeros(layers, dtype=torch.float64, device=device), load.new_zeros(())
         for microbatch in stats:
             for (layer, _), one in sorted(microbatch.items()):
                 place = self.model.moe_layers.index(layer)
-                load[place] += one.load.cpu()
-                dropped[place] += one.dropped.cpu()
-                entropy[place] += one.entropy.cpu()
-                aux += float(one.aux)
+                load[place] += one.load.to(device)
+                dropped[place] += one.dropped.to(device)
+                entropy[place] += one.entropy.to(device)
+                aux += one.aux.to(device)
         return load, dropped, entropy, aux
 
     def _check_finite(self, loss: float, norms: Tensor, overflow: bool) -> None:
@@ -143,8 +145,11 @@ class Trainer:
         )
 
 
-def _total(losses: list[Tensor]) -> float:
-    return float(torch.stack(losses).double().sum()) if losses else 0.0
+def _total(losses: list[Tensor], device: torch.device) -> Tensor:
+    """[] float64 on the device; zero without losses."""
+    if not losses:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(losses).double().sum().to(device)
 
 
 def _targets(microbatches: list[MicroBatch]) -> int:
@@ -152,8 +157,11 @@ def _targets(microbatches: list[MicroBatch]) -> int:
 
 
 def _sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
-    """Sum several float64 tensors over all ranks in one collective."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    """Sum several float64 tensors over all ranks in one collective; the sums are on the CPU.
+
+    This is the one place of a step where a rank waits for its device, and for all other ranks.
+    """
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
     dist.all_reduce(flat)
     pieces = flat.split([tensor.numel() for tensor in tensors])
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -68,7 +68,7 @@ def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
 
 
 def ours(config: Any, layout: Layout, device: torch.device) -> Run:
-    way = Way(layout, "1f1b", MICROBATCH, BATCH // MICROBATCH // layout.dp, False)
+    way = Way(layout, "1f1b", MICROBATCH, BATCH // MICROBATCH // layout.dp, 0)
     trainer = trainer_of(config, way, device, torch.bfloat16)
     loader = RandomTokens(config.vocab_size, config.seq_len)
     return lambda: trainer.step(loader, BATCH, 1e-4, 0, [])

@@ -26,15 +26,15 @@ MODELS = {
 }
 BATCH, STEPS = 16, 9
 WAYS = {
-    1: [Way(Layout(1, 1, 1), "1f1b", 4, 4, False)],
+    1: [Way(Layout(1, 1, 1), "1f1b", 4, 4, 0)],
     2: [
-        Way(Layout(2, 1, 1), "1f1b", 4, 4, False),
-        Way(Layout(2, 1, 1), "zb-h1", 4, 4, False),
-        Way(Layout(2, 1, 1), "zb-v", 4, 4, False),
-        Way(Layout(1, 2, 1), "1f1b", 4, 2, False),
-        Way(Layout(1, 2, 2), "1f1b", 4, 2, False),
+        Way(Layout(2, 1, 1), "1f1b", 4, 4, 0),
+        Way(Layout(2, 1, 1), "zb-h1", 4, 4, 0),
+        Way(Layout(2, 1, 1), "zb-v", 4, 4, 0),
+        Way(Layout(1, 2, 1), "1f1b", 4, 2, 0),
+        Way(Layout(1, 2, 2), "1f1b", 4, 2, 0),
     ],
-    4: [Way(Layout(2, 2, 2), "1f1b", 4, 2, False)],
+    4: [Way(Layout(2, 2, 2), "1f1b", 4, 2, 0)],
 }
 
 

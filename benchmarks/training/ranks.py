@@ -29,18 +29,18 @@ CONFIG = FiraConfig(
 BATCH = 8  # sequences in a step, whoever takes it
 AT_ONCE = 4  # sequences in a forward of one process
 WAYS = {  # layout, schedule, sequences in a micro-batch, micro-batches per replica
-    1: [Way(Layout(1, 1, 1), "1f1b", 4, 2, False)],
+    1: [Way(Layout(1, 1, 1), "1f1b", 4, 2, 0)],
     2: [
-        Way(Layout(2, 1, 1), "1f1b", 1, 8, False),
-        Way(Layout(2, 1, 1), "zb-2p", 1, 8, False),
-        Way(Layout(1, 2, 1), "1f1b", 4, 1, False),
-        Way(Layout(1, 2, 2), "1f1b", 4, 1, False),
+        Way(Layout(2, 1, 1), "1f1b", 1, 8, 0),
+        Way(Layout(2, 1, 1), "zb-2p", 1, 8, 0),
+        Way(Layout(1, 2, 1), "1f1b", 4, 1, 0),
+        Way(Layout(1, 2, 2), "1f1b", 4, 1, 0),
     ],
     4: [
-        Way(Layout(4, 1, 1), "1f1b", 1, 8, False),
-        Way(Layout(2, 2, 2), "1f1b", 1, 4, False),
-        Way(Layout(1, 4, 1), "1f1b", 2, 1, False),
-        Way(Layout(1, 4, 4), "1f1b", 2, 1, False),
+        Way(Layout(4, 1, 1), "1f1b", 1, 8, 0),
+        Way(Layout(2, 2, 2), "1f1b", 1, 4, 0),
+        Way(Layout(1, 4, 1), "1f1b", 2, 1, 0),
+        Way(Layout(1, 4, 4), "1f1b", 2, 1, 0),
     ],
 }
 Run = Callable[[], object]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from fira.models.grouped import Groups
@@ -28,11 +29,14 @@ class AllToAllDispatcher(TokenDispatcher):
         self.group = group
         self.ranks = dist.get_world_size(group)
 
-    def plan(self, experts: Tensor, num_experts: int) -> ExchangePlan:
-        """experts: [N, k] chosen experts. Exchanges the counts; the one host synchronisation of the layer is here."""
+    def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> ExchangePlan:
+        """experts: [N, k] chosen experts; `num_experts` for one that is sent to none.
+
+        Exchanges the counts; the one host synchronisation of the layer is here.
+        """
         flat = experts.flatten()
         order, inverse = sort_by_expert(flat)
-        outgoing = count_by_expert(flat, num_experts).view(self.ranks, -1)
+        outgoing = count_by_expert(flat, num_experts + 1)[:num_experts].view(self.ranks, -1)
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=self.group)
         sizes = torch.stack([outgoing, incoming]).tolist()
@@ -41,7 +45,7 @@ class AllToAllDispatcher(TokenDispatcher):
         return ExchangePlan(
             order,
             inverse,
-            Groups(incoming.sum(0), [sum(column) for column in zip(*sizes[1], strict=True)]),
+            Groups(incoming.sum(0), dict(enumerate(map(sum, zip(*sizes[1], strict=True))))),
             [sum(row) for row in sizes[0]],
             [sum(row) for row in sizes[1]],
             *sort_by_expert(arriving),
@@ -50,11 +54,16 @@ class AllToAllDispatcher(TokenDispatcher):
     def dispatch(self, rows: Tensor, plan: Plan, copies: int = 1) -> Tensor:
         """[N·k / copies, …] here → [n, …], the rows for this rank's experts, sorted by expert."""
         assert isinstance(plan, ExchangePlan)
-        rows = all_to_all(gather_rows(rows, plan.order, plan.inverse, copies), plan.send, plan.receive, self.group)
-        return gather_rows(rows, plan.regroup, plan.ungroup)
+        rows = _first(gather_rows(rows, plan.order, plan.inverse, copies), sum(plan.send))
+        return gather_rows(all_to_all(rows, plan.send, plan.receive, self.group), plan.regroup, plan.ungroup)
 
-    def combine(self, rows: Tensor, plan: Plan) -> Tensor:
-        """[n, …] sorted by local expert → [N·k, …] as this rank's tokens stood."""
+    def collect(self, rows: Tensor, plan: Plan) -> Tensor:
+        """[n, …] sorted by local expert → [N·k, …] of this rank's tokens in `plan.order`, zero where it was none."""
         assert isinstance(plan, ExchangePlan)
         rows = all_to_all(gather_rows(rows, plan.ungroup, plan.regroup), plan.receive, plan.send, self.group)
-        return gather_rows(rows, plan.inverse, plan.order)
+        return _first(rows, len(plan.order))
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """The first `count` rows, with zeros behind them where there are not as many."""
+    return rows if len(rows) == count else F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, count - len(rows)))

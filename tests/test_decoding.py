@@ -63,14 +63,14 @@ def small(family: str, **changes: Any) -> Any:
     ],
 )
 def test_tokens_have_the_probabilities_they_should_have(options: dict[str, Any], weights: list[float]) -> None:
-    text = [1, 3, 1]
-    got = Sampler(Sampling(**options)).probabilities(text, torch.tensor(CHANCES).log() + 3)
-    torch.testing.assert_close(got, torch.tensor(weights) / sum(weights), rtol=1e-5, atol=1e-7)
+    texts, logits = torch.tensor([[1, 3, 1], [0, 4, 2]]), torch.tensor([CHANCES, CHANCES[::-1]]).log() + 3
+    got = Sampler(Sampling(**options)).probabilities(texts, logits)  # the second row is another one's business
+    torch.testing.assert_close(got[0], torch.tensor(weights) / sum(weights), rtol=1e-5, atol=1e-7)
 
 
 def test_typical_tokens_are_those_nearest_to_the_entropy() -> None:
     order = sorted(range(5), key=lambda t: abs(-math.log(CHANCES[t]) - ENTROPY))
-    got = Sampler(Sampling(typical_p=0.5)).probabilities([], torch.tensor(CHANCES).log())
+    [got] = Sampler(Sampling(typical_p=0.5)).probabilities(torch.empty(1, 0), torch.tensor([CHANCES]).log())
     kept, total = [], 0.0
     while total < 0.5:
         kept.append(order[len(kept)])
@@ -80,8 +80,8 @@ def test_typical_tokens_are_those_nearest_to_the_entropy() -> None:
 
 
 def test_tokens_are_drawn_as_often_as_they_should_be() -> None:
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.tensor([draw(torch.tensor(CHANCES), generator) for _ in range(5000)]).bincount(minlength=5)
+    generators = [torch.Generator().manual_seed(0)] * 5000
+    drawn = draw(torch.tensor(CHANCES).expand(5000, 5), generators).bincount(minlength=5)
     assert chi_square(drawn, torch.tensor(CHANCES)) < 23.5  # 4 degrees of freedom: once in 10,000
 
 

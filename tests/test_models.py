@@ -17,8 +17,8 @@ from fira.models.context import Context
 from fira.models.cross_entropy import LOGITS, linear_cross_entropy
 from fira.models.families import to_document
 from fira.models.fira import FiraConfig
-from fira.models.grouped import Groups, grouped_linear
-from fira.models.moe import MoE, Router, TokenDispatcher, gather_rows, sort_by_expert
+from fira.models.grouped import Groups, _one_kernel, grouped_linear
+from fira.models.moe import MoE, Router, TokenDispatcher, gather_rows, sort_by_expert, weighted_sum
 from fira.models.registry import PRESETS, build, from_document
 from tests import reference
 
@@ -274,17 +274,18 @@ def test_sorting_by_expert_is_stable_and_has_its_inverse(experts: list[int]) -> 
 
 @settings(deadline=None)
 @given(st.integers(1, 4), st.integers(0, 12), st.integers(0, 2**31))
-def test_dispatch_then_combine_is_the_identity(top_k: int, tokens: int, seed: int) -> None:
+def test_dispatch_then_collect_is_the_identity(top_k: int, tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    experts = torch.randint(5, (tokens, top_k), generator=generator)
+    experts = torch.rand(tokens, 5, generator=generator).topk(top_k).indices
     x = torch.randn(tokens, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     dispatcher = TokenDispatcher()
     plan = dispatcher.plan(experts, 5)
-    assert plan.groups.sizes == [int((experts == e).sum()) for e in range(5)]
+    order = list(plan.groups.sizes)  # of experts
+    assert plan.groups.sizes == {e: n for e in order if (n := int((experts == e).sum())) or tokens != 1}
     rows = dispatcher.dispatch(x, plan, top_k)
-    at = [(e, n) for n, chosen in enumerate(experts.tolist()) for e in chosen]  # who wants which row
+    at = [(order.index(e), n) for n, chosen in enumerate(experts.tolist()) for e in chosen]  # who wants which row
     assert torch.equal(rows, x[[n for _, n in sorted(at, key=lambda pair: pair[0])]])
-    combined = dispatcher.combine(rows, plan)
+    combined = gather_rows(dispatcher.collect(rows, plan), plan.inverse, plan.order)
     assert torch.equal(combined, x.repeat_interleave(top_k, 0))
 
     factor = torch.randn(combined.shape, generator=generator, dtype=torch.float64)
@@ -296,6 +297,32 @@ def test_gathered_rows_have_the_gradient_of_indexing() -> None:
     order, inverse = sort_by_expert(torch.tensor([2, 0, 1, 0, 2, 2]))
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda x: gather_rows(x, order, inverse, 2), (x,))
+
+
+def test_a_weighted_sum_is_that_of_a_loop() -> None:
+    """Of rows in the order of their experts, with the gradients of both; also where a weight is of less precision."""
+    plan = TokenDispatcher().plan(torch.tensor([[2, 0], [1, 0], [2, 1]]), 3)
+    rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    at = [(4, 0), (2, 1), (5, 3)]  # where each token's rows are, expert 0's before expert 1's before expert 2's
+    expected = torch.stack([sum(weights[n, j] * rows[at[n][j]] for j in range(2)) for n in range(3)])
+    torch.testing.assert_close(weighted_sum(rows, weights, plan), expected)
+    assert gradcheck(lambda *inputs: weighted_sum(*inputs, plan), (rows, weights))
+    assert weighted_sum(rows.bfloat16(), weights.float(), plan).dtype == torch.float32
+
+
+def test_rows_of_no_expert_are_zero_and_have_no_gradient() -> None:
+    """By a product for each expert, and by the kernel for all, which leaves what it likes in such rows."""
+    counts, weight, bias = torch.tensor([3, 0, 2]), torch.randn(3, 8, 4), torch.randn(3, 8)
+    results = []
+    for product in (grouped_linear, _one_kernel):
+        x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = product(x, Groups(counts, ragged=True), weight, bias)
+        results.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one[:5].abs().min() > 0
+        assert not one[5:].any()
 
 
 @pytest.mark.parametrize(("top_k", "active"), [(1, 162_771_504), (2, 219_440_688), (3, 276_109_872)])

@@ -41,7 +41,7 @@ def model(tokenizer: Tokenizer) -> Any:
 def dictated(model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The model, whose tokens are those of the texts it is told to write; and a list of the prompts it was given."""
     given: list[int] = []
-    monkeypatch.setattr("fira.generation.decoding.draw", lambda *_: given.pop(0))
+    monkeypatch.setattr("fira.generation.decoding.draw", lambda *_: torch.tensor([given.pop(0)]))
     model.told = lambda *texts: given.extend(
         token for text in texts for token in [*fira.encode(text, tokenizer), eos_id(tokenizer)]
     )

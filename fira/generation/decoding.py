@@ -3,7 +3,9 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fira.errors import UserError
 from fira.generation.sampling import Sampler, Sampling, draw
@@ -44,7 +46,7 @@ def check_prompt(model: LanguageModel, prompt: Sequence[int]) -> None:
         raise UserError(f"the prompt has a token outside the model's vocabulary of {size}; use its tokenizer")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def continuation(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -62,26 +64,25 @@ def continuation(
         check_prompt(model, prompt)
     device = next(model.parameters()).device
     sampler, generators = Sampler(sampling), sampling.generators(len(prompts), device)
-    texts = [list(prompt) for prompt in prompts]
-    ends = [len(text) + max_new_tokens for text in texts]
-    running = set(range(len(texts))) if max_new_tokens > 0 else set()
-    reader, length = Reader(model, use_cache), min(map(len, texts), default=0)
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+    tokens = pad_sequence(rows, batch_first=True) if rows else torch.empty(0, 0)
+    running = list(range(len(rows))) if max_new_tokens > 0 else []
+    reader, length = Reader(model, use_cache), min(map(len, rows), default=0)
     while running:
-        logits = reader.logits(torch.tensor([text[:length] for text in texts], device=device))[:, -1]
-        greatest = logits.argmax(-1).tolist() if sampler.likeliest else None  # of all rows at once
-        new = {}
-        for row in sorted(running):
-            text = texts[row]
-            if len(text) == length:
-                if greatest is None:
-                    new[row] = draw(sampler.probabilities(text, logits[row]), generators[row])
-                else:
-                    new[row] = greatest[row]
-                text.append(new[row])
-                if new[row] == eos or len(text) == ends[row]:
-                    running.discard(row)
-        length += 1
-        for text in texts:
-            text += [0] * (length - len(text))  # a row that has ended is read on, and its logits ignored
-        if new:
+        logits = reader.logits(tokens[:, :length])[:, -1]
+        if length == tokens.shape[1]:
+            tokens = F.pad(tokens, (0, length))  # a row that has ended is read on, and its logits ignored
+        ready = [row for row in running if len(rows[row]) <= length]
+        if ready:
+            at = slice(None) if len(ready) == len(rows) else ready
+            if sampler.likeliest:
+                chosen = logits[at].argmax(-1)
+            else:
+                streams = generators and [generators[row] for row in ready]
+                chosen = draw(sampler.probabilities(tokens[at, :length], logits[at]), streams)
+            tokens[at, length] = chosen
+            new = dict(zip(ready, chosen.tolist(), strict=True))
+            ended = {row for row in ready if new[row] == eos or length + 1 == len(rows[row]) + max_new_tokens}
+            running = [row for row in running if row not in ended]
             yield new
+        length += 1

@@ -1,6 +1,6 @@
 """From logits to the next token's probabilities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fira.errors import UserError
 
-Processor = Callable[[Tensor, Tensor], Tensor]  # (ids [1, T], logits [1, V]) → logits [1, V]
+Processor = Callable[[Tensor, Tensor], Tensor]  # (ids [R, T], logits [R, V]) → logits [R, V]
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: give a probability above 0, at most 1")
 
-    def generators(self, rows: int, device: torch.device) -> list[torch.Generator | None]:
-        """A stream of random numbers for each row of a batch; None: torch's own."""
+    def generators(self, rows: int, device: torch.device) -> list[torch.Generator] | None:
+        """A stream of random numbers for each row of a batch; None: torch's own for all."""
         if self.seed is None:
-            return [None] * rows
+            return None
         return [torch.Generator(device).manual_seed(self.seed + row) for row in range(rows)]
 
 
@@ -75,19 +75,17 @@ class Sampler:
         return self.sampling.temperature == 0 and not self.penalties
 
     def _subtract_presence(self, ids: Tensor, logits: Tensor) -> Tensor:
-        present = torch.zeros_like(logits).index_fill(1, ids[0], self.sampling.presence_penalty)
-        return logits - present
+        return logits - torch.zeros_like(logits).scatter(1, ids, self.sampling.presence_penalty)
 
-    def probabilities(self, text: list[int], logits: Tensor) -> Tensor:
-        """text: all tokens so far; logits [V] of the next one → its probabilities [V]."""
+    def probabilities(self, texts: Tensor, logits: Tensor) -> Tensor:
+        """texts: [R, T], all tokens so far; logits [R, V] of the next ones → their probabilities [R, V]."""
         s = self.sampling
-        ids = torch.tensor([text], device=logits.device) if self.penalties else logits
-        logits = logits[None].float()
+        logits = logits.float()
         for process in self.penalties:
-            logits = process(ids, logits)
+            logits = process(texts, logits)
         if s.temperature == 0:
-            return torch.zeros_like(logits[0]).index_fill(0, logits.argmax(-1), 1.0)
-        logits = (logits - logits.amax()) / s.temperature  # the greatest is 0, however small the temperature
+            return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
+        logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature  # the greatest is 0, also if that is small
         if s.top_k is not None and s.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], float("-inf"))
         if s.top_p is not None and s.top_p < 1:
@@ -97,13 +95,22 @@ class Sampler:
             beyond = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= s.top_p)
             logits = logits.masked_fill(beyond, float("-inf"))
         for process in self.filters:
-            logits = process(ids, logits)
-        return logits[0].softmax(-1)
+            logits = process(texts, logits)
+        return logits.softmax(-1)
 
 
-def draw(probabilities: Tensor, generator: torch.Generator | None) -> int:
-    """A token by its probabilities [V]."""
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+def draw(probabilities: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    """A token for each row, by its probabilities [R, V] → [R]. generators: one a row; None: torch's own for all.
+
+    Of exponentially distributed times with these rates, the first one's place has just this distribution.
+    """
+    times = torch.empty_like(probabilities)
+    if generators is None:
+        times.exponential_()
+    else:
+        for row, generator in zip(times, generators, strict=True):
+            row.exponential_(generator=generator)
+    return (probabilities / times).argmax(-1)
 
 
 def _transformers(name: str, option: str, value: Any) -> Processor:

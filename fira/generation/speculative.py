@@ -18,7 +18,7 @@ from fira.models.language_model import LanguageModel
 AHEAD = 4  # tokens guessed at a time
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def speculate(
     model: LanguageModel,
     draft: LanguageModel,
@@ -38,14 +38,14 @@ def speculate(
     check_prompt(model, prompt)
     target, guesser = Reader(model), Reader(draft)
     device = next(model.parameters()).device
-    sampler, [generator] = Sampler(sampling), sampling.generators(1, device)
+    sampler, generators = Sampler(sampling), sampling.generators(1, device)
     text, end = list(prompt), len(prompt) + max_new_tokens
     while len(text) < end:
         room = min(end - 1, target.seq_len, guesser.seq_len) - len(text)  # beyond its context a model has no cache
-        guesses, chances = _guess(guesser, text, min(ahead, max(0, room)), sampler, generator)
+        guesses, chances = _guess(guesser, text, min(ahead, max(0, room)), sampler, generators)
         tokens = torch.tensor([text + guesses], device=device)
         logits = target.logits(tokens, 1 + len(guesses))[0]
-        new = _check(text, guesses, chances, logits, sampler, generator)
+        new = _check(tokens, guesses, chances, logits, sampler, generators)
         for reader in (target, guesser):
             reader.keep(len(text) + len(new) - 1)  # the last new token was read by neither
         for token in new:
@@ -56,30 +56,36 @@ def speculate(
 
 
 def _guess(
-    reader: Reader, text: list[int], count: int, sampler: Sampler, generator: torch.Generator | None
+    reader: Reader, text: list[int], count: int, sampler: Sampler, generators: list[torch.Generator] | None
 ) -> tuple[list[int], list[Tensor]]:
     """The draft's next `count` tokens, each with the distribution [V] that it was drawn from."""
     guesses: list[int] = []
     chances: list[Tensor] = []
     for _ in range(count):
         tokens = torch.tensor([text + guesses], device=next(reader.model.parameters()).device)
-        chances.append(sampler.probabilities(text + guesses, reader.logits(tokens)[0, -1]))
-        guesses.append(draw(chances[-1], generator))
+        chances.append(sampler.probabilities(tokens, reader.logits(tokens)[:, -1])[0])
+        guesses.append(_draw(chances[-1], generators))
     return guesses, chances
 
 
 def _check(
-    text: list[int],
+    tokens: Tensor,
     guesses: list[int],
     chances: list[Tensor],
     logits: Tensor,
     sampler: Sampler,
-    generator: torch.Generator | None,
+    generators: list[torch.Generator] | None,
 ) -> list[int]:
-    """The guesses that are taken, and one token more. logits: [guesses + 1, V] of the large model."""
+    """The guesses that are taken, and one token more. tokens: [1, T], they are the last. logits: [guesses + 1, V]."""
+    known = tokens.shape[1] - len(guesses)
     for place, (guess, q) in enumerate(zip(guesses, chances, strict=True)):
-        p = sampler.probabilities(text + guesses[:place], logits[place])
+        p = sampler.probabilities(tokens[:, : known + place], logits[place : place + 1])[0]
         q = q.to(p.device)
-        if torch.rand((), generator=generator, device=p.device) * q[guess] >= p[guess]:
-            return [*guesses[:place], draw((p - q).clamp(min=0), generator)]
-    return [*guesses, draw(sampler.probabilities(text + guesses, logits[-1]), generator)]
+        if torch.rand((), generator=generators[0] if generators else None, device=p.device) * q[guess] >= p[guess]:
+            return [*guesses[:place], _draw((p - q).clamp(min=0), generators)]
+    return [*guesses, _draw(sampler.probabilities(tokens, logits[-1:])[0], generators)]
+
+
+def _draw(probabilities: Tensor, generators: list[torch.Generator] | None) -> int:
+    """A token by its weight in [V]."""
+    return int(draw(probabilities[None], generators))

@@ -59,19 +59,20 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: [B, T, d] → [B, T, d]. With a cache, x are the tokens that follow those in it."""
         cache = context.cache
+        length = x.shape[1] + (cache.length if cache is not None else 0)
         q, k, v = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projected.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
             for projected in (self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x))
         )
-        length = x.shape[1] + (cache.length if cache is not None else 0)
         if self.rotary is not None:
-            q = self.rotary(q, length)
-            if not self.rotary.grows:
-                k = self.rotary(k, length)
+            if self.rotary.grows:
+                (q,) = self.rotary(length, q)
+            else:
+                q, k = self.rotary(length, q, k)
         if cache is not None:
             k, v = cache.extend(self.name, k, v, self.window)
         if self.rotary is not None and self.rotary.grows:  # then the angles of all keys are new
-            k = self.rotary(k, length)
+            (k,) = self.rotary(length, k)
         mask = self._mask(q, k, length, context.starts)
         if context.attentions is not None:
             y, context.attentions[self.name] = _attend(q, k, v, mask)

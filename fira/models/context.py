@@ -40,8 +40,8 @@ class KVCache:
         if room is None or old.data_ptr() != room.data_ptr() or len(old) != len(room) or end > room.shape[2]:
             room = self._room[place] = old.new_empty(*old.shape[:2], 2 * end, old.shape[3])
             room[:, :, :before] = old
-        room[:, :, before:end] = new
-        self.states[place] = whole = room[:, :, :end]
+        room.narrow(2, before, end - before).copy_(new)
+        self.states[place] = whole = room.narrow(2, 0, end)
         return whole
 
     def select(self, rows: Tensor) -> None:

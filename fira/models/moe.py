@@ -19,19 +19,43 @@ from .grouped import Groups
 from .router import Routed, Router
 
 
+def _sum_rows(rows: Tensor, places: Tensor, copies: int, weights: Tensor | None = None) -> Tensor:
+    """Row i is the sum of rows[places[i·copies + j]] over j, each times weights[i·copies + j], in one pass."""
+    if copies == 1 and weights is None:
+        return rows.index_select(0, places)
+    starts = torch.arange(0, len(places), copies, device=places.device)
+    return torch.embedding_bag(rows, places, starts, per_sample_weights=weights)[0]
+
+
 class _Gather(torch.autograd.Function):
-    """Rows x[order // copies]. Given the inverse of `order`, the backward is a gather as well, and no scatter."""
+    """Rows x[order // copies]. Given the inverse of `order`, the backward reads rows as well, and scatters none."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.copies = copies
-        return x[order // copies if copies > 1 else order]
+        return x.index_select(0, order // copies if copies > 1 else order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grad[inverse].unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+        return _sum_rows(grad, inverse, ctx.copies), None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Row i is Σ_j weights[i, j] · rows[inverse[i·k + j]]; no weighted row is written down."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, order, inverse)
+        return _sum_rows(rows, inverse, weights.shape[1], weights.flatten())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weights, order, inverse = ctx.saved_tensors
+        of_rows = grad.index_select(0, order // weights.shape[1])
+        of_weights = (of_rows * rows).sum(1)[inverse].view_as(weights)
+        return of_rows.mul_(weights.flatten()[order][:, None]), of_weights, None, None
 
 
 @dataclass(frozen=True)
@@ -46,9 +70,7 @@ class Plan:
 def sort_by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
     """Expert numbers [n] → a stable order that sorts them, and its inverse."""
     order = experts.argsort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return order, inverse
+    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def count_by_expert(experts: Tensor, num_experts: int, weights: Tensor | None = None) -> Tensor:
@@ -59,24 +81,40 @@ def count_by_expert(experts: Tensor, num_experts: int, weights: Tensor | None = 
 
 def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:
     """Rows of x, each standing `copies` times in a row, in the given order. Differentiable in x."""
+    if len(x) == 1:
+        return x.expand(copies, *x.shape[1:])
+    if not torch.is_grad_enabled():
+        return x.index_select(0, order // copies if copies > 1 else order)
     return _Gather.apply(x, order, inverse, copies)
+
+
+def weighted_sum(rows: Tensor, weights: Tensor, plan: Plan) -> Tensor:
+    """rows [N·k, h] sorted by expert, weights [N, k] of each token's → [N, h]. Differentiable in both."""
+    dtype = torch.promote_types(rows.dtype, weights.dtype)
+    if not torch.is_grad_enabled():
+        return _sum_rows(rows.to(dtype), plan.inverse, weights.shape[1], weights.to(dtype).flatten())
+    return _WeightedSum.apply(rows.to(dtype), weights.to(dtype), plan.order, plan.inverse)
 
 
 class TokenDispatcher:
     """Brings each token's row to its experts, and the results back. All experts are on this rank."""
 
-    def plan(self, experts: Tensor, num_experts: int) -> Plan:
-        """experts: [N, k] chosen experts."""
+    def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> Plan:
+        """experts: [N, k] chosen experts. dropped: some may be `num_experts`, which stands for none of them."""
         flat = experts.flatten()
-        return Plan(*sort_by_expert(flat), Groups(count_by_expert(flat, num_experts)))
+        if len(experts) == 1 and not (dropped or flat.is_cuda):  # of one token nothing has to be sorted
+            order = torch.arange(len(flat))
+            return Plan(order, order, Groups(None, dict.fromkeys(flat.tolist(), 1)))
+        counts = count_by_expert(flat, num_experts + 1)[:num_experts]
+        return Plan(*sort_by_expert(flat), Groups(counts, ragged=dropped))
 
     def dispatch(self, rows: Tensor, plan: Plan, copies: int = 1) -> Tensor:
-        """[N·k / copies, …] → [N·k, …] sorted by expert; copies = k sends one row to all k experts of its token."""
+        """[N·k / copies, …] → [n, …] for the experts here; copies = k sends one row to all k experts of its token."""
         return gather_rows(rows, plan.order, plan.inverse, copies)
 
-    def combine(self, rows: Tensor, plan: Plan) -> Tensor:
-        """[N·k, …] sorted by expert → [N·k, …] as the tokens stood."""
-        return gather_rows(rows, plan.inverse, plan.order)
+    def collect(self, rows: Tensor, plan: Plan) -> Tensor:
+        """[n, …] from the experts here → [N·k, …] from all experts, in `plan.order`; zero where it was none."""
+        return rows
 
 
 class _AddToObjective(torch.autograd.Function):
@@ -126,43 +164,31 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, context: Context, keys: Tensor | None) -> Tensor:
         """x: [B, T, d], keys: [B, T] int32 for dropout inside the experts and for noise → [B, T, width of experts]."""
-        flat_keys = None if keys is None else keys.flatten()
-        flat = self.router(x.flatten(0, 1), flat_keys)
-        routed = Routed(*(part.unflatten(0, x.shape[:2]) for part in flat))
-        valid = context.valid(x)
-        taken = None
+        tokens, flat_keys = x.flatten(0, 1), None if keys is None else keys.flatten()
+        routed = self.router(tokens, flat_keys)
+        experts, taken = routed.experts, None
         if self.capacity_factor and self.training and context.aux_weights is not None:
-            taken = within_capacity(routed.experts, valid, self.num_experts, self.capacity_factor)
-        outputs = self.norm(self._compute(x.flatten(0, 1), flat.experts, taken, flat_keys))
-        outputs = outputs.unflatten(0, routed.experts.shape)
-        y = (outputs * routed.weights[..., None]).sum(2)
-        return y if context.aux_weights is None else self._note(y, routed, outputs, valid, taken, context)
-
-    def _compute(self, tokens: Tensor, experts: Tensor, taken: Tensor | None, keys: Tensor | None) -> Tensor:
-        """Outputs [N·k, h] of the chosen experts [N, k] for tokens [N, d]; zero where an assignment is not taken."""
-        top_k = experts.shape[1]
-        if keys is not None:  # a token has another mask in each of its experts
-            keys = (keys[:, None] + experts.to(torch.int32)).flatten()
-        if taken is None:
-            return self._run(tokens, experts, top_k, keys)
-        rows = taken.flatten().nonzero().squeeze(1)
-        some = self._run(tokens[rows // top_k], experts.flatten()[rows, None], 1, None if keys is None else keys[rows])
-        return some.new_zeros(experts.numel(), some.shape[1]).index_copy(0, rows, some)
-
-    def _run(self, rows: Tensor, experts: Tensor, copies: int, keys: Tensor | None) -> Tensor:
-        """Dispatch rows [n, d] to experts [n, copies], keys [n · copies] with them, and bring the outputs back."""
-        plan = self.dispatcher.plan(experts, self.num_experts)
-        if keys is not None:
-            keys = self.dispatcher.dispatch(keys, plan)
-        return self.dispatcher.combine(
-            self.experts(self.dispatcher.dispatch(rows, plan, copies), plan.groups, keys), plan
-        )
+            chosen = experts.unflatten(0, x.shape[:2])
+            taken = within_capacity(chosen, context.valid(x), self.num_experts, self.capacity_factor)
+            experts = experts.where(taken.flatten(0, 1), self.num_experts)
+        plan = self.dispatcher.plan(experts, self.num_experts, dropped=taken is not None)
+        if flat_keys is not None:  # a token has another mask in each of its experts
+            flat_keys = self.dispatcher.dispatch((flat_keys[:, None] + experts.to(torch.int32)).flatten(), plan)
+        rows = self.dispatcher.dispatch(tokens, plan, experts.shape[1])
+        rows = self.norm(self.dispatcher.collect(self.experts(rows, plan.groups, flat_keys), plan))
+        y = weighted_sum(rows, routed.weights, plan).view(*x.shape[:2], -1)
+        return y if context.aux_weights is None else self._note(y, routed, rows, plan, taken, context)
 
     def _note(
-        self, y: Tensor, routed: Routed, outputs: Tensor, valid: Tensor, taken: Tensor | None, context: Context
+        self, y: Tensor, flat: Routed, rows: Tensor, plan: Plan, taken: Tensor | None, context: Context
     ) -> Tensor:
         """y, whose backward trains the losses too unless the caller does; the statistics go into the context."""
         assert context.aux_weights is not None
+        routed, valid = Routed(*(part.unflatten(0, y.shape[:2]) for part in flat)), context.valid(y)
+
+        def outputs() -> Tensor:
+            return gather_rows(rows, plan.inverse, plan.order).unflatten(0, routed.experts.shape)
+
         aux = y.new_zeros((), dtype=routed.logits.dtype)
         for loss, coefficient in self.losses:
             aux = aux + coefficient * (loss(routed, outputs, valid) * context.aux_weights).sum()

@@ -1,5 +1,7 @@
 """Root-mean-square norms (Zhang & Sennrich 2019, arXiv 1910.07467), computed in fp32 or better."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,6 +9,12 @@ from torch import Tensor, nn
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """In it autocast does nothing on a device."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class RMSNorm(nn.Module):

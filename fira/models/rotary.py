@@ -53,15 +53,17 @@ class Rotary:
         """Whether a token's angles depend on the length, so that it cannot be turned once and for all."""
         return self.max_position is not None
 
-    def __call__(self, x: Tensor, length: int) -> Tensor:
-        """x: [B, H, n, hd], the last n of `length` positions → the same, turned."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = (turn[length - x.shape[2] :] for turn in self._turns_up_to(length, wide, x.device))
-        a, b = x.to(wide).chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    def __call__(self, length: int, *heads: Tensor) -> list[Tensor]:
+        """Each [B, H, n, hd], the last n of `length` positions → the same, turned: x ⊙ cos + (−b, a) ⊙ sin."""
+        wide = torch.promote_types(heads[0].dtype, torch.float32)
+        cos, sin = self._turns_up_to(length, wide, heads[0].device)
+        first = length - heads[0].shape[2]
+        cos, sin = cos[first:length], sin[first:length]
+        half = self.head_dim // 2
+        return [torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype) for x in heads]
 
     def _turns_up_to(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [length, hd/2] of every position's angles.
+        """cos and sin [length or more, hd] of every position's angles, each twice, the first time with −sin.
 
         Angles are computed in float64: in fp32 the product loses a digit for every factor of ten in the position.
         """
@@ -73,8 +75,9 @@ class Rotary:
                 halves = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
                 frequencies = self._theta(length) ** -halves
                 angles = positions[:, None] * (self.stretch(frequencies) if self.stretch else frequencies)
-                known = self._turns = angles.cos().to(dtype), angles.sin().to(dtype)
-        return known[0][:length], known[1][:length]
+                cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+                known = self._turns = torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
+        return known
 
     def _theta(self, length: int) -> float:
         if self.max_position is None or length <= self.max_position:

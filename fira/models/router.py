@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .dropout import at_place, normal, salt
+from .norms import full_precision
 
 
 class Routed(NamedTuple):
@@ -66,14 +67,19 @@ class Router(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Routed:
         """x: [N, d], keys: [N] int32 token keys for noise, None for none."""
         # Routing is decided in full precision: a rounding error here sends a token elsewhere.
-        with torch.autocast(x.device.type, enabled=False):
-            logits = self.gate(x.to(self.gate.weight.dtype)) / self.temperature
+        with full_precision(x.device):
+            logits = self.gate(x.to(self.gate.weight.dtype))
+            if self.temperature != 1:
+                logits = logits / self.temperature
             if self.noise and keys is not None:
                 logits = logits + self.noise * normal(at_place(keys, self.salt), logits.shape[1]).to(logits.dtype)
-            preference = logits.softmax(dim=-1) + self.balance if self.balance_rate else logits
-            experts = preference.topk(self.top_k, dim=-1).indices
+            if self.balance_rate:
+                experts = (logits.softmax(dim=-1) + self.balance).topk(self.top_k, dim=-1).indices
+                kept = logits.gather(-1, experts)
+            else:
+                kept, experts = logits.topk(self.top_k, dim=-1)
             if self.renormalise:
-                return Routed(experts, logits.gather(-1, experts).softmax(dim=-1), logits)
+                return Routed(experts, kept.softmax(dim=-1), logits)
             return Routed(experts, logits.softmax(dim=-1).gather(-1, experts), logits)
 
     def rebalance(self, load: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .context import KVCache
 from .init import Normal
+from .norms import full_precision
 
 CHUNK = 64
 
@@ -112,7 +113,7 @@ class TimeMix(nn.Module):
     def _recur(self, r: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, name: str) -> Tensor:
         """[B, T, d] each → [B, T, d], in fp32 or better: states add up over a whole sequence."""
         wide = torch.promote_types(self.decay.dtype, torch.float32)
-        with torch.autocast(r.device.type, enabled=False):
+        with full_precision(r.device):
             r, k, v = (x.to(wide).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (r, k, v))
             state = None if cache is None else cache.states.get(name)
             y, state = recurrence(r, k, v, -self.decay.to(wide).exp(), self.bonus.to(wide), state)

@@ -101,11 +101,11 @@ def _kind(layer: nn.Module) -> Kind:
 class EvenDispatcher(TokenDispatcher):
     """Every expert gets as many tokens as any other, whatever the router says: nobody looks at a value."""
 
-    def plan(self, experts: Tensor, num_experts: int) -> Plan:
+    def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> Plan:
         flat = experts.flatten()
         edges = [e * len(flat) // num_experts for e in range(num_experts + 1)]
         sizes = [end - start for start, end in pairwise(edges)]
-        return Plan(*sort_by_expert(flat), Groups(torch.tensor(sizes, device=flat.device), sizes))
+        return Plan(*sort_by_expert(flat), Groups(torch.tensor(sizes, device=flat.device), dict(enumerate(sizes))))
 
 
 def kept_bytes(shape: Shape, kind: int, microbatch: int, autocast: torch.dtype | None = None) -> int:

@@ -42,6 +42,7 @@ def train(
     devices: int = 1,
     recompute: int = 0,
     layers: int = 4,
+    d_ff: int = 20,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Losses, norms and so on of each step, and a digest of the final weights this rank holds.
@@ -50,7 +51,14 @@ def train(
     """
     torch.set_num_threads(1)
     config = FiraConfig(
-        vocab_size=61, seq_len=SEQ_LEN, d_model=24, n_head=3, num_layers=layers, d_ff=20, num_experts=4, dropout=dropout
+        vocab_size=61,
+        seq_len=SEQ_LEN,
+        d_model=24,
+        n_head=3,
+        num_layers=layers,
+        d_ff=d_ff,
+        num_experts=4,
+        dropout=dropout,
     )
     if model is not None:
         config = from_document(model)

@@ -15,7 +15,7 @@ from fira.planning.hardware import Hardware, Links
 from fira.planning.layers import Kind as Layer
 from fira.planning.layers import Shape
 from fira.planning.ways import Way, placement_of, schedule_of, splits
-from fira.training.optimizer import BUCKET
+from fira.training.optimizer import BUCKET, LARGE
 from pipeline.mesh import Layout
 from pipeline.partition import partition
 from pipeline.schedule import Kind
@@ -120,7 +120,7 @@ class Predictor:
             largest = self.item * max(self._kind(i).largest for s in mine for i in self.stages(len(placement))[s])
             working = max(costs[self.shape.layers[i]].working for i in self._layers(way, rank))
             backward = max(max(single[s] for s in mine) + largest, working)
-            reduction = min(weights, BUCKET + largest) if layout.dp > 1 else 0
+            reduction = min(weights, BUCKET + LARGE) if layout.dp > 1 else 0
             result.append(STATES * weights + max(held[rank] + backward, reduction))
         return tuple(result)
 
@@ -215,14 +215,13 @@ class Predictor:
         return whole, sum(self._kind(i).expert_parameters for i in layers) / way.layout.ep
 
     def _reduction(self, way: Way, rank: int) -> float:
-        """Sum gradients over replicas: all over dp, experts' over the ranks that hold the same; copied to and fro."""
+        """Sum gradients over replicas: all over dp, experts' over the ranks that hold the same."""
         layout, seconds = way.layout, 0.0
         groups = ((layout.dp, 1), (layout.dp // layout.ep, layout.ep))
         for parameters, (size, stride) in zip(self._parameters(way, rank), groups, strict=True):
             if size > 1 and parameters:
                 amount = self.item * parameters
                 seconds += _all_reduce(self.hardware.links(size, stride), size, amount)
-                seconds += 4 * amount / self.hardware.memory_bandwidth
         if self.shape.tied and layout.pp > 1 and rank == 0:
             table = self.item * self._kind(0).largest
             seconds += 2 * self.hardware.links(layout.pp, layout.dp)["p2p"].seconds(table)

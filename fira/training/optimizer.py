@@ -12,7 +12,8 @@ from torch.optim.adamw import adamw
 from fira.parallelize import Distributed, Part
 from pipeline.mesh import Mesh
 
-BUCKET = 32 * 2**20  # bytes reduced at once: enough to be bandwidth-bound, little enough to need no second copy of all
+LARGE = 2**20  # bytes of a gradient that is reduced where it lies
+BUCKET = 2**22  # bytes of smaller ones reduced together: what a cache still holds when they are copied back
 
 
 def learning_rate(step: int, steps: int, peak: float, low: float, warmup: int) -> float:
@@ -85,7 +86,10 @@ def reduce_gradients(parts: Sequence[Part], mesh: Mesh) -> None:
         if dist.get_world_size(group) == 1:
             continue
         gradients = [gradient_of(part) for part in parts if part.expert == expert]
-        for bucket in _buckets(gradients):
+        for gradient in gradients:
+            if gradient.nbytes >= LARGE:
+                dist.all_reduce(gradient, group=group)
+        for bucket in _buckets([gradient for gradient in gradients if gradient.nbytes < LARGE]):
             flat = _flatten_dense_tensors(bucket)
             dist.all_reduce(flat, group=group)
             for gradient, reduced in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):

@@ -1,0 +1,72 @@
+"""How long a job takes from `mpirun` to its first step, beside the same number of ranks that only import torch.
+
+    python -m benchmarks.startup.run [--ranks 4] [--rounds 5]
+
+The two take turns. Caches are warm: the data is prepared, Python's bytecode written, files read once before.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.measure import environment
+from fira.models.registry import PRESETS, RECIPES
+
+TOKENS = RECIPES["fira-tiny"].batch_size * PRESETS["fira-tiny"].seq_len  # of a step
+RESULTS = Path(__file__).with_name("results.csv")
+COLUMNS = ("import torch", "to the first step", "to its end")
+
+
+def import_torch(ranks: int, environ: dict[str, str]) -> float:
+    """Seconds of a job that does nothing else."""
+    started = time.perf_counter()
+    subprocess.run(["mpirun", "-np", str(ranks), sys.executable, "-c", "import torch"], check=True, env=environ)
+    return time.perf_counter() - started
+
+
+def first_step(ranks: int, environ: dict[str, str]) -> tuple[float, float]:
+    """Seconds until the first of two steps of fira-tiny begins, and until it ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["mpirun", "-np", str(ranks), sys.executable, "scripts/train.py", "--steps", "2", "--out", folder]
+        started = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ) as job:
+            assert job.stdout
+            next(line for line in job.stdout if line.startswith("step "))
+            end = time.perf_counter() - started
+            job.stdout.read()
+        with (Path(folder) / "training_log.csv").open() as file:
+            speed = float(next(csv.DictReader(file))["tokens_per_s"])
+    return end - TOKENS / speed, end
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    rows = []
+    for _ in range(options.rounds + 1):
+        rows.append((import_torch(options.ranks, environ), *first_step(options.ranks, environ)))
+        print("  ".join(f"{name} {value:.2f} s" for name, value in zip(COLUMNS, rows[-1], strict=True)), flush=True)
+    rows = rows[1:]  # the first one fills the caches
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows([f"{value:.3f}" for value in row] for row in rows)
+    imports, *others = zip(*rows, strict=True)
+    print(environment())
+    for name, column in zip(COLUMNS[1:], others, strict=True):
+        ratio = statistics.median(a / b for a, b in zip(column, imports, strict=True))
+        print(f"{name}: {statistics.median(column):.2f} s, {ratio:.2f} times the import of torch")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable
 
-import numpy
 import torch
 import torch.distributed as dist
 
@@ -82,13 +81,12 @@ def torch_call(group: dist.ProcessGroup | None, operation: str, count: int) -> C
 
 
 def mpi4py_call(operation: str, count: int) -> Callable[[], object]:
-    """The same by mpi4py's own, blocking calls."""
+    """The same by mpi4py's own, blocking calls, on memory that torch allocated: numpy would take huge pages."""
     from mpi4py import MPI
 
     comm = MPI.COMM_WORLD
     rank, size = comm.Get_rank(), comm.Get_size()
-    one, other = numpy.ones(count, "f"), numpy.empty(count, "f")
-    part = numpy.empty(count // size, "f")
+    one, other, part = torch.ones(count).numpy(), torch.empty(count).numpy(), torch.empty(count // size).numpy()
     return {
         "all_reduce": lambda: comm.Allreduce(MPI.IN_PLACE, one, MPI.MAX),
         "all_gather": lambda: comm.Allgather(part, other),

@@ -128,7 +128,7 @@ class Operation(Work):
         self._statuses: list[MPI.Status] = []  # of the first requests in that list
         self._advancing = threading.Lock()
         if torch.autograd._profiler_enabled():
-            self._record = torch._C._profiler._RecordFunctionFast(f"mpi:{entry.operation}", inputs)
+            self._record = torch._C._profiler._RecordFunctionFast(f"mpi:{entry.operation}", inputs or outputs)
             self._record.__enter__()
         progress.started(self)
         self.advance()

@@ -75,7 +75,7 @@ def flags(way: Way) -> list[str]:
 
 def recomputed(way: Way) -> str:
     """What --recompute is called with."""
-    return "full" if way.recompute == EVERY_BLOCK else str(way.recompute)
+    return {0: "none", EVERY_BLOCK: "full"}.get(way.recompute, str(way.recompute))
 
 
 def _row(number: int, estimate: Estimate, tokens: int) -> tuple[str, ...]:

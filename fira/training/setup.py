@@ -131,16 +131,13 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     tokenizer = corpus.tokenizer.read_bytes() if corpus.tokenizer else None
     summary = corpus.summary
     stages = " | ".join(f"{span.start}–{span.stop - 1}" for span in distributed.stages)
+    blocks = "all" if recomputed == EVERY_BLOCK else recomputed
+    again = f" · {blocks} blocks of each recomputed" if recomputed else ""
     heading = "\n".join(
         [
             f"{config.name()}: {model.num_parameters():,} parameters · {devices[0].type} {config.precision} · {layout}",
             f"{schedule} · micro-batches a replica: {split.count(batch_size)}, each {microbatch} × "
-            f"{model_config.seq_len} tokens · stages of layers {stages}"
-            + (
-                f" · {'all' if recomputed == EVERY_BLOCK else recomputed} blocks of each recomputed"
-                if recomputed
-                else ""
-            ),
+            f"{model_config.seq_len} tokens · stages of layers {stages}{again}",
             f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
             f"vocabulary {model_config.vocab_size}",
         ]

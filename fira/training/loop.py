@@ -24,7 +24,7 @@ def train(config: TrainConfig, world: World) -> None:
     run = set_up(config, recipe.batch_size, world)
     done = _resume(config, out, run)
     report = Report(config, out, run, done, recipe) if world.rank == 0 else None
-    before = _validate(run, recipe, done) if config.init and not done else None  # of random weights nobody needs it
+    before = _validate(run, recipe, done)
     signals = Signals()
     for step in range(done + 1, recipe.steps + 1):
         started = time.perf_counter()

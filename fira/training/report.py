@@ -47,8 +47,8 @@ class Report:
         self.log.write(self.last)
         self.progress.update(self.last)
 
-    def finish(self, before: float | None) -> None:
-        """Draw the picture and say what was reached. before: the validation loss at the start, where it is known."""
+    def finish(self, before: float) -> None:
+        """Draw the picture and say what was reached. before: the validation loss at the start."""
         self.log.close()
         if self.last is None:
             print(f"nothing to do: {self.out} is at step {self.steps} already; raise --steps to go on")
@@ -56,8 +56,7 @@ class Report:
         summary = self.run.corpus.summary
         baselines = [f"{name} {summary[name]:.3f}" for name in ("unigram", "trigram") if summary.get(name) is not None]
         others = f" ({' and '.join(baselines)} on the same tokens)" if baselines else ""
-        start = "" if before is None else f"{before:.3f} → "
-        print(f"validation loss {start}{self.last.val_loss:.3f}{others}")
+        print(f"validation loss {before:.3f} → {self.last.val_loss:.3f}{others}")
         print(f"picture: {plot_files([self.out])}")
         if self.last.iter < self.steps:
             print(f"stopped by a signal after step {self.last.iter}; the same command with --resume auto continues")

@@ -167,7 +167,7 @@ class Chain(nn.Module):
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
         if context.cache is not None:
             context.cache.length += tokens.shape[1]
-        return self.logits[tokens]
+        return self.logits[tokens][:, -(context.last or 0) :]
 
 
 def test_what_is_drawn_with_a_draft_has_the_models_distribution() -> None:

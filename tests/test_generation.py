@@ -93,10 +93,12 @@ def test_generation_is_the_same_without_the_cache(sampling: dict[str, float]) ->
 
 def test_the_cache_saves_work() -> None:
     """Until the context is full each forward has one token; the prompt is read once."""
-    model, widths = make_model(), []
+    model, widths, logits = make_model(), [], []
     model.layers[1].register_forward_hook(lambda _module, inputs, _output: widths.append(inputs[0].shape[1]))
+    model.layers[-1].register_forward_hook(lambda _module, _inputs, output: logits.append(output.shape[1]))
     model.generate([1, 2, 3], 12, temperature=0)
     assert widths == [3, *[1] * 9, 12, 12]
+    assert set(logits) == {1}
 
 
 @pytest.mark.parametrize("pieces", [[12], [1, 11], [3, 4, 5], [11, 1]])

@@ -25,8 +25,8 @@ class Reader:
         """tokens: [B, T], all of the texts → logits [B, last, V] after their last tokens."""
         if self.cache is None or tokens.shape[1] > self.seq_len:
             # Positions are counted from the window's start: once it slides, nothing can be reused.
-            return self.model(tokens[:, -self.seq_len :], Context())[:, -last:].float()
-        return self.model(tokens[:, self.cache.length :], Context(cache=self.cache))[:, -last:].float()
+            return self.model(tokens[:, -self.seq_len :], Context(last=last)).float()
+        return self.model(tokens[:, self.cache.length :], Context(cache=self.cache, last=last)).float()
 
     def keep(self, length: int) -> None:
         """Forget all tokens but the first `length`. UserError for a model whose state cannot go back."""

@@ -80,6 +80,7 @@ class Context:
     aux_apart: the caller adds the auxiliary losses in `stats` to its objective. Otherwise layers train them.
     loss_weight: what one token's loss weighs in the objective.
     cache: what was computed of earlier tokens, when decoding.
+    last: of how many of the last tokens logits are wanted; None: of all.
     stats: filled by MoE layers, by (layer, part). Assigned, not added to, so recomputing a layer changes nothing.
     attentions: filled by attention with its probabilities [B, H, new, seen] by name; None: they are not wanted.
     part: which of the parts of a micro-batch this is, where a micro-batch is split once more.
@@ -93,6 +94,7 @@ class Context:
     aux_apart: bool = False
     loss_weight: float = 1.0
     cache: KVCache | None = None
+    last: int | None = None
     stats: dict[tuple[int, int], MoEStats] = field(default_factory=dict)
     attentions: dict[str, Tensor] | None = None
     part: int = 0

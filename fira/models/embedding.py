@@ -64,8 +64,8 @@ class Head(Layer):
         self.project = project
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → logits [B, T, vocab], or with targets their summed loss [1]."""
-        x = self.norm(x)
+        """[B, T, d] → logits [B, T, vocab], of the last tokens if so wanted; or with targets their summed loss [1]."""
         if context.targets is None:
-            return self.project(x)
+            return self.project(self.norm(x if context.last is None else x[:, -context.last :]))
+        x = self.norm(x)
         return linear_cross_entropy(x.flatten(0, 1), self.project.weight, context.targets.flatten())[None]

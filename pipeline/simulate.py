@@ -83,13 +83,20 @@ def _check(schedule: Schedule) -> None:
             last[kind, stage] = i
 
 
-def peak_held(schedule: Schedule, sizes: Sequence[int]) -> tuple[int, ...]:
-    """The most that each rank holds at once, where stage s keeps sizes[s] from a forward until its backward is done."""
+def peak_held(schedule: Schedule, sizes: Sequence[int], between: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The most that each rank holds at once, where stage s keeps sizes[s] from a forward until its backward is done,
+    and beside it between[s] (else nothing) from the first half of a split backward to the second."""
+    more = between or [0] * len(sizes)
     peaks = []
     for actions in schedule.actions:
         held = peak = 0
         for kind, stage, _ in actions:
-            held += {Kind.FORWARD: 1, Kind.INPUT: 0}.get(kind, -1) * sizes[stage]
+            if kind is Kind.FORWARD:
+                held += sizes[stage]
+            elif kind is Kind.INPUT:
+                held += more[stage]
+            else:
+                held -= sizes[stage] + (more[stage] if kind is Kind.WEIGHT else 0)
             peak = max(peak, held)
         peaks.append(peak)
     return tuple(peaks)

@@ -48,10 +48,11 @@ class SplitBackward:
         self.y = y
         self.x = x
         self.junctions: list[_Junction] = []
+        self.shared = False  # whether a weight gets gradients from several branches
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """The gradient of x. Those of vectors are added to their `.grad`."""
-        small, self.junctions = _branches(self.y, self.x)
+        small, self.junctions, self.shared = _branches(self.y, self.x)
         handles = [junction.node.register_prehook(junction.note) for junction in self.junctions]
         wanted = [get_gradient_edge(self.x), *small]
         of_x, *of_small = run_backward([self.y], [gradient], wanted, retain_graph=True)
@@ -65,13 +66,22 @@ class SplitBackward:
         """Add the gradients of the weights to their `.grad`."""
         edges: list[GradientEdge] = []
         gradients: list[Tensor | None] = []
-        for junction in self.junctions:
+        while self.junctions:
+            junction = self.junctions.pop()
             arrived = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.gradients) if g is not None]
             roots, given = zip(*arrived, strict=True)
-            edges += junction.branches
-            gradients += run_backward(roots, given, junction.branches, retain_graph=True)
-        _accumulate(edges, gradients)  # at once: what comes to one weight from several is summed as in a whole backward
-        self.junctions = []
+            of_branches = run_backward(roots, given, junction.branches, retain_graph=True)
+            if self.shared:  # all at once: what comes to one weight from several is summed as in a whole backward
+                edges += junction.branches
+                gradients += of_branches
+            else:
+                _accumulate(junction.branches, of_branches)
+        _accumulate(edges, gradients)
+
+    def held_bytes(self) -> int:
+        """What is held from the first half to the second, beside what autograd keeps."""
+        noted = [g for junction in self.junctions for g in junction.gradients if g is not None]
+        return sum({g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in noted}.values())
 
 
 def _accumulate(edges: Sequence[GradientEdge], gradients: Sequence[Tensor | None]) -> None:
@@ -82,8 +92,9 @@ def _accumulate(edges: Sequence[GradientEdge], gradients: Sequence[Tensor | None
         run_backward(roots, given)
 
 
-def _branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junction]]:
-    """The edges that leave the path from y to x: those to vectors, and by junction those to matrices.
+def _branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junction], bool]:
+    """The edges that leave the path from y to x: those to vectors, and by junction those to matrices. Last, whether
+    a matrix is reached in several ways.
 
     A branch that several nodes share (a tensor used twice) belongs to the first half, where autograd sums it.
     """
@@ -111,7 +122,8 @@ def _branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junction]
         small += [edge for edge in edges if edge not in large]
         if large:
             junctions.append(_Junction(node, large))
-    return list(dict.fromkeys(small)), junctions
+    shared = any(parents[node] > 1 for node in matrices if hasattr(node, "variable"))
+    return list(dict.fromkeys(small)), junctions, shared
 
 
 def _post_order(root: Node | None) -> Iterator[Node]:

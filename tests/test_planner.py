@@ -58,6 +58,8 @@ def test_nothing_travels_inside_a_rank():
 def test_what_is_held_weighs_what_its_stage_keeps():
     assert peak_held(gpipe(2, 3), [10, 1]) == (30, 3)
     assert peak_held(zero_bubble_h1(2, 4), [10, 1]) == (20, 2)
+    assert peak_held(gpipe(2, 3), [10, 1], [5, 5]) == (30, 3)  # its backwards are whole
+    assert peak_held(zero_bubble_h1(2, 4), [10, 10], [5, 5]) == (25, 30)  # rank 1 keeps two halves for the end
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -181,7 +183,9 @@ def test_what_is_kept_without_computing_is_what_torch_keeps(family):
             x = model.layers[index](x, context)
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         really = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
-        assert kept_bytes(shape, shape.layers[index], 2) == pytest.approx(really, rel=0.02)
+        by_autograd, between = kept_bytes(shape, shape.layers[index], 2)
+        assert by_autograd == pytest.approx(really, rel=0.02)
+        assert (0 < between < really) == (index > 0)  # tokens have no gradient
 
 
 def test_sixteen_thousand_ranks():

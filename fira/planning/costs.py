@@ -25,15 +25,17 @@ def estimate(shape: Shape, hardware: Hardware, precision: str, device: str = "cu
     flops = dict(zip(shape.layers, shape.flops, strict=True))
 
     @cache
-    def kept(kind: int, microbatch: int) -> int:
-        return kept_bytes(shape, kind, microbatch, PRODUCTS.get(precision)) * item // 4
+    def kept(kind: int, microbatch: int) -> tuple[int, int]:
+        held, noted = kept_bytes(shape, kind, microbatch, PRODUCTS.get(precision))
+        return held * item // 4, noted * item // 4
 
     def cost(kind: int, microbatch: int) -> Cost:
         k, tokens = shape.kinds[kind], microbatch * shape.tokens
         products = k.layer.flops_per_token(0) * tokens  # type: ignore[operator]
         own = flops[kind] * tokens - products
         # Sizes grow by the same from sequence to sequence, so two are enough to know all.
-        bytes_kept = kept(kind, 1) + (microbatch - 1) * (kept(kind, 2) - kept(kind, 1))
+        pairs = zip(kept(kind, 1), kept(kind, 2), strict=True)
+        bytes_kept, noted = (one + (microbatch - 1) * (two - one) for one, two in pairs)
         first, last = kind == shape.layers[0], kind == shape.layers[-1]
         weights = 0 if first else item * (k.parameters + k.expert_parameters)  # of the table a few rows are read
 
@@ -48,6 +50,7 @@ def estimate(shape: Shape, hardware: Hardware, precision: str, device: str = "cu
             weight=weight,
             backward=back + weight,
             kept=bytes_kept,
+            noted=noted,
             optimizer=OPTIMIZER_PASSES * item * (k.parameters + k.expert_parameters) / hardware.memory_bandwidth,
             working=working_bytes(shape, microbatch, device) if last else 0,
         )

@@ -15,6 +15,7 @@ from fira.models.grouped import Groups
 from fira.models.moe import MoE, Plan, TokenDispatcher, sort_by_expert
 from fira.models.registry import build
 from fira.parallelize import layer_costs
+from pipeline.split_backward import SplitBackward
 from pipeline.stage import Autocast
 
 
@@ -32,6 +33,7 @@ class Cost:
     kept: int  # bytes from forward to backward
     optimizer: float  # seconds a step
     working: int = 0  # bytes beside these while it computes
+    noted: int = 0  # bytes from the first half of a split backward to the second
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,9 @@ class EvenDispatcher(TokenDispatcher):
         return Plan(*sort_by_expert(flat), Groups(torch.tensor(sizes, device=flat.device), dict(enumerate(sizes))))
 
 
-def kept_bytes(shape: Shape, kind: int, microbatch: int, autocast: torch.dtype | None = None) -> int:
-    """What autograd keeps of one micro-batch for the backward of a layer, found without computing anything.
+def kept_bytes(shape: Shape, kind: int, microbatch: int, autocast: torch.dtype | None = None) -> tuple[int, int]:
+    """What is kept of one micro-batch for the backward of a layer, and what from its first half to its second, found
+    without computing anything.
 
     autocast: the precision of products. Their weights' copies in it are kept as well, for every micro-batch in flight.
     """
@@ -140,8 +143,8 @@ def working_bytes(shape: Shape, microbatch: int, device: str) -> int:
     return 3 * 4 * min(tokens, rows) * shape.config.vocab_size
 
 
-def bytes_kept(layer: nn.Module, x: Tensor, context: Context) -> int:
-    """What autograd keeps of a layer's forward beside its parameters."""
+def bytes_kept(layer: nn.Module, x: Tensor, context: Context) -> tuple[int, int]:
+    """What autograd keeps of a layer's forward beside its parameters, and what a split backward holds in its middle."""
     kept: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -149,7 +152,12 @@ def bytes_kept(layer: nn.Module, x: Tensor, context: Context) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        layer(x, context)
+        y = layer(x, context)
+    noted = 0
+    if x.is_floating_point():
+        split = SplitBackward(y, x)
+        split.input_gradient(torch.ones_like(y))
+        noted = split.held_bytes()
     for parameter in layer.parameters():
         kept.pop(parameter.untyped_storage()._cdata, None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), noted

@@ -37,7 +37,7 @@ from pipeline import World
 from pipeline.mesh import Layout, make_mesh
 from pipeline.stage import DeviceLayers, Stage
 
-FORMAT = 1  # part of every key: raise it when what is measured changes
+FORMAT = 2  # part of every key: raise it when what is measured changes
 REPEATS, FLYING = 5, 2  # how often, with how many micro-batches in flight, as in a pipeline
 LONG = 2.0  # seconds of one layer's forward and backward from which on larger micro-batches are not measured but scaled
 # Between processes of one machine, where there is only one to measure.
@@ -102,6 +102,7 @@ def _scaled(cost: Cost, slower: float, size: float) -> Cost:
         **{
             **values,
             "kept": int(cost.kept * size),
+            "noted": int(cost.noted * size),
             "working": int(cost.working * size),
             "optimizer": cost.optimizer * slower,
         }
@@ -191,10 +192,10 @@ def _layer(
             for times in seconds.values():
                 times.clear()
     x = batches[0].inputs.to(device) if first else hidden[0].requires_grad_()
-    kept = bytes_kept(layers, x, batches[0].context)
+    kept, noted = bytes_kept(layers, x, batches[0].context)
     working = working_bytes(shape, size, device.type) if last else 0
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return {**medians, "kept": kept, "optimizer": _optimizer(layer), "working": working}
+    return {**medians, "kept": kept, "noted": noted, "optimizer": _optimizer(layer), "working": working}
 
 
 def _filled(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:

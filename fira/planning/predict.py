@@ -98,18 +98,20 @@ class Predictor:
         logits among them; and what a backward or a reduction needs beside them."""
         layout, placement = way.layout, placement_of(way.schedule, way.layout.pp)
         costs, last = self.costs(way.microbatch), len(placement) - 1
-        sizes, single = [], []
+        sizes, noted, single = [], [], []
         for s, span in enumerate(self.stages(len(placement))):
             layers = [costs[self.shape.layers[i]] for i in span]
             again = [costs[self.shape.layers[i]].kept for i in self._again(way, span)]
             kept = sum(cost.kept for cost in layers) - sum(again) + len(again) * self._boundary(way)
             single.append(max(again, default=0))
+            halves = [costs[self.shape.layers[i]].noted for i in span if i not in self._again(way, span)]
+            noted.append(sum(halves) if s > 0 else self._boundary(way))  # the first stage has no first half
             sizes.append(kept + (self._boundary(way) if s < last else 0))
         if way.schedule == "zb-v" and layout.pp >= GREEDY:
             held = tuple(float(min(layout.pp, way.count) * (sizes[r] + sizes[last - r])) for r in range(layout.pp))
         else:
             few = min(way.count, 4 * len(placement))
-            peaks = peak_held(schedule_of(way.schedule, layout.pp, few), sizes)
+            peaks = peak_held(schedule_of(way.schedule, layout.pp, few), sizes, noted)
             whole = [few * sum(sizes[s] for s, r in enumerate(placement) if r == rank) for rank in range(layout.pp)]
             scale = [way.count / few if peak == all_ else 1.0 for peak, all_ in zip(peaks, whole, strict=True)]
             held = tuple(peak * factor for peak, factor in zip(peaks, scale, strict=True))

@@ -27,8 +27,8 @@ _NUMBER_TYPES = {
     torch.bool: MPI.C_BOOL,
 }
 
-BLOCK = 2**30
-UNLOCKED = 64 * 1024
+BLOCK = 2**30  # bytes MPI is given one by one; more go in blocks
+UNLOCKED = 64 * 1024  # bytes from which a copy lets other threads run
 NOTHING = MPI.memory.allocate(0)
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.uint16)
 _ONLY_MPI = (torch.uint16, torch.uint32, torch.uint64)  # torch has next to no arithmetic for them

@@ -125,7 +125,7 @@ class Collectives:
         others = self.size - 1
         length = max(1, min(PIECE, SCRATCH // others) // result.element_size())
         scratch = list(self._scratch(others, min(length, len(result)), result.dtype))
-        scratch.insert(self.rank, result)  # (unused)
+        scratch.insert(self.rank, result)  # a placeholder: this rank's own part stays where it is
         for start in range(0, max(map(len, parts)), length):
             sent, target = [part[start : start + length] for part in parts], result[start : start + length]
             received = [some[: len(target)] for some in scratch]

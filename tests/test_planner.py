@@ -18,6 +18,7 @@ from fira.planning.choose import fewest_recomputed, plan_for, write_timeline
 from fira.planning.costs import estimate
 from fira.planning.hardware import Hardware, Link, load
 from fira.planning.layers import Cost, Shape, kept_bytes, shape_of
+from fira.planning.picture import draw_timelines
 from fira.planning.predict import Predictor
 from fira.planning.report import command_line, describe
 from fira.planning.search import search
@@ -270,3 +271,11 @@ def test_a_trace_says_what_the_action_lists_say(tmp_path):
     assert Counter(event["name"] == "wait" for event in events)[False] == sum(map(len, schedule.actions))
     with pytest.raises(UserError, match="choose a path"):
         write_timeline(timeline, "/dev/null/out.json", "nowhere")
+
+
+def test_the_picture_shows_all_of_every_timeline(tmp_path, monkeypatch):
+    panels = {"short": simulate(gpipe(2, 2), unit(2)), "long": simulate(gpipe(2, 9), unit(2))}
+    shown = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: shown.append(figure))
+    draw_timelines(panels, tmp_path / "both.png", columns=2)
+    assert all(axes.get_xlim()[1] >= panels["long"].length * 1e3 for axes in shown[0].axes)

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,17 +85,19 @@ def test_the_second_command_runs_the_tests():
     assert command_with("python -m pytest") == SETUP + "python -m pytest"
 
 
+def help_of(script: str) -> str:
+    command = [sys.executable, ROOT / script, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.replace("[", "  ")
+
+
 def test_the_other_commands_name_flags_that_exist():
-    helps: dict[str, str] = {}
-    for command in COMMANDS:
-        for script in re.findall(r"scripts/\w+\.py", command):
-            if script not in helps:
-                shown = subprocess.run(
-                    [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True
-                )
-                helps[script] = shown.stdout
-            for word in shlex.split(command.split(script)[1]):
-                assert not word.startswith("--") or f"  {word} " in helps[script].replace("[", "  "), (word, script)
+    named = [(script, command) for command in COMMANDS for script in re.findall(r"scripts/\w+\.py", command)]
+    scripts = sorted({script for script, _ in named})
+    with ThreadPoolExecutor(2) as pool:
+        helps = dict(zip(scripts, pool.map(help_of, scripts), strict=True))
+    for script, command in named:
+        for word in shlex.split(command.split(script)[1]):
+            assert not word.startswith("--") or f"  {word} " in helps[script], (word, script)
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=["fira", "transformers"])

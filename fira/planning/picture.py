@@ -41,6 +41,7 @@ def draw_timelines(panels: Mapping[str, Timeline], out: Path, columns: int = 1) 
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for axes, (title, timeline) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, title, timeline)
+    grid[0, 0].set_xlim(0, 1.02e3 * max(timeline.length for timeline in panels.values()))  # of all: they share it
     for axes in grid[-1]:
         axes.set_xlabel("milliseconds", fontsize=9)
     kinds = {action.kind for timeline in panels.values() for spans in timeline.spans for action, _, _ in spans}
@@ -63,7 +64,6 @@ def _draw(axes: Axes, title: str, timeline: Timeline) -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_yticks(range(len(timeline.spans)), [f"rank {rank}" for rank in range(len(timeline.spans))], fontsize=8)
     axes.set_ylim(len(timeline.spans) - 0.4, -0.6)
-    axes.set_xlim(left=0)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):

@@ -166,6 +166,22 @@ def test_expert_gradients_equal_a_loop_and_are_zero_without_tokens() -> None:
             assert bool((grad[e] == 0).all()) == (e == 3)
 
 
+def test_one_token_gives_experts_that_it_did_not_choose_no_gradient() -> None:
+    """As it stands beside others, too: the sum of one-token backwards is the backward of all."""
+    model = FIRA(replace(PRESETS["fira-tiny"], dropout=0.0)).double()
+    block = next(module for module in model.modules() if isinstance(module, MoE))
+    x = torch.randn(1, 3, block.router.gate.in_features, dtype=torch.float64)
+    block(x, Context(), None).sum().backward()
+    together = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+    for token in x.unbind(1):
+        junk = [torch.full_like(p, 7.0) for p in block.parameters()]  # what memory that is not cleared would show
+        del junk
+        block(token[:, None], Context(), None).sum().backward()
+    for parameter, expected in zip(block.parameters(), together, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_either_gradient_of_a_grouped_product_is_computed_without_the_other() -> None:
     torch.manual_seed(0)
     groups = Groups(torch.tensor([3, 0, 5]))

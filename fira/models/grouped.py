@@ -116,8 +116,9 @@ class _OfWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
-        of_weight = grad.new_empty(ctx.shape)
-        of_bias = grad.new_empty(ctx.shape[:2]) if ctx.biased else None
+        new = grad.new_empty if len(ctx.sizes) == ctx.shape[0] else grad.new_zeros  # weights that no group names
+        of_weight = new(ctx.shape)
+        of_bias = new(ctx.shape[:2]) if ctx.biased else None
         parts = _parts(ctx.sizes, len(x))
         for e, rows, ins in zip(ctx.sizes, grad.split(parts), x.split(parts), strict=False):
             torch.mm(rows.T, ins, out=of_weight[e])

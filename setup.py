@@ -6,7 +6,7 @@ setup(
     description="Pipeline-parallel training of Mixture-of-Experts language models over MPI",
     python_requires=">=3.11",
     packages=find_packages(include=["fira", "fira.*", "pipeline", "pipeline.*"]),
-    package_data={"fira.planning": ["devices/*.toml"]},
+    package_data={"fira.planner": ["devices/*.toml"]},
     install_requires=[
         "torch>=2.6",
         "torchgpipe>=0.0.7",

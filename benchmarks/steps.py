@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fira.parallelize import parallelize
-from fira.planning.ways import Way
-from fira.training.batch import Split
+from fira.parallel.batch_split import BatchSplit
+from fira.parallel.parallelize import parallelize
+from fira.planner.candidates import Candidate
 from fira.training.trainer import Trainer
 from pipeline.mesh import make_mesh
 
@@ -27,9 +27,11 @@ class RandomTokens:
         return tokens[0], tokens[1]
 
 
-def trainer_of(config: Any, way: Way, device: torch.device = CPU, autocast: torch.dtype | None = None) -> Trainer:
-    """This rank's part of a model that is trained in a way (collective over all ranks)."""
-    mesh = make_mesh(way.layout, [device])
-    model = parallelize(config, mesh, config.seq_len, 0, [device], way.schedule, autocast=autocast)
-    split = Split(way.microbatch, way.layout.dp, mesh.dp_rank, config.d_model, device)
-    return Trainer(model, mesh, split, way.schedule, 0.1, 1.0, False)
+def trainer_of(
+    config: Any, candidate: Candidate, device: torch.device = CPU, autocast: torch.dtype | None = None
+) -> Trainer:
+    """This rank's part of a model that is trained as one candidate layout (collective over all ranks)."""
+    mesh = make_mesh(candidate.layout, [device])
+    model = parallelize(config, mesh, config.seq_len, 0, [device], candidate.schedule, autocast=autocast)
+    split = BatchSplit(candidate.microbatch, candidate.layout.dp, mesh.dp_rank, config.d_model, device)
+    return Trainer(model, mesh, split, candidate.schedule, 0.1, 1.0, False)

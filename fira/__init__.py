@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fira.generation.load import load_model
+    from fira.checkpoint.load_model import load_model
     from fira.generation.text import decode, encode, evaluate_perplexity, expert_utilisation, sample_text
-    from fira.local_pipeline import create_pipeline_model
     from fira.models.fira import FIRA
+    from fira.parallel.pipeline_model import create_pipeline_model
 
 __all__ = [
     "FIRA",
@@ -26,12 +26,12 @@ __all__ = [
 
 _HOMES = {
     "FIRA": "fira.models.fira",
-    "create_pipeline_model": "fira.local_pipeline",
+    "create_pipeline_model": "fira.parallel.pipeline_model",
     "decode": "fira.generation.text",
     "encode": "fira.generation.text",
     "evaluate_perplexity": "fira.generation.text",
     "expert_utilisation": "fira.generation.text",
-    "load_model": "fira.generation.load",
+    "load_model": "fira.checkpoint.load_model",
     "sample_text": "fira.generation.text",
 }
 

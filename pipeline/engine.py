@@ -64,7 +64,7 @@ class Engine:
             raise ValueError(f"the schedule is for {schedule.microbatches} micro-batches, not {len(microbatches)}")
         actions = schedule.actions[self.rank]
         training = any(action.kind is not Kind.FORWARD for action in actions)
-        play = _Play(self, schedule, microbatches)
+        play = _ScheduleRun(self, schedule, microbatches)
         self.waited = 0.0
         try:
             with torch.set_grad_enabled(training):
@@ -81,7 +81,7 @@ class Engine:
                 stage.clear()
         return play.reports
 
-    def _timed(self, play: "_Play", action: Action) -> tuple[Action, float, float]:
+    def _timed(self, play: "_ScheduleRun", action: Action) -> tuple[Action, float, float]:
         """Do an action; when it had what it waits for, and when it was done, by time.perf_counter."""
         device = self.stages[action.stage].input_device
         before, waited = time.perf_counter(), self.waited
@@ -91,7 +91,7 @@ class Engine:
         return action, before + self.waited - waited, time.perf_counter()
 
 
-class _Play:
+class _ScheduleRun:
     """One run: what was received, what is under way, what the last stage reported.
 
     A tensor is named by the action that it is for: the forward that takes it in, or the backward, whole or split, as

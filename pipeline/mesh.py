@@ -89,7 +89,7 @@ def make_mesh(layout: Layout, devices: Sequence[torch.device] = (CPU,)) -> Mesh:
         raise ValueError(f"{layout} needs {layout.world} ranks, there are {dist.get_world_size()}")
     backend = None
     if devices[0].type == "cuda":
-        from pipeline.mpi.devices import cuda_backend  # loads MPI
+        from pipeline.mpi.cuda_transport import cuda_backend  # loads MPI
 
         backend = cuda_backend(devices)
 

@@ -5,9 +5,9 @@ from argparse import Namespace
 
 from fira import cli, load_model
 from fira.data.tokenizer import load_tokenizer
+from fira.devices import choose_devices
 from fira.generation.chat import Conversation
 from fira.generation.options import add_sampling, sampling
-from fira.training.hardware import choose_devices
 
 
 def main() -> None:

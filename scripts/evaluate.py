@@ -6,12 +6,12 @@ from itertools import chain
 from fira import cli, encode, load_model
 from fira.data.sources import documents
 from fira.data.tokenizer import eos_id, load_tokenizer
+from fira.devices import choose_devices
 from fira.errors import UserError
 from fira.generation.perplexity import TextLoss, perplexity
 from fira.generation.text import own_tokenizer
 from fira.generation.utilisation import counting_experts, shares
 from fira.models.language_model import LanguageModel
-from fira.training.hardware import choose_devices
 
 
 def main() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from fira import cli, encode, load_model
 from fira.data.tokenizer import eos_id, load_tokenizer
+from fira.devices import choose_devices
 from fira.errors import UserError
 from fira.generation.options import add_sampling, sampling
 from fira.generation.perplexity import perplexity
 from fira.generation.text import continue_text, own_tokenizer, text_or_content
 from fira.models.language_model import LanguageModel
-from fira.training.hardware import choose_devices
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def write(model: LanguageModel, draft: LanguageModel | None, options: Namespace)
     prompt = encode(text, tokenizer)
     started = time.perf_counter()
     if options.beams:
-        from fira.huggingface.beams import beam_text  # imports transformers
+        from fira.generation.beams import beam_text  # imports transformers
 
         pieces = iter([beam_text(model, prompt, options.max_new_tokens, options.beams)])
     else:

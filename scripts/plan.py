@@ -8,12 +8,14 @@ import dataclasses
 
 import pipeline
 from fira import cli
+from fira.devices import choose_devices
 from fira.errors import UserError
+from fira.metrics.timeline_plot import write_timeline
 from fira.models.registry import make_config
-from fira.planning.choose import plan_for, plan_here, write_timeline
-from fira.planning.report import command_line, describe
+from fira.planner.plan import plan_for, plan_here
+from fira.planner.plan_report import command_line, describe
+from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig, add_options, given_flags
-from fira.training.hardware import choose_devices
 
 PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute")
 KEYS = ("model", "model_set", "vocab_size", "seq_len", "batch_size", "precision", *PLANNED)
@@ -36,21 +38,24 @@ def main() -> None:
         batch = options.ranks
         print(f"the recipe's batch is smaller than the number of ranks; planned for {batch:,} sequences")
     config = dataclasses.replace(config, batch_size=batch)
+    constraints = constraints_of(config, batch)
     if options.device == "this":
         world = pipeline.init()
         device = choose_devices("auto", None, world.local_rank)[0]
-        found, hardware = plan_here(config, model, batch, options.ranks, device, world, options.top)
+        found, hardware = plan_here(model, constraints, config.precision, options.ranks, device, world, options.top)
         if world.rank > 0:
             return
     else:
-        found, hardware = plan_for(config, model, batch, options.ranks, options.device, options.top)
+        found, hardware = plan_for(model, constraints, config.precision, options.ranks, options.device, options.top)
     flags = given_flags(config, without=PLANNED)
     print(describe(found, hardware, batch * model.seq_len, flags))
     if options.timeline:
         best = found.best[0]
         if best.timeline is None:
-            raise UserError(f"--timeline: {best.way.schedule} over {best.way.layout.pp} ranks is not simulated")
-        print("picture:", write_timeline(best.timeline, options.timeline, command_line(best.way, [])))
+            raise UserError(
+                f"--timeline: {best.candidate.schedule} over {best.candidate.layout.pp} ranks is not simulated"
+            )
+        print("picture:", write_timeline(best.timeline, options.timeline, command_line(best.candidate, [])))
 
 
 if __name__ == "__main__":

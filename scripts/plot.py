@@ -4,8 +4,8 @@ from pathlib import Path
 
 from fira import cli
 from fira.errors import UserError
-from fira.training.expert_plots import plot_experts
-from fira.training.plots import plot_files
+from fira.metrics.expert_plots import plot_experts
+from fira.metrics.run_plots import plot_files
 
 
 def main() -> None:

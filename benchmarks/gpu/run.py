@@ -21,16 +21,16 @@ from torch import nn
 import pipeline
 from benchmarks.measure import alternate, merge, ratio
 from benchmarks.steps import RandomTokens, trainer_of
-from fira.local_pipeline import create_pipeline_model
-from fira.models.context import Context
-from fira.models.experts import GatedExperts
 from fira.models.language_model import LanguageModel
-from fira.models.mlp import GatedMLP
-from fira.models.moe import MoE
 from fira.models.registry import PRESETS, build
-from fira.models.router import Router
-from fira.planning.ways import Way
-from fira.training.objective import objective
+from fira.nn.context import Context
+from fira.nn.mlp import GatedMLP
+from fira.nn.moe.experts import GatedExperts
+from fira.nn.moe.layer import MoE
+from fira.nn.moe.router import Router
+from fira.parallel.objective import objective
+from fira.parallel.pipeline_model import create_pipeline_model
+from fira.planner.candidates import Candidate
 from pipeline.mesh import Layout
 
 HERE = Path(__file__).parent
@@ -68,7 +68,7 @@ def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
 
 
 def ours(config: Any, layout: Layout, device: torch.device) -> Run:
-    way = Way(layout, "1f1b", MICROBATCH, BATCH // MICROBATCH // layout.dp, 0)
+    way = Candidate(layout, "1f1b", MICROBATCH, BATCH // MICROBATCH // layout.dp, 0)
     trainer = trainer_of(config, way, device, torch.bfloat16)
     loader = RandomTokens(config.vocab_size, config.seq_len)
     return lambda: trainer.step(loader, BATCH, 1e-4, 0, [])

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import pipeline
 from benchmarks.measure import alternate, ratio
-from fira.expert_parallel import AllToAllDispatcher
-from fira.models.experts import GatedExperts
-from fira.models.grouped import Groups
+from fira.nn.moe.experts import GatedExperts
+from fira.nn.moe.grouped_linear import RowGroups
+from fira.parallel.expert_parallel import AllToAllDispatcher
 
 ROUNDS = 15
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K, EP = 2048, 384, 768, 8, 2, 2
@@ -40,7 +40,7 @@ class Chunk:
         self.send, self.receive = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
         arriving = torch.arange(len(places)).repeat(EP).repeat_interleave(incoming.flatten())
         self.regroup = arriving.argsort(stable=True)
-        self.groups = Groups(None, dict(zip(places, incoming.sum(0).tolist(), strict=True)))
+        self.groups = RowGroups(None, dict(zip(places, incoming.sum(0).tolist(), strict=True)))
         self.group = group
 
     def start(self, x: Tensor) -> tuple[Tensor, dist.Work]:

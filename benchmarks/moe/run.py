@@ -19,12 +19,12 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from benchmarks.measure import alternate, environment, merge, products, ratio
-from fira.models.context import Context
-from fira.models.experts import GatedExperts
-from fira.models.mlp import GatedMLP
-from fira.models.moe import MoE
-from fira.models.router import Router
-from fira.training.hardware import keep_freed_memory
+from fira.devices import keep_freed_memory
+from fira.nn.context import Context
+from fira.nn.mlp import GatedMLP
+from fira.nn.moe.experts import GatedExperts
+from fira.nn.moe.layer import MoE
+from fira.nn.moe.router import Router
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

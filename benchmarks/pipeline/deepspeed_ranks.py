@@ -16,8 +16,8 @@ from mpi4py import MPI
 
 from benchmarks.pipeline.ranks import ROWS, Bench, Layers, objective
 from benchmarks.turns import serve
-from fira.models.context import Context
-from fira.training.hardware import keep_freed_memory
+from fira.devices import keep_freed_memory
+from fira.nn.context import Context
 
 
 def main(microbatches: int) -> None:

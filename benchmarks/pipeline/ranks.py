@@ -20,9 +20,9 @@ from torch.distributed import pipelining
 
 import pipeline
 from benchmarks.turns import serve
-from fira.models.context import Context
+from fira.devices import keep_freed_memory
 from fira.models.fira import FIRA, FiraConfig
-from fira.training.hardware import keep_freed_memory
+from fira.nn.context import Context
 from pipeline.engine import Engine, MicroBatch
 from pipeline.schedule import SCHEDULES
 from pipeline.stage import DeviceLayers, Stage

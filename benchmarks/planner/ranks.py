@@ -14,10 +14,10 @@ import torch.distributed as dist
 import pipeline
 from benchmarks.steps import RandomTokens, trainer_of
 from fira.models.registry import make_config
-from fira.planning.layers import shape_of
-from fira.planning.measure import measure
-from fira.planning.predict import Predictor
-from fira.planning.ways import Way
+from fira.planner.candidates import Candidate
+from fira.planner.measure import measure
+from fira.planner.model_profile import profile_of
+from fira.planner.step_time import Predictor
 from pipeline.mesh import Layout
 
 MODELS = {
@@ -26,21 +26,21 @@ MODELS = {
 }
 BATCH, STEPS = 16, 9
 WAYS = {
-    1: [Way(Layout(1, 1, 1), "1f1b", 4, 4, 0)],
+    1: [Candidate(Layout(1, 1, 1), "1f1b", 4, 4, 0)],
     2: [
-        Way(Layout(2, 1, 1), "1f1b", 4, 4, 0),
-        Way(Layout(2, 1, 1), "zb-h1", 4, 4, 0),
-        Way(Layout(2, 1, 1), "zb-v", 4, 4, 0),
-        Way(Layout(1, 2, 1), "1f1b", 4, 2, 0),
-        Way(Layout(1, 2, 2), "1f1b", 4, 2, 0),
+        Candidate(Layout(2, 1, 1), "1f1b", 4, 4, 0),
+        Candidate(Layout(2, 1, 1), "zb-h1", 4, 4, 0),
+        Candidate(Layout(2, 1, 1), "zb-v", 4, 4, 0),
+        Candidate(Layout(1, 2, 1), "1f1b", 4, 2, 0),
+        Candidate(Layout(1, 2, 2), "1f1b", 4, 2, 0),
     ],
-    4: [Way(Layout(2, 2, 2), "1f1b", 4, 2, 0)],
+    4: [Candidate(Layout(2, 2, 2), "1f1b", 4, 2, 0)],
 }
 
 
-def step_seconds(config, way: Way) -> float:
+def step_seconds(config, candidate: Candidate) -> float:
     """The median step, as the slowest rank has it."""
-    trainer, loader = trainer_of(config, way), RandomTokens(config.vocab_size, config.seq_len)
+    trainer, loader = trainer_of(config, candidate), RandomTokens(config.vocab_size, config.seq_len)
     times = []
     for _ in range(STEPS):
         dist.barrier()
@@ -52,11 +52,11 @@ def step_seconds(config, way: Way) -> float:
     return float(slowest)
 
 
-def peak_bytes(config, way: Way) -> float:
+def peak_bytes(config, candidate: Candidate) -> float:
     """The most that torch has allocated on a rank in two steps, by its profiler."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer, loader = trainer_of(config, way), RandomTokens(config.vocab_size, config.seq_len)
+        trainer, loader = trainer_of(config, candidate), RandomTokens(config.vocab_size, config.seq_len)
         for _ in range(2):
             trainer.step(loader, BATCH, 1e-4, 0, [])
     with tempfile.TemporaryDirectory() as folder:
@@ -74,16 +74,16 @@ def main() -> None:
     world = pipeline.init()
     for name, changes in MODELS.items():
         config = make_config("fira-tiny", changes)
-        shape = shape_of(config)
+        shape = profile_of(config)
         hardware, costs = measure(shape, [4], "fp32", torch.device("cpu"), world.size, world)
-        for way in WAYS[world.size]:
-            estimate = Predictor(shape, hardware, costs, "fp32").predict(way)
-            seconds, peak = step_seconds(config, way), peak_bytes(config, way)
+        for candidate in WAYS[world.size]:
+            estimate = Predictor(shape, hardware, costs, "fp32").predict(candidate)
+            seconds, peak = step_seconds(config, candidate), peak_bytes(config, candidate)
             if world.rank == 0:
                 row = {
                     "model": name,
-                    "layout": str(way.layout),
-                    "schedule": way.schedule,
+                    "layout": str(candidate.layout),
+                    "schedule": candidate.schedule,
                     "predicted_ms": estimate.seconds * 1e3,
                     "measured_ms": seconds * 1e3,
                     "predicted_mb": max(estimate.memory) / 1e6,

@@ -9,9 +9,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fira.planning.picture import draw_timelines
+from fira.metrics.timeline_plot import draw_timelines
 from pipeline.simulate import Timeline
-from pipeline.trace import read_trace
+from pipeline.timeline import read_trace
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -28,11 +28,11 @@ def main() -> None:
     panels = {}
     with tempfile.TemporaryDirectory() as folder:
         for schedule in ("1f1b", "zb-h1"):
-            wanted = [*MODEL, "--pp", "2", "--schedule", schedule]
+            constraints = [*MODEL, "--pp", "2", "--schedule", schedule]
             simulated, measured = Path(folder) / "simulated.json", Path(folder) / "measured.json"
-            start("plan.py", *wanted, "--recompute", "none", "--ranks", "2", "--top", "1", "--timeline", simulated)
+            start("plan.py", *constraints, "--recompute", "none", "--ranks", "2", "--top", "1", "--timeline", simulated)
             run = ["--steps", "4", "--eval-sequences", "2", "--out", Path(folder) / schedule]
-            start("train.py", *wanted, *run, "--trace", measured)
+            start("train.py", *constraints, *run, "--trace", measured)
             panels[f"{schedule}, simulated"] = from_zero(read_trace(simulated))
             panels[f"{schedule}, measured"] = from_zero(read_trace(measured))
     draw_timelines(panels, HERE / "timelines.png", columns=2)

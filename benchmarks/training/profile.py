@@ -15,12 +15,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import alternate, environment, products, ratio
-from fira.models.context import Context
+from fira.devices import keep_freed_memory
 from fira.models.fira import FiraConfig
 from fira.models.language_model import LanguageModel
 from fira.models.registry import PRESETS, build
-from fira.training.hardware import keep_freed_memory
-from fira.training.objective import objective
+from fira.nn.context import Context
+from fira.parallel.objective import objective
 
 ROUNDS = 5
 MODELS: dict[str, tuple[FiraConfig, int]] = {  # and the sequences of a step

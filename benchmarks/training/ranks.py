@@ -14,12 +14,12 @@ from benchmarks.pipeline.ranks import Layers
 from benchmarks.pipeline.ranks import objective as of_logits
 from benchmarks.steps import RandomTokens, trainer_of
 from benchmarks.turns import serve
-from fira.models.context import Context
+from fira.devices import keep_freed_memory
 from fira.models.fira import FIRA, FiraConfig
-from fira.parallelize import layer_costs
-from fira.planning.ways import Way
-from fira.training.hardware import keep_freed_memory
-from fira.training.objective import objective
+from fira.nn.context import Context
+from fira.parallel.objective import objective
+from fira.parallel.parallelize import layer_costs
+from fira.planner.candidates import Candidate
 from pipeline.mesh import Layout
 from pipeline.partition import partition
 
@@ -29,28 +29,28 @@ CONFIG = FiraConfig(
 BATCH = 8  # sequences in a step, whoever takes it
 AT_ONCE = 4  # sequences in a forward of one process
 WAYS = {  # layout, schedule, sequences in a micro-batch, micro-batches per replica
-    1: [Way(Layout(1, 1, 1), "1f1b", 4, 2, 0)],
+    1: [Candidate(Layout(1, 1, 1), "1f1b", 4, 2, 0)],
     2: [
-        Way(Layout(2, 1, 1), "1f1b", 1, 8, 0),
-        Way(Layout(2, 1, 1), "zb-2p", 1, 8, 0),
-        Way(Layout(1, 2, 1), "1f1b", 4, 1, 0),
-        Way(Layout(1, 2, 2), "1f1b", 4, 1, 0),
+        Candidate(Layout(2, 1, 1), "1f1b", 1, 8, 0),
+        Candidate(Layout(2, 1, 1), "zb-2p", 1, 8, 0),
+        Candidate(Layout(1, 2, 1), "1f1b", 4, 1, 0),
+        Candidate(Layout(1, 2, 2), "1f1b", 4, 1, 0),
     ],
     4: [
-        Way(Layout(4, 1, 1), "1f1b", 1, 8, 0),
-        Way(Layout(2, 2, 2), "1f1b", 1, 4, 0),
-        Way(Layout(1, 4, 1), "1f1b", 2, 1, 0),
-        Way(Layout(1, 4, 4), "1f1b", 2, 1, 0),
+        Candidate(Layout(4, 1, 1), "1f1b", 1, 8, 0),
+        Candidate(Layout(2, 2, 2), "1f1b", 1, 4, 0),
+        Candidate(Layout(1, 4, 1), "1f1b", 2, 1, 0),
+        Candidate(Layout(1, 4, 4), "1f1b", 2, 1, 0),
     ],
 }
 Run = Callable[[], object]
 
 
-def name_of(way: Way) -> str:
+def name_of(candidate: Candidate) -> str:
     """What a way is called in the table."""
-    layout = way.layout
+    layout = candidate.layout
     name = f"ours, pp {layout.pp} × dp {layout.dp}" + (f" (ep {layout.ep})" if layout.ep > 1 else "")
-    return name + (f", {way.schedule}" if way.layout.pp > 1 else "")
+    return name + (f", {candidate.schedule}" if candidate.layout.pp > 1 else "")
 
 
 def tokens() -> tuple[Tensor, Tensor]:
@@ -63,8 +63,8 @@ def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
 
 
-def ours(way: Way) -> Run:
-    trainer, loader = trainer_of(CONFIG, way), RandomTokens(CONFIG.vocab_size, CONFIG.seq_len)
+def ours(candidate: Candidate) -> Run:
+    trainer, loader = trainer_of(CONFIG, candidate), RandomTokens(CONFIG.vocab_size, CONFIG.seq_len)
     return lambda: trainer.step(loader, BATCH, 1e-4, 0, [])
 
 
@@ -142,7 +142,7 @@ def mixtral() -> Run:
 def main() -> None:
     world = pipeline.init(timeout_s=3600)  # the others' turns are long
     keep_freed_memory()
-    runs = {name_of(way): ours(way) for way in WAYS[world.size]}
+    runs = {name_of(candidate): ours(candidate) for candidate in WAYS[world.size]}
     if world.size == 1:
         runs["peak"] = products()[0]
         runs["transformers' Mixtral"] = mixtral()

@@ -18,7 +18,7 @@ from benchmarks.measure import environment, products, ratio
 from benchmarks.training.ranks import BATCH, CONFIG
 from benchmarks.turns import Job
 from fira.models.fira import FIRA
-from fira.parallelize import layer_costs
+from fira.parallel.parallelize import layer_costs
 
 HERE = Path(__file__).parent
 ROUNDS = 5

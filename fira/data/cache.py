@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fira.data.progress import progress_bar
+from fira.progress_bar import progress_bar
 
 REMEMBERED = 64 * 2**20  # bytes from which on a file's SHA-256 is remembered
 ABANDONED = 7 * 24 * 3600  # seconds after which what a killed process left behind is removed

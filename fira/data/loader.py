@@ -4,8 +4,7 @@ import numpy as np
 
 from fira.data.packed import PackedTokens
 from fira.errors import UserError
-
-IGNORE = -100  # a target that counts for nothing, as in torch's cross_entropy
+from fira.nn.cross_entropy import IGNORE_INDEX
 
 
 class Loader:
@@ -50,7 +49,7 @@ class Loader:
         return int(self._order[position])
 
 
-class Sequential:
+class ValidationSequences:
     """Validation sequences, in order; `len` of them, at most `limit`, taken evenly from the whole.
 
     The last window is padded, its missing targets −100, not dropped: every token counts, and a validation text
@@ -71,7 +70,7 @@ class Sequential:
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequences first … first + count − 1: (tokens, targets), int64, count × seq_len each; padding is (0, −100)."""
         inputs = np.zeros((count, self._seq_len), np.int64)
-        targets = np.full((count, self._seq_len), IGNORE, np.int64)
+        targets = np.full((count, self._seq_len), IGNORE_INDEX, np.int64)
         for row, start in enumerate(self._starts[first : first + count]):
             ids = self._tokens.read(start, min(start + self._seq_len + 1, len(self._tokens)))
             inputs[row, : len(ids) - 1] = ids[:-1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fira.data.loader import Loader, Sequential
+from fira.data.loader import Loader, ValidationSequences
 from fira.errors import UserError
 
 PERIOD = 1000  # sequences in which the proportions come out, and so the finest share there is
@@ -72,9 +72,9 @@ class Mixture:
 
 
 class Joined:
-    """Validation sequences of several sources, one source after another; beyond the end as in Sequential."""
+    """Validation sequences of several sources, one source after another; beyond the end as in ValidationSequences."""
 
-    def __init__(self, parts: Sequence[Sequential]) -> None:
+    def __init__(self, parts: Sequence[ValidationSequences]) -> None:
         self._parts = parts
         self._rows = [(part, row) for part in parts for row in range(len(part))]
 

@@ -15,10 +15,10 @@ from fira.data.cache import cache_folder, content_key, publish, total_size
 from fira.data.mixture import parse_mixture
 from fira.data.ngram import trigram_loss, unigram_loss
 from fira.data.packed import PackedTokens, TokenWriter, find_shards
-from fira.data.progress import progress_bar
 from fira.data.sources import documents, input_files
 from fira.data.tokenizer import eos_id, load_tokenizer, train_tokenizer, vocabulary
 from fira.errors import UserError
+from fira.progress_bar import progress_bar
 
 FORMAT = 2  # part of every key: raise it when the same input would give another result
 VALIDATION = 0.05  # share of the documents

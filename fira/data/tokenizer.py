@@ -7,8 +7,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from fira.errors import UserError
 
+TOKENIZER = "tokenizer.json"  # the name of the file in checkpoints and exports
 EOS = "</s>"
-SPECIAL_TOKENS = ["[UNK]", "<s>", EOS, "<|prompter|>", "<|assistant|>"]
+PROMPTER, ASSISTANT = "<|prompter|>", "<|assistant|>"
+SPECIAL_TOKENS = ["[UNK]", "<s>", EOS, PROMPTER, ASSISTANT]
 END_NAMES = [EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>"]  # what published tokenizers call it
 # A conversation in the language of transformers' `apply_chat_template`, as fira.generation.chat has it; a system's
 # message is one more of the prompter's.

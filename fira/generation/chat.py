@@ -6,12 +6,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from fira.data.tokenizer import eos_id
+from fira.checkpoint.load_model import own_tokenizer
+from fira.data.tokenizer import ASSISTANT, PROMPTER, eos_id
 from fira.errors import UserError
-from fira.generation.text import continue_text, own_tokenizer
+from fira.generation.text import continue_text
 from fira.models.language_model import LanguageModel
-
-PROMPTER, ASSISTANT = "<|prompter|>", "<|assistant|>"
 
 
 class Conversation:

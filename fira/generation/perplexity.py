@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fira.data.progress import progress_bar
 from fira.errors import UserError
-from fira.models.context import Context
 from fira.models.language_model import LanguageModel
+from fira.nn.context import Context
+from fira.progress_bar import progress_bar
 
 TOGETHER = 4  # windows in one forward; their logits are what needs memory
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fira.decoding.decoding import Reader, check_prompt
+from fira.decoding.sampling import Sampler, Sampling, draw
 from fira.errors import UserError
-from fira.generation.decoding import Reader, check_prompt
-from fira.generation.sampling import Sampler, Sampling, draw
 from fira.models.language_model import LanguageModel
 
 AHEAD = 4  # tokens guessed at a time

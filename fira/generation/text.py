@@ -11,12 +11,13 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
+from fira.checkpoint.load_model import own_tokenizer
 from fira.data.prepare import prepare
 from fira.data.tokenizer import eos_id, load_tokenizer
+from fira.decoding.decoding import continuation
+from fira.decoding.sampling import Sampling
 from fira.errors import UserError
-from fira.generation.decoding import continuation
 from fira.generation.perplexity import perplexity
-from fira.generation.sampling import Sampling
 from fira.generation.speculative import speculate
 from fira.generation.utilisation import counting_experts, shares
 from fira.models.language_model import LanguageModel
@@ -61,13 +62,6 @@ def text_or_content(value: str) -> str:
         return Path(value).read_text(encoding="utf-8") if os.path.isfile(value) else value
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{value}: {error}; give a text file in UTF-8") from None
-
-
-def own_tokenizer(model: LanguageModel) -> Tokenizer:
-    """The tokenizer that came with a model; UserError where none did."""
-    if model.tokenizer is None:
-        raise UserError("the model came without a tokenizer; give that of its data")
-    return model.tokenizer
 
 
 def continue_text(

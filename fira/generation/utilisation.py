@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fira.models.moe import MoE
-from fira.models.router import Routed
+from fira.nn.moe.layer import MoE
+from fira.nn.moe.router import Routed
 
 
 @contextmanager

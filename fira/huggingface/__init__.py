@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from fira.models.configuration_fira import FiraLMConfig, RishAIConfig
-from fira.models.modeling_fira import FiraLMForCausalLM, FiraLMModel, RishAICausalLM, RishAIModel
+from fira.huggingface.configuration_fira import FiraLMConfig, RishAIConfig
+from fira.huggingface.modeling_fira import FiraLMForCausalLM, FiraLMModel, RishAICausalLM, RishAIModel
 
 __all__ = ["FiraLMConfig", "FiraLMForCausalLM", "FiraLMModel", "RishAICausalLM", "RishAIConfig", "RishAIModel"]
 

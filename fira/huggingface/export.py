@@ -10,16 +10,14 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from fira.data.tokenizer import CHAT_TEMPLATE, eos_id
+from fira.checkpoint.load_model import load_model
+from fira.checkpoint.transformers_mapping import STOCK, names, to_stock
+from fira.data.tokenizer import ASSISTANT, CHAT_TEMPLATE, PROMPTER, eos_id
 from fira.errors import UserError
-from fira.generation.chat import ASSISTANT, PROMPTER
-from fira.generation.load import load_model
+from fira.files import naming
 from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, RishAIConfig
-from fira.models.families import to_document
 from fira.models.language_model import LanguageModel
-from fira.models.rish import Rish
-from fira.models.stock import STOCK, names, to_stock
-from fira.training.manifest import naming
+from fira.models.registry import family_of, to_document
 
 FORMATS = ("fira", *STOCK)
 SHARD = "5GB"
@@ -58,7 +56,11 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
 
 def as_transformers(model: LanguageModel) -> FiraLMForCausalLM:
     """The same model as one of transformers'; they share their weights."""
-    causal, config = (RishAICausalLM, RishAIConfig) if isinstance(model, Rish) else (FiraLMForCausalLM, FiraLMConfig)
+    causal, config = (
+        (RishAICausalLM, RishAIConfig)
+        if family_of(model.config).name == RishAIConfig.family
+        else (FiraLMForCausalLM, FiraLMConfig)
+    )
     with torch.device("meta"):
         made = causal(config(shape=to_document(model.config)))
     return _fill(made, {f"model.{name}": value for name, value in model.weights().items()})

@@ -1,7 +1,7 @@
 """EleutherAI's lm-eval, on our models as transformers'."""
 
+from fira.checkpoint.load_model import own_tokenizer
 from fira.errors import UserError
-from fira.generation.text import own_tokenizer
 from fira.huggingface.export import as_fast_tokenizer, as_transformers
 from fira.models.language_model import LanguageModel
 

@@ -13,19 +13,20 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import SelfAttention
-from .aux_losses import load_balance
-from .context import Context
-from .dropout import Dropout
-from .embedding import Embedding, Head
-from .experts import GatedExperts
-from .init import Normal
-from .language_model import LanguageModel
-from .layer import Layer
-from .moe import MoE
-from .norms import RMSNorm
-from .rotary import Rotary
-from .router import Router
+from fira.models.family import Family, Recipe
+from fira.models.language_model import LanguageModel
+from fira.nn.attention import SelfAttention
+from fira.nn.base_layer import Layer
+from fira.nn.context import Context
+from fira.nn.dropout import Dropout
+from fira.nn.embedding import Embedding, Head
+from fira.nn.init import Normal
+from fira.nn.moe.aux_losses import load_balance
+from fira.nn.moe.experts import GatedExperts
+from fira.nn.moe.layer import MoE
+from fira.nn.moe.router import Router
+from fira.nn.norms import RMSNorm
+from fira.nn.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,6 @@ class BluesConfig:
     norm_eps: float = 1e-5
     aux_coefficient: float = 0.01
     gate_before_norm: bool = False
-
-
-PRESETS = {
-    "blues-base": BluesConfig(),
-    # With a coefficient of 0.01 the first layer loses an expert in ten steps of so high a learning rate.
-    "blues-tiny": BluesConfig(vocab_size=2048, seq_len=128, d_model=128, d_ff=256, dropout=0.0, aux_coefficient=0.1),
-}
-
-# Steps, peak and final learning rate, warm-up steps, sequences in a batch.
-RECIPES = {"blues-base": (20_000, 1e-3, 1e-4, 500), "blues-tiny": (200, 6e-3, 3e-4, 20, 32)}
 
 
 class Block(Layer):
@@ -98,3 +89,22 @@ class Blues(LanguageModel):
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
         head = Head(RMSNorm(c.d_model, c.norm_eps), nn.Linear(c.d_model, c.vocab_size, bias=False))
         super().__init__(c, nn.Sequential(embedding, *blocks, head), tied=True)
+
+
+FAMILY = Family(
+    name="blues",
+    model=Blues,
+    config=BluesConfig,
+    presets={
+        "blues-base": BluesConfig(),
+        # With a coefficient of 0.01 the first layer loses an expert in ten steps of so high a learning rate.
+        "blues-tiny": BluesConfig(
+            vocab_size=2048, seq_len=128, d_model=128, d_ff=256, dropout=0.0, aux_coefficient=0.1
+        ),
+    },
+    recipes={
+        "blues-base": Recipe(steps=20_000, lr=1e-3, min_lr=1e-4, warmup=500),
+        "blues-tiny": Recipe(steps=200, lr=6e-3, min_lr=3e-4, warmup=20, batch_size=32),
+    },
+    tied=True,
+)

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .attention import SelfAttention
-from .aux_losses import even_weights, load_balance, router_z
-from .context import Context
-from .dropout import Dropout
-from .embedding import Embedding, Head
-from .experts import Experts
-from .init import Xavier
-from .language_model import LanguageModel
-from .layer import Layer
-from .moe import MoE
-from .router import Router
+from fira.models.family import Family, Recipe
+from fira.models.language_model import LanguageModel
+from fira.nn.attention import SelfAttention
+from fira.nn.base_layer import Layer
+from fira.nn.context import Context
+from fira.nn.dropout import Dropout
+from fira.nn.embedding import Embedding, Head
+from fira.nn.init import Xavier
+from fira.nn.moe.aux_losses import even_weights, load_balance, router_z
+from fira.nn.moe.experts import Experts
+from fira.nn.moe.layer import MoE
+from fira.nn.moe.router import Router
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,6 @@ class FiraConfig:
     noise: float = 0.0
     balance_rate: float = 0.0
     capacity_factor: float = 0.0
-
-
-PRESETS = {
-    "fira-base": FiraConfig(),
-    "fira-tiny": FiraConfig(vocab_size=2048, seq_len=128, d_model=128, n_head=4, num_layers=4, d_ff=256, dropout=0.0),
-}
-
-# Steps, peak and final learning rate, warm-up steps, sequences in a batch.
-RECIPES = {"fira-base": (20_000, 6e-4, 5e-5, 700), "fira-tiny": (200, 6e-3, 3e-4, 20, 32)}
 
 
 class Block(Layer):
@@ -104,3 +96,20 @@ class FIRA(LanguageModel):
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
         head = Head(nn.LayerNorm(c.d_model), Xavier(c.d_model, c.vocab_size, bias=False))
         super().__init__(c, nn.Sequential(embedding, *blocks, head))
+
+
+FAMILY = Family(
+    name="fira",
+    model=FIRA,
+    config=FiraConfig,
+    presets={
+        "fira-base": FiraConfig(),
+        "fira-tiny": FiraConfig(
+            vocab_size=2048, seq_len=128, d_model=128, n_head=4, num_layers=4, d_ff=256, dropout=0.0
+        ),
+    },
+    recipes={
+        "fira-base": Recipe(steps=20_000, lr=6e-4, min_lr=5e-5, warmup=700),
+        "fira-tiny": Recipe(steps=200, lr=6e-3, min_lr=3e-4, warmup=20, batch_size=32),
+    },
+)

@@ -1,19 +1,17 @@
 """A language model is a sequence of layers: embedding, blocks, head. This is what all families share."""
 
-from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .context import Context
-from .embedding import Embedding, Head
-from .init import initialise
-from .moe import MoE
+from fira.decoding.generate_mixin import GenerateMixin
+from fira.nn.context import Context
+from fira.nn.embedding import Embedding, Head
+from fira.nn.init import initialise
+from fira.nn.moe.layer import MoE
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(GenerateMixin, nn.Module):
     """`layers[0]` embeds tokens, `layers[-1]` gives logits; every layer is called as `layer(x, context)`.
 
     A parameter's name, `layers.3.moe.experts.w1`, is the same in every layout. `config` is the family's dataclass and
@@ -67,33 +65,3 @@ class LanguageModel(nn.Module):
                 one_expert = sum(p[0].numel() for p in moe.experts.parameters())
                 idle += one_expert * (moe.num_experts - moe.router.top_k)
         return self.num_parameters() - idle
-
-    def generate(
-        self,
-        ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
-        max_new_tokens: int = 100,
-        eos: int | None = None,
-        use_cache: bool = True,
-        **sampling: Any,
-    ) -> list[int] | list[list[int]] | Tensor:
-        """Continue a prompt, or several; returns prompt and continuation as what was given.
-
-        ids: a list, lists of any lengths, or a tensor [T] or [B, T]. eos: a sequence ends once it has produced it,
-        which fills up a tensor's shorter rows. sampling: temperature (0 is greedy), top_k, top_p, seed and the other
-        fields of `fira.generation.sampling.Sampling`. A prompt longer than the model's context keeps its last tokens.
-        use_cache=False computes every token from scratch and gives the same. Raises UserError where a prompt is empty
-        or outside the vocabulary, or a number is out of range.
-        """
-        decoding = import_module("fira.generation.decoding")  # stands above models, and does not go with exported ones
-        several = ids.dim() == 2 if isinstance(ids, Tensor) else any(hasattr(one, "__len__") for one in ids)
-        rows: list[Any] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        texts = [list(row) for row in (rows if several else [rows])]
-        chosen = decoding.Sampling(**sampling)
-        for new in decoding.continuation(self, list(map(tuple, texts)), max_new_tokens, chosen, eos, use_cache):
-            for row, token in new.items():
-                texts[row].append(token)
-        if not isinstance(ids, Tensor):
-            return texts if several else texts[0]
-        longest = max(map(len, texts))
-        filled = torch.tensor([text + [eos or 0] * (longest - len(text)) for text in texts], device=ids.device)
-        return filled if several else filled[0]

@@ -11,18 +11,19 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .attention import SelfAttention
-from .aux_losses import load_balance, small_outputs
-from .context import Context
-from .embedding import Embedding, Head
-from .experts import LinearExperts
-from .init import Normal
-from .language_model import LanguageModel
-from .layer import Layer
-from .moe import MoE
-from .norms import UnitRMS
-from .router import Router
-from .time_mixing import ChannelMix, TimeMix
+from fira.models.family import Family, Recipe
+from fira.models.language_model import LanguageModel
+from fira.nn.attention import SelfAttention
+from fira.nn.base_layer import Layer
+from fira.nn.context import Context
+from fira.nn.embedding import Embedding, Head
+from fira.nn.init import Normal
+from fira.nn.moe.aux_losses import load_balance, small_outputs
+from fira.nn.moe.experts import LinearExperts
+from fira.nn.moe.layer import MoE
+from fira.nn.moe.router import Router
+from fira.nn.norms import UnitRMS
+from fira.nn.rwkv import ChannelMix, TimeMix
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,6 @@ class MicroRWKVConfig:
     top_k: int | float = 4
     output_coefficient: float = 0.01
     aux_coefficient: float = 0.0
-
-
-PRESETS = {
-    "microrwkv-base": MicroRWKVConfig(),
-    "microrwkv-tiny": MicroRWKVConfig(
-        vocab_size=2048, seq_len=128, d_model=96, n_head=4, n_group=2, num_layers=3, window=32, d_moe=64, top_k=2
-    ),
-}
-
-# Steps, peak and final learning rate, warm-up steps, sequences in a batch.
-RECIPES = {"microrwkv-base": (20_000, 6e-4, 6e-5, 500), "microrwkv-tiny": (200, 6e-3, 3e-4, 20, 32)}
 
 
 class TinyMoE(nn.Module):
@@ -112,3 +102,22 @@ class MicroRWKV(LanguageModel):
         head = Head(nn.LayerNorm(c.d_model, bias=False), nn.Linear(c.d_model, c.vocab_size, bias=False))
         embedding = Embedding(c.vocab_size, c.d_model, positions=c.seq_len, std=0.02)
         super().__init__(c, nn.Sequential(embedding, *blocks, head), tied=True)
+
+
+FAMILY = Family(
+    name="microrwkv",
+    model=MicroRWKV,
+    config=MicroRWKVConfig,
+    presets={
+        "microrwkv-base": MicroRWKVConfig(),
+        "microrwkv-tiny": MicroRWKVConfig(
+            vocab_size=2048, seq_len=128, d_model=96, n_head=4, n_group=2, num_layers=3, window=32, d_moe=64, top_k=2
+        ),
+    },
+    recipes={
+        "microrwkv-base": Recipe(steps=20_000, lr=6e-4, min_lr=6e-5, warmup=500),
+        "microrwkv-tiny": Recipe(steps=200, lr=6e-3, min_lr=3e-4, warmup=20, batch_size=32),
+    },
+    tied=True,
+    recurrent=True,
+)

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .attention import SelfAttention
-from .context import Context
-from .embedding import Embedding, Head
-from .init import Normal
-from .language_model import LanguageModel
-from .layer import Layer
-from .mlp import GatedMLP
-from .norms import RMSNorm
-from .rotary import Rotary, Stretch
+from fira.models.family import Family, Recipe
+from fira.models.language_model import LanguageModel
+from fira.nn.attention import SelfAttention
+from fira.nn.base_layer import Layer
+from fira.nn.context import Context
+from fira.nn.embedding import Embedding, Head
+from fira.nn.init import Normal
+from fira.nn.mlp import GatedMLP
+from fira.nn.norms import RMSNorm
+from fira.nn.rotary import Rotary, Stretch
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,6 @@ class MooshakConfig:
     rope_low: float = 1.0
     rope_high: float = 4.0
     rope_original: int = 8192
-
-
-PRESETS = {
-    "mooshak-base": MooshakConfig(),
-    "mooshak-tiny": MooshakConfig(vocab_size=2048, seq_len=128, d_model=128, n_head=4, num_layers=4, d_ff=344),
-}
-
-# Steps, peak and final learning rate, warm-up steps, sequences in a batch.
-RECIPES = {"mooshak-base": (100_000, 3e-4, 3e-5, 3000), "mooshak-tiny": (200, 6e-3, 3e-4, 20, 32)}
 
 
 class Block(Layer):
@@ -91,3 +83,18 @@ class Mooshak(LanguageModel):
         head = Head(RMSNorm(c.d_model, c.norm_eps), Normal(c.d_model, c.vocab_size, bias=False))
         embedding = Embedding(c.vocab_size, c.d_model, std=0.02)
         super().__init__(c, nn.Sequential(embedding, *blocks, head), tied=c.tied)
+
+
+FAMILY = Family(
+    name="mooshak",
+    model=Mooshak,
+    config=MooshakConfig,
+    presets={
+        "mooshak-base": MooshakConfig(),
+        "mooshak-tiny": MooshakConfig(vocab_size=2048, seq_len=128, d_model=128, n_head=4, num_layers=4, d_ff=344),
+    },
+    recipes={
+        "mooshak-base": Recipe(steps=100_000, lr=3e-4, min_lr=3e-5, warmup=3000),
+        "mooshak-tiny": Recipe(steps=200, lr=6e-3, min_lr=3e-4, warmup=20, batch_size=32),
+    },
+)

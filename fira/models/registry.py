@@ -1,41 +1,45 @@
-"""What can be asked for by name: presets, their recipes, and models by what a config.json says."""
+"""All model families, and what can be looked up in them: presets, recipes, and models by their config.json."""
 
-import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, get_args, get_type_hints
 
 from fira.errors import UserError
+from fira.models.blues import FAMILY as BLUES
+from fira.models.family import Family, Recipe
+from fira.models.fira import FAMILY as FIRA
+from fira.models.language_model import LanguageModel
+from fira.models.microrwkv import FAMILY as MICRORWKV
+from fira.models.mooshak import FAMILY as MOOSHAK
+from fira.models.rish import FAMILY as RISH
 
-from . import families
-from .families import FAMILIES, make
-from .language_model import LanguageModel
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        FIRA,
+        RISH,
+        MOOSHAK,
+        BLUES,
+        MICRORWKV,
+    )
+}
+PRESETS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.presets.items()}
+RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES.values() for name, recipe in family.recipes.items()}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How long a preset is trained, and its learning rate: linear warm-up to lr, then a cosine to min_lr."""
-
-    steps: int
-    lr: float
-    min_lr: float
-    warmup: int
-    batch_size: int = 16
-
-
-_FILES = [sys.modules[config.__module__] for _, config in FAMILIES.values()]  # each has its presets and recipes too
-RECIPES = {name: Recipe(*values) for file in _FILES for name, values in file.RECIPES.items()}
-PRESETS: dict[str, Any] = {name: preset for file in _FILES for name, preset in file.PRESETS.items()}
+def family_of(config: Any) -> Family:
+    """The family that a config belongs to."""
+    return next(family for family in FAMILIES.values() if family.config is type(config))
 
 
 def make_config(preset: str, changes: dict[str, Any]) -> Any:
-    """The config of a preset with some fields changed."""
+    """The config of a preset with some fields changed. Raises UserError for an unknown preset or field."""
     if preset not in PRESETS:
         raise UserError(f"--model {preset}: no such preset; choose from {', '.join(PRESETS)}")
     return change(PRESETS[preset], preset, changes)
 
 
 def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
-    """The config of the model called `name` with some fields changed."""
+    """The config of the model called `name` with some fields changed. Raises UserError for an unknown field or type."""
     known = {f.name for f in fields(config)}
     if unknown := set(changes) - known:
         raise UserError(f"{name} has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
@@ -48,16 +52,28 @@ def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
 
 
 def build(config: Any) -> LanguageModel:
-    """The model of a config, on the current default device (`with torch.device("meta")` for an empty one)."""
+    """The model of a config on the current default device (`with torch.device("meta")` for an empty one).
+
+    Raises UserError where the config's values contradict each other.
+    """
     try:
-        return make(config)
+        return family_of(config).model(config)
     except ValueError as error:
         raise UserError(f"model: {error}") from None
 
 
+def to_document(config: Any) -> dict[str, Any]:
+    """A config as JSON-able values, with the name of its family."""
+    return {"family": family_of(config).name, **asdict(config)}
+
+
 def from_document(document: dict[str, Any]) -> Any:
-    """The config that a config.json describes, as `families.to_document` did."""
+    """The config that `to_document` described. Raises UserError for an unknown family or field."""
+    values = dict(document)
+    family = values.pop("family", None)
+    if family not in FAMILIES:
+        raise UserError(f"config.json: unknown model family {family!r}; known: {', '.join(FAMILIES)}")
     try:
-        return families.from_document(document)
-    except ValueError as error:
-        raise UserError(f"config.json: {error}") from None
+        return FAMILIES[family].config(**values)
+    except TypeError as error:
+        raise UserError(f"config.json: it does not describe a {family}: {error}") from None

@@ -12,18 +12,19 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import SelfAttention
-from .aux_losses import load_balance
-from .context import Context
-from .embedding import Embedding, Head
-from .experts import GatedExperts
-from .init import Normal
-from .language_model import LanguageModel
-from .layer import Layer
-from .moe import MoE
-from .norms import RMSNorm
-from .rotary import Rotary
-from .router import Router
+from fira.models.family import Family, Recipe
+from fira.models.language_model import LanguageModel
+from fira.nn.attention import SelfAttention
+from fira.nn.base_layer import Layer
+from fira.nn.context import Context
+from fira.nn.embedding import Embedding, Head
+from fira.nn.init import Normal
+from fira.nn.moe.aux_losses import load_balance
+from fira.nn.moe.experts import GatedExperts
+from fira.nn.moe.layer import MoE
+from fira.nn.moe.router import Router
+from fira.nn.norms import RMSNorm
+from fira.nn.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -48,26 +49,6 @@ class RishConfig:
     rope_factor: float = 1.0
     norm_eps: float = 1e-6
     aux_coefficient: float = 0.01
-
-
-PRESETS = {
-    "rish-base": RishConfig(),
-    "rish-tiny": RishConfig(
-        vocab_size=2048,
-        seq_len=128,
-        d_model=128,
-        n_head=4,
-        n_kv_head=2,
-        num_layers=4,
-        d_ff=128,
-        num_experts=4,
-        top_k=2,
-        max_position=128,
-    ),
-}
-
-# Steps, peak and final learning rate, warm-up steps, sequences in a batch.
-RECIPES = {"rish-base": (100_000, 3e-4, 3e-5, 2000), "rish-tiny": (200, 6e-3, 3e-4, 20, 32)}
 
 
 class Block(Layer):
@@ -112,3 +93,29 @@ class Rish(LanguageModel):
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
         head = Head(RMSNorm(c.d_model, c.norm_eps), Normal(c.d_model, c.vocab_size, bias=False))
         super().__init__(c, nn.Sequential(Embedding(c.vocab_size, c.d_model, std=0.02), *blocks, head))
+
+
+FAMILY = Family(
+    name="rish",
+    model=Rish,
+    config=RishConfig,
+    presets={
+        "rish-base": RishConfig(),
+        "rish-tiny": RishConfig(
+            vocab_size=2048,
+            seq_len=128,
+            d_model=128,
+            n_head=4,
+            n_kv_head=2,
+            num_layers=4,
+            d_ff=128,
+            num_experts=4,
+            top_k=2,
+            max_position=128,
+        ),
+    },
+    recipes={
+        "rish-base": Recipe(steps=100_000, lr=3e-4, min_lr=3e-5, warmup=2000),
+        "rish-tiny": Recipe(steps=200, lr=6e-3, min_lr=3e-4, warmup=20, batch_size=32),
+    },
+)

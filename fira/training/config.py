@@ -1,6 +1,5 @@
 """The settings of a training run: one dataclass, from which the command line and the TOML keys follow."""
 
-import sys
 import tomllib
 from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Collection
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fira.errors import UserError
-from fira.models.registry import PRESETS, RECIPES, Recipe
+from fira.models.family import Recipe
+from fira.models.registry import PRESETS, RECIPES
+from fira.parallel.parallelize import EVERY_BLOCK
 from pipeline.schedule import SCHEDULES
 
-EVERY_BLOCK = sys.maxsize  # of a stage
 WORDS = {"true": True, "false": False, "none": None}
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # of a model that was trained before

@@ -4,17 +4,17 @@ import math
 import time
 from pathlib import Path
 
+from fira.checkpoint.shards import Checkpoint, find, newest_valid
 from fira.errors import UserError
-from fira.models.registry import Recipe
+from fira.models.family import Recipe
+from fira.optim.lr_schedule import learning_rate
 from fira.training import run_folder, state
-from fira.training.checkpoint import Checkpoint, find, newest_valid
 from fira.training.config import TrainConfig
-from fira.training.optimizer import learning_rate
-from fira.training.report import Report
+from fira.training.run_report import RunReport
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
-from fira.training.tracing import STEP, traced
-from pipeline import World
+from fira.training.step_trace import STEP, traced
+from pipeline.mpi import World
 
 
 def train(config: TrainConfig, world: World) -> None:
@@ -23,7 +23,7 @@ def train(config: TrainConfig, world: World) -> None:
     out = run_folder.choose(config)
     run = set_up(config, recipe.batch_size, world)
     done = _resume(config, out, run)
-    report = Report(config, out, run, done, recipe) if world.rank == 0 else None
+    report = RunReport(config, out, run, done, recipe) if world.rank == 0 else None
     before = _validate(run, recipe, done)
     signals = Signals()
     for step in range(done + 1, recipe.steps + 1):

@@ -6,29 +6,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fira.data.loader import Loader, Sequential
+from fira.checkpoint.pretrained import Saved, open_saved
+from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture
 from fira.data.prepare import Corpus, prepare
-from fira.data.tokenizer import load_tokenizer, vocabulary
+from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
+from fira.devices import AUTOCAST_DTYPES, choose_devices, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
-from fira.layout import choose_layout
 from fira.models.registry import build, change, from_document, make_config
-from fira.parallelize import parallelize
-from fira.planning.choose import fewest_recomputed, with_plan
-from fira.planning.ways import Way
+from fira.parallel.batch_split import BatchSplit
+from fira.parallel.layout import choose_layout
+from fira.parallel.parallelize import EVERY_BLOCK, parallelize
+from fira.planner.candidates import Candidate
+from fira.planner.plan import fewest_recomputed
 from fira.training import state
-from fira.training.batch import Split
-from fira.training.config import EVERY_BLOCK, TrainConfig
-from fira.training.hardware import choose_devices, keep_freed_memory, measure_peak
-from fira.training.pretrained import Saved, open_saved
-from fira.training.state import TOKENIZER
+from fira.training.auto_layout import with_plan
+from fira.training.config import TrainConfig
 from fira.training.trainer import Trainer
-from pipeline import World
 from pipeline.mesh import Layout, make_mesh
+from pipeline.mpi import World
 from pipeline.schedule import SCHEDULES
-
-PARAMETERS = {"fp64": torch.float64}  # else fp32
-PRODUCTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # else as the parameters
 
 
 @dataclass(frozen=True)
@@ -76,13 +73,15 @@ def choose_microbatch(config: TrainConfig, batch_size: int, layout: Layout) -> i
     return max(1, batch_size // (layout.dp * pieces))
 
 
-def _recomputed(config: TrainConfig, model: Any, way: Way, devices: list[torch.device], world: World) -> int:
+def _recomputed(
+    config: TrainConfig, model: Any, candidate: Candidate, devices: list[torch.device], world: World
+) -> int:
     """Blocks of every stage to compute again, the same on all ranks (collective)."""
     if len(devices) > 1 and config.recompute not in (None, "none", "full"):
         raise UserError(f"--recompute {config.recompute}: torchgpipe recomputes all or nothing; give full or none")
     if config.recompute != "auto":
         return config.recomputed() or 0
-    blocks = torch.tensor(fewest_recomputed(config, model, way, devices[0], world.local_size))
+    blocks = torch.tensor(fewest_recomputed(model, candidate, config.precision, devices[0], world.local_size))
     dist.all_reduce(blocks, dist.ReduceOp.MAX)  # machines may differ
     return int(blocks)
 
@@ -110,10 +109,10 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world)
     mesh = make_mesh(layout, devices)
     microbatch = choose_microbatch(config, batch_size, layout)
-    dtype = PARAMETERS.get(config.precision, torch.float32)
-    split = Split(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
-    way = Way(layout, schedule, microbatch, split.count(batch_size), recompute=0)
-    recomputed = _recomputed(config, model_config, way, devices, world)
+    dtype = parameter_dtype(config.precision)
+    split = BatchSplit(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
+    candidate = Candidate(layout, schedule, microbatch, split.count(batch_size), recompute=0)
+    recomputed = _recomputed(config, model_config, candidate, devices, world)
     distributed = parallelize(
         model_config,
         mesh,
@@ -122,7 +121,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         devices,
         schedule,
         dtype,
-        PRODUCTS.get(config.precision),
+        AUTOCAST_DTYPES.get(config.precision),
         recomputed,
     )
     trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
@@ -150,13 +149,15 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         ),
         validation=Joined(
             [
-                Sequential(source.val, model_config.seq_len, max(1, round(config.eval_sequences * source.weight)))
+                ValidationSequences(
+                    source.val, model_config.seq_len, max(1, round(config.eval_sequences * source.weight))
+                )
                 for source in corpus.sources
             ]
         ),
         corpus=corpus,
         tokenizer=tokenizer,
         flops_per_token=3 * distributed.flops_per_token,
-        peak=measure_peak(devices[0], PRODUCTS.get(config.precision, dtype)),
+        peak=measure_peak(devices[0], AUTOCAST_DTYPES.get(config.precision, dtype)),
         heading=heading,
     )

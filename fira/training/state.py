@@ -4,19 +4,18 @@ from pathlib import Path
 
 import torch
 
+from fira.checkpoint import shards as checkpoint
+from fira.checkpoint.pretrained import Saved
+from fira.checkpoint.shards import Checkpoint, TensorShard
 from fira.data.loader import Loader
 from fira.data.mixture import Mixture
+from fira.data.tokenizer import TOKENIZER
 from fira.errors import UserError
-from fira.models.families import to_document
-from fira.models.registry import from_document
-from fira.parallelize import Distributed, Part
-from fira.training import checkpoint
-from fira.training.checkpoint import Checkpoint, Shard
-from fira.training.pretrained import Saved
+from fira.models.registry import from_document, to_document
+from fira.parallel.parallelize import Distributed, ParamShard
 from fira.training.trainer import Trainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-TOKENIZER = "tokenizer.json"
 
 
 def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, tokenizer: bytes | None, keep: int) -> Path:
@@ -28,7 +27,7 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, toke
     owned = [part for part in trainer.model.parts if (mesh.edp_rank if part.expert else mesh.dp_rank) == 0]
     buffers = trainer.model.buffers if mesh.dp_rank == 0 else []
     moments = [
-        Shard(f"{moment}/{part.name}", tensor, part.start, part.shape)
+        TensorShard(f"{moment}/{part.name}", tensor, part.start, part.shape)
         for part in owned
         for moment, tensor in zip(MOMENTS, optimizer.moments[part.name], strict=True)
     ]
@@ -41,7 +40,7 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, toke
     return checkpoint.save(
         root,
         step,
-        weights=[Shard(part.name, part.parameter, part.start, part.shape) for part in [*owned, *buffers]],
+        weights=[TensorShard(part.name, part.parameter, part.start, part.shape) for part in [*owned, *buffers]],
         optimizer=moments,
         documents={"config": to_document(trainer.model.config), "state": state},
         files={TOKENIZER: tokenizer} if tokenizer is not None else {},
@@ -73,7 +72,7 @@ def load_weights(saved: Saved, model: Distributed) -> None:
         model.tied.share_value()
 
 
-def _read(saved: Saved, name: str, part: Part) -> torch.Tensor:
+def _read(saved: Saved, name: str, part: ParamShard) -> torch.Tensor:
     if saved.shape(name) != part.shape:
         raise UserError(f"{saved.folder}: {name} has shape {saved.shape(name)}, this model's is {part.shape}")
     return saved.read(name, part.start, part.start + len(part.parameter)) if part.shape else saved.read(name)

@@ -9,13 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fira.data.loader import Loader, Sequential
+from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture
 from fira.errors import UserError
-from fira.models.context import MoEStats
-from fira.parallelize import Distributed
-from fira.training.batch import Split
-from fira.training.optimizer import AdamW, LossScale, NormVector, reduce_gradients, scale_gradients
+from fira.nn.context import MoEStats
+from fira.optim.adamw import AdamW
+from fira.optim.loss_scale import LossScale
+from fira.parallel.batch_split import BatchSplit
+from fira.parallel.gradients import NormVector, reduce_gradients, scale_gradients
+from fira.parallel.parallelize import Distributed
 from pipeline.engine import MicroBatch
 from pipeline.mesh import Mesh
 from pipeline.schedule import SCHEDULES, forward_only
@@ -41,14 +43,25 @@ class Trainer:
     """A model under training. step and evaluate are collective; their results do not depend on the layout."""
 
     def __init__(
-        self, model: Distributed, mesh: Mesh, split: Split, schedule: str, weight_decay: float, clip: float, fp16: bool
+        self,
+        model: Distributed,
+        mesh: Mesh,
+        split: BatchSplit,
+        schedule: str,
+        weight_decay: float,
+        clip: float,
+        fp16: bool,
     ) -> None:
         self.model = model
         self.mesh = mesh
         self.split = split
         self.schedule = functools.cache(SCHEDULES[schedule])
         self.clip = clip
-        self.optimizer = AdamW(model.parts, weight_decay)
+        self.optimizer = AdamW(
+            {part.name: part.parameter for part in model.parts},
+            {part.name for part in model.parts if part.is_matrix},
+            weight_decay,
+        )
         self.scale = LossScale(fp16)
         self.norms = NormVector(model, mesh)
 
@@ -102,7 +115,7 @@ class Trainer:
             signals=[round(s) for s in signals],
         )
 
-    def evaluate(self, data: Sequential | Joined, batch: int) -> float:
+    def evaluate(self, data: ValidationSequences | Joined, batch: int) -> float:
         """Mean loss, in nats per token, over all of the data, `batch` sequences at a time."""
         total = torch.zeros(2, dtype=torch.float64)
         for first in range(0, len(data), batch):

@@ -9,7 +9,7 @@ from itertools import accumulate
 import numpy as np
 from mpi4py import MPI
 
-from pipeline.mpi.report import Report
+from pipeline.mpi.hang_report import HangReport
 from pipeline.mpi.trace import Entry
 from pipeline.mpi.work import Steps
 
@@ -33,6 +33,6 @@ class Agreement:
         yield [self._comm.Iallgatherv(own, [everyone, (sizes, np.array(ends) - sizes), MPI.BYTE])]
         texts = [everyone[end - size : end] for size, end in zip(sizes, ends, strict=True)]
         calls = {rank: json.loads(text) for rank, text in zip(entry.group.ranks, texts, strict=True)}
-        if differ := Report({rank: {"operations": [call]} for rank, call in calls.items()}, {}).mismatches:
+        if differ := HangReport({rank: {"operations": [call]} for rank, call in calls.items()}, {}).mismatches:
             raise ValueError(differ[0])
         yield from steps

@@ -18,18 +18,18 @@ from pipeline.mpi.operations import Operations
 from pipeline.mpi.store import MPIStore
 from pipeline.mpi.trace import GroupTrace
 from pipeline.mpi.watch import Watch
-from pipeline.mpi.work import Progress
+from pipeline.mpi.work import ProgressEngine
 
 TAKES_BACKENDS = torch.__version__ >= "2.14"  # made in Python, for one device of a group
 
 
-def start(comm: MPI.Intracomm, progress: Progress, watch: Watch, cuda: str | None, cuda_aware: bool) -> None:
+def start(comm: MPI.Intracomm, progress: ProgressEngine, watch: Watch, cuda: str | None, cuda_aware: bool) -> None:
     """Make ``comm`` the default process group of ``torch.distributed``: "mpi" for the CPU, ``cuda`` for CUDA.
 
     PyTorch knows the name "mpi", but its wheels are built without the class behind it. Ours takes that place, so
     ``new_group``, ``DeviceMesh`` and everything else make MPI groups by PyTorch's own path.
     """
-    groups = Groups(comm, progress, watch, cuda_aware)
+    groups = GroupFactory(comm, progress, watch, cuda_aware)
     distributed_c10d.ProcessGroupMPI = groups
     distributed_c10d._MPI_AVAILABLE = True
     dist.init_process_group(
@@ -42,10 +42,10 @@ def start(comm: MPI.Intracomm, progress: Progress, watch: Watch, cuda: str | Non
     )
 
 
-class Groups:
+class GroupFactory:
     """Makes groups of the world's ranks. PyTorch calls ``create`` on a group's members only, with the same ranks."""
 
-    def __init__(self, world: MPI.Intracomm, progress: Progress, watch: Watch, cuda_aware: bool) -> None:
+    def __init__(self, world: MPI.Intracomm, progress: ProgressEngine, watch: Watch, cuda_aware: bool) -> None:
         self.progress = progress
         self.cuda_aware = cuda_aware
         self._world = world

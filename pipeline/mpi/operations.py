@@ -25,7 +25,7 @@ from pipeline.mpi.trace import POINT_TO_POINT, GroupTrace
 from pipeline.mpi.work import Operation, Steps
 
 if TYPE_CHECKING:
-    from pipeline.mpi.group import Groups
+    from pipeline.mpi.group import GroupFactory
 
 
 class Operations:
@@ -34,7 +34,7 @@ class Operations:
     ``timeout_s``: an operation that takes longer raises in the rank that waits. Without, the job's own timeout holds.
     """
 
-    def __init__(self, groups: "Groups", comm: MPI.Intracomm, trace: GroupTrace, timeout_s: float) -> None:
+    def __init__(self, groups: "GroupFactory", comm: MPI.Intracomm, trace: GroupTrace, timeout_s: float) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
         self._groups = groups
         self._steps = Collectives(comm)

@@ -19,7 +19,7 @@ from types import FrameType
 from mpi4py import MPI
 
 from pipeline.mpi.failure import abort
-from pipeline.mpi.report import Report, Snapshot
+from pipeline.mpi.hang_report import HangReport, Snapshot
 from pipeline.mpi.trace import LAST, GroupTrace, Trace
 
 POLL_S = 0.25  # a thread that wakes four times a second costs nothing that can be measured
@@ -73,7 +73,7 @@ class Watch:
         """For the rank whose failure ends the job: what does not match between ranks and who waits, or nothing."""
         snapshots = self._gather(enough=range(self._size))
         snapshots[self._rank]["now"] = "the failure above"
-        report = Report(snapshots, {})
+        report = HangReport(snapshots, {})
         lines = report.mismatches + report.waits
         return self._publish("the other ranks meanwhile", lines, snapshots) + "\n" if lines else ""
 
@@ -134,7 +134,9 @@ class Watch:
                 print(f"pipeline: {reason}; rank {first} did not report in time", file=sys.stderr, flush=True)
         else:
             snapshots = self._gather(enough=range(self._size))
-            report = Report(snapshots, {rank: self._why(rank) for rank in range(self._size) if rank not in snapshots})
+            report = HangReport(
+                snapshots, {rank: self._why(rank) for rank in range(self._size) if rank not in snapshots}
+            )
             print(self._publish(reason, report.text(), snapshots), file=sys.stderr, flush=True)
         if end:
             abort(1)

@@ -22,7 +22,7 @@ YIELDS = 100  # tests, each followed by a yield to another rank on this core, be
 SLEEPS_S = 20e-6, 2e-3  # the shortest and the longest sleep
 
 
-class Progress:
+class ProgressEngine:
     """The operations of this process that are under way: whoever waits for one moves all.
 
     Some operations take several rounds of messages. Rank 0 may wait for another message while rank 1 waits for rank
@@ -112,7 +112,7 @@ class Operation(Work):
     def __init__(
         self,
         entry: Entry,
-        progress: Progress,
+        progress: ProgressEngine,
         steps: Steps,
         inputs: list[torch.Tensor],
         outputs: list[torch.Tensor],

@@ -75,10 +75,10 @@ def _start(comm: Any, timeout_s: float) -> World:
     import torch
     from mpi4py import MPI
 
-    from pipeline.mpi.devices import ways
+    from pipeline.mpi.cuda_transport import ways
     from pipeline.mpi.group import start
     from pipeline.mpi.watch import Watch
-    from pipeline.mpi.work import Progress
+    from pipeline.mpi.work import ProgressEngine
 
     _refuse_foreign_launcher(comm.Get_size())
     local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
@@ -88,7 +88,7 @@ def _start(comm: Any, timeout_s: float) -> World:
     local.Free()
 
     watch = Watch(comm, timeout_s)
-    start(comm, Progress(spins=1000 if len(cores) >= world.local_size else 2), watch, *ways(world.local_rank))
+    start(comm, ProgressEngine(spins=1000 if len(cores) >= world.local_size else 2), watch, *ways(world.local_rank))
     watch.start()
     install(comm, watch)  # after torch, which installs an excepthook of its own
     return world

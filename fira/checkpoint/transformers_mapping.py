@@ -1,0 +1,198 @@
+"""Which of transformers' own classes compute what our families compute: Llama is mooshak, FlexOlmo is rish.
+
+A config of either side gives the other's, or a UserError that names the option which has no equal there. Weights are
+the same tensors under other names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fira.errors import UserError
+from fira.models.mooshak import MooshakConfig
+from fira.models.rish import RishConfig
+from fira.nn.moe.router import number_chosen
+
+ATTENTION = {f"attention.{name}.weight": f"self_attn.{name}_proj.weight" for name in "qkvo"}
+STRETCH = {
+    "factor": "rope_factor",
+    "low_freq_factor": "rope_low",
+    "high_freq_factor": "rope_high",
+    "original_max_position_embeddings": "rope_original",
+}
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A class of transformers. block: the tensors of a block, by our name and theirs."""
+
+    architecture: str  # the name of the class
+    config: type[MooshakConfig] | type[RishConfig]  # ours
+    block: dict[str, str]
+    describe: Callable[[Any], dict[str, Any]]  # our config → their config.json, in what they do not share
+    read: Callable[[dict[str, Any]], dict[str, Any]]  # and back: fields of ours
+
+
+def _llama_fields(config: MooshakConfig) -> dict[str, Any]:
+    if config.norm_order != "pre":
+        raise UserError(f"norm_order={config.norm_order} has no equal in Llama; export with --format fira")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_factor != 1:
+        rope |= {"rope_type": "llama3"} | {theirs: getattr(config, ours) for theirs, ours in STRETCH.items()}
+    return {
+        "max_position_embeddings": config.seq_len,
+        "tie_word_embeddings": config.tied,
+        "rope_parameters": rope,
+    }
+
+
+def _mooshak_fields(document: dict[str, Any]) -> dict[str, Any]:
+    rope = _rope(document, 1e4)
+    _require(document, attention_bias=False, mlp_bias=False)
+    _require(rope, partial_rotary_factor=1.0)
+    fields = {"rope_theta": rope["rope_theta"], "tied": document.get("tie_word_embeddings", False)}
+    if rope["rope_type"] == "llama3":
+        return fields | {ours: rope[theirs] for theirs, ours in STRETCH.items()}
+    _require(rope, rope_type="default")
+    return fields
+
+
+def _flexolmo_fields(config: RishConfig) -> dict[str, Any]:
+    return {
+        "max_position_embeddings": config.max_position,
+        "seq_len": config.seq_len,  # theirs ends nowhere, because the base grows
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "dynamic",
+            "rope_theta": config.rope_theta,
+            "factor": config.rope_factor,
+        },
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": number_chosen(config.top_k, config.num_experts),
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": config.aux_coefficient,
+    }
+
+
+def _rish_fields(document: dict[str, Any]) -> dict[str, Any]:
+    rope = _rope(document, 5e5)
+    _require(document, attention_bias=False, norm_topk_prob=False, tie_word_embeddings=False)
+    if rope["rope_type"] != "dynamic":
+        _require(rope, rope_type="default")
+    return {
+        "rope_theta": rope["rope_theta"],
+        "rope_factor": rope.get("factor", 1.0),  # without scaling it never matters: no sequence is longer
+        "max_position": document["max_position_embeddings"],
+        "num_experts": document["num_experts"],
+        "top_k": document["num_experts_per_tok"],
+        "aux_coefficient": document.get("router_aux_loss_coef", 0.01),
+    }
+
+
+STOCK = {
+    "llama": Stock(
+        "LlamaForCausalLM",
+        MooshakConfig,
+        ATTENTION
+        | {
+            "norm1.weight": "input_layernorm.weight",
+            "norm2.weight": "post_attention_layernorm.weight",
+            "mlp.w1.weight": "mlp.gate_proj.weight",
+            "mlp.w3.weight": "mlp.up_proj.weight",
+            "mlp.w2.weight": "mlp.down_proj.weight",
+        },
+        _llama_fields,
+        _mooshak_fields,
+    ),
+    "flexolmo": Stock(
+        "FlexOlmoForCausalLM",
+        RishConfig,
+        ATTENTION
+        | {
+            "attention.q_norm.weight": "self_attn.q_norm.weight",
+            "attention.k_norm.weight": "self_attn.k_norm.weight",
+            "norm1.weight": "post_attention_layernorm.weight",
+            "norm2.weight": "post_feedforward_layernorm.weight",
+            "moe.router.gate.weight": "mlp.gate.weight",
+            "moe.experts.w1": "mlp.experts.gate_up_proj",
+            "moe.experts.w2": "mlp.experts.down_proj",
+        },
+        _flexolmo_fields,
+        _rish_fields,
+    ),
+}
+SHARED = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "n_head",
+    "rms_norm_eps": "norm_eps",
+}
+
+
+def to_stock(config: Any, form: str) -> dict[str, Any]:
+    """The arguments of transformers' config for a config of ours."""
+    stock = STOCK[form]
+    if not isinstance(config, stock.config):
+        raise UserError(f"--format {form}: a {_family(type(config))} has no equal there; export with --format fira")
+    values = {theirs: getattr(config, ours) for theirs, ours in SHARED.items()}
+    heads = config.n_kv_head or config.n_head
+    return values | {"num_key_value_heads": heads, "hidden_act": "silu"} | stock.describe(config)
+
+
+def from_stock(document: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """Our config for what a config.json of transformers says, and the names of the weights. UserError: has no equal."""
+    form = str(document.get("model_type")).replace("_", "")
+    if form not in STOCK:
+        raise UserError(f"model_type {document.get('model_type')} is not fira's, nor llama or flex_olmo")
+    stock = STOCK[form]
+    _require(document, hidden_act="silu")
+    try:
+        values = {ours: document[theirs] for theirs, ours in SHARED.items()}
+        context = document.get("seq_len", document["max_position_embeddings"])
+        values |= {"n_kv_head": document.get("num_key_value_heads"), "seq_len": context}
+        values |= stock.read(document)
+    except KeyError as error:
+        raise UserError(f"config.json has no {error.args[0]}; it is no whole {form}") from None
+    values["n_kv_head"] = values["n_kv_head"] or values["n_head"]
+    if (document.get("head_dim") or values["d_model"] // values["n_head"]) * values["n_head"] != values["d_model"]:
+        raise UserError(f"head_dim {document['head_dim']}: here heads share hidden_size {values['d_model']} evenly")
+    config = stock.config(**values)
+    return config, names(config, form)
+
+
+def names(config: Any, form: str) -> dict[str, str]:
+    """Our names of all weights, each with theirs. The experts of a layer are one tensor, as they are in the model."""
+    last = f"layers.{config.num_layers + 1}"
+    pairs = {"layers.0.token.weight": "model.embed_tokens.weight", f"{last}.norm.weight": "model.norm.weight"}
+    if not getattr(config, "tied", False):
+        pairs[f"{last}.project.weight"] = "lm_head.weight"
+    for layer in range(config.num_layers):
+        block = STOCK[form].block.items()
+        pairs |= {f"layers.{layer + 1}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in block}
+    return pairs
+
+
+def expert_files(name: str, expert: int) -> list[str]:
+    """The tensors that make up one expert's rows of a tensor as `names` has it, in files that keep experts apart."""
+    path, _, kind = name.rpartition(".")
+    parts = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
+    return [f"{path}.{expert}.{part}.weight" for part in parts]
+
+
+def _rope(document: dict[str, Any], theta: float) -> dict[str, Any]:
+    """What a config.json says of rotary positions, whichever version of transformers wrote it."""
+    rope = document.get("rope_parameters") or document.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return {"rope_theta": document.get("rope_theta", theta)} | rope | {"rope_type": kind}
+
+
+def _require(document: dict[str, Any], **values: Any) -> None:
+    for name, value in values.items():
+        if (found := document.get(name, value)) != value:
+            raise UserError(f"config.json: {name} {found} has no equal here, {value} has")
+
+
+def _family(config: type) -> str:
+    return config.__name__.removesuffix("Config").lower()

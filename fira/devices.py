@@ -1,0 +1,65 @@
+"""What the machine can do: the devices of a rank, and the peak that MFU is measured against."""
+
+import ctypes
+import time
+
+import torch
+import torch.distributed as dist
+
+from fira.errors import UserError
+
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision; the others do not autocast
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+
+
+def choose_devices(device: str, local_devices: str | None, local_rank: int) -> list[torch.device]:
+    """This rank's devices: those named, or one; on CUDA machines the local ranks take turns."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
+    if local_devices:
+        try:
+            devices = [torch.device(name.strip()) for name in local_devices.split(",")]
+        except RuntimeError:
+            raise UserError(f"--local-devices {local_devices}: give devices such as cuda:0,cuda:1 or cpu,cpu") from None
+        if len({d.type for d in devices}) > 1:
+            raise UserError(f"--local-devices {local_devices}: all of one kind, please")
+        if any(d.type == "cuda" and (d.index or 0) >= torch.cuda.device_count() for d in devices):
+            raise UserError(f"--local-devices {local_devices}: there are {torch.cuda.device_count()} CUDA devices")
+        return devices
+    if device == "cpu" or not torch.cuda.is_available():
+        return [torch.device("cpu")]
+    return [torch.device("cuda", local_rank % torch.cuda.device_count())]
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that tensors gave back, so that the next micro-batch finds it mapped.
+
+    As glibc comes, a large tensor is mapped anew each time and its pages are cleared one by one as they are touched:
+    one to two tenths of a step on a CPU. Elsewhere than on glibc this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of large matrix products, summed over all ranks, which measure at the same time (collective)."""
+    n = 4096 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    out = a @ b
+    dist.barrier()
+    done, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds or done < 2:
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        done += 1
+    peak = torch.tensor([2.0 * n**3 * done / elapsed], dtype=torch.float64)
+    dist.all_reduce(peak)
+    return float(peak)
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """The dtype of parameters, and of the tensors between stages, under a `--precision`."""
+    return torch.float64 if precision == "fp64" else torch.float32

@@ -1,0 +1,91 @@
+"""The config of a model as transformers wants it. This file goes into exported folders, with all that it imports."""
+
+from dataclasses import field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from fira.huggingface.model_code import write_model_code
+from fira.models.registry import FAMILIES, from_document, to_document
+
+
+def _named(name: str) -> property:
+    """A field of the family's own config, under the name that transformers has for it."""
+
+    def read(config: "FiraLMConfig") -> Any:
+        if name not in config.shape:
+            raise AttributeError(f"a {config.shape['family']} has no {name}")
+        return config.shape[name]
+
+    def write(config: "FiraLMConfig", value: Any) -> None:
+        read(config)
+        config.shape[name] = value
+
+    return property(read, write)
+
+
+class FiraLMConfig(PreTrainedConfig):
+    """shape: the family's name and the fields of its own config; what is left out has its default.
+
+    They stand apart because transformers takes some of their names, such as `top_k`, for settings of generation. Most
+    have the names of transformers too, to be read, given and changed: `FiraLMConfig(shape={…}, vocab_size=9)`.
+    """
+
+    model_type = "fira"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    family: ClassVar[str] = "fira"  # where the shape names none
+    classes: ClassVar[dict[str, str]] = {"AutoModel": "FiraLMModel", "AutoModelForCausalLM": "FiraLMForCausalLM"}
+
+    vocab_size = _named("vocab_size")
+    hidden_size = _named("d_model")
+    intermediate_size = _named("d_ff")
+    num_hidden_layers = _named("num_layers")
+    num_attention_heads = _named("n_head")
+    num_key_value_heads = _named("n_kv_head")
+    num_experts = _named("num_experts")
+    num_experts_per_tok = _named("top_k")
+    max_position_embeddings = _named("seq_len")
+    rope_theta = _named("rope_theta")
+    rms_norm_eps = _named("norm_eps")
+    router_aux_loss_coef = _named("aux_coefficient")
+
+    shape: dict[str, Any] = field(default_factory=dict)
+    use_cache: bool = True
+    output_router_logits: bool = False
+    tie_word_embeddings: bool = False  # follows from the family
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.shape = {"family": self.family} | self.shape
+        self.shape = to_document(self.own())
+        self.tie_word_embeddings = FAMILIES[self.shape["family"]].is_tied(self.own())
+        kwargs["auto_map"] = {"AutoConfig": f"configuration_fira.{type(self).__name__}"} | {
+            auto: f"modeling_fira.{name}" for auto, name in self.classes.items()
+        }
+        super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """As transformers saves a config, and the models' code with it."""
+        write_model_code(save_directory, __package__)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def own(self) -> Any:
+        """The family's own config."""
+        return from_document(self.shape)
+
+
+class RishAIConfig(FiraLMConfig):
+    """`RishAIConfig(vocab_size=…, hidden_size=…, num_experts=…, num_experts_per_tok=…, …)`; see RishConfig."""
+
+    model_type = "rish_ai"
+    family: ClassVar[str] = "rish"
+    classes: ClassVar[dict[str, str]] = {"AutoModel": "RishAIModel", "AutoModelForCausalLM": "RishAICausalLM"}
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest context; from there on the rotary base grows with the length."""
+        return self.shape["seq_len"]
+
+    @max_position_embeddings.setter
+    def max_position_embeddings(self, value: int) -> None:
+        self.shape["seq_len"] = self.shape["max_position"] = value

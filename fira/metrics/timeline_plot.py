@@ -1,0 +1,84 @@
+"""Timelines as a picture: a row per rank, a colour per kind of action, the micro-batch's number inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fira.errors import UserError
+from pipeline.schedule import Kind
+from pipeline.simulate import Timeline
+from pipeline.timeline import write_trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Light enough for numbers in black, told apart by colour-blind readers too; shades alternate from micro-batch to
+# micro-batch, so that neighbours of one kind can be told apart.
+COLOURS = {
+    Kind.FORWARD: ("#9ecae1", "#c6dbef"),
+    Kind.BACKWARD: ("#fdae6b", "#fdd0a2"),
+    Kind.INPUT: ("#fed976", "#ffeda0"),
+    Kind.WEIGHT: ("#a1d99b", "#c7e9c0"),
+}
+MEANING = {
+    Kind.FORWARD: "forward",
+    Kind.BACKWARD: "backward",
+    Kind.INPUT: "backward of the input",
+    Kind.WEIGHT: "backward of the weights",
+}
+MOST_NUMBERED = 400  # spans in a row from which on numbers are too small to be read
+
+
+def draw_timelines(panels: Mapping[str, Timeline], out: Path, columns: int = 1) -> None:
+    """Draw titled timelines, in seconds, into a PNG, all to one scale. UserError where it cannot be written."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows = -(-len(panels) // columns)
+    height = 0.9 + rows * (0.75 + 0.36 * max(len(timeline.spans) for timeline in panels.values()))
+    figure = Figure(figsize=(13, min(height, 30)), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    for axes, (title, timeline) in zip(grid.flat, panels.items(), strict=False):
+        _draw(axes, title, timeline)
+    grid[0, 0].set_xlim(0, 1.02e3 * max(timeline.length for timeline in panels.values()))  # of all: they share it
+    for axes in grid[-1]:
+        axes.set_xlabel("milliseconds", fontsize=9)
+    kinds = {action.kind for timeline in panels.values() for spans in timeline.spans for action, _, _ in spans}
+    patches = [Patch(color=COLOURS[kind][0], label=MEANING[kind]) for kind in MEANING if kind in kinds]
+    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    try:
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; choose a path that can be written") from None
+
+
+def _draw(axes: Axes, title: str, timeline: Timeline) -> None:
+    for rank, spans in enumerate(timeline.spans):
+        for action, start, end in spans:
+            shade = COLOURS[action.kind][action.microbatch % 2]
+            axes.barh(rank, (end - start) * 1e3, left=start * 1e3, height=0.86, color=shade, edgecolor="white", lw=0.4)
+            if len(spans) <= MOST_NUMBERED and end - start > timeline.length / 120:
+                middle = (start + end) / 2 * 1e3
+                axes.text(middle, rank, str(action.microbatch), ha="center", va="center", fontsize=7)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_yticks(range(len(timeline.spans)), [f"rank {rank}" for rank in range(len(timeline.spans))], fontsize=8)
+    axes.set_ylim(len(timeline.spans) - 0.4, -0.6)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def write_timeline(timeline: Timeline, out: str, title: str) -> Path:
+    """Write a trace, and a picture of it beside it; returns the picture's path."""
+    path = Path(out)
+    picture = path.with_suffix(".png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_trace(timeline, path, title)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; choose a path that can be written") from None
+    draw_timelines({title: timeline}, picture)
+    return picture

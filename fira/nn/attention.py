@@ -1,0 +1,114 @@
+"""Causal self-attention, with the variants that the families are made of."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fira.nn.context import Context
+from fira.nn.norms import RMSNorm
+from fira.nn.rotary import Rotary
+
+
+class SelfAttention(nn.Module):
+    """softmax(q kᵀ / √hd) v per head, each token attending to itself and earlier ones (Vaswani et al. 2017).
+
+    name: global; under it a cache keeps the keys and values.
+    linear: makes the projections q, k, v, o from (width in, width out, bias=).
+    n_kv_head: each key and value head serves n_head / n_kv_head query heads (Ainslie et al. 2023, arXiv 2305.13245).
+    qk_norm_eps: RMS-normalise q and k over their full width, before they are split into heads.
+    window: token t attends to (t − window, t].
+    gated: the heads' output is multiplied by a linear function of x before the projection o.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        name: str,
+        linear: Callable[..., nn.Linear],
+        *,
+        n_kv_head: int | None = None,
+        bias: bool = False,
+        qk_norm_eps: float | None = None,
+        rotary: Rotary | None = None,
+        window: int | None = None,
+        gated: bool = False,
+    ) -> None:
+        super().__init__()
+        n_kv_head = n_kv_head or n_head
+        if d_model % n_head:
+            raise ValueError(f"d_model {d_model} is not divisible by n_head {n_head}")
+        if n_head % n_kv_head:
+            raise ValueError(f"n_head {n_head} is not divisible by n_kv_head {n_kv_head}")
+        self.head_dim = d_model // n_head
+        self.shared = n_kv_head != n_head
+        self.name = name
+        self.rotary = rotary
+        self.window = window
+        width = n_kv_head * self.head_dim
+        self.q = linear(d_model, d_model, bias=bias)
+        self.k, self.v = (linear(d_model, width, bias=bias) for _ in range(2))
+        self.o = linear(d_model, d_model, bias=bias)
+        self.g = linear(d_model, d_model, bias=bias) if gated else None
+        self.q_norm, self.k_norm = (
+            nn.Identity() if qk_norm_eps is None else RMSNorm(w, qk_norm_eps) for w in (d_model, width)
+        )
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x: [B, T, d] → [B, T, d]. With a cache, x are the tokens that follow those in it."""
+        cache = context.cache
+        length = x.shape[1] + (cache.length if cache is not None else 0)
+        q, k, v = (
+            projected.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for projected in (self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x))
+        )
+        if self.rotary is not None:
+            if self.rotary.grows:
+                (q,) = self.rotary(length, q)
+            else:
+                q, k = self.rotary(length, q, k)
+        if cache is not None:
+            k, v = cache.extend(self.name, k, v, self.window)
+        if self.rotary is not None and self.rotary.grows:  # then the angles of all keys are new
+            (k,) = self.rotary(length, k)
+        mask = self._mask(q, k, length, context.starts)
+        if context.attentions is not None:
+            y, context.attentions[self.name] = _attend(q, k, v, mask)
+        else:
+            causal = mask is None and q.shape[2] > 1
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.shared)
+        y = y.transpose(1, 2).flatten(2)
+        return self.o(y if self.g is None else y * self.g(x))
+
+    def _mask(self, q: Tensor, k: Tensor, length: int, starts: Tensor | None) -> Tensor | None:
+        """[new, seen] or [B, 1, new, seen] bool: which keys each query sees, both being the last of `length` tokens.
+
+        None where that is all of them for one query, or what is called causal for as many queries as keys.
+        """
+        new, seen = q.shape[2], k.shape[2]
+        window = self.window or seen
+        if window >= seen and new in (1, seen) and starts is None:
+            return None
+        mask = torch.ones(new, seen, dtype=torch.bool, device=q.device)
+        mask = mask.tril(seen - new).triu(seen - new - window + 1)
+        if starts is None:
+            return mask
+        inside = torch.arange(length - seen, length, device=q.device) >= starts[:, None, None, None]
+        return mask & inside | mask.triu(seen - new)  # padding sees itself: a softmax over nothing is no number
+
+    def own_flops_per_token(self, length: int) -> float:
+        """Scores and values, of which causality leaves half, and a window less."""
+        return 2.0 * self.o.in_features * min(length, 2 * (self.window or length))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What scaled_dot_product_attention computes, and the probabilities [B, H, new, seen], which it does not show."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is None:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    probabilities = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=wide).to(v.dtype)
+    return probabilities @ v, probabilities

@@ -1,0 +1,71 @@
+"""The first and the last layer: tokens to vectors, and vectors to logits."""
+
+import torch
+from torch import Tensor, nn
+
+from fira.nn.base_layer import Layer
+from fira.nn.context import Context
+from fira.nn.cross_entropy import linear_cross_entropy
+from fira.nn.dropout import Dropout
+
+
+class TokenTable(nn.Embedding):
+    """A vector per token, from N(0, std²)."""
+
+    def __init__(self, vocab_size: int, d_model: int, std: float) -> None:
+        super().__init__(vocab_size, d_model)
+        self.std = std
+
+    def reset_parameters(self) -> None:
+        """Left to `init_parameter`: on the meta device torch's own would import its compiler, two seconds a rank."""
+
+    def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        value.normal_(std=self.std, generator=generator)
+
+
+class Embedding(Layer):
+    """scale · token + position. positions: how many are learned; 0: none. std: of the token vectors at the start."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        positions: int = 0,
+        scale: float = 1.0,
+        std: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.token = TokenTable(vocab_size, d_model, std)
+        self.position = TokenTable(positions, d_model, std) if positions else None
+        self.scale = scale
+        self.dropout = Dropout(dropout, "layers.0.dropout")
+
+    def forward(self, tokens: Tensor, context: Context) -> Tensor:
+        """[B, T] int64, or their vectors [B, T, d] → [B, T, d]. ValueError: more tokens than learned positions."""
+        x = tokens if tokens.is_floating_point() else self.token(tokens)
+        if self.scale != 1:
+            x = x * self.scale
+        if self.position is not None:
+            end = tokens.shape[1] + (context.cache.length if context.cache else 0)
+            end -= 0 if context.starts is None else int(context.starts.min())
+            if end > self.position.num_embeddings:
+                raise ValueError(f"{end} tokens, the model's context is {self.position.num_embeddings}")
+            x = x + self.position(context.places(tokens).clamp(min=0))
+        return self.dropout(x, context.token_keys(tokens))
+
+
+class Head(Layer):
+    """Final norm and projection to logits; where the context has targets, on to the loss."""
+
+    def __init__(self, norm: nn.Module, project: nn.Linear) -> None:
+        super().__init__()
+        self.norm = norm
+        self.project = project
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, T, d] → logits [B, T, vocab], of the last tokens if so wanted; or with targets their summed loss [1]."""
+        if context.targets is None:
+            return self.project(self.norm(x if context.last is None else x[:, -context.last :]))
+        x = self.norm(x)
+        return linear_cross_entropy(x.flatten(0, 1), self.project.weight, context.targets.flatten())[None]

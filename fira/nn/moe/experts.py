@@ -1,0 +1,88 @@
+"""Experts of three kinds. Dim 0 of each parameter is the expert; rows come sorted by expert."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fira.nn.dropout import Dropout
+from fira.nn.init import PerExpertInit
+from fira.nn.moe.grouped_linear import RowGroups, grouped_linear
+
+
+class ExpertBank(PerExpertInit, nn.Module):
+    """Several experts' weights `w1`, `w2`, … [E, out, in] and biases `b1`, `b2`, … [E, out].
+
+    A subclass is called as `experts(x, groups, keys)`: x [n, d] sorted by expert, a group of rows for each, keys [n]
+    int32 for dropout or None. An expert without a row takes part with none, so that every parameter gets a gradient
+    on every rank.
+    """
+
+    std: float | None = None
+
+    def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Fill one expert's slice: from N(0, std²), or as torch.nn.Linear does, uniform in ±1/√fan_in."""
+        if self.std is None:
+            bound = 1 / math.sqrt(self.get_parameter(f"w{name[1:]}").shape[2])
+            value.uniform_(-bound, bound, generator=generator)
+        else:
+            value.normal_(std=self.std, generator=generator)
+
+    def own_numel(self) -> int:
+        """How many weights one expert multiplies a row with."""
+        return sum(p[0].numel() for p in self.parameters() if p.dim() == 3)
+
+
+class Experts(ExpertBank):
+    """W2 drop(gelu(W1 x + b1)) + b2."""
+
+    def __init__(self, num_experts: int, d_model: int, d_ff: int, dropout: float, name: str) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
+        self.b1 = nn.Parameter(torch.empty(num_experts, d_ff))
+        self.w2 = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
+        self.b2 = nn.Parameter(torch.empty(num_experts, d_model))
+        self.dropout = Dropout(dropout, f"{name}.dropout")
+
+    def forward(self, x: Tensor, groups: RowGroups, keys: Tensor | None) -> Tensor:
+        """[n, d] → [n, d]."""
+        h = self.dropout(F.gelu(grouped_linear(x, groups, self.w1, self.b1)), keys)
+        return grouped_linear(h, groups, self.w2, self.b2)
+
+
+class GatedExperts(ExpertBank):
+    """W2 (activation(g) ⊙ a) with (g, a) = W1 x (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        activation: Callable[[Tensor], Tensor],
+        std: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(num_experts, 2 * d_ff, d_model))
+        self.w2 = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
+        self.activation = activation
+        self.std = std
+
+    def forward(self, x: Tensor, groups: RowGroups, keys: Tensor | None) -> Tensor:
+        """[n, d] → [n, d]."""
+        gate, a = grouped_linear(x, groups, self.w1).chunk(2, dim=-1)
+        return grouped_linear(self.activation(gate) * a, groups, self.w2)
+
+
+class LinearExperts(ExpertBank):
+    """W1 x + b1, of another width than x."""
+
+    def __init__(self, num_experts: int, d_model: int, width: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(num_experts, width, d_model))
+        self.b1 = nn.Parameter(torch.empty(num_experts, width))
+
+    def forward(self, x: Tensor, groups: RowGroups, keys: Tensor | None) -> Tensor:
+        """[n, d] → [n, width]."""
+        return grouped_linear(x, groups, self.w1, self.b1)

@@ -1,0 +1,80 @@
+"""Permutations of rows by expert, with backward passes that gather instead of scatter.
+
+Shapes: N tokens, k experts per token, N·k assignments (token-major), E experts.
+
+    order    [N·k]  assignment numbers sorted by expert (stable)
+    inverse  [N·k]  the position of each assignment in that order
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sort_by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Expert numbers [n] → a stable order that sorts them, and its inverse."""
+    order = experts.argsort(stable=True)
+    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def count_by_expert(experts: Tensor, num_experts: int, weights: Tensor | None = None) -> Tensor:
+    """Expert numbers [n] → [E] int64, how often each stands there, or the sum of its weights [n] int64."""
+    weights = torch.ones_like(experts) if weights is None else weights
+    return weights.new_zeros(num_experts).scatter_add_(0, experts, weights)  # bincount would wait for the device
+
+
+def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:
+    """Rows of x, each standing `copies` times in a row, in the given order. Differentiable in x."""
+    if len(x) == 1:
+        return x.expand(copies, *x.shape[1:])
+    if not torch.is_grad_enabled():
+        return x.index_select(0, order // copies if copies > 1 else order)
+    return _Gather.apply(x, order, inverse, copies)
+
+
+def weighted_sum(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """rows [N·k, h] sorted by expert, weights [N, k] of each token's → [N, h]. Differentiable in both."""
+    dtype = torch.promote_types(rows.dtype, weights.dtype)
+    if not torch.is_grad_enabled():
+        return _sum_rows(rows.to(dtype), inverse, weights.shape[1], weights.to(dtype).flatten())
+    return _WeightedSum.apply(rows.to(dtype), weights.to(dtype), order, inverse)
+
+
+def _sum_rows(rows: Tensor, places: Tensor, copies: int, weights: Tensor | None = None) -> Tensor:
+    """Row i is the sum of rows[places[i·copies + j]] over j, each times weights[i·copies + j], in one pass."""
+    if copies == 1 and weights is None:
+        return rows.index_select(0, places)
+    starts = torch.arange(0, len(places), copies, device=places.device)
+    return torch.embedding_bag(rows, places, starts, per_sample_weights=weights)[0]
+
+
+class _Gather(torch.autograd.Function):
+    """Rows x[order // copies]. Given the inverse of `order`, the backward reads rows as well, and scatters none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x.index_select(0, order // copies if copies > 1 else order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return _sum_rows(grad, inverse, ctx.copies), None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Row i is Σ_j weights[i, j] · rows[inverse[i·k + j]]; no weighted row is written down."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, order, inverse)
+        return _sum_rows(rows, inverse, weights.shape[1], weights.flatten())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, weights, order, inverse = ctx.saved_tensors
+        of_rows = grad.index_select(0, order // weights.shape[1])
+        of_weights = (of_rows * rows).sum(1)[inverse].view_as(weights)
+        return of_rows.mul_(weights.flatten()[order][:, None]), of_weights, None, None

@@ -1,0 +1,88 @@
+"""Which experts a token goes to, and with what weights."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fira.nn.dropout import at_place, normal, salt
+from fira.nn.norms import full_precision
+
+
+class Routed(NamedTuple):
+    """A router's decision for tokens […]."""
+
+    experts: Tensor  # […, k] int64, the chosen ones
+    weights: Tensor  # […, k], of their outputs
+    logits: Tensor  # […, E]
+
+
+def number_chosen(top_k: int | float, num_experts: int) -> int:
+    """Experts per token. top_k: that number, or a fraction of all, rounded down: 0.8 of 4 are 3."""
+    # a little is added because 15/22 of 22 is just below 15 in floating point
+    return top_k if isinstance(top_k, int) else max(1, int(top_k * num_experts + 1e-9))
+
+
+class Router(nn.Module):
+    """Token-choice top-k of the logits (W x + b) / temperature.
+
+    renormalise: softmax over the kept logits, so that the weights sum to one; which is the same as a softmax over all,
+    of which the kept are divided by their sum. Otherwise the weights are the kept part of a softmax over all, and
+    say how sure the router is.
+    noise: deviation of Gaussian noise on the logits while training, a function of sequence, position and `name`.
+    balance_rate: what an expert's bias changes by in a step, up where it had less than its share and down where more.
+    The bias decides who is chosen and has no part in the weights, so that no loss has to balance (Wang et al. 2024,
+    arXiv 2408.15664).
+    top_k: a number of experts, or a fraction of them.
+    """
+
+    balance: Tensor  # [E], the bias
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int | float,
+        *,
+        bias: bool = True,
+        temperature: float = 1.0,
+        renormalise: bool = True,
+        noise: float = 0.0,
+        balance_rate: float = 0.0,
+        name: str = "",
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, num_experts, bias=bias)
+        self.temperature = temperature
+        self.renormalise = renormalise
+        self.noise = noise
+        self.salt = salt(name)
+        self.balance_rate = balance_rate
+        if balance_rate:
+            self.register_buffer("balance", torch.zeros(num_experts))
+        self.top_k = number_chosen(top_k, num_experts)
+        if not 1 <= self.top_k <= num_experts:
+            raise ValueError(f"top_k {top_k} does not choose between 1 and {num_experts} experts")
+
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Routed:
+        """x: [N, d], keys: [N] int32 token keys for noise, None for none."""
+        # Routing is decided in full precision: a rounding error here sends a token elsewhere.
+        with full_precision(x.device):
+            logits = self.gate(x.to(self.gate.weight.dtype))
+            if self.temperature != 1:
+                logits = logits / self.temperature
+            if self.noise and keys is not None:
+                logits = logits + self.noise * normal(at_place(keys, self.salt), logits.shape[1]).to(logits.dtype)
+            if self.balance_rate:
+                experts = (logits.softmax(dim=-1) + self.balance).topk(self.top_k, dim=-1).indices
+                kept = logits.gather(-1, experts)
+            else:
+                kept, experts = logits.topk(self.top_k, dim=-1)
+            if self.renormalise:
+                return Routed(experts, kept.softmax(dim=-1), logits)
+            return Routed(experts, logits.softmax(dim=-1).gather(-1, experts), logits)
+
+    def rebalance(self, load: Tensor) -> None:
+        """load: [E] assignments of a whole step, the same on all ranks that hold this router."""
+        if self.balance_rate:
+            self.balance += self.balance_rate * (load.mean() - load).sign().to(self.balance)

@@ -1,0 +1,149 @@
+"""RWKV-5's time mixing and channel mixing (Peng et al. 2024, arXiv 2404.05892), with one decay per head.
+
+Per head, with a matrix S as state, w = exp(−exp(decay)) and k_t v_tᵀ an outer product:
+
+    y_t = r_tᵀ (S_t + u · k_t v_tᵀ)        S_{t+1} = w · S_t + k_t v_tᵀ
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fira.nn.init import Normal
+from fira.nn.kv_cache import KVCache
+from fira.nn.norms import full_precision
+
+CHUNK = 64
+
+
+def _decay(log_w: Tensor, distance: Tensor) -> Tensor:
+    """w^distance per head, zero where the distance is negative: [H] and any shape → [H, …].
+
+    No power is taken of 1/w, whatever the chunk: exponents are never positive, so nothing overflows, and a decay so
+    strong that w underflows is a plain zero.
+    """
+    powers = (log_w.view(-1, *[1] * distance.dim()) * distance.clamp(min=0)).exp()
+    return powers.masked_fill(distance < 0, 0.0)
+
+
+def recurrence(
+    r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None = None, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """r, k, v: [B, H, T, K]; log_w, u: [H]; state: [B, H, K, V] before the first token, None for zero → y, new state.
+
+    Tokens are cut into chunks. Inside a chunk, and then among the chunks' sums of k vᵀ, the recurrence is a product
+    with a triangular matrix of decays: no loop, and O(T · chunk + (T / chunk)²) instead of O(T²).
+    """
+    length = r.shape[2]
+    chunk = min(chunk, length)
+    missing = -length % chunk
+    # Zeros in front add nothing to a state that starts from zero; what comes from `state` is added apart.
+    pieces = [nn.functional.pad(x, (0, 0, missing, 0)).unflatten(2, (-1, chunk)) for x in (r, k, v)]
+    r_, k_, v_ = pieces  # [B, H, n, C, K]
+    at = torch.arange(chunk, device=r.device)
+    within = _decay(log_w, at[:, None] - at - 1) + u[:, None, None] * torch.eye(chunk, dtype=u.dtype, device=u.device)
+    y = (r_ @ k_.transpose(-1, -2) * within[:, None]) @ v_
+
+    sums = (k_ * _decay(log_w, chunk - 1 - at)[:, None, :, None]).transpose(-1, -2) @ v_  # [B, H, n, K, V]
+    n = torch.arange(sums.shape[2] + 1, device=r.device)
+    among = _decay(log_w, chunk * (n[:, None] - n[:-1] - 1))
+    states = torch.einsum("hmn,bhnkv->bhmkv", among, sums)
+    y = y + (r_ * _decay(log_w, at)[:, None, :, None]) @ states[:, :, :-1]
+    y, last = y.flatten(2, 3)[:, :, missing:], states[:, :, -1]
+    if state is not None:
+        y = y + (r * _decay(log_w, torch.arange(length, device=r.device))[..., None]) @ state
+        last = last + _decay(log_w, torch.tensor(length, device=r.device))[:, None, None] * state
+    return y, last
+
+
+def _previous(x: Tensor, cache: KVCache | None, name: str) -> Tensor:
+    """x_{t−1} for each x_t of [B, T, d]; zero before the first token."""
+    before = torch.zeros_like(x[:, :1])
+    if cache is not None:
+        before = cache.states.get(name, before)
+        cache.states[name] = x[:, -1:]
+    return torch.cat([before, x[:, :-1]], dim=1)
+
+
+def _shift(width: int, power: float) -> Tensor:
+    """1 − a^power with a = i/d: how much of the token before each channel starts with."""
+    return 1 - (torch.arange(width) / width) ** power
+
+
+class TimeMix(nn.Module):
+    """W_o (GroupNorm_H(y) ⊙ g): r, k, v and g are linear in a mixture of each token with the one before, g in silu.
+
+    layer of layers: its depth l of L, on which the initial mixtures and decays depend. ρ = l/(L−1), σ = 1 − l/L.
+    """
+
+    def __init__(self, d_model: int, n_head: int, layer: int, layers: int) -> None:
+        super().__init__()
+        if d_model % n_head:
+            raise ValueError(f"d_model {d_model} is not divisible by n_head {n_head}")
+        self.rho = layer / max(1, layers - 1)
+        self.sigma = 1 - layer / layers
+        self.head_dim = d_model // n_head
+        self.maa_r, self.maa_k, self.maa_v, self.maa_g = (nn.Parameter(torch.empty(d_model)) for _ in range(4))
+        self.decay, self.bonus = (nn.Parameter(torch.empty(n_head)) for _ in range(2))
+        self.r, self.k, self.v, self.g, self.o = (Normal(d_model, d_model, bias=False) for _ in range(5))
+        self.norm = nn.GroupNorm(n_head, d_model, eps=64e-5)
+
+    def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Deterministic: early channels and late layers mix in more of the token before; heads forget at all speeds."""
+        width, heads = len(self.maa_r), len(self.decay)
+        head = torch.arange(heads) / max(1, heads - 1)
+        start = {
+            "maa_r": _shift(width, self.sigma / 2),
+            "maa_k": _shift(width, self.sigma),
+            "maa_v": _shift(width, self.sigma) - 0.3 * self.rho,
+            "maa_g": _shift(width, self.sigma / 2),
+            "decay": -6 + 5 * head ** (0.7 + 1.3 * self.rho),
+            "bonus": self.rho * (1 - head),
+        }
+        value.copy_(start[name])
+
+    def forward(self, x: Tensor, cache: KVCache | None, name: str) -> Tensor:
+        """[B, T, d] → [B, T, d]. name: under which a cache keeps this call's last token and state."""
+        change = _previous(x, cache, f"{name}.x") - x
+        mixed = (x + change * maa for maa in (self.maa_r, self.maa_k, self.maa_v, self.maa_g))
+        r, k, v, g = (linear(m) for linear, m in zip((self.r, self.k, self.v, self.g), mixed, strict=True))
+        y = self._recur(r, k, v, cache, f"{name}.state")
+        y = self.norm(y.flatten(0, 1)).view_as(x)
+        return self.o(y * nn.functional.silu(g))
+
+    def _recur(self, r: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, name: str) -> Tensor:
+        """[B, T, d] each → [B, T, d], in fp32 or better: states add up over a whole sequence."""
+        wide = torch.promote_types(self.decay.dtype, torch.float32)
+        with full_precision(r.device):
+            r, k, v = (x.to(wide).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (r, k, v))
+            state = None if cache is None else cache.states.get(name)
+            y, state = recurrence(r, k, v, -self.decay.to(wide).exp(), self.bonus.to(wide), state)
+        if cache is not None:
+            cache.states[name] = state
+        return y.to(self.decay.dtype).transpose(1, 2).flatten(2)
+
+    def own_flops_per_token(self, length: int) -> float:
+        """Products inside a chunk, and of r, k and v with states."""
+        width = len(self.maa_r)
+        return 4.0 * width * (min(CHUNK, length) + self.head_dim)
+
+
+class ChannelMix(nn.Module):
+    """sigmoid(W_r x_r) ⊙ W_v relu(W_k x_k)², with the same kind of mixtures as TimeMix."""
+
+    def __init__(self, d_model: int, width: int, layer: int, layers: int) -> None:
+        super().__init__()
+        self.sigma = 1 - layer / layers
+        self.maa_k, self.maa_r = (nn.Parameter(torch.empty(d_model)) for _ in range(2))
+        self.k = Normal(d_model, width, bias=False)
+        self.v = Normal(width, d_model, bias=False)
+        self.r = Normal(d_model, d_model, bias=False)
+
+    def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """As TimeMix's maa_k."""
+        value.copy_(_shift(len(value), self.sigma))
+
+    def forward(self, x: Tensor, cache: KVCache | None, name: str) -> Tensor:
+        """[B, T, d] → [B, T, d]. name: under which a cache keeps the last token."""
+        change = _previous(x, cache, f"{name}.x") - x
+        k = self.k(x + change * self.maa_k).relu().square()
+        return self.r(x + change * self.maa_r).sigmoid() * self.v(k)

@@ -1,0 +1,30 @@
+"""Dynamic loss scaling for fp16."""
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2017, arXiv 1710.03740): halved on overflow."""
+
+    GROWTH_INTERVAL = 1000
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.value = 2.0**15 if enabled else 1.0
+        self.good_steps = 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up a saved scale; a run that does not scale ignores it."""
+        if self.enabled and state["value"] > 1:
+            self.value, self.good_steps = state["value"], int(state["good_steps"])
+
+    def update(self, overflow: bool) -> None:
+        """After a step: whether its gradients overflowed."""
+        if not self.enabled:
+            return
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.value /= 2
+        elif self.good_steps % self.GROWTH_INTERVAL == 0:
+            self.value *= 2

@@ -1,0 +1,58 @@
+"""A model split over the devices of this one process by torchgpipe: no MPI, no ranks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fira.models.language_model import LanguageModel
+from fira.models.registry import build
+from fira.nn.context import Context
+from fira.parallel.parallelize import layer_costs
+from pipeline.partition import partition
+from pipeline.torchgpipe_stage import LocalPipeline
+
+
+class PipelineModel(nn.Module):
+    """Called as `module(tokens)` → logits, like the model it was made of; its parameters keep the model's names."""
+
+    def __init__(self, model: LanguageModel, pipeline: LocalPipeline) -> None:
+        super().__init__()
+        self.config = model.config
+        self.layers = model.layers
+        self._pipeline = [pipeline]  # in a list, so that its parameters are not found a second time
+        self.tied = model.tied
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Tokens are moved to the first, logits are on the last."""
+        return self._pipeline[0].gpipe.devices
+
+    def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
+        """[B, T] int64 → logits [B, T, vocab]. Without a context there is dropout in train mode, as in the model."""
+        tokens = tokens.to(self.devices[0])
+        if self.tied:  # torchgpipe wants no parameter in two places, so the head is given a tensor, new in each forward
+            weight = self.layers[0].get_parameter("token.weight")
+            self.layers[-1].get_submodule("project").weight = weight.view_as(weight).to(self.devices[-1])
+        return self._pipeline[0](tokens, context or Context.of(tokens, self.training))
+
+
+def create_pipeline_model(
+    model: LanguageModel | Any,
+    devices: Sequence[torch.device | str],
+    chunks: int | None = None,
+    recompute: bool = False,
+) -> PipelineModel:
+    """Spread a model, or a new one of a config, over devices such as `["cuda:0", "cuda:1"]`, by what its layers cost.
+
+    chunks: parts that a batch is cut into (default: four per device). recompute: keep only what crosses from device to
+    device and compute the rest again in the backward. The model's parameters are moved, not copied.
+    Raises ValueError where there are more devices than layers.
+    """
+    if not isinstance(model, LanguageModel):
+        model = build(model)
+    if model.tied:
+        del model.layers[-1].get_submodule("project").weight
+    balance = [len(span) for span in partition(layer_costs(model, model.config.seq_len), len(devices))]
+    return PipelineModel(model, LocalPipeline(list(model.layers), balance, devices, chunks=chunks, recompute=recompute))

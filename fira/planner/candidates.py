@@ -1,0 +1,77 @@
+"""Every candidate to spread a model's training over ranks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from fira.planner.model_profile import ModelProfile
+from pipeline.mesh import Layout
+from pipeline.schedule import SCHEDULES, Kind, Schedule
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What is given; None is chosen."""
+
+    batch: int  # sequences
+    pp: int | None = None
+    dp: int | None = None
+    ep: int | None = None
+    schedule: str | None = None
+    microbatch: int | None = None
+    recompute: int | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate to train: count micro-batches of `microbatch` sequences on every replica."""
+
+    layout: Layout
+    schedule: str
+    microbatch: int
+    count: int
+    recompute: int  # blocks of every stage
+
+
+def candidates(profile: ModelProfile, ranks: int, constraints: Constraints) -> Iterator[Candidate]:
+    """Every legal candidate. One rank's pipeline needs no schedule but one; replicas without a sequence are no use.
+
+    Micro-batches are powers of two, or all that a replica has. Nothing is recomputed unless it is constraints.
+    """
+    for pp in _divisors(ranks):
+        if pp > len(profile.layers):
+            break
+        dp = ranks // pp
+        if constraints.pp not in (None, pp) or constraints.dp not in (None, dp) or dp > constraints.batch:
+            continue
+        share = -(-constraints.batch // dp)
+        sizes = {share, *(2**n for n in range(share.bit_length()))}
+        names = [constraints.schedule] if constraints.schedule else list(SCHEDULES) if pp > 1 else ["1f1b"]
+        for name in names:
+            if len(placement_of(name, pp)) > len(profile.layers):
+                continue
+            for ep in _divisors(dp):
+                if profile.num_experts % ep or constraints.ep not in (None, ep):
+                    continue
+                for size in sorted(sizes) if constraints.microbatch is None else [constraints.microbatch]:
+                    count = -(-constraints.batch // (size * dp))
+                    yield Candidate(Layout(pp, dp, ep), name, size, count, constraints.recompute or 0)
+
+
+@cache
+def schedule_of(name: str, pp: int, microbatches: int) -> Schedule:
+    return SCHEDULES[name](pp, microbatches)
+
+
+@cache
+def placement_of(schedule: str, pp: int) -> tuple[int, ...]:
+    return schedule_of(schedule, pp, 1).placement
+
+
+@cache
+def splits(schedule: str) -> bool:
+    return any(action.kind is Kind.WEIGHT for action in schedule_of(schedule, 1, 1).actions[0])
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,84 @@
+"""What a machine can do, as a TOML file says it: `devices/` holds the known ones."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fira.errors import UserError
+
+DEVICES = Path(__file__).parent / "devices"
+OPERATIONS = ("p2p", "all_to_all", "all_reduce")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A message of n bytes takes latency + n / bandwidth seconds; of an all-reduce n is what a ring sends per rank."""
+
+    latency: float
+    bandwidth: float  # bytes/s each candidate
+
+    def seconds(self, size: float) -> float:
+        return self.latency + size / self.bandwidth
+
+
+Links = Mapping[str, Link]  # by operation
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One rank's device and the links between ranks. FLOP/s and bandwidths are what is reached, not what is rated."""
+
+    name: str
+    memory: float  # bytes
+    memory_bandwidth: float  # bytes/s
+    flops: Mapping[str, float]  # FLOP/s by precision
+    seconds_per_layer: float
+    ranks_per_node: int
+    inside: Links  # between ranks of a node
+    between: Links  # between nodes
+
+    def links(self, ranks: int, stride: int) -> Links:
+        """The links of a group of ranks that stand `stride` apart: the slowest that the group needs."""
+        return self.inside if (ranks - 1) * stride < self.ranks_per_node else self.between
+
+
+def load(name: str) -> Hardware:
+    """A shipped device by name, or a TOML file by path. UserError where there is neither, or it lacks a figure."""
+    path = DEVICES / f"{name}.toml"
+    if not path.exists():
+        path = Path(name)
+        if path.suffix != ".toml" or not path.exists():
+            known = ", ".join(sorted(file.stem for file in DEVICES.glob("*.toml")))
+            raise UserError(f"--device {name}: no such device; choose this, {known}, or give a TOML file")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--device {name}: not readable as TOML: {error}") from None
+    try:
+        efficiency = float(values["efficiency"])
+        return Hardware(
+            name=str(values["name"]),
+            memory=float(values["memory"]),
+            memory_bandwidth=efficiency * values["memory_bandwidth"],
+            flops={precision: efficiency * value for precision, value in values["flops"].items()},
+            seconds_per_layer=float(values["seconds_per_layer"]),
+            ranks_per_node=int(values["ranks_per_node"]),
+            inside=_links(values["inside"]),
+            between=_links(values["between"]),
+        )
+    except KeyError as error:
+        example = DEVICES / "h200.toml"
+        raise UserError(f"--device {name}: the file does not say {error.args[0]}; {example} is an example") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"--device {name}: a value is of the wrong kind: {error}") from None
+
+
+def _links(table: Mapping[str, Any]) -> Links:
+    """One link for all operations, or after it a table for those that have their own."""
+    return {name: _link(table.get(name, table)) for name in OPERATIONS}
+
+
+def _link(table: Mapping[str, Any]) -> Link:
+    return Link(float(table["latency"]), float(table["bandwidth"]))

@@ -1,0 +1,109 @@
+"""What a plan says to a person: a table, what limits the best candidate, and the command that trains it."""
+
+import shlex
+from collections.abc import Sequence
+
+from fira.parallel.parallelize import EVERY_BLOCK
+from fira.planner.candidates import Candidate
+from fira.planner.device_specs import Hardware
+from fira.planner.search import SearchResult
+from fira.planner.step_time import Estimate
+
+PARTS = {
+    "compute": "compute",
+    "exchange": "experts' all-to-all",
+    "fill": "pipeline fills and drains",
+    "uneven": "uneven stages",
+    "reduce": "gradient reduction",
+    "optimizer": "optimizer",
+}
+COLUMNS = ("", "pp × dp (ep)", "schedule", "micro-batches", "step", "tokens/s", "bubble", "memory", "compute")
+
+
+def describe(found: SearchResult, hardware: Hardware, tokens: int, command: Sequence[str]) -> str:
+    """The table of the best candidates, and of the very best what its time goes to, and the command line.
+
+    tokens: of a batch. command: the flags that are not the plan's.
+    """
+    best = found.best[0]
+    rows = [COLUMNS, *(_row(n, estimate, tokens) for n, estimate in enumerate(found.best, 1))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    table = [
+        "  ".join(
+            cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    shares = ", ".join(
+        f"{PARTS[name]} {part / best.seconds:.0%}" for name, part in best.parts.items() if part > 0.0005 * best.seconds
+    )
+    unfit = f"; {found.too_large:,} that might be faster do not fit into memory" if found.too_large else ""
+    return "\n".join(
+        [
+            *(line.rstrip() for line in table),
+            "",
+            f"the best of {found.candidates:,} candidates on {hardware.name}, "
+            f"{hardware.memory / 1e9:.1f} GB a rank{unfit}",
+            f"a step: {shares}",
+            f"its limit: {PARTS[best.limit]}",
+            "memory by rank of the pipeline: " + _ranges([f"{size / 1e9:.2f} GB" for size in best.memory]),
+            "",
+            command_line(best.candidate, command),
+        ]
+    )
+
+
+def command_line(candidate: Candidate, command: Sequence[str]) -> str:
+    """How this candidate is trained."""
+    layout = candidate.layout
+    mpirun = f"mpirun -np {layout.world} " if layout.world > 1 else ""
+    return f"{mpirun}python scripts/train.py {shlex.join([*command, *flags(candidate)])}"
+
+
+def flags(candidate: Candidate) -> list[str]:
+    """The flags of train.py that choose this candidate."""
+    values: dict[str, object] = {
+        "pp": candidate.layout.pp,
+        "dp": candidate.layout.dp,
+        "ep": candidate.layout.ep,
+        "schedule": candidate.schedule,
+        "micro-batch-size": candidate.microbatch,
+    }
+    if candidate.recompute:
+        values["recompute"] = recomputed(candidate)
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def recomputed(candidate: Candidate) -> str:
+    """What --recompute is called with."""
+    return {0: "none", EVERY_BLOCK: "full"}.get(candidate.recompute, str(candidate.recompute))
+
+
+def _row(number: int, estimate: Estimate, tokens: int) -> tuple[str, ...]:
+    candidate = estimate.candidate
+    return (
+        str(number),
+        f"{candidate.layout.pp} × {candidate.layout.dp} ({candidate.layout.ep})",
+        candidate.schedule + (f" recompute {recomputed(candidate)}" if candidate.recompute else ""),
+        f"{candidate.count} of {candidate.microbatch}",
+        _seconds(estimate.seconds),
+        f"{tokens / estimate.seconds:,.0f}",
+        f"{estimate.bubble:.1%}",
+        f"{max(estimate.memory) / 1e9:.2f} GB",
+        f"{estimate.parts['compute'] / estimate.seconds:.0%}",
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _ranges(values: list[str]) -> str:
+    """Values with how often each stands in a row: 3 GB, 2 GB (× 14), 5 GB."""
+    groups: list[tuple[str, int]] = []
+    for value in values:
+        if groups and groups[-1][0] == value:
+            groups[-1] = value, groups[-1][1] + 1
+        else:
+            groups.append((value, 1))
+    return ", ".join(value if n == 1 else f"{value} (× {n})" for value, n in groups)

@@ -1,0 +1,180 @@
+"""The families as transformers' models: the same logits, and what transformers asks of a model beside them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, RishAIConfig, RishAIModel
+from fira.models.language_model import LanguageModel
+from fira.models.registry import FAMILIES, PRESETS, build, to_document
+from fira.nn.context import Context
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9, "pad_token_id": 0}
+IDS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def small(family: str) -> Any:
+    """A config that is quick, with a window that is soon full."""
+    config = replace(PRESETS[f"{family}-tiny"], vocab_size=64, seq_len=40, d_model=32, num_layers=2)
+    return replace(config, window=6) if family == "microrwkv" else config
+
+
+def trained(config: Any) -> LanguageModel:
+    """A model whose every parameter matters, in eval mode."""
+    model = build(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def wrapped(family: str) -> tuple[LanguageModel, FiraLMForCausalLM]:
+    """A model of ours, and the same as one of transformers'."""
+    ours = trained(small(family))
+    made, config = (RishAICausalLM, RishAIConfig) if family == "rish" else (FiraLMForCausalLM, FiraLMConfig)
+    theirs = made(config(shape=to_document(ours.config))).eval()
+    theirs.load_state_dict({f"model.{name}": value for name, value in ours.state_dict().items()})
+    return ours, theirs
+
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@families
+def test_a_new_model_starts_as_training_does(family: str) -> None:
+    config = small(family)
+    model = FiraLMForCausalLM(FiraLMConfig(shape=to_document(config)))
+    for name, value in build(config).weights().items():
+        assert torch.equal(model.state_dict()[f"model.{name}"], value), name
+
+
+@families
+@torch.no_grad()
+def test_logits_cache_beams_and_padding(family: str) -> None:
+    ours, model = wrapped(family)
+    expected = ours(IDS, Context())
+    assert torch.equal(model(IDS).logits, expected)
+    torch.testing.assert_close(model(IDS, logits_to_keep=1).logits, expected[:, -1:])
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(IDS)).logits, expected)
+
+    first = model(IDS[:, :5])
+    then = model(IDS[:, 5:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(then.logits, expected[:, 5:], rtol=1e-5, atol=1e-5)
+    for way in ({}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
+        written, plain = (model.generate(IDS, **GREEDY, **way, use_cache=cache) for cache in (True, False))
+        assert torch.equal(written, plain), way
+        assert len({*written[:, 9:].flatten().tolist()}) > 1
+
+    short = IDS[:1, :5]
+    batch = torch.cat([torch.cat([torch.full((1, 4), 7), short], 1), IDS[1:]])
+    mask = torch.ones_like(batch)
+    mask[0, :4] = 0
+    padded, alone = model(batch, attention_mask=mask).logits, model(short).logits
+    torch.testing.assert_close(padded[:1, 4:], alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(padded[1:], expected[1:], rtol=1e-5, atol=1e-5)
+    together, apart = model.generate(batch, attention_mask=mask, **GREEDY), model.generate(short, **GREEDY)
+    assert torch.equal(together[0, 9:], apart[0, 5:])
+    with pytest.raises(ValueError, match="zero between ones"):
+        model(IDS, attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1, 1]] * 2))
+
+
+@families
+@torch.no_grad()
+def test_speculation_writes_what_greedy_search_writes(family: str) -> None:
+    _, model = wrapped(family)
+    draft = FiraLMForCausalLM(FiraLMConfig(shape=to_document(small(family)))).eval()
+    if family == "microrwkv":  # a recurrent state has no way back
+        with pytest.raises(ValueError, match="stateful"):
+            model.generate(IDS[:1], assistant_model=draft, **GREEDY)
+    else:
+        assert torch.equal(model.generate(IDS[:1], assistant_model=draft, **GREEDY), model.generate(IDS[:1], **GREEDY))
+
+
+@families
+def test_outputs_and_the_loss_with_and_without_recomputing(family: str) -> None:
+    _, model = wrapped(family)
+    logits = model(IDS).logits
+    outputs = model(IDS, labels=IDS, output_attentions=True, output_hidden_states=True, output_router_logits=True)
+    torch.testing.assert_close(outputs.logits, logits, rtol=1e-5, atol=1e-5)
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    assert outputs.loss.item() == pytest.approx(nll.item(), rel=1e-5)
+    assert len(outputs.hidden_states) == 3
+    assert len(outputs.attentions) == (4 if family == "microrwkv" else 2)
+    for attention in outputs.attentions:
+        assert attention.shape[-2:] == (9, 9)
+        torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+    experts = 0 if family == "mooshak" else 2
+    assert [routed.shape[0] for routed in outputs.router_logits] == [18] * experts
+
+    model.train()
+    gradients: list[list[Tensor]] = []
+    for _ in range(2):
+        model.zero_grad()
+        torch.manual_seed(3)  # of dropout and noise
+        outputs = model(IDS, labels=IDS)
+        outputs.loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+        model.activation_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert (outputs.aux_loss is None) == (family == "mooshak")
+    if outputs.aux_loss is not None and family != "blues":  # which has noise
+        assert outputs.loss.item() == pytest.approx(nll.item() + outputs.aux_loss.item(), rel=1e-5)
+
+
+@families
+def test_a_saved_model_is_known_by_its_folder(family: str, tmp_path: Path) -> None:
+    ours, model = wrapped(family)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    assert AutoConfig.from_pretrained(tmp_path).own() == ours.config
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    off = (half(IDS).logits.float() - ours(IDS, Context())).abs()
+    assert off.median() < 0.03  # not the greatest: a rounding can send a token to another expert
+    base = AutoModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(base(IDS).last_hidden_state, model(IDS, output_hidden_states=True).hidden_states[-1])
+    base.resize_token_embeddings(70, mean_resizing=False)
+    assert base.get_input_embeddings().weight.shape[0] == 70
+    again.resize_token_embeddings(70)
+    assert again(IDS).logits.shape[-1] == again.config.vocab_size == 70
+    torch.testing.assert_close(again(IDS).logits[..., :64], model(IDS).logits)
+
+
+def test_rish_by_the_names_of_its_readme() -> None:
+    config = RishAIConfig(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        num_experts=7,
+        num_experts_per_tok=5,
+    )
+    assert config.own() == replace(
+        PRESETS["rish-base"],
+        vocab_size=99,
+        d_model=32,
+        d_ff=37,
+        num_layers=2,
+        n_head=4,
+        n_kv_head=2,
+        seq_len=64,
+        max_position=64,
+        num_experts=7,
+        top_k=5,
+    )
+    assert RishAIModel(config)(IDS).last_hidden_state.shape == (2, 9, 32)
+    assert RishAICausalLM(config).generate(IDS[:1], max_length=12).shape == (1, 12)
+    with pytest.raises(AttributeError, match="mooshak has no num_experts"):
+        FiraLMConfig(shape={"family": "mooshak"}, num_experts=3)

@@ -1,0 +1,324 @@
+"""rish, mooshak, blues and microrwkv: their sizes, what they compute, what they must never do, and decoding."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fira import create_pipeline_model
+from fira.models.blues import BluesConfig
+from fira.models.language_model import LanguageModel
+from fira.models.microrwkv import MicroRWKVConfig
+from fira.models.mooshak import MooshakConfig
+from fira.models.registry import PRESETS, build, from_document, to_document
+from fira.models.rish import RishConfig
+from fira.nn.context import Context
+from fira.nn.dropout import normal, token_keys
+from fira.nn.kv_cache import KVCache
+from fira.nn.moe.router import Router
+from fira.nn.rwkv import TimeMix, recurrence
+from tests import family_reference as reference
+
+SMALL: dict[str, Any] = {"vocab_size": 31, "seq_len": 24, "d_model": 24, "num_layers": 2}
+RISH = RishConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, num_experts=5, top_k=2, max_position=9, rope_factor=2.0)
+MOOSHAK = MooshakConfig(**SMALL, n_head=6, d_ff=20)
+BLUES = BluesConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, top_k=2, dropout=0.0, aux_coefficient=0.3)
+MICRORWKV = MicroRWKVConfig(**SMALL, n_head=3, n_group=2, window=5, d_moe=10, top_k=2, aux_coefficient=0.1)
+CONFIGS = {
+    "rish": RISH,
+    "mooshak": MOOSHAK,
+    "mooshak-post": replace(MOOSHAK, norm_order="post", n_kv_head=3),
+    "blues": BLUES,
+    "blues-public": replace(BLUES, gate_before_norm=True),
+    "microrwkv": MICRORWKV,
+}
+REFERENCES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "mooshak-post": reference.mooshak_post,
+    "blues": reference.blues,
+    "blues-public": reference.blues,
+    "microrwkv": reference.microrwkv,
+}
+families = pytest.mark.parametrize("name", CONFIGS)
+
+
+def make_model(config: Any, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    """A model none of whose parameters is at a special value, such as a gain of one."""
+    torch.manual_seed(0)
+    model = build(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def make_tokens(config: Any, batch: int = 2, length: int = 12) -> Tensor:
+    return torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "total", "active"),
+    [
+        ("rish-base", {"n_kv_head": 32}, 33_270_665_216, 24_613_621_760),
+        ("rish-base", {}, 32_465_260_544, 23_808_217_088),
+        ("mooshak-base", {}, 2_144_407_552, 2_144_407_552),
+        ("mooshak-base", {"norm_order": "post"}, 2_144_407_552, 2_144_407_552),
+        ("blues-base", {}, 45_930_240, 40_621_824),
+        ("microrwkv-base", {}, 157_472_864, 157_472_864),
+    ],
+)
+def test_parameters_of_the_presets(preset: str, changes: dict[str, Any], total: int, active: int) -> None:
+    with torch.device("meta"):
+        model = build(replace(PRESETS[preset], **changes))
+    assert model.num_parameters() == total
+    assert model.num_active_parameters() == active
+
+
+@families
+def test_config_survives_its_document(name: str) -> None:
+    assert from_document(to_document(CONFIGS[name])) == CONFIGS[name]
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_models_equal_the_loops(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    config = CONFIGS[name]
+    model, tokens = make_model(config, dtype), make_tokens(config)
+    context = Context(aux_weights=torch.tensor([0.3, 0.7], dtype=dtype))
+    logits = model(tokens, context)
+    targets = tokens.roll(1, 1)
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+
+    p = {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
+    pairs = [REFERENCES[name](sequence, p, config) for sequence in tokens]
+    expected = torch.stack([pair[0] for pair in pairs])
+    aux = 0.3 * pairs[0][1] + 0.7 * pairs[1][1]
+    (F.cross_entropy(expected.flatten(0, 1), targets.flatten()) + aux).backward()
+
+    assert (logits - expected).abs().max() < tolerance * expected.abs().max()
+    assert sum(float(s.aux) for s in context.stats.values()) == pytest.approx(aux.item(), rel=tolerance)
+    for path, parameter in model.named_parameters():
+        assert p[path].grad.abs().max() > 0, f"{path}: this test shows nothing about it"
+        assert (parameter.grad - p[path].grad).abs().max() < tolerance * max(1.0, p[path].grad.abs().max()), path
+
+
+@families
+def test_no_token_sees_the_future_nor_another_sequence(name: str) -> None:
+    """What little differs comes from sums in another order, where a token has changed its experts."""
+    model, tokens = make_model(CONFIGS[name]), make_tokens(CONFIGS[name])
+    before = model(tokens, Context())
+    for t in range(tokens.shape[1]):
+        changed = tokens.clone()
+        changed[1, t] = (changed[1, t] + 1) % SMALL["vocab_size"]
+        difference = (model(changed, Context()) - before).abs()
+        assert difference[0].max() < 1e-12
+        assert difference[1, :t].sum() < 1e-12
+        assert difference[1, t].max() > 1e-6
+
+
+@families
+def test_decoding_with_a_cache_equals_computing_all_again(name: str) -> None:
+    """Also token by token, beyond attention's window, and with a cache whose content was put aside."""
+    changes = {"max_position": SMALL["seq_len"]} if name == "rish" else {}
+    model, tokens = make_model(replace(CONFIGS[name], **changes)), make_tokens(CONFIGS[name], length=20)
+    cache = KVCache()
+    with torch.no_grad():
+        parts = [3, 4, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1]
+        end = 0
+        for part in parts:
+            logits = model(tokens[:, end : end + part], Context(cache=cache))
+            end += part
+            expected = model(tokens[:, :end], Context())[:, -1]
+            torch.testing.assert_close(logits[:, -1], expected, rtol=1e-10, atol=1e-10)
+            aside, cache = cache, KVCache()
+            cache.length, cache.states = aside.length, {key: value.clone() for key, value in aside.states.items()}
+        assert end == tokens.shape[1]
+    greedy, plain = (model.generate(tokens[:, :5], 25, temperature=0, use_cache=cached) for cached in (True, False))
+    assert torch.equal(greedy, plain)
+
+
+def test_cached_keys_turn_with_the_dynamic_rotary_base() -> None:
+    """Exact for one layer; keys of deeper layers come from vectors that were computed with the base of their time."""
+    model, tokens = make_model(replace(RISH, num_layers=1)), make_tokens(RISH, length=20)
+    assert tokens.shape[1] > 2 * RISH.max_position
+    cache = KVCache()
+    with torch.no_grad():
+        logits = [model(tokens[:, t : t + 1], Context(cache=cache))[:, -1] for t in range(tokens.shape[1])]
+        torch.testing.assert_close(logits[-1], model(tokens, Context())[:, -1], rtol=1e-10, atol=1e-10)
+
+
+def test_the_state_of_a_recurrence_does_not_grow() -> None:
+    """Of what microrwkv keeps, only the keys and values that grouped attention sees grow with the text."""
+    model, tokens, sizes = make_model(MICRORWKV), make_tokens(MICRORWKV, length=20), []
+    cache = KVCache()
+    for t in range(tokens.shape[1]):
+        model(tokens[:, t : t + 1], Context(cache=cache))
+        sizes.append({name: value.shape for name, value in cache.states.items() if ".grouped." not in name})
+    assert sizes[-1] == sizes[10]
+    assert len([name for name in sizes[-1] if "time_mix" in name]) == 8  # x and state, of two calls in two layers
+
+
+@families
+def test_training_in_bf16_is_near_training_in_fp32(name: str) -> None:
+    gradients = []
+    for enabled in (False, True):
+        model, tokens = make_model(CONFIGS[name], torch.float32), make_tokens(CONFIGS[name])
+        context = Context(keys=torch.arange(2), aux_weights=torch.full((2,), 0.5))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logits = model(tokens, context).float()
+        F.cross_entropy(logits.flatten(0, 1), tokens.roll(1, 1).flatten()).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    exact, rounded = gradients
+    assert not torch.equal(rounded, exact)
+    assert F.cosine_similarity(rounded, exact, dim=0) > 0.95
+
+
+@families
+@pytest.mark.parametrize("recompute", [False, True])
+def test_pipeline_model_equals_the_model(name: str, recompute: bool) -> None:
+    """Tied weights, too, which torchgpipe alone refuses."""
+    tokens = make_tokens(CONFIGS[name], batch=4)
+    plain, split = make_model(CONFIGS[name]), make_model(CONFIGS[name])
+    pipelined = create_pipeline_model(split, ["cpu"] * 3, chunks=2, recompute=recompute)
+    assert [path for path, _ in pipelined.named_parameters()] == [path for path, _ in plain.named_parameters()]
+    for _ in range(2):
+        logits = [module(tokens, Context()) for module in (plain, pipelined)]
+        for one in logits:
+            F.cross_entropy(one.flatten(0, 1), tokens.flatten()).backward()
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-12, atol=1e-12)
+        for parameter, other in zip(plain.parameters(), pipelined.parameters(), strict=True):
+            torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-10, atol=1e-12)
+            with torch.no_grad():
+                parameter -= 0.1 * parameter.grad
+                other -= 0.1 * other.grad
+
+
+def test_the_router_learns_although_a_norm_follows() -> None:
+    """With one expert per token, a norm behind the weight takes away the loss's gradient with respect to it."""
+
+    def gradient(config: BluesConfig) -> float:
+        model, tokens = make_model(replace(config, top_k=1, aux_coefficient=0.0, norm_eps=1e-12)), make_tokens(config)
+        F.cross_entropy(model(tokens, Context()).flatten(0, 1), tokens.flatten()).backward()
+        return float(model.get_parameter("layers.1.moe.router.gate.weight").grad.norm())
+
+    assert gradient(BLUES) > 100 * gradient(replace(BLUES, gate_before_norm=True))
+
+
+def test_noise_is_for_training_and_follows_from_the_sequence() -> None:
+    router = Router(8, 4, 2, noise=0.5, name="here").double()
+    there = Router(8, 4, 2, noise=0.5, name="there").double()
+    there.load_state_dict(router.state_dict())
+    x = torch.randn(6, 8, dtype=torch.float64)
+    keys = token_keys(torch.tensor([3, 4, 5]), 0, 2).flatten()
+    plain, noisy = router(x), router(x, keys)
+    assert torch.equal(router(x[2:4], keys[2:4]).logits, noisy.logits[2:4])
+    assert not torch.equal(there(x, keys).logits, noisy.logits)
+    assert torch.equal(there(x).logits, plain.logits)
+    assert noisy.weights.shape == (6, 2)
+    difference = (noisy.logits - plain.logits).detach() / 0.5
+    torch.testing.assert_close(difference, there(x, keys).logits.detach() * 0 + difference)
+    assert 0.3 < difference.std() < 2
+
+
+def test_normal_numbers_are_normal() -> None:
+    """The first four moments, and no correlation between columns or rows, each within five deviations."""
+    x = normal(token_keys(torch.arange(2000) * 2**40 + 7, 0, 50).flatten(), 4)
+    n = x.numel()
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(float(x.pow(power).mean()) - mean) < 5 * math.sqrt(variance / n), power
+    for a, b in ((x[:, 0], x[:, 1]), (x[:-1, 2], x[1:, 2]), (x[:-50, 3], x[50:, 3])):
+        assert abs(float((a * b).mean())) < 5 / math.sqrt(len(a))
+
+
+@pytest.mark.parametrize("decay", [-8.0, -1.0, 2.0, 6.0])
+@pytest.mark.parametrize("chunk", [1, 4, 7, 64])
+def test_chunked_recurrence_equals_the_naive_one(decay: float, chunk: int) -> None:
+    """Values and gradients, from a given state, in float64 and fp32; w is 0.9997 to exp(−403)."""
+    torch.manual_seed(0)
+    length, heads = 18, 2
+    r, k, v = (torch.randn(1, heads, length, 3, dtype=torch.float64) for _ in range(3))
+    decays = torch.tensor([decay, decay - 0.5], dtype=torch.float64)
+    u = torch.tensor([0.7, -0.3], dtype=torch.float64)
+    state = torch.randn(1, heads, 3, 3, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (r, k, v, decays, u, state)]
+
+    def naive(r: Tensor, k: Tensor, v: Tensor, decays: Tensor, u: Tensor, state: Tensor) -> list[Tensor]:
+        w = torch.exp(-torch.exp(decays))
+        pairs = [reference.recurrence(r[0, h], k[0, h], v[0, h], w[h], u[h], state[0, h]) for h in range(heads)]
+        return [torch.stack([pair[i] for pair in pairs])[None] for i in (0, 1)]
+
+    def results(function: Callable[..., Any], values: list[Tensor]) -> list[Tensor]:
+        outputs = list(function(*values))
+        return outputs + list(torch.autograd.grad(sum(out.sin().sum() for out in outputs), values))
+
+    def chunked(r: Tensor, k: Tensor, v: Tensor, decays: Tensor, u: Tensor, state: Tensor) -> Any:
+        return recurrence(r, k, v, -decays.exp(), u, state, chunk)
+
+    expected = results(naive, inputs)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        ours = results(chunked, [x.detach().to(dtype).requires_grad_() for x in inputs])
+        for one, other in zip(ours, expected, strict=True):
+            assert one.isfinite().all()
+            assert (one - other).abs().max() <= tolerance * max(1.0, other.abs().max())
+
+
+def test_a_state_is_taken_up_where_it_was_left() -> None:
+    torch.manual_seed(0)
+    r, k, v = (torch.randn(2, 3, 30, 4, dtype=torch.float64) for _ in range(3))
+    settings = torch.tensor([-0.1, -2.0, -0.01], dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    whole, last = recurrence(r, k, v, *settings, chunk=8)
+    pieces, state = [], None
+    for part in (slice(0, 11), slice(11, 12), slice(12, 30)):
+        y, state = recurrence(r[:, :, part], k[:, :, part], v[:, :, part], *settings, state, chunk=8)
+        pieces.append(y)
+    torch.testing.assert_close(torch.cat(pieces, 2), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-12)
+
+
+def test_time_mixing_under_bf16_is_near_fp32_and_finite() -> None:
+    """Over a thousand tokens, at decays from none to at once."""
+    torch.manual_seed(0)
+    mix = TimeMix(16, 4, 1, 2)
+    with torch.no_grad():
+        for name, parameter in mix.named_parameters():
+            parameter.normal_(std=0.3) if "weight" in name else parameter.uniform_(0, 1)
+        mix.decay.copy_(torch.tensor([-12.0, -3.0, 1.0, 9.0]))
+    x = torch.randn(1, 1000, 16)
+    exact = mix(x, None, "")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = mix(x, None, "")
+    rounded.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in mix.parameters())
+    assert (rounded - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (3, 4)])
+def test_time_mixing_starts_as_its_formula_says(layers: int, heads: int) -> None:
+    model = build(replace(MICRORWKV, num_layers=layers, n_head=heads, n_group=1))
+    for layer in range(layers):
+        mix = model.layers[layer + 1].time_mix
+        rho, sigma = layer / max(1, layers - 1), 1 - layer / layers
+        for i in (0, 5, 23):
+            a = i / 24
+            assert mix.maa_k[i].item() == pytest.approx(1 - a**sigma, abs=1e-6)
+            assert mix.maa_v[i].item() == pytest.approx(1 - (a**sigma + 0.3 * rho), abs=1e-6)
+            assert mix.maa_r[i].item() == mix.maa_g[i].item() == pytest.approx(1 - a ** (sigma / 2), abs=1e-6)
+        for h in range(heads):
+            place = h / max(1, heads - 1)
+            assert mix.decay[h].item() == pytest.approx(-6 + 5 * place ** (0.7 + 1.3 * rho), abs=1e-5)
+            assert mix.bonus[h].item() == pytest.approx(rho * (1 - place), abs=1e-6)
+
+
+def test_wrong_shapes_are_refused() -> None:
+    for config, message in (
+        (replace(MOOSHAK, norm_order="both"), "norm_order"),
+        (replace(MICRORWKV, n_head=7), "not divisible"),
+        (replace(RISH, n_kv_head=4), "n_kv_head"),
+        (replace(RISH, n_head=8), "odd"),
+    ):
+        with pytest.raises(Exception, match=message):
+            build(config)

@@ -1,0 +1,391 @@
+"""The model against `tests/reference.py`, against finite differences, and against what must never happen."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from fira import FIRA, create_pipeline_model
+from fira.models.fira import FiraConfig
+from fira.models.registry import PRESETS, build, from_document, to_document
+from fira.nn.context import Context
+from fira.nn.cross_entropy import LOGITS, linear_cross_entropy
+from fira.nn.moe.dispatcher import TokenDispatcher
+from fira.nn.moe.grouped_linear import RowGroups, _one_kernel, grouped_linear
+from fira.nn.moe.layer import MoE, Router
+from fira.nn.moe.permutation import gather_rows, sort_by_expert, weighted_sum
+from tests import reference
+
+CONFIG = FiraConfig(vocab_size=13, seq_len=9, d_model=8, n_head=2, num_layers=2, d_ff=12, dropout=0.0)
+LENGTHS = [9, 5]
+
+
+def make_model(config: FiraConfig = CONFIG, dtype: torch.dtype = torch.float64) -> FIRA:
+    """A model none of whose parameters is at a special value, such as a bias of zero."""
+    torch.manual_seed(0)
+    model = FIRA(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def make_moe(top_k: int = 2, num_experts: int = 4, width: int = 6) -> MoE:
+    """The experts of a block, with parameters large enough that each of them matters."""
+    config = replace(CONFIG, d_model=width, n_head=1, d_ff=5, num_experts=num_experts, top_k=top_k)
+    torch.manual_seed(1)
+    moe = FIRA(config).layers[1].moe.double()
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.normal_()
+    return moe
+
+
+def batch(config: FiraConfig = CONFIG, lengths: list[int] = LENGTHS) -> tuple[Tensor, Tensor, Context]:
+    """Tokens, targets (−100 in the padding) and the context of training on them."""
+    torch.manual_seed(2)
+    tokens = torch.randint(config.vocab_size, (len(lengths), config.seq_len))
+    targets = torch.randint(config.vocab_size, tokens.shape)
+    valid = torch.tensor(lengths)
+    targets[torch.arange(config.seq_len) >= valid[:, None]] = -100
+    return tokens, targets, Context(lengths=valid, aux_weights=valid / sum(lengths))
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.parametrize("logits", [256 * 7, 2**20])
+def test_loss_in_the_head_equals_that_of_logits(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece and in several, of which the last is short; also what an ignored target leaves alone."""
+    monkeypatch.setitem(LOGITS, "cpu", logits)
+    torch.manual_seed(0)
+    targets = torch.randint(7, (600,))
+    targets[::5] = -100
+    leaves = [torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (600, 7)]
+    losses = [
+        linear_cross_entropy(*leaves, targets),
+        F.cross_entropy(leaves[0] @ leaves[1].T, targets, reduction="sum"),
+    ]
+    gradients = [torch.autograd.grad(0.3 * loss, leaves) for loss in losses]
+    torch.testing.assert_close(*losses, rtol=1e-13, atol=0)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    with torch.no_grad():
+        assert linear_cross_entropy(*leaves, targets) == losses[0]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_model_equals_the_loops(top_k: int, dtype: torch.dtype, tolerance: float) -> None:
+    config = replace(CONFIG, top_k=top_k, aux_coefficient=0.7)
+    model = make_model(config, dtype)
+    tokens, targets, context = batch(config)
+    logits = model(tokens, context)
+    loss_of(logits, targets).backward()
+
+    p = {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
+    expected, balance = reference.fira(tokens, p, config, LENGTHS)
+    aux = (balance * context.aux_weights).sum()
+    (loss_of(expected, targets) + aux).backward()
+
+    assert (logits - expected).abs().max() < tolerance * expected.abs().max()
+    assert sum(float(s.aux) for s in context.stats.values()) == pytest.approx(aux.item(), rel=tolerance)
+    for name, parameter in model.named_parameters():
+        assert p[name].grad.abs().max() > 0, f"{name}: this test shows nothing about it"
+        assert (parameter.grad - p[name].grad).abs().max() < tolerance * max(1.0, p[name].grad.abs().max()), name
+
+
+def test_router_gradient_against_finite_differences() -> None:
+    torch.manual_seed(0)
+    router = Router(5, 4, 2).double()
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weight, bias = (p.detach().clone().requires_grad_() for p in router.parameters())
+
+    def weights(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional_call(router, {"gate.weight": weight, "gate.bias": bias}, (x,))[1]
+
+    assert gradcheck(weights, (x, weight, bias))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_dispatch_gradient_against_finite_differences(top_k: int) -> None:
+    torch.manual_seed(0)
+    moe = make_moe(top_k, width=3)
+    names = [name for name, _ in moe.named_parameters()]
+    values = [p.detach().clone().requires_grad_() for p in moe.parameters()]
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+
+    def output(x: Tensor, *values: Tensor) -> Tensor:
+        return functional_call(moe, dict(zip(names, values, strict=True)), (x, Context(), None))
+
+    assert gradcheck(output, (x, *values))
+
+
+def test_auxiliary_gradient_against_finite_differences() -> None:
+    """The auxiliary loss is in no output; its gradient must still be that of (what is trained on + aux)."""
+    moe = make_moe()
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+
+    def objective() -> tuple[Tensor, float]:
+        context = Context(aux_weights=torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64))
+        y = moe(x, context, None).square().sum()
+        return y, y.item() + context.stats[1, 0].aux.item()
+
+    objective()[0].backward()
+    weight = moe.router.gate.weight
+    for place in [(0, 0), (1, 3), (3, 5)]:
+        values = []
+        for change in (1e-6, -1e-6):
+            with torch.no_grad():
+                weight[place] += change
+                values.append(objective()[1])
+                weight[place] -= change
+        assert (values[0] - values[1]) / 2e-6 == pytest.approx(float(weight.grad[place]), rel=1e-6)
+
+
+def test_expert_gradients_equal_a_loop_and_are_zero_without_tokens() -> None:
+    moe = make_moe(num_experts=5)
+    with torch.no_grad():
+        moe.router.gate.bias[3] = -1e3  # nobody chooses expert 3
+    x = torch.randn(2, 6, 6, dtype=torch.float64)
+    moe(x, Context(), None).square().sum().backward()
+
+    p = {name: value.detach().clone().requires_grad_() for name, value in moe.named_parameters()}
+    sum(reference.experts(sequence, p, 2, 1)[0].square().sum() for sequence in x).backward()
+    for name in ("w1", "b1", "w2", "b2"):
+        grad = getattr(moe.experts, name).grad
+        for e in range(5):
+            torch.testing.assert_close(grad[e], p[f"experts.{name}"].grad[e], rtol=1e-10, atol=1e-10)
+            assert bool((grad[e] == 0).all()) == (e == 3)
+
+
+def test_one_token_gives_experts_that_it_did_not_choose_no_gradient() -> None:
+    """As it stands beside others, too: the sum of one-token backwards is the backward of all."""
+    model = FIRA(replace(PRESETS["fira-tiny"], dropout=0.0)).double()
+    block = next(module for module in model.modules() if isinstance(module, MoE))
+    x = torch.randn(1, 3, block.router.gate.in_features, dtype=torch.float64)
+    block(x, Context(), None).sum().backward()
+    together = [p.grad.clone() for p in block.parameters()]
+    block.zero_grad()
+    for token in x.unbind(1):
+        junk = [torch.full_like(p, 7.0) for p in block.parameters()]  # what memory that is not cleared would show
+        del junk
+        block(token[:, None], Context(), None).sum().backward()
+    for parameter, expected in zip(block.parameters(), together, strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_either_gradient_of_a_grouped_product_is_computed_without_the_other() -> None:
+    torch.manual_seed(0)
+    groups = RowGroups(torch.tensor([3, 0, 5]))
+    x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda *inputs: grouped_linear(inputs[0], groups, *inputs[1:]), (x, weight, bias))
+    y = grouped_linear(x, groups, weight, bias)
+    for wanted in ([x], [weight, bias]):
+        with FlopCounterMode(display=False) as flops:
+            torch.autograd.grad(y, wanted, torch.ones_like(y), retain_graph=True)
+        assert flops.get_total_flops() == 2 * 8 * 4 * 6
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_experts_are_computed_only_for_tokens_that_chose_them(top_k: int) -> None:
+    moe = make_moe(top_k)
+    x = torch.randn(4, 8, 6, dtype=torch.float64)
+    with FlopCounterMode(display=False) as flops:
+        moe(x, Context(), None)
+    tokens = 4 * 8
+    assert flops.get_total_flops() == tokens * (2 * 6 * 4 + top_k * 2 * 2 * 6 * 5)  # router, then both products
+
+    chosen = moe.router(x.flatten(0, 1))[0]
+    with torch.no_grad():
+        moe.experts.w1[2] = torch.nan
+    poisoned = moe(x, Context(), None).flatten(0, 1).isnan().any(1)
+    assert poisoned.any()
+    assert not poisoned.all()
+    assert torch.equal(poisoned, (chosen == 2).any(1))
+
+
+@pytest.mark.parametrize(("top_k", "tolerance"), [(2, 1e-13), (CONFIG.num_experts, 0.0)])
+def test_no_token_sees_the_future_nor_another_sequence(top_k: int, tolerance: float) -> None:
+    """Bit for bit where every expert takes every token. Else a token that changes its experts changes how many rows
+    each has, on which the order of a product's sums depends."""
+    model = make_model(replace(CONFIG, top_k=top_k))
+    tokens = batch()[0]
+    before = model(tokens)
+    for t in range(tokens.shape[1]):
+        changed = tokens.clone()
+        changed[1, t] = (changed[1, t] + 1) % CONFIG.vocab_size
+        difference = (model(changed) - before).abs()
+        assert difference[0].max() <= tolerance
+        assert difference[1, :t].sum() <= tolerance
+        assert difference[1, t:].amax(1).min() > 1e-6  # while it does reach all that follow
+
+
+def test_no_gradient_comes_from_the_future() -> None:
+    model = make_model()
+    tokens = batch()[0]
+    seen: list[Tensor] = []
+    model.layers[0].register_forward_hook(lambda _module, _inputs, x: seen.append(x))
+    logits = model(tokens)
+    for t in range(tokens.shape[1]):
+        (gradient,) = torch.autograd.grad(logits[1, t].square().sum(), seen, retain_graph=True)
+        reached = gradient.abs().amax(2) > 0
+        assert reached[1].tolist() == [s <= t for s in range(tokens.shape[1])]
+        assert not reached[0].any()
+
+
+def test_padding_changes_nothing_for_valid_tokens() -> None:
+    results = []
+    for filling in (0, 7):
+        model = make_model()
+        tokens, targets, context = batch()
+        tokens[targets == -100] = filling
+        logits = model(tokens, context)
+        loss_of(logits, targets).backward()
+        results.append((logits[targets != -100], context.stats, {n: p.grad for n, p in model.named_parameters()}))
+    (logits, stats, grads), (other_logits, other_stats, other_grads) = results
+    # Padding goes to other experts with another filling, and the last bit of a product depends on its number of rows.
+    torch.testing.assert_close(logits, other_logits, rtol=1e-12, atol=1e-12)
+    for key, one in stats.items():
+        assert torch.equal(one.load, other_stats[key].load)
+        assert one.load.sum() == sum(LENGTHS) * 2
+        torch.testing.assert_close(one.aux, other_stats[key].aux, rtol=1e-12, atol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, other_grads[name], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [3, 1], [2, 2]])
+def test_auxiliary_loss_does_not_depend_on_the_split(sizes: list[int]) -> None:
+    lengths = [9, 5, 7, 1]
+    whole, parts = make_model(), make_model()
+    tokens, _, context = batch(lengths=lengths)
+    whole(tokens, context).sum().backward()
+    pieces = batch(lengths=lengths)[2].split(sizes)
+    for piece, some in zip(pieces, tokens.split(sizes), strict=True):
+        parts(some, piece).sum().backward()
+    for layer in (1, 2):
+        shares = [pieces[0].stats[layer, part] for part in range(len(sizes))]
+        assert sum(float(s.aux) for s in shares) == pytest.approx(float(context.stats[layer, 0].aux), rel=1e-12)
+        assert torch.equal(sum(s.load for s in shares), context.stats[layer, 0].load)
+    for (name, parameter), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=40))
+def test_sorting_by_expert_is_stable_and_has_its_inverse(experts: list[int]) -> None:
+    order, inverse = sort_by_expert(torch.tensor(experts, dtype=torch.int64))
+    assert order.tolist() == sorted(range(len(experts)), key=lambda i: experts[i])
+    assert order[inverse].tolist() == list(range(len(experts)))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(0, 12), st.integers(0, 2**31))
+def test_dispatch_then_collect_is_the_identity(top_k: int, tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    experts = torch.rand(tokens, 5, generator=generator).topk(top_k).indices
+    x = torch.randn(tokens, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    dispatcher = TokenDispatcher()
+    plan = dispatcher.plan(experts, 5)
+    order = list(plan.groups.sizes)  # of experts
+    assert plan.groups.sizes == {e: n for e in order if (n := int((experts == e).sum())) or tokens != 1}
+    rows = dispatcher.dispatch(x, plan, top_k)
+    at = [(order.index(e), n) for n, chosen in enumerate(experts.tolist()) for e in chosen]  # who wants which row
+    assert torch.equal(rows, x[[n for _, n in sorted(at, key=lambda pair: pair[0])]])
+    combined = gather_rows(dispatcher.combine(rows, plan), plan.inverse, plan.order)
+    assert torch.equal(combined, x.repeat_interleave(top_k, 0))
+
+    factor = torch.randn(combined.shape, generator=generator, dtype=torch.float64)
+    (combined * factor).sum().backward()
+    torch.testing.assert_close(x.grad, factor.unflatten(0, (tokens, top_k)).sum(1))
+
+
+def test_gathered_rows_have_the_gradient_of_indexing() -> None:
+    order, inverse = sort_by_expert(torch.tensor([2, 0, 1, 0, 2, 2]))
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: gather_rows(x, order, inverse, 2), (x,))
+
+
+def test_a_weighted_sum_is_that_of_a_loop() -> None:
+    """Of rows in the order of their experts, with the gradients of both; also where a weight is of less precision."""
+    plan = TokenDispatcher().plan(torch.tensor([[2, 0], [1, 0], [2, 1]]), 3)
+    rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    at = [(4, 0), (2, 1), (5, 3)]  # where each token's rows are, expert 0's before expert 1's before expert 2's
+    expected = torch.stack([sum(weights[n, j] * rows[at[n][j]] for j in range(2)) for n in range(3)])
+    torch.testing.assert_close(weighted_sum(rows, weights, plan.order, plan.inverse), expected)
+    assert gradcheck(lambda *inputs: weighted_sum(*inputs, plan.order, plan.inverse), (rows, weights))
+    assert weighted_sum(rows.bfloat16(), weights.float(), plan.order, plan.inverse).dtype == torch.float32
+
+
+def test_rows_of_no_expert_are_zero_and_have_no_gradient() -> None:
+    """By a product for each expert, and by the kernel for all, which leaves what it likes in such rows."""
+    counts, weight, bias = torch.tensor([3, 0, 2]), torch.randn(3, 8, 4), torch.randn(3, 8)
+    results = []
+    for product in (grouped_linear, _one_kernel):
+        x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = product(x, RowGroups(counts, ragged=True), weight, bias)
+        results.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+        assert one[:5].abs().min() > 0
+        assert not one[5:].any()
+
+
+@pytest.mark.parametrize(("top_k", "active"), [(1, 162_771_504), (2, 219_440_688), (3, 276_109_872)])
+def test_parameters_of_fira_base(top_k: int, active: int) -> None:
+    with torch.device("meta"):
+        model = build(replace(PRESETS["fira-base"], top_k=top_k))
+    assert model.num_parameters() == 332_779_056
+    assert model.num_active_parameters() == active
+
+
+def test_top_k_may_be_a_fraction_of_the_experts() -> None:
+    assert Router(8, 4, 0.8).top_k == 3
+    assert Router(8, 4, 0.7).top_k == 2  # rounded down
+    assert Router(8, 4, 1.0).top_k == 4
+    assert Router(8, 4, 0.01).top_k == 1
+    assert all(Router(1, e, n / e).top_k == n for e in range(1, 60) for n in range(1, e + 1))
+    for wrong in (0, 5, 1.5):
+        with pytest.raises(ValueError, match="top_k"):
+            Router(8, 4, wrong)
+
+
+def test_config_survives_its_document() -> None:
+    config = replace(CONFIG, top_k=0.8, dropout=0.3)
+    assert from_document(to_document(config)) == config
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("devices", [1, 3])
+def test_pipeline_model_equals_the_model(devices: int, recompute: bool) -> None:
+    config = replace(CONFIG, dropout=0.2)
+    tokens, targets, _ = batch(config)
+    plain, split = make_model(config), make_model(config)
+    pipelined = create_pipeline_model(split, ["cpu"] * devices, chunks=2, recompute=recompute)
+    assert [name for name, _ in pipelined.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    logits = []
+    for module in (plain, pipelined):
+        torch.manual_seed(5)  # from which a plain call draws its dropout
+        logits.append(module(tokens))
+        loss_of(logits[-1], targets).backward()
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-12, atol=1e-12)
+    for parameter, other in zip(plain.parameters(), pipelined.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, parameter.grad, rtol=1e-10, atol=1e-12)
+    assert not torch.equal(pipelined.eval()(tokens), logits[1])  # in eval mode there is no dropout
+
+
+def test_pipeline_model_of_a_config_starts_like_the_model() -> None:
+    tokens = batch()[0]
+    pipelined = create_pipeline_model(CONFIG, ["cpu", "cpu"])
+    torch.testing.assert_close(pipelined(tokens), FIRA(CONFIG)(tokens), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,144 @@
+"""All families are trained alike on every layout, as `test_parity.py` shows of fira in more detail.
+
+fira is here with what it can do beside: noise, a limit to what experts take, and balance by a bias.
+"""
+
+import functools
+import json
+import tempfile
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fira import load_model
+from fira.models.blues import BluesConfig
+from fira.models.fira import FiraConfig
+from fira.models.microrwkv import MicroRWKVConfig
+from fira.models.mooshak import MooshakConfig
+from fira.models.registry import to_document
+from fira.models.rish import RishConfig
+from tests.launch import run_function
+
+SMALL = {"vocab_size": 61, "seq_len": 13, "d_model": 24, "num_layers": 2}
+MODELS = {
+    "rish": RishConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, num_experts=4, top_k=2, max_position=10),
+    "mooshak": MooshakConfig(**SMALL, n_head=6, d_ff=20, norm_order="post"),
+    "blues": BluesConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, noise=0.5, dropout=0.1),
+    "fira": FiraConfig(
+        **SMALL, n_head=3, d_ff=20, noise=0.3, balance_rate=0.05, capacity_factor=0.9, switch_coefficient=0.1
+    ),
+    "microrwkv": MicroRWKVConfig(**SMALL, n_head=3, n_group=2, window=5, d_moe=10, top_k=2, aux_coefficient=0.1),
+}
+MOVED = ["blues", "fira"]  # saved on one layout and taken up by others: a tied weight, and a bias
+ONE = [1, 1, 1]
+OTHER_SCHEDULES = ["gpipe", "interleaved", "zb-h1", "zb-v"]
+EXACT = {"microbatch": 2, "dtype": "float64"}
+
+
+def spread(name: str, pp: int, dp: int) -> list[int]:
+    """A layout, with as many ranks for the experts as there are replicas."""
+    return [pp, dp, dp if hasattr(MODELS[name], "num_experts") else 1]
+
+
+def case(name: str, layout: list[int], **settings: Any) -> str:
+    return json.dumps({"model": to_document(MODELS[name]), "layout": layout, "steps": 3, **settings}, sort_keys=True)
+
+
+def cases(name: str) -> list[str]:
+    """Every training of a family."""
+    return [
+        case(name, ONE),
+        case(name, ONE, recompute=99),
+        case(name, ONE, **EXACT),
+        case(name, ONE, **EXACT, devices=2, recompute=99),
+        case(name, [2, 1, 1]),
+        *(case(name, [2, 1, 1], schedule=schedule) for schedule in OTHER_SCHEDULES),
+        case(name, [1, 2, 1], **EXACT),
+        case(name, spread(name, 1, 2), **EXACT),
+        case(name, spread(name, 2, 2), **EXACT, schedule="zb-v"),
+        case(name, [2, 1, 1], **EXACT, devices=2),
+    ]
+
+
+@functools.cache
+def job(ranks: int) -> list[Any]:
+    """All that needs this many ranks, in one job; on two ranks, models are saved and moved as well."""
+    needed = [json.loads(n) for name in MODELS for n in cases(name) if np.prod(json.loads(n)["layout"][:2]) == ranks]
+    if ranks != 2:
+        return run_function(ranks, "tests.ranks.family_ranks", "train_all", timeout=170, cases=needed)
+    with tempfile.TemporaryDirectory() as folder:
+        models = {f"{folder}/{name}": to_document(MODELS[name]) for name in MOVED}
+        moved = {"models": models, "layouts": [[2, 1, 1], [1, 2, 2]]}
+        by_rank = run_function(2, "tests.ranks.family_ranks", "train_and_move", timeout=170, cases=needed, **moved)
+        for name, one in zip(MOVED, by_rank[0]["moved"], strict=True):
+            one["loaded"] = load_model(f"{folder}/{name}")
+        return by_rank
+
+
+@functools.cache
+def results(ranks: int) -> dict[str, Any]:
+    """What each case that needs this many ranks gives, the same on all of them."""
+    names = [n for name in MODELS for n in cases(name) if np.prod(json.loads(n)["layout"][:2]) == ranks]
+    merged = {}
+    for name, *ranks_results in zip(names, *(one["trained"] for one in job(ranks)), strict=True):
+        assert all(one["steps"] == ranks_results[0]["steps"] for one in ranks_results)
+        weights = {key: value for one in ranks_results for key, value in one["weights"].items()}
+        merged[name] = {**ranks_results[0], "weights": weights}
+    return merged
+
+
+def result(case: str) -> dict[str, Any]:
+    layout = json.loads(case)["layout"]
+    return results(layout[0] * layout[1])[case]
+
+
+def distance(one: str, other: str) -> float:
+    """The largest relative difference of loss, auxiliary loss and gradient norm in any step."""
+    a, b = np.array(result(one)["steps"]), np.array(result(other)["steps"])
+    return float((abs(a - b) / np.maximum(abs(b), 1e-300)).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pipelines_and_recompute_give_the_same_bits(name: str) -> None:
+    plain = result(case(name, ONE))
+    assert result(case(name, [2, 1, 1])) == plain
+    for schedule in OTHER_SCHEDULES:
+        assert result(case(name, [2, 1, 1], schedule=schedule)) == plain, schedule
+    assert result(case(name, ONE, recompute=99)) == plain
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_replicas_expert_shards_and_torchgpipe_agree_with_one_rank(name: str) -> None:
+    plain = case(name, ONE, **EXACT)
+    assert distance(plain, case(name, ONE)) > 1e-12  # fp32 does differ
+    for layout, settings in (
+        ([1, 2, 1], {}),
+        (spread(name, 1, 2), {}),
+        (spread(name, 2, 2), {"schedule": "zb-v"}),
+        (ONE, {"devices": 2, "recompute": 99}),
+        ([2, 1, 1], {"devices": 2}),
+    ):
+        other = case(name, layout, **EXACT, **settings)
+        assert distance(other, plain) < 1e-12, (layout, settings)
+        for key, values in result(plain)["experts"].items():
+            np.testing.assert_allclose(result(other)["experts"][key], values, rtol=1e-12, err_msg=key)
+    assert np.any(result(plain)["experts"]["dropped"]) == (name == "fira")
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_every_layout_takes_up_what_another_saved(name: str) -> None:
+    moved = dict(zip(MOVED, job(2)[0]["moved"], strict=True))[name]
+    whole, same, other = moved["continued"]
+    assert same == whole
+    np.testing.assert_allclose(other, whole, rtol=1e-12)
+    weights = [name for name in moved["names"] if not name.startswith("exp_avg")]
+    assert sorted(moved["loaded"].weights()) == weights
+    assert not any(tensor.is_meta for tensor in moved["loaded"].parameters())
+
+
+def test_a_tied_weight_is_saved_once_and_a_bias_as_it_was() -> None:
+    tied, biased = (one["loaded"] for one in job(2)[0]["moved"])
+    assert "layers.3.project.weight" not in tied.weights()
+    assert tied.layers[-1].project.weight is tied.layers[0].token.weight
+    assert biased.layers[1].moe.router.balance.abs().max() > 0

@@ -1,0 +1,190 @@
+"""Several groups, threads and operations at once; the store and the other backends beside ours."""
+
+import os
+import signal
+import threading
+import time
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.profiler import profile
+
+from tests.launch import run_function
+
+LARGE = 200_000  # floats: exchanged pairwise, in several rounds
+
+
+def threads() -> None:
+    """Each of three threads works on a group of its own, all at the same time."""
+    groups = [dist.new_group() for _ in range(3)]
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for count in (10, LARGE) * 10:
+                tensor = torch.full((count,), float(number))
+                dist.all_reduce(tensor, group=groups[number])
+                assert (tensor == number * dist.get_world_size()).all()
+        except BaseException as error:
+            failures.append(error)
+
+    running = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert not failures, failures
+
+
+def orders() -> None:
+    """A rank waits for a message that is sent only after an operation it has not waited for yet."""
+    rank, one = dist.get_rank(), torch.ones(1)
+    started = torch.ones(LARGE)
+    reduced = dist.all_reduce(started, async_op=True)
+    if rank == 0:
+        dist.recv(one, 1)  # rank 1 sends when the sum is there, which takes rank 0's second round
+        reduced.wait()
+    else:
+        reduced.wait()
+        if rank == 1:
+            dist.send(one, 0)
+    assert (started == dist.get_world_size()).all()
+
+
+def overtaking() -> None:
+    """An operation begins here before the second round of another one, and there after it."""
+    for _ in range(3):
+        first, second = torch.ones(LARGE), torch.full((LARGE,), 2.0)
+        one = dist.all_reduce(first, async_op=True)
+        until = time.monotonic() + 0.05
+        while dist.get_rank() == 1 and time.monotonic() < until:
+            one.is_completed()
+        other = dist.all_reduce(second, async_op=True)
+        other.wait()
+        one.wait()
+        assert (first == dist.get_world_size()).all()
+        assert (second == 2 * dist.get_world_size()).all()
+
+
+def futures() -> None:
+    """Futures are completed though nobody calls ``wait`` on the work."""
+    works = [dist.all_reduce(torch.full((count,), 2.0), async_op=True) for count in (3, LARGE, 5)]
+    for work in works:
+        (tensor,) = work.get_future().wait()
+        assert (tensor == 2 * dist.get_world_size()).all()
+    assert all(work.is_completed() and work.is_success() for work in works)
+    impatient = dist.new_group(timeout=timedelta(seconds=0.3))
+    if dist.get_rank() == 0:
+        future = dist.barrier(group=impatient, async_op=True).get_future()
+        with pytest.raises(RuntimeError, match="Timed out"):
+            future.wait()
+    dist.barrier()
+    if dist.get_rank() != 0:
+        dist.barrier(group=impatient)
+
+
+def other_threads_run() -> int:
+    """How far another thread counts while this one waits: the wait gives the interpreter away."""
+    counted = 0
+    waiting = True
+
+    def count() -> None:
+        nonlocal counted
+        while waiting:
+            counted += 1
+
+    dist.barrier()
+    if dist.get_rank() == 0:
+        time.sleep(0.5)
+        dist.send(torch.ones(1), 1)
+    elif dist.get_rank() == 1:
+        thread = threading.Thread(target=count)
+        thread.start()
+        dist.recv(torch.ones(1), 0)
+        waiting = False
+        thread.join()
+    return counted
+
+
+def neighbours() -> None:
+    """The store is one for all ranks; gloo groups are made by it beside ours."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"key {rank}", bytes([rank, 0, 255]))
+    assert store.get(f"key {(rank + 1) % size}") == bytes([(rank + 1) % size, 0, 255])
+    store.add("sum", rank)
+    dist.barrier()
+    assert store.add("sum", 0) == size * (size - 1) // 2
+    gloo = dist.new_group(backend="gloo")
+    tensor = torch.ones(5)
+    dist.all_reduce(tensor, group=gloo)
+    assert (tensor == size).all()
+    local = dist.new_group([0, 1], use_local_synchronization=True)
+    if rank < 2:
+        dist.all_reduce(tensor, group=local)
+        assert (tensor == 2 * size).all()
+    messages = [None] * size
+    dist.all_gather_object(messages, {"rank": rank})
+    assert messages == [{"rank": other} for other in range(size)]
+
+
+def stopped() -> None:
+    """The store gives up on a rank 0 that is stopped, and works again once it goes on."""
+    pids: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(pids, os.getpid())
+    if dist.get_rank() == 1:
+        store = dist.distributed_c10d.ProcessGroupMPI.store
+        store.set_timeout(timedelta(seconds=0.3))
+        os.kill(pids[0], signal.SIGSTOP)
+        with pytest.raises(RuntimeError, match="no answer from rank 0"):
+            store.set("late", "1")
+        os.kill(pids[0], signal.SIGCONT)
+        store.set_timeout(timedelta(seconds=60))
+        assert store.add("late", 1) == 2
+    dist.barrier()
+
+
+def any_source() -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        senders = set()
+        for _ in range(size - 1):
+            tensor = torch.empty(2)
+            sender = dist.recv(tensor, tag=9)
+            assert (tensor == sender).all()
+            senders.add(sender)
+        assert senders == set(range(1, size))
+    else:
+        dist.send(torch.full((2,), float(rank)), 0, tag=9)
+
+
+def profiled() -> None:
+    with warnings.catch_warnings(), profile() as profiler:
+        warnings.simplefilter("ignore")
+        dist.all_reduce(torch.ones(3))
+    assert any(event.name == "mpi:all_reduce" for event in profiler.events())
+
+
+def again() -> None:
+    """A world can be ended and begun again, under the plain name, too."""
+    dist.destroy_process_group()
+    dist.init_process_group("mpi")
+    tensor = torch.ones(2)
+    dist.all_reduce(tensor)
+    assert (tensor == dist.get_world_size()).all()
+
+
+def everything() -> int:
+    for part in (threads, orders, overtaking, futures, neighbours, stopped, any_source, profiled):
+        part()
+    counted = other_threads_run()
+    again()
+    return counted
+
+
+def test_groups_threads_and_neighbours() -> None:
+    counted = run_function(3, __name__, "everything", timeout=120)
+    assert counted[1] > 1000

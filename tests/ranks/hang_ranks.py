@@ -1,0 +1,110 @@
+"""Jobs that come to a standstill, each in a way of its own: `mpirun -np 2 python tests/ranks/hang_ranks.py stopped`."""
+
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+import pipeline
+
+
+def skipped_collective(rank: int) -> None:
+    ep = dist.new_group(group_desc="ep")
+    if rank == 0:
+        dist.send(torch.zeros(7), dst=1, group=ep)
+    else:
+        dist.recv(torch.zeros(7), src=0, group=ep)
+        time.sleep(60)  # comes too late
+    dist.all_to_all_single(torch.zeros(4, 1024), torch.zeros(4, 1024), group=ep)
+
+
+def computing(rank: int) -> None:
+    while rank == 1:
+        pass
+    dist.barrier()
+
+
+def finished(rank: int) -> None:
+    if rank == 0:
+        dist.all_reduce(torch.zeros(4))
+
+
+def wrong_shape(rank: int) -> None:
+    dist.all_reduce(torch.zeros(4 if rank else 8))  # MPICH may let it pass, with a wrong result
+    dist.recv(torch.zeros(1), src=1 - rank)
+
+
+def wrong_order(rank: int) -> None:
+    if rank == 0:
+        dist.broadcast(torch.zeros(4), src=0)
+        dist.all_reduce(torch.zeros(4))
+    else:
+        dist.all_reduce(torch.zeros(4))
+        dist.broadcast(torch.zeros(4), src=0)
+
+
+def receive_without_send(rank: int) -> None:
+    if rank == 0:
+        dist.recv(torch.zeros(3), src=1, tag=5)
+    else:
+        dist.barrier()
+
+
+def no_new_group(rank: int) -> None:
+    if rank == 0:
+        dist.new_group()
+
+
+def future_nobody_completes(rank: int) -> None:
+    """As DistributedDataParallel waits: not in Python."""
+    if rank == 0:
+        dist.all_reduce(torch.zeros(4), async_op=True).get_future().wait()
+
+
+def stopped(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+
+
+def stopped_first(rank: int) -> None:
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+
+
+def gone(rank: int) -> None:
+    dist.barrier()
+    if rank == 1:
+        time.sleep(0.5)  # a rank that is still in init() could not report
+        os._exit(3)
+    dist.barrier()
+
+
+def killed(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def raised(rank: int) -> None:
+    dist.all_reduce(torch.zeros(1))  # both are there
+    if rank == 1:
+        time.sleep(1.5)  # and rank 0 waits by now
+        raise RuntimeError("no more data")
+    dist.barrier()
+
+
+def asked(rank: int) -> None:
+    dist.barrier()
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(2)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](pipeline.init().rank)

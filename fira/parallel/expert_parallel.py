@@ -58,7 +58,7 @@ class AllToAllDispatcher(TokenDispatcher):
         rows = _first(gather_rows(rows, plan.order, plan.inverse, copies), sum(plan.send))
         return gather_rows(all_to_all(rows, plan.send, plan.receive, self.group), plan.regroup, plan.ungroup)
 
-    def collect(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
+    def combine(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
         """[n, …] sorted by local expert → [N·k, …] of this rank's tokens in `plan.order`, zero where it was none."""
         assert isinstance(plan, ExchangePlan)
         rows = all_to_all(gather_rows(rows, plan.ungroup, plan.regroup), plan.receive, plan.send, self.group)

@@ -90,7 +90,7 @@ def main() -> None:
     chunks = [Chunk(chosen, half, group) for half in (places[: LOCAL // 2], places[LOCAL // 2 :])]
 
     def together(compute: Callable[[Tensor], Tensor]) -> Tensor:
-        return dispatcher.collect(compute(dispatcher.dispatch(x, plan, TOP_K)), plan)[plan.inverse]
+        return dispatcher.combine(compute(dispatcher.dispatch(x, plan, TOP_K)), plan)[plan.inverse]
 
     calls = {
         "together": lambda: together(lambda rows: experts(rows, plan.groups, None)),

@@ -1,9 +1,11 @@
 # mypy: disable-error-code="override, assignment, misc"
 """Process groups: what ``torch.distributed`` makes of a communicator, and how it comes to make ours."""
 
+import functools
 import math
 import sys
 import zlib
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -46,8 +48,8 @@ class GroupFactory:
     """Makes groups of the world's ranks. PyTorch calls ``create`` on a group's members only, with the same ranks."""
 
     def __init__(self, world: MPI.Intracomm, progress: ProgressEngine, watch: Watch, cuda_aware: bool) -> None:
-        self.progress = progress
-        self.cuda_aware = cuda_aware
+        self._progress = progress
+        self._cuda_aware = cuda_aware
         self._world = world
         self._watch = watch
         self._creations: dict[tuple[int, ...], GroupTrace] = {}
@@ -57,11 +59,17 @@ class GroupFactory:
         """A group of these ranks, or of all."""
         asked = _asked_for()
         ranks = ranks or list(range(self._world.Get_size()))
-        kind = MPIBackend if TAKES_BACKENDS and _mixed(asked.get("backend_config")) else MPIProcessGroup
+        mixed = TAKES_BACKENDS and _mixed(asked.get("backend_config"))
+        kind = functools.partial(MPIBackend, self) if mixed else MPIProcessGroup
         return self.make(kind, ranks, asked.get("timeout"), asked.get("group_name", ""), asked.get("group_desc"))
 
     def make(
-        self, kind: type[Operations], ranks: list[int], timeout: timedelta | None, name: str, description: str | None
+        self,
+        kind: Callable[..., Operations],
+        ranks: list[int],
+        timeout: timedelta | None,
+        name: str,
+        description: str | None,
     ) -> Operations:
         """A group with a name. Collective over ``ranks``."""
         tag = zlib.crc32(repr(ranks).encode()) % 32768  # groups made at the same time by several threads stay apart
@@ -72,7 +80,7 @@ class GroupFactory:
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         given = timeout not in (None, distributed_c10d.default_pg_timeout, timedelta(seconds=self._watch.timeout_s))
         limit_s = timeout.total_seconds() if timeout and given else math.inf
-        group = kind(self, comm, self._watch.group(ranks), limit_s)
+        group = kind(comm, self._progress, self._watch.group(ranks), limit_s, self._cuda_aware)
         group.called(name, description)
         return group
 
@@ -123,6 +131,10 @@ class MPIBackend(Operations, Backend):
     Of its operations PyTorch passes on ``wait`` and ``get_future`` only, so it is not what all groups are made of.
     """
 
+    def __init__(self, factory: GroupFactory, *args: Any) -> None:
+        super().__init__(*args)
+        self._factory = factory
+
     @property
     def options(self) -> Backend.Options:
         return Backend.Options("mpi")
@@ -139,8 +151,9 @@ class MPIBackend(Operations, Backend):
         """
         if self._rank not in ranks:
             raise RuntimeError("split_group needs every rank to be in one of the parts; new_group leaves ranks out")
-        everyone = self._trace.ranks
-        return self._groups.make(MPIBackend, [everyone[rank] for rank in ranks], opts._timeout, opts.group_name, None)
+        members = [self._trace.ranks[rank] for rank in ranks]
+        kind = functools.partial(MPIBackend, self._factory)
+        return self._factory.make(kind, members, opts._timeout, opts.group_name, None)
 
     def monitoredBarrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         self.monitored_barrier(opts.timeout, wait_all_ranks)

@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +22,7 @@ from pipeline.mpi.buffers import Reduction, reduction
 from pipeline.mpi.collectives import Collectives
 from pipeline.mpi.staging import Moves, on_device, staged, straight
 from pipeline.mpi.trace import POINT_TO_POINT, GroupTrace
-from pipeline.mpi.work import Operation, Steps
-
-if TYPE_CHECKING:
-    from pipeline.mpi.group import GroupFactory
+from pipeline.mpi.work import Operation, ProgressEngine, Steps
 
 
 class Operations:
@@ -34,15 +31,16 @@ class Operations:
     ``timeout_s``: an operation that takes longer raises in the rank that waits. Without, the job's own timeout holds.
     """
 
-    def __init__(self, groups: "GroupFactory", comm: MPI.Intracomm, trace: GroupTrace, timeout_s: float) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, progress: ProgressEngine, trace: GroupTrace, timeout_s: float, cuda_aware: bool
+    ) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())  # type: ignore[call-arg]
-        self._groups = groups
         self._steps = Collectives(comm)
-        self._progress = groups.progress
+        self._progress = progress
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._timeout_s = timeout_s
-        self._cuda_aware = groups.cuda_aware
+        self._cuda_aware = cuda_aware
         self._trace = trace
         self._last: weakref.ref[Operation] | None = None
         self._agree = Agreement(comm) if dist.get_debug_level() == dist.DebugLevel.DETAIL else None

@@ -46,6 +46,16 @@ class Schedule:
         return len(self.placement)
 
 
+def round_robin(ranks: int, chunks: int = 1) -> tuple[int, ...]:
+    """The placement of `chunks` stages per rank: stage s on rank s mod `ranks`."""
+    return tuple(range(ranks)) * chunks
+
+
+def v_shape(ranks: int) -> tuple[int, ...]:
+    """The placement of two stages per rank: stages r and 2 · ranks − 1 − r on rank r."""
+    return (*range(ranks), *reversed(range(ranks)))
+
+
 def _forward(stage: int, microbatches: range) -> list[Action]:
     return [Action(Kind.FORWARD, stage, i) for i in microbatches]
 
@@ -108,7 +118,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
         ahead = min(len(forwards), 2 * (ranks - 1 - r) + (chunks - 1) * edges[1])
         steady = [action for pair in zip(forwards[ahead:], backwards, strict=False) for action in pair]
         lists.append(tuple(forwards[:ahead] + steady + backwards[len(forwards) - ahead :]))
-    return Schedule("interleaved", microbatches, tuple(range(ranks)) * chunks, tuple(lists))
+    return Schedule("interleaved", microbatches, round_robin(ranks, chunks), tuple(lists))
 
 
 def _zero_bubble(name: str, ranks: int, microbatches: int, ahead: list[int], late: list[int]) -> Schedule:
@@ -158,7 +168,7 @@ def zero_bubble_v(ranks: int, microbatches: int) -> Schedule:
     activations. The lists are dealt greedily, all actions of equal cost: the action that can start first is next;
     among those that can start at once an I goes before an F, an F before a W, and a later stage before an earlier one.
     """
-    placement = (*range(ranks), *reversed(range(ranks)))
+    placement = v_shape(ranks)
     stages = len(placement)
     done: dict[Action, int] = {}  # when it ends
     clock = [0] * ranks
@@ -200,11 +210,26 @@ def needs(action: Action, stages: int) -> list[Action]:
     return [Action(Kind.FORWARD, stage, i), *after]
 
 
-SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
-    "gpipe": gpipe,
-    "1f1b": one_forward_one_backward,
-    "interleaved": interleaved,
-    "zb-h1": zero_bubble_h1,
-    "zb-2p": zero_bubble_2p,
-    "zb-v": zero_bubble_v,
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """What is known of a schedule without building it. `builder(ranks, microbatches)` builds it."""
+
+    name: str
+    stages_per_rank: int
+    splits_backward: bool
+    builder: Callable[[int, int], Schedule]
+    placement: Callable[[int], tuple[int, ...]] = round_robin
+    """From the number of ranks to the rank of each stage."""
+
+
+SCHEDULES: dict[str, ScheduleSpec] = {
+    spec.name: spec
+    for spec in (
+        ScheduleSpec("gpipe", 1, False, gpipe),
+        ScheduleSpec("1f1b", 1, False, one_forward_one_backward),
+        ScheduleSpec("interleaved", 2, False, interleaved, lambda ranks: round_robin(ranks, 2)),
+        ScheduleSpec("zb-h1", 1, True, zero_bubble_h1),
+        ScheduleSpec("zb-2p", 1, True, zero_bubble_2p),
+        ScheduleSpec("zb-v", 2, True, zero_bubble_v, v_shape),
+    )
 }

@@ -77,14 +77,14 @@ class Bench:
 
     def stages(self, schedule: str) -> list[nn.Sequential]:
         """All stages' layers: blocks in equal parts, the embedding before and the head behind them."""
-        count = len(SCHEDULES[schedule](self.ranks, 1).placement)
+        count = self.ranks * SCHEDULES[schedule].stages_per_rank
         edges = [1 + CONFIG.num_layers * s // count for s in range(count + 1)]
         edges[0], edges[-1] = 0, CONFIG.num_layers + 2
         return [self.model.layers[slice(*span)] for span in pairwise(edges)]
 
     def cut(self, schedule: str) -> dict[int, nn.Sequential]:
         """The layers of this rank's stages."""
-        placement = SCHEDULES[schedule](self.ranks, 1).placement
+        placement = SCHEDULES[schedule].placement(self.ranks)
         return {s: layers for s, layers in enumerate(self.stages(schedule)) if placement[s] == self.rank}
 
     def microbatches(self) -> list[MicroBatch]:
@@ -97,12 +97,12 @@ class Bench:
     def ours(self, schedule: str, groups: list[dist.ProcessGroup]) -> Run:
         stages = {s: Stage(DeviceLayers(layers), torch.device("cpu")) for s, layers in self.cut(schedule).items()}
         engine = Engine(stages, objective, *groups)
-        actions = SCHEDULES[schedule](self.ranks, self.count)
+        actions = SCHEDULES[schedule].builder(self.ranks, self.count)
         return lambda: engine.run(actions, self.microbatches()) and None
 
     def theirs(self, schedule: str, group: dist.ProcessGroup | None) -> Run:
         parts = self.cut(PLACED_AS.get(schedule, schedule))
-        total = len(SCHEDULES[PLACED_AS.get(schedule, schedule)](self.ranks, 1).placement)
+        total = self.ranks * SCHEDULES[PLACED_AS.get(schedule, schedule)].stages_per_rank
         stages = [
             pipelining.PipelineStage(Layers(part), s, total, torch.device("cpu"), group=group)
             for s, part in parts.items()

@@ -98,7 +98,7 @@ def parallelize(
     with torch.device("meta"):
         model = build(config).to(dtype)
     costs = layer_costs(model, seq_len)
-    placement = SCHEDULES[schedule](mesh.layout.pp, 1).placement
+    placement = SCHEDULES[schedule].placement(mesh.layout.pp)
     stages = partition(costs, len(placement))
     of_experts = _expert_tensors(model)
     parameters = [(name, tuple(p.shape), name in of_experts) for name, p in model.named_parameters()]

@@ -6,7 +6,7 @@ from functools import cache
 
 from fira.planner.model_profile import ModelProfile
 from pipeline.mesh import Layout
-from pipeline.schedule import SCHEDULES, Kind, Schedule
+from pipeline.schedule import SCHEDULES, Schedule
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,15 @@ def candidates(profile: ModelProfile, ranks: int, constraints: Constraints) -> I
 
 @cache
 def schedule_of(name: str, pp: int, microbatches: int) -> Schedule:
-    return SCHEDULES[name](pp, microbatches)
+    return SCHEDULES[name].builder(pp, microbatches)
 
 
-@cache
 def placement_of(schedule: str, pp: int) -> tuple[int, ...]:
-    return schedule_of(schedule, pp, 1).placement
+    return SCHEDULES[schedule].placement(pp)
 
 
-@cache
 def splits(schedule: str) -> bool:
-    return any(action.kind is Kind.WEIGHT for action in schedule_of(schedule, 1, 1).actions[0])
+    return SCHEDULES[schedule].splits_backward
 
 
 def _divisors(n: int) -> list[int]:

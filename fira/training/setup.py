@@ -104,7 +104,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         config.pp,
         config.dp,
         config.ep,
-        stages_per_rank=len(SCHEDULES[schedule](1, 1).placement),
+        stages_per_rank=SCHEDULES[schedule].stages_per_rank,
     )
     corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world)
     mesh = make_mesh(layout, devices)

@@ -55,7 +55,7 @@ class Trainer:
         self.model = model
         self.mesh = mesh
         self.split = split
-        self.schedule = functools.cache(SCHEDULES[schedule])
+        self.schedule = functools.cache(SCHEDULES[schedule].builder)
         self.clip = clip
         self.optimizer = AdamW(
             {part.name: part.parameter for part in model.parts},

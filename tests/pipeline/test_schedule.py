@@ -38,8 +38,13 @@ def run(schedule: Schedule) -> Timeline:
 @settings(deadline=None, max_examples=30)
 @given(ranks=st.integers(1, 9), microbatches=st.integers(1, 30))
 def test_every_size_can_be_run(name, ranks, microbatches):
-    schedule = SCHEDULES[name](ranks, microbatches)
-    assert schedule.placement == SCHEDULES[name](ranks, 1).placement
+    spec = SCHEDULES[name]
+    schedule = spec.builder(ranks, microbatches)
+    assert schedule.name == name
+    assert schedule.placement == spec.placement(ranks)
+    assert schedule.stages == ranks * spec.stages_per_rank
+    kinds = {action.kind for actions in schedule.actions for action in actions}
+    assert kinds == ({F, Kind.INPUT, Kind.WEIGHT} if spec.splits_backward else {F, B})
     assert run(schedule).length >= 3 * microbatches
     assert simulate(forward_only(schedule.placement, microbatches), units(schedule)).length > 0
 
@@ -48,7 +53,7 @@ def test_every_size_can_be_run(name, ranks, microbatches):
 @pytest.mark.parametrize(("stages", "microbatches"), SIZES)
 def test_bubble_is_the_one_of_the_papers(name, stages, microbatches):
     """(p − 1) / (m + p − 1) for stages of equal cost, and a backward twice a forward (Narayanan et al. 2021, §2.2)."""
-    timeline = run(SCHEDULES[name](stages, microbatches))
+    timeline = run(SCHEDULES[name].builder(stages, microbatches))
     assert timeline.bubble == pytest.approx((stages - 1) / (microbatches + stages - 1))
     assert timeline.length == pytest.approx(3 * (microbatches + stages - 1))
 
@@ -66,7 +71,7 @@ def test_interleaving_divides_the_bubble(ranks, microbatches, chunks):
 def test_zero_bubbles(ranks, microbatches):
     """Qi et al. 2023, table 2 with F = I = W: p − 1 for ZB-H1, none between a rank's first and last action for ZB-2p;
     1F1B's memory for ZB-H1 and ZB-V, at most twice that for ZB-2p."""
-    h1, twice, v = (run(SCHEDULES[name](ranks, microbatches)) for name in ("zb-h1", "zb-2p", "zb-v"))
+    h1, twice, v = (run(SCHEDULES[name].builder(ranks, microbatches)) for name in ("zb-h1", "zb-2p", "zb-v"))
     assert h1.length == twice.length == pytest.approx(3 * microbatches + ranks - 1)
     for spans in twice.spans:
         assert spans[-1][2] - spans[0][1] == pytest.approx(3 * microbatches)

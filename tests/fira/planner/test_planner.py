@@ -51,9 +51,9 @@ def test_transfers_by_hand():
 
 
 def test_nothing_travels_inside_a_rank():
-    one = SCHEDULES["interleaved"](1, 3)
+    one = SCHEDULES["interleaved"].builder(1, 3)
     assert simulate(one, unit(2), transfer=9.0).length == simulate(one, unit(2)).length == 18
-    v = SCHEDULES["zb-v"](2, 1)  # rank 0: F0 and F3, rank 1: F1 F2
+    v = SCHEDULES["zb-v"].builder(2, 1)  # rank 0: F0 and F3, rank 1: F1 F2
     assert simulate(v, unit(4), transfer=1.0).spans[0][1][1] == 5  # F0, a candidate, F1 F2, a candidate
 
 
@@ -68,7 +68,7 @@ def test_what_is_held_weighs_what_its_stage_keeps():
 @settings(max_examples=50, deadline=None)
 @given(ranks=st.integers(1, 4), microbatches=st.integers(1, 9), costs=COSTS, transfer=st.integers(0, 3))
 def test_no_schedule_ends_sooner_than_the_bound(name, ranks, microbatches, costs, transfer):
-    schedule = SCHEDULES[name](ranks, microbatches)
+    schedule = SCHEDULES[name].builder(ranks, microbatches)
     forward, back, weight = (costs[i::3][: schedule.stages] * 3 for i in range(3))
     split = {Kind.FORWARD: forward, Kind.INPUT: back, Kind.WEIGHT: weight}
     whole = [b + w for b, w in zip(back, weight, strict=True)]
@@ -82,7 +82,7 @@ def test_no_schedule_ends_sooner_than_the_bound(name, ranks, microbatches, costs
 @pytest.mark.parametrize(("name", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-2p", 1)])
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 3), (2, 4), (4, 8), (8, 16)])
 def test_the_bound_is_reached_where_stages_are_equal(name, chunks, ranks, microbatches):
-    schedule = SCHEDULES[name](ranks, microbatches)
+    schedule = SCHEDULES[name].builder(ranks, microbatches)
     costs = unit(schedule.stages)
     bound = (
         costs if name == "zb-2p" else costs | {Kind.INPUT: costs[Kind.BACKWARD], Kind.WEIGHT: [0.0] * schedule.stages}

@@ -124,7 +124,8 @@ def test_a_run_leaves_its_folder(whole):
 
 def test_a_trace_tells_what_every_rank_did(whole):
     timeline = read_trace(whole.parent / "trace.json")
-    assert tuple(tuple(action for action, _, _ in spans) for spans in timeline.spans) == SCHEDULES["1f1b"](4, 3).actions
+    schedule = SCHEDULES["1f1b"].builder(4, 3)
+    assert tuple(tuple(action for action, _, _ in spans) for spans in timeline.spans) == schedule.actions
     for spans in timeline.spans:
         edges = [edge for _, start, end in spans for edge in (start, end)]
         assert edges == sorted(edges)

@@ -23,7 +23,7 @@ from benchmarks.measure import alternate, merge, ratio
 from benchmarks.steps import RandomTokens, trainer_of
 from fira.models.language_model import LanguageModel
 from fira.models.registry import PRESETS, build
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from fira.nn.mlp import GatedMLP
 from fira.nn.moe.experts import GatedExperts
 from fira.nn.moe.layer import MoE
@@ -56,7 +56,7 @@ def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
         inputs, targets = (torch.from_numpy(part).to(device).split(MICROBATCH) for part in batch)
         for x, y in zip(inputs, targets, strict=True):
             weights = torch.full((MICROBATCH,), 1 / BATCH, device=device)
-            context = Context(targets=y, aux_weights=weights, loss_weight=1 / (BATCH * config.seq_len))
+            context = Context(training=TrainingContext(y, 1 / (BATCH * config.seq_len), weights))
             with torch.autocast(device.type, torch.bfloat16):
                 hidden = model(x, context)
             objective(hidden, y, context)[0].backward()
@@ -91,7 +91,7 @@ def expert_layers(device: torch.device, experts: int, top_k: int) -> dict[str, R
     return {
         "dense layer": lambda: step(dense),
         f"MoE layer, {experts} experts, top {top_k}": lambda: step(
-            lambda x: moe(x, Context(aux_weights=torch.ones(rows, device=device)), None)
+            lambda x: moe(x, Context(training=TrainingContext(aux_weights=torch.ones(rows, device=device))), None)
         ),
     }
 

@@ -20,7 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from benchmarks.measure import alternate, environment, merge, products, ratio
 from fira.devices import keep_freed_memory
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from fira.nn.mlp import GatedMLP
 from fira.nn.moe.experts import GatedExperts
 from fira.nn.moe.layer import MoE
@@ -81,7 +81,7 @@ def layers(experts: int, top_k: int, skew: float) -> tuple[dict[str, Callable[[T
         theirs[f"Mixtral {implementation}"] = block
     dense = GatedMLP(WIDTH, top_k * HIDDEN, nn.Linear)
     contenders: dict[str, Callable[[Tensor], Tensor]] = {
-        "Fira": lambda x: ours(x, Context(aux_weights=torch.ones(SEQUENCES)), None),
+        "Fira": lambda x: ours(x, Context(training=TrainingContext(aux_weights=torch.ones(SEQUENCES))), None),
         "dense": dense,
         **theirs,
     }

@@ -17,7 +17,7 @@ from mpi4py import MPI
 from benchmarks.pipeline.ranks import ROWS, Bench, Layers, objective
 from benchmarks.turns import serve
 from fira.devices import keep_freed_memory
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 
 
 def main(microbatches: int) -> None:
@@ -34,7 +34,7 @@ def main(microbatches: int) -> None:
 
     def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         # the mean over micro-batches is DeepSpeed's
-        return objective(logits, targets, Context(loss_weight=1 / targets.numel()))[0]
+        return objective(logits, targets, Context(training=TrainingContext(loss_weight=1 / targets.numel())))[0]
 
     module = PipelineModule(stages, num_stages=ranks, loss_fn=loss, partition_method="uniform")
     config = {

@@ -22,7 +22,7 @@ import pipeline
 from benchmarks.turns import serve
 from fira.devices import keep_freed_memory
 from fira.models.fira import FIRA, FiraConfig
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from pipeline.engine import Engine, MicroBatch
 from pipeline.schedule import SCHEDULES
 from pipeline.stage import DeviceLayers, Stage
@@ -44,7 +44,7 @@ Run = Callable[[], None]
 
 def objective(logits: Tensor, targets: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """Cross-entropy of logits, which all contenders can take: here the head does not compare."""
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") * context.loss_weight
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") * context.training.loss_weight
     return loss, loss
 
 
@@ -56,7 +56,7 @@ class Layers(nn.Module):
         self.layers = layers
 
     def forward(self, x: Tensor) -> Tensor:
-        context = Context.of(x, training=False)
+        context = Context.for_tokens(x, training=False)
         for layer in self.layers:
             x = layer(x, context)
         return x
@@ -90,7 +90,7 @@ class Bench:
     def microbatches(self) -> list[MicroBatch]:
         boundary = torch.Size((ROWS, CONFIG.seq_len, CONFIG.d_model))
         return [
-            MicroBatch(x, y, boundary, Context(loss_weight=self.weight))
+            MicroBatch(x, y, boundary, Context(training=TrainingContext(loss_weight=self.weight)))
             for x, y in zip(self.tokens.split(ROWS), self.targets.split(ROWS), strict=True)
         ]
 
@@ -109,7 +109,7 @@ class Bench:
         ]
 
         def loss(logits: Tensor, targets: Tensor) -> Tensor:
-            return objective(logits, targets, Context(loss_weight=self.weight))[0]
+            return objective(logits, targets, Context(training=TrainingContext(loss_weight=self.weight)))[0]
 
         several = schedule not in ("gpipe", "1f1b")
         player: Any = THEIRS[schedule](stages if several else stages[0], self.count, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from fira.devices import keep_freed_memory
 from fira.models.fira import FiraConfig
 from fira.models.language_model import LanguageModel
 from fira.models.registry import PRESETS, build
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from fira.parallel.objective import objective
 
 ROUNDS = 5
@@ -37,7 +37,7 @@ def step(model: LanguageModel, config: Any, sequences: int) -> None:
     tokens = sequences * config.seq_len
     inputs, targets = torch.randint(config.vocab_size, (2, sequences, config.seq_len))
     weights = torch.full((sequences,), 1 / sequences)
-    context = Context(targets=targets, aux_weights=weights, loss_weight=1 / tokens)
+    context = Context(training=TrainingContext(targets, 1 / tokens, weights))
     objective(model(inputs, context), targets, context)[0].backward()
     for parameter in model.parameters():
         parameter.grad = None

@@ -16,7 +16,7 @@ from benchmarks.steps import RandomTokens, trainer_of
 from benchmarks.turns import serve
 from fira.devices import keep_freed_memory
 from fira.models.fira import FIRA, FiraConfig
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from fira.parallel.objective import objective
 from fira.parallel.parallelize import layer_costs
 from fira.planner.candidates import Candidate
@@ -78,7 +78,7 @@ def data_parallel(group: dist.ProcessGroup) -> Run:
     def run() -> None:
         inputs, targets = (part[rows] for part in tokens())
         weights = torch.full((share,), 1 / share)
-        context = Context(targets=targets, aux_weights=weights, loss_weight=1 / targets.numel())
+        context = Context(training=TrainingContext(targets, 1 / targets.numel(), weights))
         objective(model(inputs, context), targets, context)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -98,7 +98,7 @@ def torch_pipeline(group: dist.ProcessGroup) -> Run:
     stage = pipelining.PipelineStage(layers, rank, ranks, torch.device("cpu"), group=group)
 
     def loss(logits: Tensor, wanted: Tensor) -> Tensor:
-        return of_logits(logits, wanted, Context(loss_weight=1 / targets.numel()))[0]
+        return of_logits(logits, wanted, Context(training=TrainingContext(loss_weight=1 / targets.numel())))[0]
 
     player = pipelining.Schedule1F1B(stage, 8, loss_fn=loss, scale_grads=False)
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fira.decoding.sampling import Sampler, Sampling, draw
 from fira.errors import UserError
-from fira.nn.context import Context
+from fira.nn.context import Context, DecodingContext
 from fira.nn.kv_cache import KVCache
 
 
@@ -36,8 +36,10 @@ class Reader:
         """tokens: [B, T], all of the texts → logits [B, last, V] after their last tokens."""
         if self.cache is None or tokens.shape[1] > self.seq_len:
             # Positions are counted from the window's start: once it slides, nothing can be reused.
-            return self.model(tokens[:, -self.seq_len :], Context(last=last)).float()
-        return self.model(tokens[:, self.cache.length :], Context(cache=self.cache, last=last)).float()
+            tokens, cache = tokens[:, -self.seq_len :], None
+        else:
+            tokens, cache = tokens[:, self.cache.length :], self.cache
+        return self.model(tokens, Context(decoding=DecodingContext(cache, logits_to_keep=last))).float()
 
     def keep(self, length: int) -> None:
         """Forget all tokens but the first `length`. UserError for a model whose state cannot go back."""

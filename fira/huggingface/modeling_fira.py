@@ -133,15 +133,16 @@ class FiraLMModel(FiraLMPreTrainedModel):
         if past_key_values is None and caches and not self.training:
             past_key_values = FiraLMCache()
 
-        context = Context.of(x, self.training)
-        context.aux_apart = True
-        context.cache = None if past_key_values is None else past_key_values.kept
-        context.attentions = {} if wants_attentions else None
+        context = Context.for_tokens(x, self.training)
+        training, decoding = context.training, context.decoding
+        training.caller_adds_aux = True
+        decoding.cache = None if past_key_values is None else past_key_values.kept
+        decoding.attentions = {} if wants_attentions else None
         if attention_mask is not None:
             context.starts, context.lengths = _edges(attention_mask)
         if self.training or wants_routers:
             tokens = context.valid(x).sum(1)
-            context.aux_weights = tokens / tokens.sum().clamp(min=1)
+            training.aux_weights = tokens / tokens.sum().clamp(min=1)
 
         hidden = []
         *body, head = self.layers
@@ -153,14 +154,14 @@ class FiraLMModel(FiraLMPreTrainedModel):
                     x = layer(x, context)
                 hidden.append(x)
         x = head.get_submodule("norm")(x)
-        if context.cache is not None:
-            context.cache.length += x.shape[1]
-        notes = context.stats.values()
+        if decoding.cache is not None:
+            decoding.cache.length += x.shape[1]
+        notes = training.stats.values()
         return FiraLMOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=(*hidden[:-1], x) if wants_hidden else None,
-            attentions=tuple(context.attentions.values()) if context.attentions is not None else None,
+            attentions=tuple(decoding.attentions.values()) if decoding.attentions is not None else None,
             router_logits=tuple(routers) if wants_routers else None,  # type: ignore[arg-type]
             aux_loss=sum((note.aux.to(x.device) for note in notes), x.new_zeros(())) if notes else None,
         )

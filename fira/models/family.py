@@ -1,4 +1,4 @@
-"""The record of a model family: everything that is known of it under its name."""
+"""The record of a model family: everything that the rest of the project looks up by the family's name."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ from fira.models.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long a preset is trained, with which batch size and learning rate.
+    """Default training settings of a preset.
 
-    steps: optimizer steps. lr: peak learning rate, reached after `warmup` steps. min_lr: learning rate at the last step
-    of the cosine decay. batch_size: sequences in the global batch.
+    steps: number of optimizer steps. lr: peak learning rate, reached after `warmup` steps. min_lr: learning rate at the
+    end of the cosine decay. batch_size: number of sequences in the global batch.
     """
 
     steps: int
@@ -24,12 +24,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family. Each file of this folder that defines one ends with its record, `FAMILY`.
+    """A model family. The file of a family ends with its record, `FAMILY`.
 
-    name: as it appears in config.json. model: builds the model of a config. config: the family's dataclass.
-    presets: configs by the name that `--model` accepts. recipes: how each preset is trained.
-    tied: the head's weight is the embedding's. A config with a field `tied` decides for itself.
-    recurrent: the model keeps a state of fixed size per sequence, from which past tokens cannot be removed.
+    name: the family's name in config.json. model: builds the model from a config. config: the config's dataclass.
+    presets: configs by the name that `--model` accepts. recipes: the training settings of each preset.
+    tied: the head shares the embedding's weight. A field `tied` of the config overrides it.
+    recurrent: the model keeps a state of constant size per sequence, from which past tokens cannot be removed.
     """
 
     name: str
@@ -41,5 +41,5 @@ class Family:
     recurrent: bool = False
 
     def is_tied(self, config: Any) -> bool:
-        """Whether the model of this config computes logits with its embedding."""
+        """Whether the model of this config shares the embedding's weight with the head."""
         return getattr(config, "tied", self.tied)

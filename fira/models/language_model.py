@@ -42,12 +42,12 @@ class LanguageModel(GenerateMixin, nn.Module):
 
     def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
         """[B, T] int64 → logits [B, T, vocab]. In train mode, without a context, dropout uses torch's generator."""
-        context = context or Context.of(tokens, self.training)
+        context = context or Context.for_tokens(tokens, self.training)
         x = tokens
         for layer in self.layers:
             x = layer(x, context)
-        if context.cache is not None:
-            context.cache.length += tokens.shape[1]
+        if context.decoding.cache is not None:
+            context.decoding.cache.length += tokens.shape[1]
         return x
 
     def weights(self) -> dict[str, Tensor]:

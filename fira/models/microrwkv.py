@@ -79,7 +79,7 @@ class Block(Layer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → [B, T, d]."""
-        cache, x = context.cache, context.without_padding(x)
+        cache, x = context.decoding.cache, context.zero_left_padding(x)
         x = x + self.time_mix(self.rms(x), cache, f"{self.name}.time_mix.first")
         x = x + self.channel_mix(self.rms(x), cache, f"{self.name}.channel_mix")
         x = x + self.sliding(x, context)

@@ -1,5 +1,9 @@
-"""All model families, and what can be looked up in them: presets, recipes, and models by their config.json."""
+"""The model families by name, with the presets, recipes and models that follow from them.
 
+To add a family, write its file in this folder and import its record here; nothing else lists the families.
+"""
+
+# ruff: noqa: F401 (the imported records are collected in FAMILIES)
 from dataclasses import asdict, fields, replace
 from typing import Any, get_args, get_type_hints
 
@@ -12,16 +16,7 @@ from fira.models.microrwkv import FAMILY as MICRORWKV
 from fira.models.mooshak import FAMILY as MOOSHAK
 from fira.models.rish import FAMILY as RISH
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        FIRA,
-        RISH,
-        MOOSHAK,
-        BLUES,
-        MICRORWKV,
-    )
-}
+FAMILIES: dict[str, Family] = {record.name: record for record in list(globals().values()) if isinstance(record, Family)}
 PRESETS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.presets.items()}
 RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES.values() for name, recipe in family.recipes.items()}
 
@@ -32,29 +27,32 @@ def family_of(config: Any) -> Family:
 
 
 def make_config(preset: str, changes: dict[str, Any]) -> Any:
-    """The config of a preset with some fields changed. Raises UserError for an unknown preset or field."""
+    """Config of a preset with some fields changed. Raises UserError for an unknown preset or field."""
     if preset not in PRESETS:
         raise UserError(f"--model {preset}: no such preset; choose from {', '.join(PRESETS)}")
     return change(PRESETS[preset], preset, changes)
 
 
 def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
-    """The config of the model called `name` with some fields changed. Raises UserError for an unknown field or type."""
+    """Copy of a config with some fields changed. Raises UserError for an unknown field or a wrong type.
+
+    name: the preset, or what else the error message calls the model.
+    """
     known = {f.name for f in fields(config)}
     if unknown := set(changes) - known:
-        raise UserError(f"{name} has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+        raise UserError(f"{name} has no field {', '.join(sorted(unknown))}; its fields are {', '.join(sorted(known))}")
     kinds = get_type_hints(type(config))
     for field, value in changes.items():
         allowed = get_args(kinds[field]) or (kinds[field],)
         if type(value) not in allowed and not (type(value) is int and float in allowed):
-            raise UserError(f"{field}={value}: {field} is {' or '.join(kind.__name__ for kind in allowed)}; give that")
+            raise UserError(f"{field}={value}: {field} must be {' or '.join(kind.__name__ for kind in allowed)}")
     return replace(config, **changes)
 
 
 def build(config: Any) -> LanguageModel:
-    """The model of a config on the current default device (`with torch.device("meta")` for an empty one).
+    """Build the model of a config on torch's default device (`with torch.device("meta")`: without allocating weights).
 
-    Raises UserError where the config's values contradict each other.
+    Raises UserError if the config's values are inconsistent.
     """
     try:
         return family_of(config).model(config)
@@ -63,12 +61,12 @@ def build(config: Any) -> LanguageModel:
 
 
 def to_document(config: Any) -> dict[str, Any]:
-    """A config as JSON-able values, with the name of its family."""
+    """A config as a JSON object, with the name of its family under `family`."""
     return {"family": family_of(config).name, **asdict(config)}
 
 
 def from_document(document: dict[str, Any]) -> Any:
-    """The config that `to_document` described. Raises UserError for an unknown family or field."""
+    """Inverse of `to_document`. Raises UserError for an unknown family or field."""
     values = dict(document)
     family = values.pop("family", None)
     if family not in FAMILIES:
@@ -76,4 +74,4 @@ def from_document(document: dict[str, Any]) -> Any:
     try:
         return FAMILIES[family].config(**values)
     except TypeError as error:
-        raise UserError(f"config.json: it does not describe a {family}: {error}") from None
+        raise UserError(f"config.json does not describe a {family} model: {error}") from None

@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: [B, T, d] → [B, T, d]. With a cache, x are the tokens that follow those in it."""
-        cache = context.cache
+        cache = context.decoding.cache
         length = x.shape[1] + (cache.length if cache is not None else 0)
         q, k, v = (
             projected.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -74,8 +74,8 @@ class SelfAttention(nn.Module):
         if self.rotary is not None and self.rotary.grows:  # then the angles of all keys are new
             (k,) = self.rotary(length, k)
         mask = self._mask(q, k, length, context.starts)
-        if context.attentions is not None:
-            y, context.attentions[self.name] = _attend(q, k, v, mask)
+        if context.decoding.attentions is not None:
+            y, context.decoding.attentions[self.name] = _attend(q, k, v, mask)
         else:
             causal = mask is None and q.shape[2] > 1
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.shared)

@@ -1,7 +1,12 @@
-"""What a layer may know beside its input: which sequences these are, and what was computed for them before."""
+"""The arguments of a layer besides its input: which sequences these are, and what training or decoding needs.
 
+Shapes: B sequences of T tokens, E experts. The sequence is the unit: nothing here depends on how sequences are grouped
+into micro-batches or distributed over ranks.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -12,93 +17,120 @@ from fira.nn.kv_cache import KVCache
 
 @dataclass
 class MoEStats:
-    """What one MoE layer did with (part of) one micro-batch."""
+    """Routing statistics of one MoE layer for one micro-batch, or for one chunk of it."""
 
-    load: Tensor  # [E] assignments of valid tokens
-    dropped: Tensor  # [E] how many of them the expert did not take
-    entropy: Tensor  # [] of the router's probabilities, in nats, summed over valid tokens
-    aux: Tensor  # [] this part's share of the auxiliary loss; with its graph where the caller adds it (aux_apart)
+    load: Tensor  # [E] number of valid tokens assigned to each expert
+    dropped: Tensor  # [E] how many of them exceeded the expert's capacity
+    entropy: Tensor  # [] entropy of the router's probabilities in nats, summed over valid tokens
+    aux: Tensor  # [] weighted auxiliary loss; has a graph only with `TrainingContext.caller_adds_aux`
+
+
+@dataclass
+class TrainingContext:
+    """What the loss, the auxiliary losses and the routing statistics need.
+
+    targets: [B, T] int64, the next token at each position, −100 where it is ignored. With targets the head returns the
+    summed loss [1] instead of logits.
+    loss_weight: factor of one token's loss in the objective.
+    aux_weights: [B] factor of each sequence's auxiliary loss in the objective; None: no auxiliary loss, no statistics.
+    caller_adds_aux: the caller adds the auxiliary losses in `stats` to its objective. By default each MoE layer
+    adds the gradient of its own.
+    stats: filled by the MoE layers, by (layer, chunk). Entries are assigned, not accumulated, so recomputing a layer
+    in the backward leaves them unchanged.
+    """
+
+    targets: Tensor | None = None
+    loss_weight: float = 1.0
+    aux_weights: Tensor | None = None
+    caller_adds_aux: bool = False
+    stats: dict[tuple[int, int], MoEStats] = field(default_factory=dict)
+
+
+@dataclass
+class DecodingContext:
+    """What generation needs.
+
+    cache: keys, values and states of earlier tokens; None: the input holds the whole sequences.
+    logits_to_keep: number of last positions for which the head computes logits; None: all.
+    attentions: filled by each attention layer, under its name, with its probabilities [B, H, new, seen]; None: they
+    are not returned.
+    """
+
+    cache: KVCache | None = None
+    logits_to_keep: int | None = None
+    attentions: dict[str, Tensor] | None = None
 
 
 @dataclass
 class Context:
-    """The sequence is the unit: nothing here depends on how sequences are grouped or spread over ranks.
+    """Describes the sequences of one call and holds what training and decoding need.
 
-    lengths: [B] where each sequence ends (the rest is padding on the right); None: all are as long as the batch.
-    starts: [B] where each sequence starts (what is before is padding on the left, as in batched decoding); None: at 0.
-    targets: [B, T] the token after each, −100 where nothing is to be learnt; None: not known. With them the model gives
-    not logits but their summed loss, [1].
-    keys: [B] int64, one random number per sequence, from which all its dropout and noise follow; None: neither.
-    aux_weights: [B] what each sequence's auxiliary loss weighs in the objective; None: not trained.
-    aux_apart: the caller adds the auxiliary losses in `stats` to its objective. Otherwise layers train them.
-    loss_weight: what one token's loss weighs in the objective.
-    cache: what was computed of earlier tokens, when decoding.
-    last: of how many of the last tokens logits are wanted; None: of all.
-    stats: filled by MoE layers, by (layer, part). Assigned, not added to, so recomputing a layer changes nothing.
-    attentions: filled by attention with its probabilities [B, H, new, seen] by name; None: they are not wanted.
-    part: which of the parts of a micro-batch this is, where a micro-batch is split once more.
+    lengths: [B] int64, where each sequence ends (the rest is padding on the right); None: all have the full length.
+    starts: [B] int64, where each sequence starts (before it is padding on the left); None: at 0.
+    keys: [B] int64, one random number per sequence that determines its dropout and routing noise; None: neither.
+    chunk: index of these sequences among the chunks into which torchgpipe splits a micro-batch.
     """
 
     lengths: Tensor | None = None
     starts: Tensor | None = None
-    targets: Tensor | None = None
     keys: Tensor | None = None
-    aux_weights: Tensor | None = None
-    aux_apart: bool = False
-    loss_weight: float = 1.0
-    cache: KVCache | None = None
-    last: int | None = None
-    stats: dict[tuple[int, int], MoEStats] = field(default_factory=dict)
-    attentions: dict[str, Tensor] | None = None
-    part: int = 0
+    chunk: int = 0
+    training: TrainingContext = field(default_factory=TrainingContext)
+    decoding: DecodingContext = field(default_factory=DecodingContext)
 
     @classmethod
-    def of(cls, tokens: Tensor, training: bool) -> Self:
-        """The context of a plain call with tokens [B, T]: when training, dropout follows from torch's generator."""
+    def for_tokens(cls, tokens: Tensor, training: bool) -> Self:
+        """Context of a plain call with tokens [B, T]; in training, dropout is seeded by torch's global generator."""
         return cls(keys=torch.randint(2**62, (len(tokens),), device=tokens.device) if training else None)
 
     def split(self, sizes: list[int]) -> list[Self]:
-        """The same context for consecutive groups of sequences, `sizes[i]` of them in part i; stats stay shared."""
+        """Contexts of consecutive chunks of `sizes[i]` sequences each. They share `stats`."""
 
-        def pieces(x: Tensor | None) -> list[Tensor | None]:
-            return [None] * len(sizes) if x is None else list(x.split(sizes))
+        def rows(chunk: int) -> Callable[[Tensor], Tensor]:
+            return lambda x: x.split(sizes)[chunk]
 
-        columns = zip(*(pieces(x) for x in self._rows().values()), strict=True)
-        parts: list[dict[str, Any]] = [dict(zip(self._rows(), rows, strict=True)) for rows in columns]
-        return [replace(self, part=part, **rows) for part, rows in enumerate(parts)]
+        return [replace(self._map(rows(chunk)), chunk=chunk) for chunk in range(len(sizes))]
 
     def to(self, device: torch.device) -> Self:
         """The same context with its tensors on a device."""
+        return self._map(lambda x: x.to(device, non_blocking=True))
 
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=True)
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same context with a function applied to every tensor that has one row per sequence."""
 
-        moved: dict[str, Any] = {name: move(x) for name, x in self._rows().items()}
-        return replace(self, **moved)
+        def apply(x: Tensor | None) -> Tensor | None:
+            return None if x is None else change(x)
 
-    def _rows(self) -> dict[str, Tensor | None]:
-        """What there is one of per sequence."""
-        return {name: getattr(self, name) for name in ("lengths", "starts", "targets", "keys", "aux_weights")}
+        t = self.training
+        return replace(
+            self,
+            lengths=apply(self.lengths),
+            starts=apply(self.starts),
+            keys=apply(self.keys),
+            training=replace(t, targets=apply(t.targets), aux_weights=apply(t.aux_weights)),
+        )
 
     def token_keys(self, x: Tensor) -> Tensor | None:
-        """[B, T] int32, one random number per token of x [B, T, …], which start their sequences; None: no dropout."""
+        """[B, T] int32, one random number per token of x [B, T, …], counted from position 0; None: no dropout."""
         return None if self.keys is None else token_keys(self.keys, 0, x.shape[1])
 
-    def places(self, x: Tensor) -> Tensor:
-        """[1, T] or, where sequences start apart, [B, T] int64: how many of its sequence are before each token of x
-        [B, T, …]; below zero for padding on the left."""
-        first = self.cache.length if self.cache else 0
-        at = torch.arange(first, first + x.shape[1], device=x.device)[None]
-        return at if self.starts is None else at - self.starts[:, None]
+    def positions(self, x: Tensor) -> Tensor:
+        """[1, T] int64, or [B, T] with `starts`: the position of each token of x [B, T, …] in its sequence.
+
+        Positions of padding on the left are negative.
+        """
+        first = self.decoding.cache.length if self.decoding.cache else 0
+        positions = torch.arange(first, first + x.shape[1], device=x.device)[None]
+        return positions if self.starts is None else positions - self.starts[:, None]
 
     def valid(self, x: Tensor) -> Tensor:
         """[B, T] bool: which tokens of x [B, T, …] are not padding."""
-        places = self.places(x)
-        valid = (places >= 0).expand(x.shape[:2])
+        positions = self.positions(x)
+        valid = (positions >= 0).expand(x.shape[:2])
         if self.lengths is None:
             return valid
-        return valid & (places < (self.lengths if self.starts is None else self.lengths - self.starts)[:, None])
+        return valid & (positions < (self.lengths if self.starts is None else self.lengths - self.starts)[:, None])
 
-    def without_padding(self, x: Tensor) -> Tensor:
-        """x [B, T, d] with zeros for padding on the left, which a recurrent layer would otherwise carry along."""
-        return x if self.starts is None else x * (self.places(x) >= 0)[..., None]
+    def zero_left_padding(self, x: Tensor) -> Tensor:
+        """x [B, T, d] with zeros in the padding on the left, which a recurrent layer would otherwise carry forward."""
+        return x if self.starts is None else x * (self.positions(x) >= 0)[..., None]

@@ -47,11 +47,11 @@ class Embedding(Layer):
         if self.scale != 1:
             x = x * self.scale
         if self.position is not None:
-            end = tokens.shape[1] + (context.cache.length if context.cache else 0)
+            end = tokens.shape[1] + (context.decoding.cache.length if context.decoding.cache else 0)
             end -= 0 if context.starts is None else int(context.starts.min())
             if end > self.position.num_embeddings:
                 raise ValueError(f"{end} tokens, the model's context is {self.position.num_embeddings}")
-            x = x + self.position(context.places(tokens).clamp(min=0))
+            x = x + self.position(context.positions(tokens).clamp(min=0))
         return self.dropout(x, context.token_keys(tokens))
 
 
@@ -65,7 +65,7 @@ class Head(Layer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → logits [B, T, vocab], of the last tokens if so wanted; or with targets their summed loss [1]."""
-        if context.targets is None:
-            return self.project(self.norm(x if context.last is None else x[:, -context.last :]))
-        x = self.norm(x)
-        return linear_cross_entropy(x.flatten(0, 1), self.project.weight, context.targets.flatten())[None]
+        targets, kept = context.training.targets, context.decoding.logits_to_keep
+        if targets is None:
+            return self.project(self.norm(x if kept is None else x[:, -kept:]))
+        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.project.weight, targets.flatten())[None]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fira.data.loader import IGNORE_INDEX
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from pipeline.engine import MicroBatch
 
 Read = Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # (first, count) → tokens, targets [count, T]
@@ -50,11 +50,11 @@ class BatchSplit:
             missing = self.microbatch - len(tokens[rows])
             following = torch.from_numpy(_fill(targets[rows], missing, IGNORE_INDEX))
             valid = torch.from_numpy(_fill(lengths[rows], missing, 0))
-            context = Context(lengths=valid, targets=following, loss_weight=weight)
+            context = Context(lengths=valid, training=TrainingContext(following, loss_weight=weight))
             if dropout_seed is not None:
                 numbers = range(first + rows.start, first + rows.stop)
                 context.keys = torch.tensor([_key(dropout_seed, number) for number in numbers])
-                context.aux_weights = context.lengths * weight
+                context.training.aux_weights = valid * weight
             inputs = torch.from_numpy(_fill(tokens[rows], missing, 0))
             made.append(
                 MicroBatch(

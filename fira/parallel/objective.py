@@ -9,8 +9,8 @@ def objective(losses: Tensor, targets: Tensor, context: Context) -> tuple[Tensor
     """losses [n], summed over the tokens of each part of a micro-batch → (objective, summed loss).
 
     The last layer has compared logits with the targets already, for which it is given them by the context.
-    The objective is the sum over this micro-batch's tokens times `context.loss_weight`, one over the number of tokens
+    The objective is the sum over this micro-batch's tokens times its `loss_weight`, one over the number of tokens
     in the global batch: gradients then add up to those of the mean, whoever computes them.
     """
     total = losses.sum()
-    return total * context.loss_weight, total
+    return total * context.training.loss_weight, total

@@ -35,7 +35,7 @@ class PipelineModel(nn.Module):
         if self.tied:  # torchgpipe wants no parameter in two places, so the head is given a tensor, new in each forward
             weight = self.layers[0].get_parameter("token.weight")
             self.layers[-1].get_submodule("project").weight = weight.view_as(weight).to(self.devices[-1])
-        return self._pipeline[0](tokens, context or Context.of(tokens, self.training))
+        return self._pipeline[0](tokens, context or Context.for_tokens(tokens, self.training))
 
 
 def create_pipeline_model(

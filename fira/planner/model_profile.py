@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fira.models.registry import build
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from fira.nn.cross_entropy import LOGITS
 from fira.nn.moe.dispatcher import DispatchPlan, TokenDispatcher
 from fira.nn.moe.experts import ExpertBank
@@ -138,7 +138,8 @@ def kept_bytes(
         x = torch.empty(size, dtype=torch.int64) if first else torch.empty(*size, profile.width, requires_grad=True)
         keys = torch.empty(microbatch, dtype=torch.int64)
         targets = torch.empty(size, dtype=torch.int64)
-        context = Context(torch.empty(microbatch), None, targets, keys, torch.empty(microbatch))
+        training = TrainingContext(targets, aux_weights=torch.empty(microbatch))
+        context = Context(lengths=torch.empty(microbatch), keys=keys, training=training)
         return bytes_kept(Autocast(layer, autocast), x, context)
 
 

@@ -84,7 +84,7 @@ class Trainer:
         reduce_gradients(self.model.parts, self.mesh)
 
         waited = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
-        of_experts = self._experts([batch.context.stats for batch in microbatches])
+        of_experts = self._experts([batch.context.training.stats for batch in microbatches])
         own = torch.tensor([waited, *flags], dtype=torch.float64, device=self.model.device)
         sums = _sum_over_ranks(self.norms.local(), *of_experts, _total(losses, self.model.device), own)
         norms, load, dropped, entropy, aux, total, own = sums

@@ -55,7 +55,7 @@ def test_every_family(family):
     config = make_config(f"{family}-tiny", {"vocab_size": 50, "seq_len": 16})
     model = build(config)
     tokens = torch.arange(24).view(2, 12) % 50
-    context = Context.of(tokens, training=False)
+    context = Context.for_tokens(tokens, training=False)
     blocks = model.layers[1:3]
     x = model.layers[0](tokens, context).detach()
     parameters = list(blocks.parameters())

@@ -69,7 +69,7 @@ class MoE(nn.Module):
         tokens, flat_keys = x.flatten(0, 1), None if keys is None else keys.flatten()
         routed = self.router(tokens, flat_keys)
         experts, taken = routed.experts, None
-        if self.capacity_factor and self.training and context.aux_weights is not None:
+        if self.capacity_factor and self.training and context.training.aux_weights is not None:
             chosen = experts.unflatten(0, x.shape[:2])
             taken = within_capacity(chosen, context.valid(x), self.num_experts, self.capacity_factor)
             experts = experts.where(taken.flatten(0, 1), self.num_experts)
@@ -79,13 +79,14 @@ class MoE(nn.Module):
         rows = self.dispatcher.dispatch(tokens, plan, experts.shape[1])
         rows = self.norm(self.dispatcher.combine(self.experts(rows, plan.groups, flat_keys), plan))
         y = weighted_sum(rows, routed.weights, plan.order, plan.inverse).view(*x.shape[:2], -1)
-        return y if context.aux_weights is None else self._note(y, routed, rows, plan, taken, context)
+        return y if context.training.aux_weights is None else self._note(y, routed, rows, plan, taken, context)
 
     def _note(
         self, y: Tensor, flat: Routed, rows: Tensor, plan: DispatchPlan, taken: Tensor | None, context: Context
     ) -> Tensor:
         """y, whose backward trains the losses too unless the caller does; the statistics go into the context."""
-        assert context.aux_weights is not None
+        training = context.training
+        assert training.aux_weights is not None
         routed, valid = Routed(*(part.unflatten(0, y.shape[:2]) for part in flat)), context.valid(y)
 
         def outputs() -> Tensor:
@@ -93,15 +94,15 @@ class MoE(nn.Module):
 
         aux = y.new_zeros((), dtype=routed.logits.dtype)
         for loss, coefficient in self.losses:
-            aux = aux + coefficient * (loss(routed, outputs, valid) * context.aux_weights).sum()
+            aux = aux + coefficient * (loss(routed, outputs, valid) * training.aux_weights).sum()
         assigned = valid[..., None].expand_as(routed.experts)
         load = self._count(routed.experts, assigned)
         dropped = torch.zeros_like(load) if taken is None else self._count(routed.experts, assigned & ~taken)
         chance = routed.logits.detach().log_softmax(dim=-1)
         entropy = -(chance.exp() * chance * valid[..., None]).sum()
-        note = MoEStats(load, dropped, entropy, aux if context.aux_apart else aux.detach())
-        context.stats[self.index, context.part] = note
-        return y if context.aux_apart else _AddToObjective.apply(y, aux)
+        note = MoEStats(load, dropped, entropy, aux if training.caller_adds_aux else aux.detach())
+        training.stats[self.index, context.chunk] = note
+        return y if training.caller_adds_aux else _AddToObjective.apply(y, aux)
 
     def _count(self, experts: Tensor, counted: Tensor) -> Tensor:
         """experts, counted: [B, T, k] → [E], how many of those counted are each expert's."""

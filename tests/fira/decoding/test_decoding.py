@@ -165,9 +165,9 @@ class Chain(nn.Module):
         self.logits = nn.Parameter(torch.randn(5, 5, generator=torch.Generator().manual_seed(seed)))
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        if context.cache is not None:
-            context.cache.length += tokens.shape[1]
-        return self.logits[tokens][:, -(context.last or 0) :]
+        if context.decoding.cache is not None:
+            context.decoding.cache.length += tokens.shape[1]
+        return self.logits[tokens][:, -(context.decoding.logits_to_keep or 0) :]
 
 
 def test_what_is_drawn_with_a_draft_has_the_models_distribution() -> None:

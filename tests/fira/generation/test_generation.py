@@ -25,7 +25,7 @@ from fira.generation.perplexity import perplexity
 from fira.generation.text import _default_tokenizer
 from fira.models.fira import FiraConfig
 from fira.models.registry import to_document
-from fira.nn.context import Context
+from fira.nn.context import Context, DecodingContext
 from fira.nn.kv_cache import KVCache
 from tests.launch import ROOT
 
@@ -106,7 +106,7 @@ def test_the_cache_saves_work() -> None:
 def test_the_cache_takes_any_number_of_tokens(pieces: list[int]) -> None:
     model = make_model().double()
     tokens = torch.randint(300, (2, 12), generator=torch.Generator().manual_seed(1))
-    context = Context(cache=KVCache())
+    context = Context(decoding=DecodingContext(KVCache()))
     logits = torch.cat([model(some, context) for some in tokens.split(pieces, 1)], 1)
     torch.testing.assert_close(logits, model(tokens), rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="context is 12"):

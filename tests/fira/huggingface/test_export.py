@@ -3,9 +3,6 @@
 import json
 import os
 import runpy
-import subprocess
-import sys
-import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,8 @@ from fira.models.registry import FAMILIES, to_document
 from fira.nn.context import Context
 from tests.fira.huggingface.test_huggingface import IDS, small, trained
 from tests.launch import ROOT, run_ranks
+from tests.ranks.stock_transformers import IDS as STOCK_IDS
+from tests.ranks.stock_transformers import run_isolated
 
 TEXT = Path(__file__).read_text()
 VOCABULARY = 300
@@ -72,28 +71,16 @@ def exports(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> d
 def test_a_stock_transformers_needs_nothing_of_ours(
     exports: dict[str, tuple[LanguageModel, Path]], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-I", "-S", ROOT / "tests/ranks/stock_transformers.py", sysconfig.get_path("purelib")]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HOME": str(tmp_path / "cache")}
-    folders = [folder for _, folder in exports.values()]
-    done = subprocess.run(
-        [str(part) for part in (*command, tmp_path, *folders)],
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    found = run_isolated(tmp_path, *(folder for _, folder in exports.values()))
     for family, (model, folder) in exports.items():
-        expected = model(torch.arange(5, 14)[None], Context())[0].detach().numpy()
+        expected = model(torch.tensor([[*STOCK_IDS]]), Context())[0].detach().numpy()
         np.testing.assert_allclose(np.load(tmp_path / f"{folder.name}.npy"), expected, atol=1e-5, rtol=0)
-        one = said[folder.name]
+        one = found[folder.name]
         assert one["classes"][1] == "transformers_modules"
-        assert one["alone"].startswith("def f")
-        assert len(one["alone"]) > len("def f")
-        assert one["batch"][0] == one["alone"], family
-        assert one["talk"] == "<|prompter|>Hi</s><|assistant|>yes</s><|prompter|>no</s><|assistant|>"
+        assert one["single"].startswith("def f")
+        assert len(one["single"]) > len("def f")
+        assert one["batch"][0] == one["single"], family
+        assert one["chat"] == "<|prompter|>Hi</s><|assistant|>yes</s><|prompter|>no</s><|assistant|>"
         assert not list(folder.glob("*.bin"))
 
 

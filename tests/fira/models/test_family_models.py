@@ -17,7 +17,7 @@ from fira.models.microrwkv import MicroRWKVConfig
 from fira.models.mooshak import MooshakConfig
 from fira.models.registry import PRESETS, build, from_document, to_document
 from fira.models.rish import RishConfig
-from fira.nn.context import Context
+from fira.nn.context import Context, DecodingContext, TrainingContext
 from fira.nn.dropout import normal, token_keys
 from fira.nn.kv_cache import KVCache
 from fira.nn.moe.router import Router
@@ -88,7 +88,7 @@ def test_config_survives_its_document(name: str) -> None:
 def test_models_equal_the_loops(name: str, dtype: torch.dtype, tolerance: float) -> None:
     config = CONFIGS[name]
     model, tokens = make_model(config, dtype), make_tokens(config)
-    context = Context(aux_weights=torch.tensor([0.3, 0.7], dtype=dtype))
+    context = Context(training=TrainingContext(aux_weights=torch.tensor([0.3, 0.7], dtype=dtype)))
     logits = model(tokens, context)
     targets = tokens.roll(1, 1)
     F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
@@ -100,7 +100,7 @@ def test_models_equal_the_loops(name: str, dtype: torch.dtype, tolerance: float)
     (F.cross_entropy(expected.flatten(0, 1), targets.flatten()) + aux).backward()
 
     assert (logits - expected).abs().max() < tolerance * expected.abs().max()
-    assert sum(float(s.aux) for s in context.stats.values()) == pytest.approx(aux.item(), rel=tolerance)
+    assert sum(float(s.aux) for s in context.training.stats.values()) == pytest.approx(aux.item(), rel=tolerance)
     for path, parameter in model.named_parameters():
         assert p[path].grad.abs().max() > 0, f"{path}: this test shows nothing about it"
         assert (parameter.grad - p[path].grad).abs().max() < tolerance * max(1.0, p[path].grad.abs().max()), path
@@ -130,7 +130,7 @@ def test_decoding_with_a_cache_equals_computing_all_again(name: str) -> None:
         parts = [3, 4, 1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1]
         end = 0
         for part in parts:
-            logits = model(tokens[:, end : end + part], Context(cache=cache))
+            logits = model(tokens[:, end : end + part], Context(decoding=DecodingContext(cache)))
             end += part
             expected = model(tokens[:, :end], Context())[:, -1]
             torch.testing.assert_close(logits[:, -1], expected, rtol=1e-10, atol=1e-10)
@@ -147,7 +147,9 @@ def test_cached_keys_turn_with_the_dynamic_rotary_base() -> None:
     assert tokens.shape[1] > 2 * RISH.max_position
     cache = KVCache()
     with torch.no_grad():
-        logits = [model(tokens[:, t : t + 1], Context(cache=cache))[:, -1] for t in range(tokens.shape[1])]
+        logits = [
+            model(tokens[:, t : t + 1], Context(decoding=DecodingContext(cache)))[:, -1] for t in range(tokens.shape[1])
+        ]
         torch.testing.assert_close(logits[-1], model(tokens, Context())[:, -1], rtol=1e-10, atol=1e-10)
 
 
@@ -156,7 +158,7 @@ def test_the_state_of_a_recurrence_does_not_grow() -> None:
     model, tokens, sizes = make_model(MICRORWKV), make_tokens(MICRORWKV, length=20), []
     cache = KVCache()
     for t in range(tokens.shape[1]):
-        model(tokens[:, t : t + 1], Context(cache=cache))
+        model(tokens[:, t : t + 1], Context(decoding=DecodingContext(cache)))
         sizes.append({name: value.shape for name, value in cache.states.items() if ".grouped." not in name})
     assert sizes[-1] == sizes[10]
     assert len([name for name in sizes[-1] if "time_mix" in name]) == 8  # x and state, of two calls in two layers
@@ -167,7 +169,7 @@ def test_training_in_bf16_is_near_training_in_fp32(name: str) -> None:
     gradients = []
     for enabled in (False, True):
         model, tokens = make_model(CONFIGS[name], torch.float32), make_tokens(CONFIGS[name])
-        context = Context(keys=torch.arange(2), aux_weights=torch.full((2,), 0.5))
+        context = Context(keys=torch.arange(2), training=TrainingContext(aux_weights=torch.full((2,), 0.5)))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             logits = model(tokens, context).float()
         F.cross_entropy(logits.flatten(0, 1), tokens.roll(1, 1).flatten()).backward()

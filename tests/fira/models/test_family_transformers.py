@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fira.models.mooshak import MooshakConfig
 from fira.models.rish import RishConfig
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from tests.fira.models.test_family_models import make_model, make_tokens
 
 transformers = pytest.importorskip("transformers")
@@ -143,7 +143,7 @@ def test_balance_loss_of_one_layer_equals_that_of_transformers() -> None:
     other = twin(config, dict(model.named_parameters()), torch.float64)
     lengths = torch.tensor([12, 7])
     for row in (0, 1):
-        context = Context(lengths=lengths, aux_weights=torch.eye(2, dtype=torch.float64)[row])
+        context = Context(lengths=lengths, training=TrainingContext(aux_weights=torch.eye(2, dtype=torch.float64)[row]))
         model(tokens, context)
         expected = other(tokens[row : row + 1, : lengths[row]]).aux_loss.detach()
-        assert float(context.stats[1, 0].aux) == pytest.approx(float(expected), rel=1e-6)  # theirs is fp32
+        assert float(context.training.stats[1, 0].aux) == pytest.approx(float(expected), rel=1e-6)  # theirs is fp32

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fira import FIRA, create_pipeline_model
 from fira.models.fira import FiraConfig
 from fira.models.registry import PRESETS, build, from_document, to_document
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from fira.nn.cross_entropy import LOGITS, linear_cross_entropy
 from fira.nn.moe.dispatcher import TokenDispatcher
 from fira.nn.moe.grouped_linear import RowGroups, _one_kernel, grouped_linear
@@ -55,7 +55,7 @@ def batch(config: FiraConfig = CONFIG, lengths: list[int] = LENGTHS) -> tuple[Te
     targets = torch.randint(config.vocab_size, tokens.shape)
     valid = torch.tensor(lengths)
     targets[torch.arange(config.seq_len) >= valid[:, None]] = -100
-    return tokens, targets, Context(lengths=valid, aux_weights=valid / sum(lengths))
+    return tokens, targets, Context(lengths=valid, training=TrainingContext(aux_weights=valid / sum(lengths)))
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -93,11 +93,11 @@ def test_model_equals_the_loops(top_k: int, dtype: torch.dtype, tolerance: float
 
     p = {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
     expected, balance = reference.fira(tokens, p, config, LENGTHS)
-    aux = (balance * context.aux_weights).sum()
+    aux = (balance * context.training.aux_weights).sum()
     (loss_of(expected, targets) + aux).backward()
 
     assert (logits - expected).abs().max() < tolerance * expected.abs().max()
-    assert sum(float(s.aux) for s in context.stats.values()) == pytest.approx(aux.item(), rel=tolerance)
+    assert sum(float(s.aux) for s in context.training.stats.values()) == pytest.approx(aux.item(), rel=tolerance)
     for name, parameter in model.named_parameters():
         assert p[name].grad.abs().max() > 0, f"{name}: this test shows nothing about it"
         assert (parameter.grad - p[name].grad).abs().max() < tolerance * max(1.0, p[name].grad.abs().max()), name
@@ -135,9 +135,9 @@ def test_auxiliary_gradient_against_finite_differences() -> None:
     x = torch.randn(3, 5, 6, dtype=torch.float64)
 
     def objective() -> tuple[Tensor, float]:
-        context = Context(aux_weights=torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64))
+        context = Context(training=TrainingContext(aux_weights=torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)))
         y = moe(x, context, None).square().sum()
-        return y, y.item() + context.stats[1, 0].aux.item()
+        return y, y.item() + context.training.stats[1, 0].aux.item()
 
     objective()[0].backward()
     weight = moe.router.gate.weight
@@ -252,7 +252,9 @@ def test_padding_changes_nothing_for_valid_tokens() -> None:
         tokens[targets == -100] = filling
         logits = model(tokens, context)
         loss_of(logits, targets).backward()
-        results.append((logits[targets != -100], context.stats, {n: p.grad for n, p in model.named_parameters()}))
+        results.append(
+            (logits[targets != -100], context.training.stats, {n: p.grad for n, p in model.named_parameters()})
+        )
     (logits, stats, grads), (other_logits, other_stats, other_grads) = results
     # Padding goes to other experts with another filling, and the last bit of a product depends on its number of rows.
     torch.testing.assert_close(logits, other_logits, rtol=1e-12, atol=1e-12)
@@ -274,9 +276,11 @@ def test_auxiliary_loss_does_not_depend_on_the_split(sizes: list[int]) -> None:
     for piece, some in zip(pieces, tokens.split(sizes), strict=True):
         parts(some, piece).sum().backward()
     for layer in (1, 2):
-        shares = [pieces[0].stats[layer, part] for part in range(len(sizes))]
-        assert sum(float(s.aux) for s in shares) == pytest.approx(float(context.stats[layer, 0].aux), rel=1e-12)
-        assert torch.equal(sum(s.load for s in shares), context.stats[layer, 0].load)
+        shares = [pieces[0].training.stats[layer, part] for part in range(len(sizes))]
+        assert sum(float(s.aux) for s in shares) == pytest.approx(
+            float(context.training.stats[layer, 0].aux), rel=1e-12
+        )
+        assert torch.equal(sum(s.load for s in shares), context.training.stats[layer, 0].load)
     for (name, parameter), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-10, atol=1e-12, msg=name)
 

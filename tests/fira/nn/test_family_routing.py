@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fira import FIRA
 from fira.models.fira import FiraConfig
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from fira.nn.moe.aux_losses import load_balance, router_z
 from fira.nn.moe.capacity import within_capacity
 from fira.nn.moe.experts import Experts
@@ -34,7 +34,7 @@ def make_moe(capacity_factor: float = 0.0, **routing: Any) -> MoE:
 
 
 def training(lengths: Tensor = LENGTHS) -> Context:
-    return Context(lengths=lengths, aux_weights=(lengths / lengths.sum()).double())
+    return Context(lengths=lengths, training=TrainingContext(aux_weights=(lengths / lengths.sum()).double()))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -96,7 +96,7 @@ def test_what_is_dropped_is_zero_is_counted_and_is_not_computed(factor: float) -
         alone = RowGroups(F.one_hot(routed.experts[b, t, j], 4))
         expected[b, t] += (routed.weights[b, t, j] * free.experts(x[b, t : t + 1], alone, None)[0]).detach()
     torch.testing.assert_close(y, expected)
-    stats = context.stats[1, 0]
+    stats = context.training.stats[1, 0]
     assert int(stats.load.sum()) == 2 * int(LENGTHS.sum())
     assert int(stats.dropped.sum()) == int((valid[..., None] & ~taken).sum())
     assert (int(stats.dropped.sum()) > 0) == (factor < 1)
@@ -117,14 +117,14 @@ def test_nothing_depends_on_the_split(sizes: list[int]) -> None:
     whole, parts = FIRA(config).double(), FIRA(config).double()
     context = replace(training(lengths), keys=torch.arange(4) * 2**33 + 5)
     whole(tokens, context).square().sum().backward()
-    pieces = replace(context, stats={}).split(sizes)
+    pieces = replace(context, training=replace(context.training, stats={})).split(sizes)
     for piece, some in zip(pieces, tokens.split(sizes), strict=True):
         parts(some, piece).square().sum().backward()
     for layer in (1, 2):
         for name in ("load", "dropped", "entropy", "aux"):
-            total = sum(getattr(pieces[0].stats[layer, part], name) for part in range(len(sizes)))
-            torch.testing.assert_close(total, getattr(context.stats[layer, 0], name))
-        assert int(context.stats[layer, 0].dropped.sum()) > 0
+            total = sum(getattr(pieces[0].training.stats[layer, part], name) for part in range(len(sizes)))
+            torch.testing.assert_close(total, getattr(context.training.stats[layer, 0], name))
+        assert int(context.training.stats[layer, 0].dropped.sum()) > 0
     for (name, parameter), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-10, atol=1e-12, msg=name)
 
@@ -150,7 +150,7 @@ def test_the_bias_evens_the_load_and_leaves_the_weights_alone() -> None:
     for _ in range(120):
         context = training(torch.full((8,), 16))
         moe(x, context, None)
-        load = context.stats[1, 0].load.double()
+        load = context.training.stats[1, 0].load.double()
         imbalances.append(float(load.max() / load.mean()))
         moe.router.rebalance(load)
     assert imbalances[0] > 1.5
@@ -174,4 +174,4 @@ def test_entropy_is_that_of_the_router() -> None:
     moe(x, context, None)
     p = F.softmax(moe.router.gate(x), dim=-1).detach()
     by_hand = -sum(float((p[row, t] * p[row, t].log()).sum()) for row in (0, 1) for t in range(int(LENGTHS[row])))
-    assert float(context.stats[1, 0].entropy) == pytest.approx(by_hand)
+    assert float(context.training.stats[1, 0].entropy) == pytest.approx(by_hand)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fira.errors import UserError
 from fira.metrics.timeline_plot import draw_timelines, write_timeline
 from fira.models.registry import build, make_config
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from fira.planner.candidates import Candidate, Constraints, candidates
 from fira.planner.costs import estimate
 from fira.planner.device_specs import Hardware, Link, load
@@ -178,7 +178,8 @@ def test_what_is_kept_without_computing_is_what_torch_keeps(family):
     tokens = torch.randint(profile.config.vocab_size, (2, profile.tokens))
     x = tokens
     for index in range(len(model.layers)):
-        context = Context(torch.full((2,), profile.tokens), None, tokens, torch.arange(2), torch.ones(2))
+        training = TrainingContext(tokens, aux_weights=torch.ones(2))
+        context = Context(torch.full((2,), profile.tokens), keys=torch.arange(2), training=training)
         kept: dict[int, torch.Tensor] = {}
         x = x.detach().requires_grad_(x.is_floating_point())
         with torch.autograd.graph.saved_tensors_hooks(

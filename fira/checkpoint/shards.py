@@ -4,9 +4,9 @@
     rank 0   index.json, documents and files; then manifest.json; then the folder is renamed
     reader   Checkpoint.read(name, start, stop)  ←  the files that store these rows
 
-A checkpoint can be read by any layout. `manifest.py` defines its files and `step_folders.py` its publication. Where
-`torch.distributed` is initialised, `save`, `Checkpoint.open` and `newest_valid` are collective: all ranks call them, and
-an error on one rank raises the same UserError on all.
+A checkpoint can be read by any layout. `manifest.py` defines its files and `step_folders.py` its publication.
+Where `torch.distributed` is initialised, `save`, `Checkpoint.open` and `newest_valid` are collective: all ranks call
+them, and an error on one rank raises the same UserError on all.
 """
 
 import json

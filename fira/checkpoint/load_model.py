@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to a model that can be used."""
+"""Load a model for inference from a checkpoint or an exported folder."""
 
 from pathlib import Path
 
@@ -13,18 +13,20 @@ from fira.models.registry import build, from_document
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
-    """The model, in eval mode and with its tokenizer, of a run folder, a checkpoints folder, a step folder, or a folder
-    of transformers (an export, a Llama, a FlexOlmo).
+    """Load a model in eval mode.
 
-    Any layout may have written it. `model.tokenizer` is None where it was trained on shards without one.
-    Raises UserError where there is no checkpoint, or one that is damaged or of another model.
+    path: a run folder, a checkpoints folder, a step folder (written by any layout) or a folder of transformers (an
+    export, a Llama or a FlexOlmo). `model.tokenizer` is None where the model was trained on shards without a tokenizer.
+    Raises UserError where there is no checkpoint, or where it is damaged or does not match its config.
     """
     saved = open_saved(path)
     with torch.device("meta"):
         model = build(from_document(saved.document("config")))
     for name, tensor in model.weights().items():
         if saved.shape(name) != tuple(tensor.shape):
-            raise UserError(f"{saved.folder}: {name} is {saved.shape(name)}, its config.json says {tensor.shape}")
+            raise UserError(
+                f"{saved.folder}: {name} has shape {saved.shape(name)}, config.json requires {tuple(tensor.shape)}"
+            )
     weights = {name: saved.read(name) for name in model.weights()}
     model.load_state_dict(weights, strict=not model.tied, assign=True)
     model.tie()
@@ -34,7 +36,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Language
 
 
 def own_tokenizer(model: LanguageModel) -> Tokenizer:
-    """The tokenizer that came with a model; UserError where none did."""
+    """Return the model's tokenizer. Raises UserError where it has none."""
     if model.tokenizer is None:
-        raise UserError("the model came without a tokenizer; give that of its data")
+        raise UserError("the model has no tokenizer; give the --tokenizer of its training data")
     return model.tokenizer

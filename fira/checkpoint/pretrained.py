@@ -1,4 +1,4 @@
-"""Folders of transformers, read like checkpoints: our exports, and any Llama or FlexOlmo."""
+"""Read folders of transformers through the interface of Checkpoint: exports, Llama and FlexOlmo."""
 
 import json
 from pathlib import Path
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from fira.checkpoint.manifest import MANIFEST
 from fira.checkpoint.shards import Checkpoint, find
-from fira.checkpoint.transformers_mapping import expert_files, from_stock
+from fira.checkpoint.transformers_mapping import expert_tensors, from_transformers
 from fira.errors import UserError
 from fira.files import naming
 from fira.models.registry import to_document
 
-OURS = ("fira", "rish_ai")
+FIRA_TYPES = ("fira", "rish_ai")  # model_type of exports in the format fira
 WEIGHTS = "model.safetensors"
 
 
 class Saved(Protocol):
-    """What a model can be read from; see Checkpoint."""
+    """Interface from which a model is read; see Checkpoint."""
 
     folder: Path
 
@@ -32,9 +32,9 @@ class Saved(Protocol):
 
 
 def open_saved(path: str | Path) -> Saved:
-    """What `path` means: a folder of transformers, else a checkpoint, every file of which is checked (collective).
+    """Open a folder of transformers, or else a checkpoint, all files of which are checked (collective).
 
-    UserError where it is neither, where it is damaged, and where the model is none of ours.
+    Raises UserError where `path` is neither, where it is damaged, and where no family computes its model.
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
@@ -43,29 +43,29 @@ def open_saved(path: str | Path) -> Saved:
 
 
 class PretrainedFolder:
-    """A folder that transformers' `save_pretrained` wrote, under our names. Only what is asked for is read."""
+    """A folder written by transformers' `save_pretrained`, with Fira's names. Tensors are read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._opened: dict[str, Any] = {}
         document = self._json("config.json")
-        self._names: dict[str, str] | None = None  # ours to theirs; None: theirs are ours behind `model.`
+        self._names: dict[str, str] | None = None  # Fira's names to the stored ones; None: add the prefix `model.`
         try:
-            if document.get("model_type") in OURS:
+            if document.get("model_type") in FIRA_TYPES:
                 self._document = document["shape"]
             else:
-                config, self._names = from_stock(document)
+                config, self._names = from_transformers(document)
                 self._document = to_document(config)
         except KeyError:
-            raise UserError(f"{folder / 'config.json'} has no shape; it is no export of ours") from None
+            raise UserError(f"{folder / 'config.json'} has no shape; give a folder that Fira exported") from None
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
         self._files = self._find_files()
 
     def document(self, name: str) -> dict[str, Any]:
-        """The model's config as our own checkpoints have it; there is no other document."""
+        """Return the model's config, the only document, in the form of a checkpoint's config.json."""
         if name != "config":
-            raise UserError(f"{self.folder} holds no {name}.json; it is a model, not a training run")
+            raise UserError(f"{self.folder} has no {name}.json; it is a model, not a training run")
         return self._document
 
     def has_file(self, name: str) -> bool:
@@ -76,33 +76,33 @@ class PretrainedFolder:
             return (self.folder / name).read_bytes()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, by our name."""
-        theirs = self._theirs(name)
-        if theirs in self._files:
-            return tuple(self._slice(theirs).get_shape())
-        shapes = [self._slice(part).get_shape() for part in expert_files(theirs, 0)]
+        """Return the shape of a tensor by its name in Fira."""
+        stored = self._stored_name(name)
+        if stored in self._files:
+            return tuple(self._slice(stored).get_shape())
+        shapes = [self._slice(part).get_shape() for part in expert_tensors(stored, 0)]
         return (self._document.get("num_experts", 1), sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `start` to `stop` (default: all) of a tensor; of an expert's tensor, these experts."""
-        theirs = self._theirs(name)
+        """Read rows [start, stop) of a tensor (default: all); the rows of expert weights are the experts."""
+        stored = self._stored_name(name)
         stop = self.shape(name)[0] if stop is None else stop
-        if theirs in self._files:
-            return self._slice(theirs)[start:stop]
-        experts = (expert_files(theirs, expert) for expert in range(start, stop))
+        if stored in self._files:
+            return self._slice(stored)[start:stop]
+        experts = (expert_tensors(stored, expert) for expert in range(start, stop))
         return torch.stack([torch.cat([self._slice(part)[:] for part in parts]) for parts in experts])
 
-    def _theirs(self, name: str) -> str:
+    def _stored_name(self, name: str) -> str:
         if self._names is None:
             return f"model.{name}"
         if name not in self._names:
-            raise UserError(f"{self.folder} holds no tensor {name}; it was written by another model")
+            raise UserError(f"{self.folder} has no tensor {name}; it is a folder of another model")
         return self._names[name]
 
     def _slice(self, name: str) -> Any:
-        """A tensor of theirs, of which no byte is read yet."""
+        """Return a lazy slice of a stored tensor."""
         if name not in self._files:
-            raise UserError(f"{self.folder} holds no tensor {name}; it was written by another model")
+            raise UserError(f"{self.folder} has no tensor {name}; it is a folder of another model")
         path = self.folder / self._files[name]
         with naming(path):
             if path.name not in self._opened:
@@ -110,12 +110,12 @@ class PretrainedFolder:
             return self._opened[path.name].get_slice(name)
 
     def _find_files(self) -> dict[str, str]:
-        """The file of each tensor."""
+        """Return the file name of each tensor."""
         if self.has_file(f"{WEIGHTS}.index.json"):
             return self._json(f"{WEIGHTS}.index.json").get("weight_map", {})
         path = self.folder / WEIGHTS
         if not path.is_file():
-            raise UserError(f"{self.folder} holds no {WEIGHTS}; save the model once more as safetensors")
+            raise UserError(f"{self.folder} has no {WEIGHTS}; save the model as safetensors")
         with naming(path):
             self._opened[WEIGHTS] = safe_open(path, framework="pt")
         return dict.fromkeys(self._opened[WEIGHTS].keys(), WEIGHTS)
@@ -124,7 +124,7 @@ class PretrainedFolder:
         try:
             document = json.loads(self.file(name))
         except ValueError:
-            raise UserError(f"{self.folder / name} is not JSON") from None
+            raise UserError(f"{self.folder / name} is not valid JSON") from None
         if not isinstance(document, dict):
             raise UserError(f"{self.folder / name} is not a JSON object")
         return document

@@ -1,8 +1,12 @@
-"""Checkpoints: named tensors by shards, JSON documents and files, written by all ranks, readable by any layout.
+"""Save and read checkpoints: sharded named tensors, JSON documents and files, written by all ranks.
 
-This file knows no model. A checkpoint is a folder of safetensors and JSON (`manifest.py` says what is in it,
-`step_folders.py` how it comes into place). Where `torch.distributed` is initialised, `save`, `Checkpoint.open` and
-`newest_valid` are collective: all ranks call them, and what fails on one rank raises the same UserError on all.
+    rank r   TensorShard(name, tensor = rows [start, start + rows) of the global tensor)  →  model-*.safetensors
+    rank 0   index.json, documents and files; then manifest.json; then the folder is renamed
+    reader   Checkpoint.read(name, start, stop)  ←  the files that store these rows
+
+A checkpoint can be read by any layout. `manifest.py` defines its files and `step_folders.py` its publication.
+Where `torch.distributed` is initialised, `save`, `Checkpoint.open` and `newest_valid` are collective: all ranks call
+them, and an error on one rank raises the same UserError on all.
 """
 
 import json
@@ -50,9 +54,9 @@ T = TypeVar("T")
 class TensorShard:
     """The rows of a tensor that a rank owns.
 
-    name: global, the same on every layout (`layers.3.moe.experts.w1`, `exp_avg/layers.3.moe.experts.w1`).
-    tensor: the rows, on any device. start: the first of them in dimension 0. shape: of the whole tensor.
-    A tensor held whole has start 0 and shape `tensor.shape`; a 0-d tensor counts as one row.
+    name: global, independent of the layout (`layers.3.moe.experts.w1`, `exp_avg/layers.3.moe.experts.w1`).
+    tensor: the rows, on any device. start: the index of the first row in dimension 0. shape: the global shape.
+    An unsharded tensor has start 0 and shape `tensor.shape`; a 0-d tensor counts as one row.
     """
 
     name: str
@@ -73,78 +77,81 @@ def save(
 ) -> Path:
     """Write the checkpoint `root/step-NNNNNN` (collective) and return its folder.
 
-    Every rank passes the shards it owns, each row of a tensor exactly once over all ranks (ValueError on every rank
-    otherwise). `documents` (`{"config": {...}}` becomes `config.json`), `files` (`{"tokenizer.json": b"..."}`) and
-    `layout` are rank 0's. Then all checkpoints older than this one but the newest `keep - 1` are removed.
-    A file that cannot be written raises UserError on every rank; the checkpoints that were there before stay.
+    Every rank passes the shards that it owns; over all ranks, each row of a tensor is passed exactly once. `documents`
+    (`{"config": {...}}` becomes `config.json`), `files` (`{"tokenizer.json": b"..."}`) and `layout` are taken from rank
+    0. Afterwards all but the newest `keep - 1` older checkpoints are removed. Raises ValueError on every rank where
+    rows are missing or passed twice, and UserError on every rank where a file cannot be written; existing checkpoints
+    remain.
     """
     shards = {"model": weights, "optimizer": optimizer}
     described = _gather({kind: [_describe(shard) for shard in owned] for kind, owned in shards.items()})
-    names = {kind: _file_names(kind, [len(mine[kind]) for mine in described]) for kind in shards}
+    names = {kind: _file_names(kind, [len(kinds[kind]) for kinds in described]) for kind in shards}
     entries = _index(described, names)
     contents = {f"{name}.json": encode(document) for name, document in documents.items()} | files
-    if misnamed := [name for name in contents if not is_plain(name) or name in (INDEX, MANIFEST)]:
-        raise ValueError(f"not names for files of a checkpoint: {misnamed}")
+    if invalid := [name for name in contents if not is_plain(name) or name in (INDEX, MANIFEST)]:
+        raise ValueError(f"invalid names of checkpoint files: {invalid}")
     partial = partial_folder(root, step)
     try:
-        with _together():
+        with _collective_errors():
             if _rank() == 0:
                 if partial.exists():
                     shutil.rmtree(partial)
                 partial.mkdir(parents=True)
-        with _together():
+        with _collective_errors():
             records = {}
             for kind, owned in shards.items():
                 if owned:
                     path = partial / names[kind][_rank()]
                     _write_tensors(path, owned)
                     records[path.name] = FileRecord.of(path)
-        all_records = {name: record for mine in _gather(records) for name, record in mine.items()}
-        with _together():
+        all_records = {name: record for rank_records in _gather(records) for name, record in rank_records.items()}
+        with _collective_errors():
             if _rank() == 0:
                 for name, content in (contents | {INDEX: encode_index(entries)}).items():
                     write(partial / name, content)
                     all_records[name] = FileRecord.of(partial / name)
-                write(partial / MANIFEST, encode_manifest(Manifest(step, layout, all_records), **_surroundings()))
+                write(partial / MANIFEST, encode_manifest(Manifest(step, layout, all_records), **_environment()))
                 sync(partial)
                 publish(root, step, keep)
     except UserError as error:
         if _rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # what stays is never read, and the next save removes it
+            shutil.rmtree(partial, ignore_errors=True)  # if this fails, the next save removes the folder
         intact = _gather(list(step_folders(root).values()))[0]
-        state = f"{intact[0]} is intact" if intact else "there was none before"
+        state = f"{intact[0]} is intact" if intact else "there is no earlier checkpoint"
         raise UserError(f"checkpoint of step {step} failed: {error}; {state}") from error
     return root / step_name(step)
 
 
 def _describe(shard: TensorShard) -> tuple[str, str, tuple[int, ...], int, int]:
-    """Name, dtype, global shape, first row and number of rows."""
+    """Return name, dtype, global shape, first row and number of rows."""
     rows = shard.tensor.shape[0] if shard.tensor.dim() else 1
     if tuple(shard.tensor.shape[1:]) != tuple(shard.shape[1:]) or shard.tensor.dim() != len(shard.shape):
-        raise ValueError(f"{shard.name}: {tuple(shard.tensor.shape)} are no rows of a tensor {tuple(shard.shape)}")
+        raise ValueError(
+            f"{shard.name}: shape {tuple(shard.tensor.shape)} does not fit the global shape {tuple(shard.shape)}"
+        )
     return shard.name, str(shard.tensor.dtype).removeprefix("torch."), tuple(shard.shape), shard.start, rows
 
 
 def _file_names(kind: str, counts: list[int]) -> dict[int, str]:
-    """The file of each rank that has tensors of this kind, numbered from 1 among those: model-00001-of-00004."""
+    """Return the file name of each rank that has tensors of this kind, such as model-00001-of-00004.safetensors."""
     writers = [rank for rank, count in enumerate(counts) if count]
     return {rank: f"{kind}-{i:05d}-of-{len(writers):05d}.safetensors" for i, rank in enumerate(writers, 1)}
 
 
 def _index(described: list[dict[str, list[Any]]], names: dict[str, dict[int, str]]) -> dict[str, TensorEntry]:
-    """Where every tensor's rows will be, from what each rank described; ValueError unless each row is there once."""
+    """Return the index of all ranks' tensors. Raises ValueError unless each row is passed exactly once."""
     entries: dict[str, TensorEntry] = {}
     for rank, kinds in enumerate(described):
         for kind, shards in kinds.items():
             for name, dtype, shape, start, rows in shards:
                 entry = entries.setdefault(name, TensorEntry(shape, dtype, ()))
-                part = StoredRows(names[kind][rank], start, rows)
-                if (entry.shape, entry.dtype) != (shape, dtype) or any(part.file == p.file for p in entry.parts):
-                    raise ValueError(f"{name}: rank {rank} passes it twice, or with another shape or dtype than before")
-                entries[name] = TensorEntry(shape, dtype, (*entry.parts, part))
+                stored = StoredRows(names[kind][rank], start, rows)
+                if (entry.shape, entry.dtype) != (shape, dtype) or stored.file in (part.file for part in entry.parts):
+                    raise ValueError(f"{name}: rank {rank} passes it twice, or with a different shape or dtype")
+                entries[name] = TensorEntry(shape, dtype, (*entry.parts, stored))
     for name, entry in entries.items():
-        if not entry.is_whole():
-            raise ValueError(f"{name}: the ranks' shards do not make up one tensor: {entry}")
+        if not entry.is_complete():
+            raise ValueError(f"{name}: the shards of all ranks do not form the tensor: {entry}")
     return entries
 
 
@@ -152,18 +159,18 @@ def _write_tensors(path: Path, shards: list[TensorShard]) -> None:
     tensors = {shard.name: shard.tensor.detach().cpu().contiguous() for shard in shards}
     with naming(path):
         save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only the owner can read
     sync(path)
 
 
-def _surroundings() -> dict[str, Any]:
-    """What the same numbers depend on beside the layout."""
+def _environment() -> dict[str, Any]:
+    """Return the thread count and the versions, on which the numbers depend in addition to the layout."""
     versions = {name: version(name) for name in ("torch", "safetensors", "numpy", "mpi4py")}
     return {"threads": torch.get_num_threads(), "versions": {"python": platform.python_version(), **versions}}
 
 
 class Checkpoint:
-    """A checkpoint whose every file matches its SHA-256. Made by `Checkpoint.open`; reading is not collective."""
+    """A checkpoint, all files of which match their SHA-256. Created by `Checkpoint.open`; reading is not collective."""
 
     def __init__(self, folder: Path, manifest: Manifest, index: dict[str, TensorEntry]) -> None:
         self.folder = folder
@@ -175,44 +182,44 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Checkpoint":
-        """Check every file of `folder`, the work divided over the ranks (collective), and give access to it.
+        """Check every file of `folder`, divided over the ranks (collective), and open it.
 
-        Raises UserError on every rank, naming the file, where something is missing, damaged, foreign or incomplete.
+        Raises UserError with the name of the file on every rank where a file is missing, damaged or incomplete.
         """
         folder = Path(folder)
-        with _together():
+        with _collective_errors():
             manifest = read_manifest(folder)
-        with _together():
+        with _collective_errors():
             for name in sorted(manifest.files)[_rank() :: _world()]:
                 manifest.files[name].check(folder / name)
-        with _together():
+        with _collective_errors():
             return cls(folder, manifest, read_index(folder, manifest))
 
     def document(self, name: str) -> dict[str, Any]:
-        """The JSON document that was saved as `name`."""
+        """Return the JSON document `name`."""
         return json.loads(self.file(f"{name}.json"))
 
     def has_file(self, name: str) -> bool:
-        """Whether a file was saved as `name`."""
+        """Return whether the checkpoint contains the file `name`."""
         return name in self._files
 
     def file(self, name: str) -> bytes:
-        """The content of the file that was saved as `name`."""
+        """Return the content of the file `name`. Raises UserError where there is none."""
         if name not in self._files:
-            raise UserError(f"{self.folder} holds no {name}")
+            raise UserError(f"{self.folder} has no {name}")
         with naming(self.folder / name):
             return (self.folder / name).read_bytes()
 
     def names(self) -> list[str]:
-        """The names of all tensors, sorted."""
+        """Return the names of all tensors, sorted."""
         return sorted(self._index)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The global shape of a tensor."""
+        """Return the global shape of a tensor."""
         return self._entry(name).shape
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `start` to `stop` (default: all) of a tensor, on the CPU; nothing else is read, whoever wrote them."""
+        """Read rows [start, stop) of a tensor (default: all) to the CPU, from the files that store them."""
         entry = self._entry(name)
         total = entry.shape[0] if entry.shape else 1
         stop = total if stop is None else stop
@@ -220,17 +227,17 @@ class Checkpoint:
             raise ValueError(f"{name} has rows 0 to {total}, not {start} to {stop}")
         rows = torch.empty((stop - start, *entry.shape[1:]), dtype=DTYPES[entry.dtype])
         for part in entry.parts:
-            low, high = max(start, part.start), min(stop, part.start + part.rows)
+            low, high = max(start, part.start), min(stop, part.start + part.rows)  # rows of the global tensor
             if low < high:
-                stored = self._stored(part.file, name, low - part.start, high - part.start)
+                stored = self._read_rows(part.file, name, low - part.start, high - part.start)
                 target = rows[low - start : high - start]
                 if (stored.shape, stored.dtype) != (target.shape, target.dtype):
-                    raise UserError(f"{self.folder / part.file}: {name} is not what {INDEX} says")
+                    raise UserError(f"{self.folder / part.file}: {name} does not have the shape and dtype in {INDEX}")
                 target.copy_(stored)
         return rows if entry.shape else rows.squeeze(0)
 
-    def _stored(self, file: str, name: str, low: int, high: int) -> Tensor:
-        """Rows `low` to `high` of what one file holds of a tensor."""
+    def _read_rows(self, file: str, name: str, low: int, high: int) -> Tensor:
+        """Read rows [low, high) of the rows of a tensor that one file stores."""
         path = self.folder / file
         with naming(path):
             if file not in self._opened:
@@ -240,15 +247,15 @@ class Checkpoint:
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._index:
-            raise UserError(f"{self.folder} holds no tensor {name}; it was written by another model")
+            raise UserError(f"{self.folder} has no tensor {name}; it is a checkpoint of another model")
         return self._index[name]
 
 
 def newest_valid(root: Path) -> Checkpoint | None:
-    """The newest checkpoint below `root` that is whole (collective); None where there is no checkpoint at all.
+    """Open the newest undamaged checkpoint in `root` (collective). Returns None where `root` has no checkpoint.
 
-    Each damaged one passed over is named in a line on rank 0's stderr. Raises UserError where there are checkpoints and
-    all are damaged: to start anew over them is the user's decision.
+    Rank 0 prints a line to stderr for each damaged checkpoint that is skipped. Raises UserError where all checkpoints
+    are damaged, because only the user can decide to start from the beginning.
     """
     damaged = []
     for folder in _gather(list(step_folders(root).values()))[0]:
@@ -262,7 +269,9 @@ def newest_valid(root: Path) -> Checkpoint | None:
                 print(f"{line}; using {folder.name} instead", file=sys.stderr, flush=True)
         return checkpoint
     if damaged:
-        raise UserError(f"no checkpoint in {root} is whole: {'; '.join(damaged)}; move the folder away to start anew")
+        raise UserError(
+            f"all checkpoints in {root} are damaged: {'; '.join(damaged)}; move the folder to start from the beginning"
+        )
     return None
 
 
@@ -275,7 +284,7 @@ def _world() -> int:
 
 
 def _gather(value: T) -> list[T]:
-    """Every rank's value, in the order of the ranks."""
+    """Return the values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * _world()
@@ -284,8 +293,8 @@ def _gather(value: T) -> list[T]:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """What the user can mend and fails inside on one rank raises the same UserError on all, and none waits for it."""
+def _collective_errors() -> Iterator[None]:
+    """Context manager that raises a UserError or OSError of one rank as the same UserError on all ranks."""
     failure: Exception | None = None
     try:
         yield

@@ -1,12 +1,12 @@
-"""The folders of a run's checkpoints: which step each one is, how a new one takes its place, which ones are kept.
+"""The checkpoint folders of a run: naming, atomic publication and removal.
 
     step-000050        a complete checkpoint
-    step-000100.old    one that its replacement pushed aside; complete, and used while step-000100 is not there
+    step-000100.old    a complete checkpoint that is being replaced; used as long as step-000100 does not exist
     step-000100.tmp    being written or being removed; never read
-    latest             the name of the one published last
+    latest             text file with the name of the checkpoint published last
 
-A folder gets a name without `.tmp` in one rename, after everything in it is on the disk. A kill at any moment therefore
-leaves complete checkpoints and rubbish that the next save removes, never a checkpoint with a part missing.
+A folder is renamed to a name without `.tmp` after all its content is synced. A process killed at any moment therefore
+leaves complete checkpoints and temporary folders that the next save removes, but no incomplete checkpoint.
 """
 
 import os
@@ -22,19 +22,19 @@ LATEST = "latest"
 
 
 def step_name(step: int) -> str:
-    """`step-000100`"""
+    """Return the folder name of a step, `step-000100`."""
     return f"step-{step:06d}"
 
 
 def partial_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is written until it is complete."""
+    """Return the temporary folder of the checkpoint of `step`."""
     return root / f"{step_name(step)}.tmp"
 
 
 def step_folders(root: Path) -> dict[int, Path]:
-    """Every published checkpoint below `root` by its step, newest first (none where there is no `root`)."""
+    """Return the published checkpoints in `root` by step, newest first (none where `root` does not exist)."""
     folders: dict[int, Path] = {}
-    for folder in sorted(root.glob("step-*")):  # step-000100 comes before step-000100.old
+    for folder in sorted(root.glob("step-*")):  # step-000100 sorts before step-000100.old
         match = re.fullmatch(r"step-(\d{6,})(\.old)?", folder.name)
         if match and folder.is_dir():
             folders.setdefault(int(match[1]), folder)
@@ -42,13 +42,13 @@ def step_folders(root: Path) -> dict[int, Path]:
 
 
 def publish(root: Path, step: int, keep: int) -> None:
-    """Give the finished partial folder of `step` its name, move `latest` to it, then remove what is no longer kept."""
+    """Rename the complete temporary folder of `step`, update `latest`, then remove older checkpoints (see `_prune`)."""
     folder = root / step_name(step)
     if folder.exists():
-        aside = folder.with_name(f"{folder.name}.old")
-        if aside.exists():
-            _remove(aside)
-        os.rename(folder, aside)
+        replaced = folder.with_name(f"{folder.name}.old")
+        if replaced.exists():
+            _remove(replaced)
+        os.rename(folder, replaced)
     os.rename(partial_folder(root, step), folder)
     sync(root)
     pointer = root / f"{LATEST}.tmp"
@@ -59,31 +59,31 @@ def publish(root: Path, step: int, keep: int) -> None:
 
 
 def _prune(root: Path, step: int, keep: int) -> None:
-    """Remove rubbish and all checkpoints older than `step` but the newest `keep - 1`; later ones are left alone."""
+    """Remove temporary folders and all but the newest `keep - 1` checkpoints before `step`; keep all later ones."""
     folders = step_folders(root)
     older = [folder for other, folder in folders.items() if other < step]
     kept = set(folders.values()) - set(older[max(keep - 1, 0) :])
-    for folder in sorted(root.glob("step-*"), reverse=True):  # step-000100.tmp comes before step-000100
+    for folder in sorted(root.glob("step-*"), reverse=True):  # step-000100.tmp before step-000100
         if re.fullmatch(r"step-\d{6,}(\.old)?(\.tmp)?", folder.name) and folder not in kept:
             _remove(folder)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint. Renamed first, so that a kill halfway leaves nothing that looks like one."""
+    """Remove a checkpoint. It is renamed first, so that a kill leaves no incomplete checkpoint."""
     if folder.suffix != ".tmp":
-        doomed = folder.with_name(f"{folder.name}.tmp")
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        os.rename(folder, doomed)
-        folder = doomed
+        temporary = folder.with_name(f"{folder.name}.tmp")
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        os.rename(folder, temporary)
+        folder = temporary
     shutil.rmtree(folder)
 
 
 def find(path: str | Path, before: int | None = None) -> Path:
-    """The checkpoint folder that a user means by `path`: a step folder, a `checkpoints` folder or a run folder.
+    """Return the checkpoint folder for a step folder, a `checkpoints` folder or a run folder.
 
-    Of several the one that `latest` names, else the newest. With `before`, the newest of the steps below it.
-    Raises UserError where there is none. Whether it is whole, `Checkpoint.open` finds out.
+    Of several checkpoints, this is the one that `latest` names, or else the newest; with `before`, the newest of a step
+    less than `before`. Raises UserError where there is none. `Checkpoint.open` checks the content.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():

@@ -1,7 +1,8 @@
-"""Which of transformers' own classes compute what our families compute: Llama is mooshak, FlexOlmo is rish.
+"""Mapping between families and the classes of transformers that compute the same: mooshak ↔ Llama, rish ↔ FlexOlmo.
 
-A config of either side gives the other's, or a UserError that names the option which has no equal there. Weights are
-the same tensors under other names.
+Configs are converted in both directions, with a UserError that names an option without an equivalent on the other side.
+Weights are identical tensors with different names. In mappings of names, Fira's name is the key or comes first, except
+in SHARED and ROPE_SCALING, whose keys are the keys of config.json.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from fira.models.rish import RishConfig
 from fira.nn.moe.router import number_chosen
 
 ATTENTION = {f"attention.{name}.weight": f"self_attn.{name}_proj.weight" for name in "qkvo"}
-STRETCH = {
+ROPE_SCALING = {  # Llama 3's
     "factor": "rope_factor",
     "low_freq_factor": "rope_low",
     "high_freq_factor": "rope_high",
@@ -23,22 +24,22 @@ STRETCH = {
 
 
 @dataclass(frozen=True)
-class Stock:
-    """A class of transformers. block: the tensors of a block, by our name and theirs."""
+class TransformersClass:
+    """A class of transformers and the family that computes the same."""
 
     architecture: str  # the name of the class
-    config: type[MooshakConfig] | type[RishConfig]  # ours
-    block: dict[str, str]
-    describe: Callable[[Any], dict[str, Any]]  # our config → their config.json, in what they do not share
-    read: Callable[[dict[str, Any]], dict[str, Any]]  # and back: fields of ours
+    config: type[MooshakConfig] | type[RishConfig]  # of the family
+    block: dict[str, str]  # names of the tensors of a block
+    to_document: Callable[[Any], dict[str, Any]]  # config → keys of config.json that are not in SHARED
+    to_fields: Callable[[dict[str, Any]], dict[str, Any]]  # config.json → fields of the config that are not in SHARED
 
 
 def _llama_fields(config: MooshakConfig) -> dict[str, Any]:
     if config.norm_order != "pre":
-        raise UserError(f"norm_order={config.norm_order} has no equal in Llama; export with --format fira")
+        raise UserError(f"norm_order={config.norm_order} has no equivalent in Llama; export with --format fira")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_factor != 1:
-        rope |= {"rope_type": "llama3"} | {theirs: getattr(config, ours) for theirs, ours in STRETCH.items()}
+        rope |= {"rope_type": "llama3"} | {key: getattr(config, field) for key, field in ROPE_SCALING.items()}
     return {
         "max_position_embeddings": config.seq_len,
         "tie_word_embeddings": config.tied,
@@ -52,7 +53,7 @@ def _mooshak_fields(document: dict[str, Any]) -> dict[str, Any]:
     _require(rope, partial_rotary_factor=1.0)
     fields = {"rope_theta": rope["rope_theta"], "tied": document.get("tie_word_embeddings", False)}
     if rope["rope_type"] == "llama3":
-        return fields | {ours: rope[theirs] for theirs, ours in STRETCH.items()}
+        return fields | {field: rope[key] for key, field in ROPE_SCALING.items()}
     _require(rope, rope_type="default")
     return fields
 
@@ -60,7 +61,7 @@ def _mooshak_fields(document: dict[str, Any]) -> dict[str, Any]:
 def _flexolmo_fields(config: RishConfig) -> dict[str, Any]:
     return {
         "max_position_embeddings": config.max_position,
-        "seq_len": config.seq_len,  # theirs ends nowhere, because the base grows
+        "seq_len": config.seq_len,  # has no key there: dynamic scaling does not limit the length
         "tie_word_embeddings": False,
         "rope_parameters": {
             "rope_type": "dynamic",
@@ -81,7 +82,9 @@ def _rish_fields(document: dict[str, Any]) -> dict[str, Any]:
         _require(rope, rope_type="default")
     return {
         "rope_theta": rope["rope_theta"],
-        "rope_factor": rope.get("factor", 1.0),  # without scaling it never matters: no sequence is longer
+        "rope_factor": rope.get(
+            "factor", 1.0
+        ),  # unused without scaling, because no sequence is longer than max_position
         "max_position": document["max_position_embeddings"],
         "num_experts": document["num_experts"],
         "top_k": document["num_experts_per_tok"],
@@ -89,8 +92,8 @@ def _rish_fields(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-STOCK = {
-    "llama": Stock(
+TRANSFORMERS = {
+    "llama": TransformersClass(
         "LlamaForCausalLM",
         MooshakConfig,
         ATTENTION
@@ -104,7 +107,7 @@ STOCK = {
         _llama_fields,
         _mooshak_fields,
     ),
-    "flexolmo": Stock(
+    "flexolmo": TransformersClass(
         "FlexOlmoForCausalLM",
         RishConfig,
         ATTENTION
@@ -131,58 +134,63 @@ SHARED = {
 }
 
 
-def to_stock(config: Any, form: str) -> dict[str, Any]:
-    """The arguments of transformers' config for a config of ours."""
-    stock = STOCK[form]
-    if not isinstance(config, stock.config):
-        raise UserError(f"--format {form}: a {_family(type(config))} has no equal there; export with --format fira")
-    values = {theirs: getattr(config, ours) for theirs, ours in SHARED.items()}
+def to_transformers(config: Any, form: str) -> dict[str, Any]:
+    """Return the arguments of transformers' config class `form`. Raises UserError where it has no equivalent."""
+    target = TRANSFORMERS[form]
+    if not isinstance(config, target.config):
+        raise UserError(f"--format {form}: a {_family(type(config))} has no equivalent; export with --format fira")
+    values = {key: getattr(config, field) for key, field in SHARED.items()}
     heads = config.n_kv_head or config.n_head
-    return values | {"num_key_value_heads": heads, "hidden_act": "silu"} | stock.describe(config)
+    return values | {"num_key_value_heads": heads, "hidden_act": "silu"} | target.to_document(config)
 
 
-def from_stock(document: dict[str, Any]) -> tuple[Any, dict[str, str]]:
-    """Our config for what a config.json of transformers says, and the names of the weights. UserError: has no equal."""
+def from_transformers(document: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """Return the config for a config.json of transformers, and the names of the weights (see `weight_names`).
+
+    Raises UserError where it has no equivalent or lacks a key.
+    """
     form = str(document.get("model_type")).replace("_", "")
-    if form not in STOCK:
-        raise UserError(f"model_type {document.get('model_type')} is not fira's, nor llama or flex_olmo")
-    stock = STOCK[form]
+    if form not in TRANSFORMERS:
+        raise UserError(f"model_type {document.get('model_type')}; give an export of Fira, a llama or a flex_olmo")
+    source = TRANSFORMERS[form]
     _require(document, hidden_act="silu")
     try:
-        values = {ours: document[theirs] for theirs, ours in SHARED.items()}
+        values = {field: document[key] for key, field in SHARED.items()}
         context = document.get("seq_len", document["max_position_embeddings"])
         values |= {"n_kv_head": document.get("num_key_value_heads"), "seq_len": context}
-        values |= stock.read(document)
+        values |= source.to_fields(document)
     except KeyError as error:
-        raise UserError(f"config.json has no {error.args[0]}; it is no whole {form}") from None
+        raise UserError(f"config.json has no {error.args[0]}; a {form} needs it") from None
     values["n_kv_head"] = values["n_kv_head"] or values["n_head"]
     if (document.get("head_dim") or values["d_model"] // values["n_head"]) * values["n_head"] != values["d_model"]:
-        raise UserError(f"head_dim {document['head_dim']}: here heads share hidden_size {values['d_model']} evenly")
-    config = stock.config(**values)
-    return config, names(config, form)
+        raise UserError(
+            f"head_dim {document['head_dim']} has no equivalent; hidden_size {values['d_model']} / heads is required"
+        )
+    config = source.config(**values)
+    return config, weight_names(config, form)
 
 
-def names(config: Any, form: str) -> dict[str, str]:
-    """Our names of all weights, each with theirs. The experts of a layer are one tensor, as they are in the model."""
+def weight_names(config: Any, form: str) -> dict[str, str]:
+    """Return the names of all weights in Fira and in the module of transformers, where experts are one tensor."""
     last = f"layers.{config.num_layers + 1}"
     pairs = {"layers.0.token.weight": "model.embed_tokens.weight", f"{last}.norm.weight": "model.norm.weight"}
     if not getattr(config, "tied", False):
         pairs[f"{last}.project.weight"] = "lm_head.weight"
     for layer in range(config.num_layers):
-        block = STOCK[form].block.items()
-        pairs |= {f"layers.{layer + 1}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in block}
+        block = TRANSFORMERS[form].block.items()
+        pairs |= {f"layers.{layer + 1}.{name}": f"model.layers.{layer}.{stored}" for name, stored in block}
     return pairs
 
 
-def expert_files(name: str, expert: int) -> list[str]:
-    """The tensors that make up one expert's rows of a tensor as `names` has it, in files that keep experts apart."""
+def expert_tensors(name: str, expert: int) -> list[str]:
+    """Return the names in files of the tensors that are concatenated to one expert's weights in the module's `name`."""
     path, _, kind = name.rpartition(".")
     parts = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
     return [f"{path}.{expert}.{part}.weight" for part in parts]
 
 
 def _rope(document: dict[str, Any], theta: float) -> dict[str, Any]:
-    """What a config.json says of rotary positions, whichever version of transformers wrote it."""
+    """Return the options of the rotary embedding, from a config.json of any version of transformers."""
     rope = document.get("rope_parameters") or document.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     return {"rope_theta": document.get("rope_theta", theta)} | rope | {"rope_type": kind}
@@ -191,7 +199,7 @@ def _rope(document: dict[str, Any], theta: float) -> dict[str, Any]:
 def _require(document: dict[str, Any], **values: Any) -> None:
     for name, value in values.items():
         if (found := document.get(name, value)) != value:
-            raise UserError(f"config.json: {name} {found} has no equal here, {value} has")
+            raise UserError(f"config.json: {name} {found} has no equivalent; {value} is required")
 
 
 def _family(config: type) -> str:

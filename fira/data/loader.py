@@ -1,4 +1,12 @@
-"""Windows of tokens: shuffled for training, in order for validation. A sequence depends on its number alone."""
+"""Windows of tokens, shuffled for training and in order for validation.
+
+    tokens:    t₀ t₁ t₂ … cut into windows of seq_len inputs; the last target of a window is the first input of the next
+    number:    global index of a training sequence, 0, 1, 2, … through all epochs
+    epoch:     number // windows, which seeds the permutation of the windows
+    position:  number % windows, the place in this permutation
+
+A sequence is a function of its number, so that any rank can read any sequence.
+"""
 
 import numpy as np
 
@@ -8,14 +16,14 @@ from fira.nn.cross_entropy import IGNORE_INDEX
 
 
 class Loader:
-    """Training batches: windows of `seq_len` tokens that do not overlap, in a new seeded order each epoch.
+    """Training batches: windows of `seq_len` tokens that do not overlap, in another seeded order in each epoch.
 
-    Sequences are numbered for ever: 0, 1, … through all epochs. Any rank can read any of them by its number.
+    Raises UserError where there are fewer tokens than one window needs.
     """
 
     def __init__(self, tokens: PackedTokens, seq_len: int, seed: int) -> None:
         self.consumed = 0
-        self.windows = (len(tokens) - 1) // seq_len  # one token more than inputs: the last target
+        self.windows = (len(tokens) - 1) // seq_len  # the last target needs one token more
         if self.windows < 1:
             raise UserError(
                 f"{len(tokens)} training tokens, sequences of {seq_len}: give more text or a smaller --seq-len"
@@ -24,13 +32,13 @@ class Loader:
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences number first … first + count − 1: (tokens, targets), int64, count × seq_len each."""
+        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each."""
         starts = [self._window(number) * self._seq_len for number in range(first, first + count)]
         rows = np.stack([self._tokens.read(start, start + self._seq_len + 1) for start in starts])
         return rows[:, :-1], rows[:, 1:]
 
     def next(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `count` sequences after those already consumed."""
+        """Return the `count` sequences that follow the consumed ones."""
         result = self.batch(self.consumed, count)
         self.consumed += count
         return result
@@ -43,17 +51,18 @@ class Loader:
 
     def _window(self, number: int) -> int:
         epoch, position = divmod(number, self.windows)
-        if epoch != self._epoch:  # kept, because a permutation costs more than a batch
+        if epoch != self._epoch:  # cached, because a permutation costs more than a batch
             self._epoch = epoch
             self._order = np.random.default_rng([self._seed, epoch]).permutation(self.windows)
         return int(self._order[position])
 
 
 class ValidationSequences:
-    """Validation sequences, in order; `len` of them, at most `limit`, taken evenly from the whole.
+    """Validation sequences in order: all windows, or `limit` of them at equal distances.
 
-    The last window is padded, its missing targets −100, not dropped: every token counts, and a validation text
-    shorter than one window still has a loss. Rows beyond the end are all −100, so that ranks can share uneven batches.
+    The last window is padded with the target −100 instead of dropped, so that every token counts and a validation text
+    shorter than one window has a loss. Rows beyond the end contain only −100, so that ranks can share uneven batches.
+    Raises UserError where there is no token to predict.
     """
 
     def __init__(self, tokens: PackedTokens, seq_len: int, limit: int | None = None) -> None:
@@ -68,7 +77,10 @@ class ValidationSequences:
         return len(self._starts)
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences first … first + count − 1: (tokens, targets), int64, count × seq_len each; padding is (0, −100)."""
+        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each.
+
+        Padding has the token 0 and the target −100.
+        """
         inputs = np.zeros((count, self._seq_len), np.int64)
         targets = np.full((count, self._seq_len), IGNORE_INDEX, np.int64)
         for row, start in enumerate(self._starts[first : first + count]):

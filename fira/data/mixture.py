@@ -1,4 +1,11 @@
-"""Several sources in fixed proportions: which sequence comes from which is a function of its number alone."""
+"""Training sequences from several sources in fixed proportions.
+
+    number  →  period = number // PERIOD, turn = number % PERIOD
+    turn    →  source (`interleave`), rank of this turn among the source's turns in a period
+    sequence of the source = period · (turns of the source in a period) + rank of the turn
+
+The source of a sequence, and the sequence of this source, are functions of the number.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +15,14 @@ import numpy as np
 from fira.data.loader import Loader, ValidationSequences
 from fira.errors import UserError
 
-PERIOD = 1000  # sequences in which the proportions come out, and so the finest share there is
+PERIOD = 1000  # sequences after which the proportions are met; 1 / PERIOD is the smallest share
 
 
 def parse_mixture(data: str | None) -> list[tuple[str | None, float]]:
-    """`a.txt=0.7,b.csv=0.3` → each source with its share; without weights, one source."""
+    """Parse `a.txt=0.7,b.csv=0.3` into pairs of source and share, the shares summing to 1.
+
+    Without weights, or where a file has this name, `data` is one source. Raises UserError for an invalid weight.
+    """
     if data is None or "=" not in data or Path(data).exists():
         return [(data, 1.0)]
     sources, weights = [], []
@@ -29,18 +39,18 @@ def parse_mixture(data: str | None) -> list[tuple[str | None, float]]:
 
 
 def interleave(weights: Sequence[float]) -> np.ndarray:
-    """[PERIOD] the source of each sequence: every source as often as its weight says, and evenly spread."""
+    """Return the source of each sequence of a period, int64 [PERIOD]: in proportion to the weights, evenly spread."""
     exact = np.array(weights) / sum(weights) * PERIOD
     counts = np.maximum(1, np.floor(exact).astype(int))
     for source in np.argsort(counts - exact, kind="stable")[: PERIOD - counts.sum()]:
-        counts[source] += 1  # those who lost most in rounding
+        counts[source] += 1  # the sources with the largest remainders
     sources = np.repeat(np.arange(len(counts)), counts)
     turns = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
     return sources[np.argsort(turns, kind="stable")]
 
 
 class Mixture:
-    """Training batches of several loaders in the proportions of their weights; numbered for ever, as a Loader's are.
+    """Training batches of several loaders in the proportions of `weights`; the interface is that of Loader.
 
     A source that is smaller than its share begins its next epoch earlier than the others.
     """
@@ -50,19 +60,19 @@ class Mixture:
         self._loaders = loaders
         self._source = interleave(weights)
         self._counts = np.bincount(self._source, minlength=len(loaders))
-        self._place = np.empty(len(self._source), np.int64)  # how often the same source was before, in this period
+        self._rank = np.empty(len(self._source), np.int64)  # earlier turns of the same source in this period
         for source, count in enumerate(self._counts):
-            self._place[self._source == source] = np.arange(count)
+            self._rank[self._source == source] = np.arange(count)
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences number first … first + count − 1: (tokens, targets), int64, count × seq_len each."""
+        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each."""
         rows = [self._read(*divmod(number, len(self._source))) for number in range(first, first + count)]
         inputs, targets = zip(*rows, strict=True)
         return np.concatenate(inputs), np.concatenate(targets)
 
     def _read(self, period: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
         source = self._source[turn]
-        return self._loaders[source].batch(int(period * self._counts[source] + self._place[turn]), 1)
+        return self._loaders[source].batch(int(period * self._counts[source] + self._rank[turn]), 1)
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed": self.consumed}
@@ -72,19 +82,19 @@ class Mixture:
 
 
 class Joined:
-    """Validation sequences of several sources, one source after another; beyond the end as in ValidationSequences."""
+    """Validation sequences of several sources, concatenated; rows beyond the end as in ValidationSequences."""
 
-    def __init__(self, parts: Sequence[ValidationSequences]) -> None:
-        self._parts = parts
-        self._rows = [(part, row) for part in parts for row in range(len(part))]
+    def __init__(self, sources: Sequence[ValidationSequences]) -> None:
+        self._sources = sources
+        self._rows = [(source, row) for source in sources for row in range(len(source))]
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences first … first + count − 1: (tokens, targets), int64, count × seq_len each; padding is (0, −100)."""
-        last = self._parts[-1]
-        rows = [part.batch(row, 1) for part, row in self._rows[first : first + count]]
+        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each."""
+        last = self._sources[-1]
+        rows = [source.batch(row, 1) for source, row in self._rows[first : first + count]]
         rows += [last.batch(len(last), 1)] * (count - len(rows))
         inputs, targets = zip(*rows, strict=True)
         return np.concatenate(inputs), np.concatenate(targets)

@@ -1,4 +1,4 @@
-"""Tokens on disk: one or more one-dimensional `.npy` files, seen as one long array without copying."""
+"""Tokens on disk: one or more one-dimensional `.npy` files, read as one concatenated array."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ from numpy.lib import format as npy
 
 from fira.errors import UserError
 
-CHUNK = 2**22  # tokens looked at together when a whole array is scanned
+CHUNK = 2**22  # tokens read at a time when a whole array is scanned
 
 
 class PackedTokens:
-    """The tokens of `.npy` files, end to end. Memory-mapped: only what is read is loaded."""
+    """The concatenated tokens of `.npy` files. The files are memory-mapped: only what is read is loaded."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._arrays = [_map(path) for path in paths]
@@ -26,7 +26,7 @@ class PackedTokens:
         return self._ends[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as int64. IndexError when they are not all there."""
+        """Return tokens [start, stop) as int64. Raises IndexError for a range outside the array."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens [{start}, {stop}) of {len(self)}")
         pieces = []
@@ -37,7 +37,7 @@ class PackedTokens:
         return np.concatenate(pieces, dtype=np.int64) if pieces else np.empty(0, np.int64)
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """All tokens in order, a few million together."""
+        """Yield all tokens in order, at most CHUNK at a time."""
         for start in range(0, len(self), CHUNK):
             yield self.read(start, min(start + CHUNK, len(self)))
 
@@ -46,26 +46,34 @@ def _map(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a whole .npy file ({error}); fetch it again") from None
+        raise UserError(f"{path}: not a complete .npy file ({error}); download it again") from None
     if array.ndim != 1 or array.dtype.kind not in "ui":
-        raise UserError(f"{path}: holds {array.dtype} {array.shape}, not one row of token ids; give other shards")
+        raise UserError(f"{path}: holds {array.dtype} {array.shape}, not a 1-d array of token ids; give other shards")
     return array
 
 
 def find_shards(data: str | None) -> tuple[list[Path], list[Path]] | None:
-    """FineWeb-Edu style shards in the folder `data`: (`*_train_*.npy`, `*_val_*.npy`). None when there are none."""
+    """Find FineWeb-Edu style shards in the folder `data`: (`*_train_*.npy`, `*_val_*.npy`), or None where it has none.
+
+    Raises UserError where there are shards of one kind only, or where `data` is a single shard.
+    """
     if data is None:
         return None
     if data.endswith(".npy"):
-        raise UserError(f"{data}: one shard; give the folder that holds *_train_*.npy and *_val_*.npy")
+        raise UserError(f"{data}: a single shard; give the folder that contains *_train_*.npy and *_val_*.npy")
     train, val = (sorted(Path(data).glob(f"*_{split}_*.npy")) for split in ("train", "val"))
     if bool(train) != bool(val):
-        raise UserError(f"{data}: no *_{'val' if train else 'train'}_*.npy in it; training needs both kinds of shard")
+        raise UserError(
+            f"{data}: no *_{'val' if train else 'train'}_*.npy in this folder; training needs both kinds of shard"
+        )
     return (train, val) if train else None
 
 
 class TokenWriter:
-    """Writes a `.npy` file of tokens piece by piece; `length` counts them. On disk (synced) when the block ends."""
+    """Writes a `.npy` file of tokens in several calls of `append`, complete and synced when the `with` block ends.
+
+    length: the number of tokens written. The dtype is uint16 where the vocabulary allows it, else uint32.
+    """
 
     def __init__(self, path: Path, vocab_size: int) -> None:
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
@@ -90,6 +98,6 @@ class TokenWriter:
             os.fsync(self._file.fileno())
 
     def _write_header(self) -> None:
-        """numpy pads the header so that its first axis may grow in place: its size does not depend on the length."""
+        """Write the header; numpy pads it such that its size does not depend on the length of the first axis."""
         description = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
         npy.write_array_header_1_0(self._file, description)

@@ -1,4 +1,4 @@
-"""From text to tokens, once: tokenizer, split, packing, baselines; the result is kept under its content's hash."""
+"""Prepare a corpus: tokenizer, validation split, packed tokens and n-gram baselines, cached by content hash."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from tokenizers import Tokenizer
 
-from fira.data.cache import cache_folder, content_key, publish, total_size
+from fira.data.cache import atomic_folder, cache_folder, content_key, total_size
 from fira.data.mixture import parse_mixture
 from fira.data.ngram import trigram_loss, unigram_loss
 from fira.data.packed import PackedTokens, TokenWriter, find_shards
@@ -20,18 +20,18 @@ from fira.data.tokenizer import eos_id, load_tokenizer, train_tokenizer, vocabul
 from fira.errors import UserError
 from fira.progress_bar import progress_bar
 
-FORMAT = 2  # part of every key: raise it when the same input would give another result
-VALIDATION = 0.05  # share of the documents
-TOKENIZER_BYTES = 64e6  # merges learnt from more text hardly differ
+FORMAT = 2  # part of the cache key; increment it when the same input yields another result
+VALIDATION = 0.05  # fraction of the documents
+TOKENIZER_BYTES = 64e6  # size of the sample; merges learnt from more text hardly differ
 BATCH = 2**20  # characters tokenized together
-BASELINE_TOKENS = 10_000_000  # counted for the n-gram baselines; of validation tokens a tenth
+BASELINE_TOKENS = 10_000_000  # training tokens counted for the n-gram baselines; of validation tokens, a tenth of it
 
 Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Source:
-    """One source's tokens, and its share of the training sequences."""
+    """The tokens of a source and its share of the training sequences."""
 
     weight: float
     train: PackedTokens
@@ -40,11 +40,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens ready to train on.
+    """Tokens to train on.
 
-    `tokenizer`: a tokenizer.json beside them; None for shards given without one. `summary`: documents and bytes (None
-    for shards), train_tokens, val_tokens, tokens_per_word (its fertility), unigram and trigram (loss on the validation
-    tokens, nats per token); of several sources, `sources` tells the same of each.
+    tokenizer: the path of the tokenizer.json; None for shards given without one.
+    summary: documents, bytes and words (None for shards), train_tokens, val_tokens, tokens_per_word (the tokenizer's
+        fertility), unigram and trigram (loss on the validation tokens, nats per token); for several sources, `sources`
+        has the counts of each.
     """
 
     sources: list[Source]
@@ -62,49 +63,51 @@ def prepare(
     cache_dir: str | Path | None = None,
     progress: bool = True,
 ) -> Corpus:
-    """The corpus of `data` (see `mixture.parse_mixture`, `sources.documents`, `packed.find_shards`), from the cache
-    when it was made before.
+    """Return the corpus of `data`, from the cache where it has been prepared before.
 
-    The key is the SHA-256 of the inputs' content, the tokenizer and the settings. Several processes may prepare the
-    same corpus: each works aside and the first to finish publishes. `vocab_size` may exceed the tokenizer's, not fall
-    below it. UserError for whatever of this cannot be used.
+    For the syntax of `data` see `mixture.parse_mixture`, `sources.documents` and `packed.find_shards`. The cache key is
+    the SHA-256 of the inputs' content, the tokenizer and the settings. Several processes may prepare the same corpus at
+    the same time: each writes to a temporary folder, and the first to finish renames it. `vocab_size` must be at least
+    that of the tokenizer. Raises UserError for invalid input.
     """
     cache = Path(cache_dir or cache_folder())
     try:
         given = load_tokenizer(tokenizer_path) if tokenizer_path else None
         if given and vocabulary(given) > vocab_size:
             raise UserError(
-                f"{tokenizer_path}: {vocabulary(given)} tokens, --vocab-size {vocab_size}; give at least as many"
+                f"{tokenizer_path}: {vocabulary(given)} tokens, --vocab-size {vocab_size}; give at least this number"
             )
         inputs = [_Input.find(source, weight) for source, weight in parse_mixture(data)]
-        files = [path for each in inputs for path in each.files]
-        layout = [[each.weight, text_column, len(each.files), each.shards] for each in inputs]
+        files = [path for entry in inputs for path in entry.files]
+        layout = [[entry.weight, text_column, len(entry.files), entry.shards] for entry in inputs]
         settings = [FORMAT, vocab_size, bool(tokenizer_path), layout]
         tokenizer_files = [Path(tokenizer_path)] if tokenizer_path else []
         folder = cache / content_key(cache, files + tokenizer_files, settings, progress)
         if not folder.is_dir():
-            with publish(folder) as aside:
+            with atomic_folder(folder) as temporary:
                 if tokenizer_path:
-                    shutil.copy(tokenizer_path, aside / "tokenizer.json")
-                _Work(aside, inputs, text_column, vocab_size, progress).run(given)
+                    shutil.copy(tokenizer_path, temporary / "tokenizer.json")
+                _Preparation(temporary, inputs, text_column, vocab_size, progress).run(given)
         tokenizer = folder / "tokenizer.json"
         summary = json.loads((folder / "summary.json").read_text())
-        for each, counts in zip(inputs, summary.get("sources", ()), strict=False):
-            counts |= {"data": each.data, "weight": each.weight}  # not kept: the same text may have another name now
+        for entry, counts in zip(inputs, summary.get("sources", ()), strict=False):
+            counts |= {"data": entry.data, "weight": entry.weight}  # not cached: equal content may have another name
         return Corpus(
-            sources=[each.source(folder, number) for number, each in enumerate(inputs)],
+            sources=[entry.source(folder, number) for number, entry in enumerate(inputs)],
             tokenizer=tokenizer if tokenizer.exists() else None,
             vocab_size=vocab_size,
             summary=summary,
             folder=folder,
         )
     except OSError as error:
-        raise UserError(f"{error.filename or cache}: {error.strerror or error}; mend that, or the cache") from error
+        raise UserError(
+            f"{error.filename or cache}: {error.strerror or error}; check the path, or set FIRA_CACHE to another folder"
+        ) from error
 
 
 @dataclass(frozen=True)
 class _Input:
-    """A source as it was given. shards: how many of its files are training shards; None where they are text."""
+    """A source of `data`. shards: the number of its files that are training shards; None for text."""
 
     data: str | None
     weight: float
@@ -118,7 +121,7 @@ class _Input:
         return cls(data, weight, input_files(data), None)
 
     def source(self, folder: Path, number: int) -> Source:
-        """Its tokens: shards stay where they lie, of text they are in `folder`."""
+        """Return the tokens: shards are read in place, those of text from `folder`."""
         train, val = self.files[: self.shards], self.files[self.shards :]
         if self.shards is None:
             train, val = ([folder / f"{split}-{number}.npy"] for split in ("train", "val"))
@@ -126,8 +129,8 @@ class _Input:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """Sources on their way to tokens."""
+class _Preparation:
+    """Writes the tokens, the tokenizer and the summary of all sources to a folder."""
 
     folder: Path
     inputs: list[_Input]
@@ -136,47 +139,50 @@ class _Work:
     progress: bool
 
     def run(self, tokenizer: Tokenizer | None) -> None:
-        """Fill the folder: tokenizer.json if none is given, tokens, summary.json."""
-        texts = [each for each in self.inputs if each.shards is None]
+        """Write tokens, summary.json and, where no tokenizer is given, tokenizer.json."""
+        texts = [entry for entry in self.inputs if entry.shards is None]
         if texts and not tokenizer:
             if len(texts) < len(self.inputs):
-                raise UserError("--data mixes text with shards of tokens; give the shards' own --tokenizer")
+                raise UserError("--data mixes text with shards of tokens; give the --tokenizer of the shards")
             tokenizer = self.train_tokenizer()
-        told = []
-        for number, each in enumerate(self.inputs):
-            if each.shards is None:
+        summaries = []
+        for number, entry in enumerate(self.inputs):
+            if entry.shards is None:
                 assert tokenizer
-                counts = self.pack(each, number, tokenizer)
+                counts = self.pack(entry, number, tokenizer)
             else:
                 counts = dict.fromkeys(("documents", "bytes", "words", "tokens_per_word"))
-                _check_ids(each.files, self.vocab_size, self.progress)
-            source = each.source(self.folder, number)
-            told.append({**counts, "train_tokens": len(source.train), "val_tokens": len(source.val)})
-        _summarise(self.folder, self.inputs, told)
+                _check_ids(entry.files, self.vocab_size, self.progress)
+            source = entry.source(self.folder, number)
+            summaries.append({**counts, "train_tokens": len(source.train), "val_tokens": len(source.val)})
+        _summarise(self.folder, self.inputs, summaries)
 
     def train_tokenizer(self) -> Tokenizer:
-        """Train on the text, or on an even sample of it when it is large, and save as tokenizer.json.
+        """Train on the text, or on a random sample of a large text, and save tokenizer.json.
 
-        Of several sources a small one is repeated until it counts for its share, as it will in training.
+        With several sources, documents of a small source are repeated until they have its share, as in training.
         """
-        sizes = [max(total_size(each.files), 1) for each in self.inputs]
-        whole = max(size / each.weight for size, each in zip(sizes, self.inputs, strict=True))
-        shares = [
-            each.weight * min(whole, TOKENIZER_BYTES) / size for size, each in zip(sizes, self.inputs, strict=True)
+        sizes = [max(total_size(entry.files), 1) for entry in self.inputs]
+        total = max(size / entry.weight for size, entry in zip(sizes, self.inputs, strict=True))
+        repeats = [
+            entry.weight * min(total, TOKENIZER_BYTES) / size for size, entry in zip(sizes, self.inputs, strict=True)
         ]
 
         def sample() -> Iterator[str]:
-            for each, share in zip(self.inputs, shares, strict=True):
-                for number, text in enumerate(self._documents(each, "reading for the tokenizer")):
-                    if number == 0 or _fraction(text) > 1 - share:  # never nothing
-                        yield from [text] * max(1, round(share))
+            for entry, repeat in zip(self.inputs, repeats, strict=True):
+                for number, text in enumerate(self._documents(entry, "reading for the tokenizer")):
+                    if number == 0 or _fraction(text) > 1 - repeat:  # at least the first document of each source
+                        yield from [text] * max(1, round(repeat))
 
         tokenizer = train_tokenizer(sample(), self.vocab_size)
         tokenizer.save(str(self.folder / "tokenizer.json"))
         return tokenizer
 
-    def pack(self, each: _Input, number: int, tokenizer: Tokenizer) -> Summary:
-        """Write train and val tokens, each document ended by EOS and whole in one of them, where that works out."""
+    def pack(self, entry: _Input, number: int, tokenizer: Tokenizer) -> Summary:
+        """Write the tokens of both splits, with EOS after each document, and return the counts.
+
+        Documents are assigned to a split as a whole, or divided where this does not give VALIDATION approximately.
+        """
         eos = eos_id(tokenizer)
         for split in (_by_document, _by_tail):
             count = size = words = tokens = 0
@@ -184,7 +190,7 @@ class _Work:
                 TokenWriter(self.folder / f"train-{number}.npy", self.vocab_size) as train,
                 TokenWriter(self.folder / f"val-{number}.npy", self.vocab_size) as val,
             ):
-                for batch in _batches(self._documents(each, "tokenizing")):
+                for batch in _batches(self._documents(entry, "tokenizing")):
                     encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
                     for text, encoding in zip(batch, encodings, strict=True):
                         for part, writer in zip(split(text, encoding.ids), (train, val), strict=True):
@@ -198,9 +204,9 @@ class _Work:
                 break
         return {"documents": count, "bytes": size, "words": words, "tokens_per_word": tokens / words}
 
-    def _documents(self, each: _Input, label: str) -> Iterator[str]:
-        with progress_bar(total_size(each.files), label, self.progress) as bar:
-            for text in documents(each.data, self.text_column):
+    def _documents(self, entry: _Input, label: str) -> Iterator[str]:
+        with progress_bar(total_size(entry.files), label, self.progress) as bar:
+            for text in documents(entry.data, self.text_column):
                 yield text
                 bar.update(len(text.encode()))
 
@@ -218,7 +224,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: the same document is always on the same side of a split."""
+    """Return a hash of the text in [0, 1): equal documents are in the same split, in any order."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()) / 2**56
 
 
@@ -227,7 +233,7 @@ def _by_document(text: str, ids: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _by_tail(_text: str, ids: list[int]) -> tuple[list[int], list[int]]:
-    """For few (or many equal) documents, where chance leaves one side without: the end of each is for validation."""
+    """Use the end of each document for validation, for few or many equal documents."""
     cut = len(ids) - max(1, round(len(ids) * VALIDATION))
     return ids[:cut], ids[cut:]
 
@@ -237,41 +243,41 @@ def _check_ids(shards: list[Path], vocab_size: int, progress: bool) -> None:
         for path in shards:
             for ids in PackedTokens([path]).chunks():
                 if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-                    wrong = ids.max() if ids.max() >= vocab_size else ids.min()
+                    invalid = ids.max() if ids.max() >= vocab_size else ids.min()
                     raise UserError(
-                        f"{path}: token id {wrong}, --vocab-size {vocab_size}; give a larger vocabulary size"
+                        f"{path}: token id {invalid}, --vocab-size {vocab_size}; give a larger vocabulary size"
                     )
             bar.update(path.stat().st_size)
 
 
-def _summarise(folder: Path, inputs: list[_Input], told: list[Summary]) -> None:
-    """Count the n-gram baselines, on sources in their proportions, and write summary.json."""
-    seen, unseen = [], []
-    for number, (each, counts) in enumerate(zip(inputs, told, strict=True)):
+def _summarise(folder: Path, inputs: list[_Input], summaries: list[Summary]) -> None:
+    """Compute the n-gram baselines, on the sources in their proportions, and write summary.json."""
+    train_samples, val_samples = [], []
+    for number, (entry, counts) in enumerate(zip(inputs, summaries, strict=True)):
         if min(counts["train_tokens"], counts["val_tokens"]) < 3:
             tokens = f"{counts['train_tokens']} + {counts['val_tokens']} tokens"
-            raise UserError(f"{each.data}: {tokens} are too few to train on; give more")
-        source = each.source(folder, number)
-        seen.append(_sample(source.train, int(each.weight * BASELINE_TOKENS)))
-        unseen.append(_sample(source.val, int(each.weight * BASELINE_TOKENS / 10)))
-    train, val = np.concatenate(seen), np.concatenate(unseen)
-    summary = _total(told) | {"unigram": unigram_loss(train, val), "trigram": trigram_loss(train, val)}
+            raise UserError(f"{entry.data}: {tokens} are too few to train on; give more text")
+        source = entry.source(folder, number)
+        train_samples.append(_sample(source.train, int(entry.weight * BASELINE_TOKENS)))
+        val_samples.append(_sample(source.val, int(entry.weight * BASELINE_TOKENS / 10)))
+    train, val = np.concatenate(train_samples), np.concatenate(val_samples)
+    summary = _total(summaries) | {"unigram": unigram_loss(train, val), "trigram": trigram_loss(train, val)}
     if len(inputs) > 1:
-        summary["sources"] = told
+        summary["sources"] = summaries
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def _total(told: list[Summary]) -> Summary:
-    """The sums of the sources' counts, None where one has none, and the mean of their fertilities over all words."""
-    known = {name: [counts[name] for counts in told] for name in told[0]}
-    total = {name: None if None in values else sum(values) for name, values in known.items()}
+def _total(summaries: list[Summary]) -> Summary:
+    """Return the sums of the counts, None where a source has none, and tokens_per_word over all words."""
+    columns = {name: [counts[name] for counts in summaries] for name in summaries[0]}
+    total = {name: None if None in values else sum(values) for name, values in columns.items()}
     if total["words"] is not None:
-        total["tokens_per_word"] = sum(np.multiply(known["words"], known["tokens_per_word"])) / total["words"]
+        total["tokens_per_word"] = sum(np.multiply(columns["words"], columns["tokens_per_word"])) / total["words"]
     return total
 
 
 def _sample(tokens: PackedTokens, limit: int, pieces: int = 16) -> np.ndarray:
-    """All tokens, or `limit` of them in evenly spread pieces."""
+    """Return all tokens, or `limit` of them in evenly spread pieces."""
     if len(tokens) <= limit:
         return tokens.read(0, len(tokens))
     starts = [piece * len(tokens) // pieces for piece in range(pieces)]

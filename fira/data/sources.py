@@ -1,6 +1,6 @@
-"""Where text comes from: any `--data` becomes a list of files, and any file a stream of documents.
+"""Text sources: `--data` is resolved to a list of files, and each file to a stream of documents.
 
-Nothing is read whole, so files may be larger than memory. To add a format, write a reader and name it in READERS.
+Files are streamed, so that they may be larger than memory. To add a format, write a reader and register it in READERS.
 """
 
 import ast
@@ -20,16 +20,18 @@ from fira.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CUT = 16_384  # characters: a text file is cut at the first blank line from here on ...
-LONGEST = 65_536  # ... or, without one, at the end of a line (of any line longer than this, inside it)
-FIELD_LIMIT = 2**27  # bytes in one CSV field; more means a quote that is never closed
-NOT_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# A text file is split at the first blank line after MIN_LENGTH characters, or else at the first end of a line after
+# MAX_LENGTH characters; a longer line is split inside.
+MIN_LENGTH, MAX_LENGTH = 16_384, 65_536
+FIELD_LIMIT = 2**27  # characters in one CSV field; a longer one means an unclosed quote
+EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 def documents(data: str | None, text_column: str) -> Iterator[str]:
-    """The documents of a file, a folder, a Hugging Face dataset's name, or (None) the standard library.
+    """Yield the documents of a file, a folder, a named Hugging Face dataset, or (None) Python's standard library.
 
-    Always in the same order, without blank ones. `text_column` is the column of CSV and Parquet, the key of JSONL.
+    The order is deterministic; blank documents are skipped. `text_column` is the column of CSV and Parquet or the key
+    of JSONL. Raises UserError where a file cannot be read as text or no document is found.
     """
     found = False
     for path in input_files(data):
@@ -39,20 +41,20 @@ def documents(data: str | None, text_column: str) -> Iterator[str]:
                     found = True
                     yield text
         except UnicodeDecodeError as error:
-            wrong = error.object[error.start]
-            raise UserError(f"{path}: byte 0x{wrong:02x} is not UTF-8; convert the file with iconv") from None
+            invalid = error.object[error.start]
+            raise UserError(f"{path}: byte 0x{invalid:02x} is not UTF-8; convert the file with iconv") from None
     if not found:
-        raise UserError(f"{data}: no text in it; give a file or folder that has some")
+        raise UserError(f"{data}: contains no text; give a file or folder with text")
 
 
 def input_files(data: str | None) -> list[Path]:
-    """The files that `data` stands for, sorted; a folder's binary and hidden files are left out."""
+    """Return the files of `data`, sorted, without a folder's binary and hidden files."""
     if data is None:
         return _standard_library()
     path = Path(data)
     if path.is_dir():
-        inside = (file for file in sorted(path.rglob("*")) if not _hidden(file.relative_to(path)))
-        files = [file for file in inside if file.is_file() and _readable(file)]
+        visible = (file for file in sorted(path.rglob("*")) if not _hidden(file.relative_to(path)))
+        files = [file for file in visible if file.is_file() and _readable(file)]
         if not files:
             raise UserError(f"{data}: no text in this folder; give one with text, CSV, JSONL, Parquet or .npy shards")
         return files
@@ -68,39 +70,39 @@ def _hidden(path: Path) -> bool:
 
 
 def _readable(path: Path) -> bool:
-    """Has the file a reader of its own, or does it begin as UTF-8 text does?"""
+    """Return whether the file's suffix has a reader or its beginning is UTF-8 text."""
     if path.suffix in READERS:
         return True
     with path.open("rb") as file:
         head = file.read(8192)
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character cut at the end of `head` is no error
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character split at the end of `head` is no error
     except UnicodeDecodeError:
         return False
     return b"\0" not in head
 
 
 def _standard_library() -> list[Path]:
-    """Every Python source file of the running interpreter, without tests and installed packages."""
+    """Return every Python source file of the running interpreter, without tests and installed packages."""
     root = sysconfig.get_path("stdlib")
     files = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - NOT_SOURCE)
+        subfolders[:] = sorted(set(subfolders) - EXCLUDED_FOLDERS)
         files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
     if not files:
-        raise UserError(f"{root}: this Python comes without its source; give --data")
+        raise UserError(f"{root}: the source files of this Python are missing; give --data")
     return files
 
 
 def _hugging_face(name: str) -> list[Path]:
-    """The Arrow files into which `datasets` puts the train split of a dataset."""
+    """Return the Arrow files of a dataset's train split in the cache of `datasets`."""
     missing = f"{name}: no such file or folder"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{missing}; check the path")
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(f"{missing}; for a Hugging Face dataset's name, pip install datasets") from None
+        raise UserError(f"{missing}; if it is a Hugging Face dataset, pip install datasets") from None
     try:
         dataset = load_dataset(name, split="train")
     except (OSError, ValueError) as error:
@@ -109,38 +111,38 @@ def _hugging_face(name: str) -> list[Path]:
     return [Path(file["filename"]) for file in dataset.cache_files]
 
 
-# Readers: (path, text column) -> documents. pyarrow's large libraries are loaded only where such files are.
+# Readers: (path, text column) -> documents. pyarrow is imported only where a file needs it, because it is large.
 
 
 def _text(path: Path, _column: str) -> Iterator[str]:
     lines: list[str] = []
     size = 0
     with _open(path) as file:
-        for line in iter(partial(file.readline, LONGEST), ""):
+        for line in iter(partial(file.readline, MAX_LENGTH), ""):
             lines.append(line)
             size += len(line)
-            if size >= LONGEST or (size >= CUT and line.isspace()):
+            if size >= MAX_LENGTH or (size >= MIN_LENGTH and line.isspace()):
                 yield "".join(lines)
                 lines, size = [], 0
     yield "".join(lines)
 
 
 def _topics(path: Path, _column: str) -> Iterator[str]:
-    """The language reference, which Python carries as one dict literal: topic -> text."""
+    """Read the language reference of `pydoc_data/topics.py`, a dict literal from topic to text."""
     assignment = ast.parse(path.read_text(encoding="utf-8")).body[-1]
     assert isinstance(assignment, ast.Assign)
     yield from ast.literal_eval(assignment.value).values()
 
 
 def _csv(path: Path, column: str) -> Iterator[str]:
-    csv.field_size_limit(FIELD_LIMIT)  # the module's default refuses a long article
+    csv.field_size_limit(FIELD_LIMIT)  # the default limit rejects long articles
     with _open(path, newline="") as file:
         rows = csv.DictReader(file)
         try:
             _require(column, rows.fieldnames or [], path)
-            yield from (row[column] or "" for row in rows)  # a short row has None
+            yield from (row[column] or "" for row in rows)  # None where a row is too short
         except csv.Error as error:
-            raise UserError(f"{path}, near line {rows.line_num}: not CSV ({error}); mend the file") from None
+            raise UserError(f"{path}, near line {rows.line_num}: invalid CSV ({error}); correct the file") from None
 
 
 def _jsonl(path: Path, key: str) -> Iterator[str]:
@@ -152,13 +154,13 @@ def _jsonl(path: Path, key: str) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{where}: not JSON ({error}); mend the file") from None
+                raise UserError(f"{where}: invalid JSON ({error}); correct the file") from None
             if not isinstance(record, dict):
-                raise UserError(f"{where}: not a JSON object; each line must be one")
+                raise UserError(f"{where}: not a JSON object; write one object per line")
             _require(key, list(record), where)
             if not isinstance(record[key], str | None):
                 raise UserError(f"{where}: {key!r} holds {type(record[key]).__name__}, not text; name another key")
-            # JSON can spell half a surrogate pair, which is no character: "?" takes its place
+            # JSON can contain half a surrogate pair, which is not a character: replace it by "?"
             yield (record[key] or "").encode("utf-8", "replace").decode()
 
 
@@ -172,7 +174,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
                 yield from (text or "" for text in batch.column(0).to_pylist())
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: no whole Parquet file ({_one_line(error)}); fetch it again") from None
+        raise UserError(f"{path}: not a valid Parquet file ({_one_line(error)}); download it again") from None
 
 
 def _arrow(path: Path, column: str) -> Iterator[str]:
@@ -184,7 +186,7 @@ def _arrow(path: Path, column: str) -> Iterator[str]:
             for batch in batches:
                 yield from (text or "" for text in batch.column(column).to_pylist())
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: no whole Arrow stream ({_one_line(error)}); fetch it again") from None
+        raise UserError(f"{path}: not a valid Arrow stream ({_one_line(error)}); download it again") from None
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
@@ -214,9 +216,9 @@ def _require_text(column: str, schema: "pa.Schema", path: Path) -> None:
     import pyarrow as pa
 
     _require(column, schema.names, path)
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path}: column {column!r} holds {kind}, not text; name another with --text-column")
+    dtype = schema.field(column).type
+    if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
+        raise UserError(f"{path}: column {column!r} holds {dtype}, not text; name another with --text-column")
 
 
 def _one_line(error: Exception) -> str:

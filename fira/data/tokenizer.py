@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers: train one, or read one. What comes back is `tokenizers.Tokenizer` itself."""
+"""Train or load a byte-level BPE tokenizer, a `tokenizers.Tokenizer`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,13 +7,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from fira.errors import UserError
 
-TOKENIZER = "tokenizer.json"  # the name of the file in checkpoints and exports
+TOKENIZER = "tokenizer.json"  # file name in checkpoints and exports
 EOS = "</s>"
 PROMPTER, ASSISTANT = "<|prompter|>", "<|assistant|>"
 SPECIAL_TOKENS = ["[UNK]", "<s>", EOS, PROMPTER, ASSISTANT]
-END_NAMES = [EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>"]  # what published tokenizers call it
-# A conversation in the language of transformers' `apply_chat_template`, as fira.generation.chat has it; a system's
-# message is one more of the prompter's.
+# Names of the end-of-document token in published tokenizers.
+END_NAMES = [EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>"]
+# The format of fira.generation.chat as a Jinja template for transformers' `apply_chat_template`. A system message
+# becomes a message of the prompter.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == "assistant" -%}
@@ -24,23 +25,27 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
 """
-# GPT-2's split into words, except that combining marks belong to the word, and joiners in it: without them a Hindi word
-# falls to pieces
+# GPT-2's pre-tokenization, except that combining marks and zero-width joiners belong to a word: GPT-2's pattern splits
+# Hindi words at every vowel sign.
 WORDS = Regex(
     r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}][\p{L}\p{M}\u200C\u200D]*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 )
-SMALLEST = len(SPECIAL_TOKENS) + 256  # every byte needs a token
+MIN_VOCABULARY = len(SPECIAL_TOKENS) + 256  # a token for every byte
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016 on bytes, as GPT-2) of at most `vocab_size` tokens; little text gives fewer.
+    """Train byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) with at most `vocab_size` tokens.
 
-    Text is normalised to NFC first: what looks the same is the same tokens. Otherwise lossless: for any text in NFC
-    `decode(encode(text).ids, skip_special_tokens=False) == text`. The special tokens' names are
-    recognised inside a text, so that a chat marked with `<|prompter|>` and `<|assistant|>` needs no other treatment.
+    Little text yields fewer tokens. Text is normalised to NFC, so that equivalent character sequences have equal
+    tokens; apart from this, `decode(encode(text).ids, skip_special_tokens=False) == text`. Names of special tokens
+    inside a text are encoded as these tokens, so that chats marked with `<|prompter|>` and `<|assistant|>` need no
+    preprocessing.
+    Raises UserError where `vocab_size` is less than MIN_VOCABULARY.
     """
-    if vocab_size < SMALLEST:
-        raise UserError(f"vocabulary of {vocab_size}: bytes and special tokens alone are {SMALLEST}; ask for more")
+    if vocab_size < MIN_VOCABULARY:
+        raise UserError(
+            f"vocabulary of {vocab_size}: bytes and special tokens need {MIN_VOCABULARY}; give at least this"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -61,12 +66,12 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a `tokenizer.json`, with any truncation or padding it asks for switched off."""
+    """Load a `tokenizer.json`, without truncation and padding. Raises UserError for a missing or invalid file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such tokenizer; give the path of a tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower class
+    except Exception as error:  # the library raises Exception itself
         raise UserError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -74,12 +79,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
-    """One more than the greatest id, which is what an embedding needs (ids may have gaps, so not the count)."""
+    """Return the greatest id plus one, the rows of an embedding; ids may have gaps."""
     return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
 
 
 def eos_id(tokenizer: Tokenizer) -> int:
-    """The id that ends a document: `</s>`, or what published tokenizers have in its place."""
+    """Return the id of the end-of-document token, the first of END_NAMES. Raises UserError where there is none."""
     for name in END_NAMES:
         if (token := tokenizer.token_to_id(name)) is not None:
             return token

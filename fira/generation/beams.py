@@ -1,4 +1,4 @@
-"""Beam search, which is transformers'."""
+"""Beam search with the implementation of transformers."""
 
 from typing import Any
 
@@ -13,18 +13,20 @@ from fira.models.language_model import LanguageModel
 
 
 def beam_search(model: LanguageModel, prompt: list[int], max_new_tokens: int, beams: int, eos: int) -> list[int]:
-    """The tokens after a prompt that are likeliest together, as far as `beams` beginnings kept at a time find them.
+    """Return the continuation with the highest joint probability that a search with `beams` beams finds.
 
-    Of a prompt that leaves no room in the context its last tokens are kept. UserError where nothing of it would be.
+    A prompt is truncated on the left such that it fits the context together with `max_new_tokens`. Raises UserError
+    where no token of it fits or `beams` is less than 1.
     """
     room = model.config.seq_len - max_new_tokens
     if room < 1 or beams < 1:
         raise UserError(
-            f"{beams} beams of {max_new_tokens} tokens: give 1 or more, within a context of {model.config.seq_len}"
+            f"{beams} beams of {max_new_tokens} tokens: give 1 beam or more and fewer tokens than the context, "
+            f"{model.config.seq_len}"
         )
     tokens = torch.tensor([prompt[-room:]], device=next(model.parameters()).device)
     wrapped: Any = as_transformers(model)
-    found = wrapped.generate(
+    output = wrapped.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         num_beams=beams,
@@ -33,12 +35,12 @@ def beam_search(model: LanguageModel, prompt: list[int], max_new_tokens: int, be
         eos_token_id=eos,
         pad_token_id=eos,
     )
-    return found[0, tokens.shape[1] :].tolist()
+    return output[0, tokens.shape[1] :].tolist()
 
 
 def beam_text(model: LanguageModel, prompt: list[int], max_new_tokens: int, beams: int) -> str:
-    """`beam_search` as text, without the end of the document."""
+    """Return the result of `beam_search` as text, without the end-of-document token."""
     tokenizer = own_tokenizer(model)
     eos = eos_id(tokenizer)
-    found = beam_search(model, prompt or [eos], max_new_tokens, beams, eos)
-    return decode([token for token in found if token != eos], tokenizer)
+    continuation = beam_search(model, prompt or [eos], max_new_tokens, beams, eos)
+    return decode([token for token in continuation if token != eos], tokenizer)

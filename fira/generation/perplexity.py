@@ -1,4 +1,10 @@
-"""How well a model predicts a text of any length."""
+"""Perplexity of a text of any length.
+
+N:        tokens of the text, N − 1 of which are predicted
+length:   predictions per window, at most the model's context; consecutive windows overlap by half
+windows:  [W, length + 1] tokens
+fresh:    [W] predictions of a window that no earlier window contains, its last ones
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,19 +21,19 @@ from fira.models.language_model import LanguageModel
 from fira.nn.context import Context
 from fira.progress_bar import progress_bar
 
-TOGETHER = 4  # windows in one forward; their logits are what needs memory
+TOGETHER = 4  # windows per forward pass, limited by the memory of their logits
 
 
 @dataclass(frozen=True)
 class TextLoss:
-    """nats: mean loss per predicted token. tokens: how many were predicted."""
+    """nats: mean loss per predicted token. tokens: number of predicted tokens."""
 
     nats: float
     tokens: int
 
     @classmethod
     def mean(cls, losses: Sequence[Self]) -> Self:
-        """Of several texts, over all their tokens."""
+        """Return the loss of several texts, averaged over all their tokens."""
         tokens = sum(loss.tokens for loss in losses)
         return cls(sum(loss.nats * loss.tokens for loss in losses) / tokens, tokens)
 
@@ -36,11 +42,11 @@ class TextLoss:
         return math.exp(self.nats)
 
     def bits_per_byte(self, size: int) -> float:
-        """The loss per byte of a text of `size` bytes, which other tokenizers can be compared with."""
+        """Return the loss in bits per byte of a text of `size` bytes, which does not depend on the tokenizer."""
         return self.nats * self.tokens / math.log(2) / size
 
     def describe(self, size: int) -> str:
-        """All of it in one line. size: bytes of the text."""
+        """Return all values as one line. size: length of the text in bytes."""
         return (
             f"perplexity {self.perplexity:.5g}: {self.nats:.4f} nats per token, "
             f"{self.bits_per_byte(size):.4f} bits per byte, {self.tokens:,} tokens"
@@ -49,11 +55,10 @@ class TextLoss:
 
 @torch.no_grad()
 def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor, progress: bool = False) -> TextLoss:
-    """The loss of every token of a text [N] but the first, each counted once, without dropout or auxiliary loss.
+    """Return the mean loss of a text [N] over all tokens except the first, without dropout or auxiliary loss.
 
-    The text is read in windows as long as the model's context that overlap by half, so that no token but the first
-    ones is predicted from less than half a context. progress: show a bar where it takes more than a few seconds.
-    Raises UserError where there is nothing to predict.
+    The windows overlap by half, so that every token after the first half window is predicted from at least half a
+    context. progress: show a progress bar. Raises UserError for fewer than two tokens or an id outside the vocabulary.
     """
     ids = torch.as_tensor(ids, dtype=torch.int64, device=next(model.parameters()).device)
     count = len(ids) - 1
@@ -63,7 +68,7 @@ def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor, progress: bool
         raise UserError(f"a token is outside the model's vocabulary of {model.config.vocab_size}; use its tokenizer")
     length = min(model.config.seq_len, count)
     ends = [*range(length, count, max(1, length // 2)), count]
-    fresh = torch.tensor([length, *(after - before for before, after in pairwise(ends))])  # predictions new in a window
+    fresh = torch.tensor([length, *(after - before for before, after in pairwise(ends))])
     windows = ids.unfold(0, length + 1, 1)[torch.tensor(ends) - length]
     total = 0.0
     with progress_bar(count, "tokens", progress) as bar:

@@ -1,8 +1,11 @@
-"""Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192): a small model guesses, the large one checks.
+"""Speculative decoding (Leviathan et al. 2022, arXiv 2211.17192): a draft model proposes, the target model verifies.
 
-The large model reads several guessed tokens at once. A guess x of the draft's distribution q is taken with probability
-min(1, p(x) / q(x)), p being the large model's; the first that is not taken is replaced by a draw from max(p − q, 0). So
-every token has the distribution p, whatever the draft, which decides only how many of its guesses are taken.
+    q   [V] distribution of the draft model, from which a proposed token x is drawn
+    p   [V] distribution of the target model at the same position; one forward pass computes it for all proposals
+
+A proposal x is accepted with probability min(1, p(x) / q(x)); the first rejected one is replaced by a sample from
+max(p − q, 0), normalised. Every token therefore has the distribution p for any draft model, which determines only the
+number of accepted proposals.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +18,7 @@ from fira.decoding.sampling import Sampler, Sampling, draw
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 
-AHEAD = 4  # tokens guessed at a time
+AHEAD = 4  # proposals per forward pass of the target model
 
 
 @torch.inference_mode()
@@ -28,26 +31,28 @@ def speculate(
     eos: int | None = None,
     ahead: int = AHEAD,
 ) -> Iterator[int]:
-    """The tokens that follow a prompt, distributed as the model's own `continuation` of it.
+    """Yield the tokens that follow a prompt, with the same distribution as `continuation`.
 
-    draft: a model of the same vocabulary. UserError where it is not, or where either has a recurrent state.
+    draft: a model with the same vocabulary. Raises UserError where it differs, or where a model has a recurrent state.
     """
     if draft.config.vocab_size != model.config.vocab_size:
         sizes = f"{draft.config.vocab_size} and {model.config.vocab_size}"
-        raise UserError(f"draft and model have different vocabularies ({sizes} tokens); give a draft of the same")
+        raise UserError(
+            f"draft and model have different vocabularies ({sizes} tokens); give a draft with the same vocabulary"
+        )
     check_prompt(model, prompt)
     target, guesser = Reader(model), Reader(draft)
     device = next(model.parameters()).device
     sampler, generators = Sampler(sampling), sampling.generators(1, device)
     text, end = list(prompt), len(prompt) + max_new_tokens
     while len(text) < end:
-        room = min(end - 1, target.seq_len, guesser.seq_len) - len(text)  # beyond its context a model has no cache
+        room = min(end - 1, target.seq_len, guesser.seq_len) - len(text)  # the cache ends with the context
         guesses, chances = _guess(guesser, text, min(ahead, max(0, room)), sampler, generators)
         tokens = torch.tensor([text + guesses], device=device)
         logits = target.logits(tokens, 1 + len(guesses))[0]
         new = _check(tokens, guesses, chances, logits, sampler, generators)
         for reader in (target, guesser):
-            reader.keep(len(text) + len(new) - 1)  # the last new token was read by neither
+            reader.keep(len(text) + len(new) - 1)  # neither model has read the last new token
         for token in new:
             text.append(token)
             yield token
@@ -58,7 +63,7 @@ def speculate(
 def _guess(
     reader: Reader, text: list[int], count: int, sampler: Sampler, generators: list[torch.Generator] | None
 ) -> tuple[list[int], list[Tensor]]:
-    """The draft's next `count` tokens, each with the distribution [V] that it was drawn from."""
+    """Return the next `count` tokens of the draft model and the distributions q [V] from which they were drawn."""
     guesses: list[int] = []
     chances: list[Tensor] = []
     for _ in range(count):
@@ -76,7 +81,10 @@ def _check(
     sampler: Sampler,
     generators: list[torch.Generator] | None,
 ) -> list[int]:
-    """The guesses that are taken, and one token more. tokens: [1, T], they are the last. logits: [guesses + 1, V]."""
+    """Return the accepted guesses and one further token.
+
+    tokens: [1, T], ending with the guesses. logits: [guesses + 1, V], of the target model.
+    """
     known = tokens.shape[1] - len(guesses)
     for place, (guess, q) in enumerate(zip(guesses, chances, strict=True)):
         p = sampler.probabilities(tokens[:, : known + place], logits[place : place + 1])[0]
@@ -87,5 +95,5 @@ def _check(
 
 
 def _draw(probabilities: Tensor, generators: list[torch.Generator] | None) -> int:
-    """A token by its weight in [V]."""
+    """Draw a token from unnormalised probabilities [V]."""
     return int(draw(probabilities[None], generators))

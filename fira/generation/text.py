@@ -1,4 +1,4 @@
-"""Text to tokens and back, with the tokenizer that is meant where none is named."""
+"""Encode and decode text, and generate or evaluate text with a model."""
 
 import os
 import sys
@@ -25,37 +25,37 @@ from fira.models.registry import PRESETS
 
 
 def encode(text: str, tokenizer: Tokenizer | str | Path | None = None) -> list[int]:
-    """The ids of a text.
+    """Return the ids of a text.
 
-    tokenizer: a Tokenizer or the path of a tokenizer.json. Left out, it is the current folder's tokenizer.json if there
-    is one, else that of `fira-tiny` trained on the default corpus, which is prepared when it is needed first.
+    tokenizer: a Tokenizer or the path of a tokenizer.json. The default is tokenizer.json in the current folder, or else
+    that of `fira-tiny` for the default corpus, which is prepared at the first call.
     """
     return _resolve(tokenizer).encode(text, add_special_tokens=False).ids
 
 
 def decode(ids: Sequence[int] | Tensor, tokenizer: Tokenizer | str | Path | None = None) -> str:
-    """The text of ids [T], special tokens included, so that it is what was encoded. tokenizer: as for `encode`."""
+    """Return the text of ids [T], including special tokens, the inverse of `encode`. tokenizer: as for `encode`."""
     return _resolve(tokenizer).decode(ids.tolist() if isinstance(ids, Tensor) else ids, skip_special_tokens=False)
 
 
 def _resolve(tokenizer: Tokenizer | str | Path | None) -> Tokenizer:
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
-    here = Path("tokenizer.json")
-    if tokenizer is None and not here.is_file():
+    local = Path("tokenizer.json")
+    if tokenizer is None and not local.is_file():
         return _default_tokenizer()
-    return load_tokenizer(tokenizer or here)
+    return load_tokenizer(tokenizer or local)
 
 
 @cache
 def _default_tokenizer() -> Tokenizer:
     corpus = prepare(vocab_size=PRESETS["fira-tiny"].vocab_size)
-    assert corpus.tokenizer is not None  # only shards can be without
+    assert corpus.tokenizer is not None  # a corpus of text has a tokenizer
     return load_tokenizer(corpus.tokenizer)
 
 
 def text_or_content(value: str) -> str:
-    """A text itself, what is in the file of that name, or for "-" what comes through standard input."""
+    """Return the content of the file `value`, standard input for "-", or else `value` itself."""
     try:
         if value == "-":
             return sys.stdin.read()
@@ -72,52 +72,54 @@ def continue_text(
     draft: LanguageModel | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
-    """What the model writes after a prompt, until it ends the document: one piece of text per token, as they come.
+    """Yield the continuation of a prompt up to the end of the document, one piece of text per token.
 
-    A piece is empty while a character is incomplete, or while it may be the beginning of a text in `stop`, before the
-    first of which the continuation ends. After an empty prompt a document begins. draft: a smaller model that guesses
-    ahead (see `speculate`). sampling: the fields of `Sampling`.
+    A piece is empty while a character is incomplete, or while it may be the beginning of a text in `stop`; the
+    continuation ends before the first of these texts. An empty prompt begins a new document. draft: a smaller model for
+    speculative decoding (see `speculate`). sampling: the fields of `Sampling`.
     """
     tokenizer = own_tokenizer(model)
     eos = eos_id(tokenizer)
-    prompt = prompt or [eos]  # in training a document follows the end of another
+    prompt = prompt or [eos]  # in training, a document follows the end of the previous one
     if draft is None:
         tokens = (new[0] for new in continuation(model, [prompt], max_new_tokens, Sampling(**sampling), eos))
     else:
         if own_tokenizer(draft).to_str() != tokenizer.to_str():
-            raise UserError("draft and model have different tokenizers; give a draft that was trained with the same")
+            raise UserError(
+                "draft and model have different tokenizers; give a draft trained with the tokenizer of the model"
+            )
         tokens = (new for new in speculate(model, draft, prompt, max_new_tokens, Sampling(**sampling), eos))
     text = TextStream(tokenizer, prompt, stop)
     for token in tokens:
         if token == eos:
             break
         yield text.add(token)
-        if text.ended:
+        if text.stopped:
             return
-    if text.held:
-        yield text.held
+    if text.pending:
+        yield text.pending
 
 
 class TextStream:
-    """Tokens to pieces of text that can be shown: whole characters, and nothing of a stop text or behind it.
+    """Converts tokens to pieces of text: complete characters before the first stop text.
 
-    held: what may yet become a stop text. ended: one was found.
+    pending: the end of the text that may be the beginning of a stop text. stopped: whether a stop text was found.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
         self._stream = DecodeStream(prompt, skip_special_tokens=False)
-        self.held = ""
-        self.ended = False
+        self.pending = ""
+        self.stopped = False
 
     def add(self, token: int) -> str:
-        """The text that is certain now."""
-        self.held += self._stream.step(self._tokenizer, token) or ""
-        found = [self.held.index(text) for text in self._stop if text in self.held]
-        self.ended = bool(found)
-        starts = (n for text in self._stop for n in range(1, len(text)) if self.held.endswith(text[:n]))
-        certain = min(found) if found else len(self.held) - max(starts, default=0)
-        piece, self.held = self.held[:certain], "" if found else self.held[certain:]
+        """Add a token and return the text that is final."""
+        self.pending += self._stream.step(self._tokenizer, token) or ""
+        found = [self.pending.index(text) for text in self._stop if text in self.pending]
+        self.stopped = bool(found)
+        prefixes = (n for text in self._stop for n in range(1, len(text)) if self.pending.endswith(text[:n]))
+        final = min(found) if found else len(self.pending) - max(prefixes, default=0)
+        piece, self.pending = self.pending[:final], "" if found else self.pending[final:]
         return piece
 
 
@@ -131,35 +133,36 @@ def sample_text(
     stop: Sequence[str] = (),
     **sampling: Any,
 ) -> str | list[str]:
-    """A prompt and what the model writes after it; or several prompts of any lengths, together.
+    """Return a prompt with its continuation, or several prompts of any lengths with theirs, generated as one batch.
 
-    model: with its tokenizer, as `load_model` gives it. max_length: tokens to write. sampling: see `Sampling`.
+    model: a model with a tokenizer, as returned by `load_model`. max_length: tokens to generate. sampling: the other
+    fields of `Sampling`.
     """
     tokenizer = own_tokenizer(model)
     eos = eos_id(tokenizer)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     ids = [encode(text, tokenizer) or [eos] for text in prompts]
     streams = [TextStream(tokenizer, row, stop) for row in ids]
-    chosen = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, **sampling)
+    settings = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, **sampling)
     texts = list(prompts)
-    for new in continuation(model, ids, max_length, chosen, eos):
+    for new in continuation(model, ids, max_length, settings, eos):
         for row, token in new.items():
-            if token != eos and not streams[row].ended:
+            if token != eos and not streams[row].stopped:
                 texts[row] += streams[row].add(token)
-        if all(stream.ended for stream in streams):
+        if all(stream.stopped for stream in streams):
             break
-    texts = [text + stream.held for text, stream in zip(texts, streams, strict=True)]
+    texts = [text + stream.pending for text, stream in zip(texts, streams, strict=True)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
 def evaluate_perplexity(model: LanguageModel, text: str) -> float:
-    """The perplexity per token of a text of any length, without auxiliary loss, dropout or noise (see `perplexity`)."""
+    """Return the perplexity per token of a text of any length, without auxiliary loss, dropout or noise."""
     tokenizer = own_tokenizer(model)
     return perplexity(model, [eos_id(tokenizer), *encode(text, tokenizer)]).perplexity
 
 
 def expert_utilisation(model: LanguageModel, text: str) -> dict[int, list[float]]:
-    """The share of a text's tokens that each expert takes, by the number of the layer; 1/E each is even."""
+    """Return the fraction of a text's assignments to each of the E experts, by layer number; 1/E is balanced."""
     tokenizer = own_tokenizer(model)
     with counting_experts(model) as counts:
         perplexity(model, [eos_id(tokenizer), *encode(text, tokenizer)])

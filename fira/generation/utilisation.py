@@ -1,4 +1,4 @@
-"""Which experts a text goes to."""
+"""Count the tokens that each expert processes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from fira.nn.moe.router import Routed
 
 @contextmanager
 def counting_experts(model: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """While it lasts, a model's routers note here, by layer, how many tokens each expert takes, [E]."""
+    """Context manager that yields the number of assignments to each expert, int64 [E] by layer number."""
     counts: dict[int, Tensor] = {}
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     hooks = []
@@ -33,5 +33,5 @@ def _count(counts: Tensor, router: nn.Module, inputs: Any, routed: Routed) -> No
 
 
 def shares(counts: dict[int, Tensor]) -> dict[int, list[float]]:
-    """Counts by layer as fractions of the layer's sum."""
+    """Return the counts of each layer as fractions of their sum."""
     return {layer: (count / count.sum()).tolist() for layer, count in counts.items()}

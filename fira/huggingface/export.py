@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from fira.checkpoint.load_model import load_model
-from fira.checkpoint.transformers_mapping import STOCK, names, to_stock
+from fira.checkpoint.transformers_mapping import TRANSFORMERS, to_transformers, weight_names
 from fira.data.tokenizer import ASSISTANT, CHAT_TEMPLATE, PROMPTER, eos_id
 from fira.errors import UserError
 from fira.files import naming
@@ -19,7 +19,7 @@ from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, Ri
 from fira.models.language_model import LanguageModel
 from fira.models.registry import family_of, to_document
 
-FORMATS = ("fira", *STOCK)
+FORMATS = ("fira", *TRANSFORMERS)
 SHARD = "5GB"
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the tokenizer's matter, not the model's
 
@@ -68,12 +68,12 @@ def as_transformers(model: LanguageModel) -> FiraLMForCausalLM:
 
 def as_stock(model: LanguageModel, form: str) -> PreTrainedModel:
     """The same function in a class of transformers' own, sharing the weights. UserError where there is none."""
-    values = to_stock(model.config, form)
-    architecture = getattr(transformers, STOCK[form].architecture)
+    values = to_transformers(model.config, form)
+    architecture = getattr(transformers, TRANSFORMERS[form].architecture)
     with torch.device("meta"):
         made = architecture(architecture.config_class(**values, **dict.fromkeys(ENDS)))
     weights = model.weights()
-    return _fill(made, {theirs: weights[ours] for ours, theirs in names(model.config, form).items()})
+    return _fill(made, {theirs: weights[ours] for ours, theirs in weight_names(model.config, form).items()})
 
 
 def _fill(made: Any, weights: dict[str, torch.Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""What the ranks of test_checkpoint.py do, and the state that they save: values that follow from the name alone."""
+"""Functions that the ranks of the checkpoint tests run, and the state that they save, a function of the names."""
 
 import os
 import resource
@@ -20,22 +20,22 @@ SHAPES = {
     "step": (),
 }
 OPTIMIZER = ("exp_avg/layers.0.moe.experts.w1", "step")
-WHOLE = {"layers.1.norm.weight": 1, "step": 0}  # tensors that one rank owns alone, and which
+UNSHARDED = {"layers.1.norm.weight": 1, "step": 0}  # the rank that owns each unsharded tensor
 
 
 def value(name: str, salt: int = 0) -> torch.Tensor:
-    """The tensor called `name`; another salt gives other numbers."""
+    """Return the tensor `name`, with random values that depend on the name and the salt."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + salt)
     return torch.randn(SHAPES[name], generator=generator)
 
 
 def owned(names: list[str], salt: int, rank: int, world: int) -> list[TensorShard]:
-    """This rank's shards: uneven slices of the rows, none at all where there are too few, whole ones on their owner."""
+    """Return this rank's shards: uneven, possibly empty slices of the rows, and the unsharded tensors that it owns."""
     shards = []
     for name in names:
         full = value(name, salt)
-        if name in WHOLE:
-            if rank == WHOLE[name] % world:
+        if name in UNSHARDED:
+            if rank == UNSHARDED[name] % world:
                 shards.append(TensorShard(name, full, 0, tuple(full.shape)))
             continue
         cuts = [full.shape[0] * part * part // (world * world) for part in range(world + 1)]
@@ -44,7 +44,7 @@ def owned(names: list[str], salt: int, rank: int, world: int) -> list[TensorShar
 
 
 def save_state(root: str, step: int, salt: int = 0, keep: int = 2) -> str:
-    """Save SHAPES, spread over the ranks there are."""
+    """Save the tensors of SHAPES, sharded over all ranks."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     weights = owned([name for name in SHAPES if name not in OPTIMIZER], salt, rank, world)
     optimizer = owned(list(OPTIMIZER), salt, rank, world)
@@ -54,7 +54,7 @@ def save_state(root: str, step: int, salt: int = 0, keep: int = 2) -> str:
 
 
 def matches(checkpoint: Checkpoint, salt: int) -> bool:
-    """Whether the checkpoint holds what `save_state` saved, and nothing else."""
+    """Return whether the checkpoint contains exactly what `save_state` saves."""
     return (
         checkpoint.names() == sorted(SHAPES)
         and checkpoint.document("config") == {"hidden": 4, "salt": salt}
@@ -65,19 +65,19 @@ def matches(checkpoint: Checkpoint, salt: int) -> bool:
 
 
 def ranges_match(checkpoint: Checkpoint) -> bool:
-    """Whether every range of rows of every tensor is what it is in the whole one."""
+    """Return whether every range of rows of every tensor equals the slice of the tensor."""
     ranges = [(n, i, j) for n, shape in SHAPES.items() if shape for j in range(shape[0] + 1) for i in range(j + 1)]
     return all(torch.equal(checkpoint.read(name, i, j), value(name)[i:j]) for name, i, j in ranges)
 
 
 def read_state(path: str) -> bool:
-    """Open what `path` means and compare all of it."""
+    """Open the checkpoint at `path` and compare all of it."""
     checkpoint = Checkpoint.open(find(path))
     return matches(checkpoint, salt=0) and ranges_match(checkpoint)
 
 
-def refusal(folder: str) -> str:
-    """What `Checkpoint.open` says against `folder`."""
+def open_error(folder: str) -> str:
+    """Return the message of the UserError that `Checkpoint.open` raises, or an empty string."""
     try:
         Checkpoint.open(folder)
     except UserError as error:
@@ -86,13 +86,13 @@ def refusal(folder: str) -> str:
 
 
 def newest_step(root: str) -> int | None:
-    """The step of the newest whole checkpoint."""
+    """Return the step of the newest undamaged checkpoint."""
     checkpoint = newest_valid(Path(root))
     return checkpoint.step if checkpoint else None
 
 
 def save_without_room(root: str, step: int, rank: int, limit: int) -> str:
-    """Save while `rank` may not write a file above `limit` bytes; what every rank is told."""
+    """Save while `rank` cannot write more than `limit` bytes per file, and return the error message of this rank."""
     if not dist.is_initialized() or dist.get_rank() == rank:
         old = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
@@ -106,8 +106,8 @@ def save_without_room(root: str, step: int, rank: int, limit: int) -> str:
     return ""
 
 
-def overlap(root: str) -> str:
-    """What every rank is told where all pass the same rows."""
+def overlap_error(root: str) -> str:
+    """Return the error message of this rank where all ranks pass the same rows."""
     tensor = value("embedding.weight")
     try:
         save(Path(root), 1, [TensorShard("embedding.weight", tensor, 0, tuple(tensor.shape))], [], {}, {}, {})
@@ -116,11 +116,11 @@ def overlap(root: str) -> str:
     return ""
 
 
-def everything(root: str) -> dict[str, Any]:
-    """What each rank sees of saving and reading, of damage and of a full disk: one start for several tests."""
-    folder = Path(save_state(f"{root}/whole", 3))
-    seen: dict[str, Any] = {"folder": str(folder), "read": read_state(f"{root}/whole")}
-    seen["overlap"] = overlap(f"{root}/overlap")
+def run_scenarios(root: str) -> dict[str, Any]:
+    """Save and read, pass overlapping shards, damage a file and fill the disk; return the results of this rank."""
+    folder = Path(save_state(f"{root}/complete", 3))
+    results: dict[str, Any] = {"folder": str(folder), "read": read_state(f"{root}/complete")}
+    results["overlap"] = overlap_error(f"{root}/overlap")
 
     for step in (50, 100):
         save_state(f"{root}/damaged", step)
@@ -128,10 +128,10 @@ def everything(root: str) -> dict[str, Any]:
     if dist.get_rank() == 0:
         os.truncate(damaged, 10)
     dist.barrier()
-    seen["refusal"], seen["damaged"] = refusal(str(damaged.parent)), str(damaged)
-    seen["newest"] = newest_step(f"{root}/damaged")
+    results["error"], results["damaged"] = open_error(str(damaged.parent)), str(damaged)
+    results["newest"] = newest_step(f"{root}/damaged")
 
     save_state(f"{root}/full", 50)
-    seen["full"] = save_without_room(f"{root}/full", 100, rank=1, limit=100)
-    seen["newest after full"] = newest_step(f"{root}/full")
-    return seen
+    results["full"] = save_without_room(f"{root}/full", 100, rank=1, limit=100)
+    results["newest after full"] = newest_step(f"{root}/full")
+    return results

@@ -122,7 +122,7 @@ def test_a_class_of_transformers_computes_the_same(
     again = load_model(folder)
     torch.testing.assert_close(again(IDS, Context()), model(IDS, Context()), rtol=0, atol=0)
     wrong = "flexolmo" if form == "llama" else "llama"
-    with pytest.raises(UserError, match=f"a {family} has no equal there"):
+    with pytest.raises(UserError, match=f"a {family} has no equivalent"):
         export(step, tmp_path / "wrong", wrong)
     with pytest.raises(UserError, match="not empty"):
         export(step, folder, form)
@@ -132,7 +132,7 @@ def test_a_class_of_transformers_computes_the_same(
 
 def test_what_has_no_equal_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     step = save(tmp_path / "run", with_vocabulary("mooshak", norm_order="post"), tokenizer)
-    with pytest.raises(UserError, match="norm_order=post has no equal"):
+    with pytest.raises(UserError, match="norm_order=post has no equivalent"):
         export(step, tmp_path / "out", "llama")
     llama = LlamaForCausalLM(LlamaConfig(**LLAMA))
     llama.save_pretrained(tmp_path / "llama")
@@ -140,9 +140,9 @@ def test_what_has_no_equal_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> N
     document = json.loads(path.read_text())
     for change, message in (
         ({"model_type": "qwen2"}, "model_type qwen2"),
-        ({"attention_bias": True}, "attention_bias True has no equal"),
-        ({"hidden_act": "gelu"}, "hidden_act gelu has no equal"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type yarn has no equal"),
+        ({"attention_bias": True}, "attention_bias True has no equivalent"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu has no equivalent"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type yarn has no equivalent"),
         ({"rope_scaling": {"type": "llama3"}, "rope_parameters": None}, "no factor"),
         ({"head_dim": 16}, "head_dim 16"),
         ({"num_hidden_layers": 3}, r"no tensor model\.layers\.2"),

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fira.data.sources import LONGEST, documents, input_files
+from fira.data.sources import MAX_LENGTH, documents, input_files
 from fira.errors import UserError
 
 TEXTS = ["first\nwith two lines", 'second, with "quotes"', "तीसरा"]
@@ -39,20 +39,20 @@ def error(data: str | None, column: str = "Text") -> str:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", ".arrow"])
-def test_a_table_gives_its_column(tmp_path, suffix: str) -> None:
+def test_table_yields_its_text_column(tmp_path, suffix: str) -> None:
     data = write(tmp_path / f"t{suffix}", [*ROWS[:2], {"id": "x", "Text": " "}, ROWS[2]])
-    assert list(documents(data, "Text")) == TEXTS  # the blank row is left out
+    assert list(documents(data, "Text")) == TEXTS  # the blank row is skipped
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet", ".arrow"])
-def test_a_missing_column_lists_those_there_are(tmp_path, suffix: str) -> None:
+def test_missing_column_error_lists_the_columns(tmp_path, suffix: str) -> None:
     message = error(write(tmp_path / f"t{suffix}", ROWS), "body")
     assert f"t{suffix}" in message
     assert "'body'" in message
     assert "'id', 'Text'" in message
 
 
-def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path) -> None:
+def test_text_file_is_split_at_blank_lines_without_loss(tmp_path) -> None:
     text = "".join(f"paragraph {i} " + "word " * 200 + "\n\n" for i in range(100))
     (tmp_path / "book.txt").write_text(text)
     parts = list(documents(str(tmp_path / "book.txt"), ""))
@@ -61,14 +61,14 @@ def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path) -> None
     assert all(part.endswith("\n\n") for part in parts)
 
 
-def test_a_line_without_end_is_cut_too(tmp_path) -> None:
+def test_long_line_is_split_inside(tmp_path) -> None:
     (tmp_path / "line.txt").write_text("é" * 500_000)
     parts = list(documents(str(tmp_path / "line.txt"), ""))
     assert "".join(parts) == "é" * 500_000
-    assert max(map(len, parts)) <= 2 * LONGEST
+    assert max(map(len, parts)) <= 2 * MAX_LENGTH
 
 
-def test_a_folder_gives_its_text_files_sorted_and_of_any_kind(tmp_path) -> None:
+def test_folder_yields_its_visible_text_files_of_any_format_sorted(tmp_path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "config").write_text("hidden")
@@ -79,7 +79,7 @@ def test_a_folder_gives_its_text_files_sorted_and_of_any_kind(tmp_path) -> None:
     assert list(documents(str(tmp_path), "Text")) == ["first", *TEXTS, "last"]
 
 
-def test_the_default_is_the_standard_library_without_its_tests() -> None:
+def test_default_is_the_standard_library_without_its_tests() -> None:
     files = input_files(None)
     assert "argparse.py" in {file.name for file in files}
     assert not any({"site-packages", "test", "tests"} & set(file.parts) for file in files)
@@ -90,52 +90,52 @@ def test_the_default_is_the_standard_library_without_its_tests() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "reason"),
     [
         ("empty.txt", b"", "no text"),
         ("blank.txt", b" \n\n ", "no text"),
         ("binary.txt", b"MZ\x00\x01", "binary"),
         ("latin.txt", b"caf\xe9 cr\xe8me", "binary, not UTF-8"),
         ("late.txt", b"a line\n" * 9999 + b"caf\xe9 \n", "0xe9 is not UTF-8"),
-        ("t.jsonl", b'{"Text": "a"}\n{"Text": \n', "line 2: not JSON"),
+        ("t.jsonl", b'{"Text": "a"}\n{"Text": \n', "line 2: invalid JSON"),
         ("t.jsonl", b'["Text"]\n', "line 1: not a JSON object"),
         ("t.jsonl", b'{"Text": 3}\n', "holds int"),
-        ("t.parquet", b"PAR1 and no more", "no whole Parquet file"),
+        ("t.parquet", b"PAR1 and no more", "not a valid Parquet file"),
         ("t.csv", b"", "no column 'Text'"),
     ],
 )
-def test_bad_data_is_named_in_one_line(tmp_path, name: str, content: bytes, said: str) -> None:
+def test_invalid_file_raises_one_line_error(tmp_path, name: str, content: bytes, reason: str) -> None:
     (tmp_path / name).write_bytes(content)
     message = error(str(tmp_path / name))
     assert name in message
-    assert said in message
+    assert reason in message
 
 
-def test_a_damaged_parquet_file_is_named(tmp_path) -> None:
+def test_damaged_parquet_file_is_named(tmp_path) -> None:
     path = Path(write(tmp_path / "t.parquet", ROWS * 500))
     content = bytearray(path.read_bytes())
     content[4:200] = bytes(196)
     path.write_bytes(content)
-    assert "t.parquet: no whole Parquet file" in error(str(path))
+    assert "t.parquet: not a valid Parquet file" in error(str(path))
 
 
-def test_a_column_of_numbers_is_refused(tmp_path) -> None:
+def test_column_of_numbers_raises(tmp_path) -> None:
     assert "holds int64" in error(write(tmp_path / "t.parquet", [{"Text": 3}]))
 
 
-def test_a_folder_without_text_and_a_path_that_is_not_there(tmp_path, monkeypatch) -> None:
+def test_folder_without_text_and_missing_path_raise(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "no text" in error(str(tmp_path))
     assert "no such file or folder" in error(str(tmp_path / "nothing.txt"))
     assert "pip install datasets" in error("someone/something")
 
 
-def test_half_a_surrogate_pair_in_json_is_replaced(tmp_path) -> None:
+def test_unpaired_surrogate_in_json_is_replaced(tmp_path) -> None:
     (tmp_path / "t.jsonl").write_text('{"Text": "a\\ud800b"}\n')
     assert list(documents(str(tmp_path / "t.jsonl"), "Text")) == ["a?b"]
 
 
-def test_a_hugging_face_name_is_read_from_its_arrow_files(tmp_path, monkeypatch) -> None:
+def test_hugging_face_dataset_is_read_from_its_arrow_files(tmp_path, monkeypatch) -> None:
     path = write(tmp_path / "shard.arrow", ROWS)
 
     def load_dataset(name: str, split: str) -> object:

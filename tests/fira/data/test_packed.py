@@ -6,7 +6,7 @@ from fira.errors import UserError
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
-def test_what_is_written_is_an_ordinary_npy_file(tmp_path, vocab_size: int, dtype: str) -> None:
+def test_token_writer_writes_a_standard_npy_file(tmp_path, vocab_size: int, dtype: str) -> None:
     with TokenWriter(tmp_path / "t.npy", vocab_size) as writer:
         for piece in ([0, vocab_size - 1], [], list(range(1000))):
             writer.append(piece)
@@ -15,29 +15,38 @@ def test_what_is_written_is_an_ordinary_npy_file(tmp_path, vocab_size: int, dtyp
     assert array.tolist() == [0, vocab_size - 1, *range(1000)]
 
 
-def test_an_id_too_large_for_the_file_is_never_wrapped(tmp_path) -> None:
+def test_id_too_large_for_the_dtype_raises(tmp_path) -> None:
     with TokenWriter(tmp_path / "t.npy", 300) as writer, pytest.raises(OverflowError):
         writer.append([70_000])
 
 
-def test_shards_read_as_one_array(tmp_path) -> None:
+def test_shards_are_read_as_one_array(tmp_path) -> None:
     parts = [np.arange(10), np.arange(0), np.arange(100, 117), np.arange(3)]
     paths = [tmp_path / f"{i}.npy" for i in range(len(parts))]
     for path, part in zip(paths, parts, strict=True):
         np.save(path, part.astype(np.uint16))
-    tokens, whole = PackedTokens(paths), np.concatenate(parts)
+    tokens, expected = PackedTokens(paths), np.concatenate(parts)
     assert len(tokens) == 30
     for start in range(31):
         for stop in range(start, 31):
-            np.testing.assert_array_equal(tokens.read(start, stop), whole[start:stop])
+            np.testing.assert_array_equal(tokens.read(start, stop), expected[start:stop])
     assert tokens.read(0, 5).dtype == np.int64
     for start, stop in ((-1, 3), (5, 31), (4, 3)):
         with pytest.raises(IndexError):
             tokens.read(start, stop)
 
 
+def test_chunks_cover_all_tokens_in_order(tmp_path, monkeypatch) -> None:
+    np.save(tmp_path / "t.npy", np.arange(23, dtype=np.uint16))
+    for size, lengths in ((10, [10, 10, 3]), (23, [23]), (1, [1] * 23)):
+        monkeypatch.setattr("fira.data.packed.CHUNK", size)
+        chunks = list(PackedTokens([tmp_path / "t.npy"]).chunks())
+        assert [len(chunk) for chunk in chunks] == lengths
+        assert np.concatenate(chunks).tolist() == list(range(23))
+
+
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"raw tokens", None])
-def test_a_file_that_is_no_whole_npy_is_named(tmp_path, content: bytes | None) -> None:
+def test_incomplete_npy_file_is_named(tmp_path, content: bytes | None) -> None:
     path = tmp_path / "edufineweb_train_000001.npy"
     np.save(path, np.arange(1000, dtype=np.uint16))
     path.write_bytes(path.read_bytes()[:-10] if content is None else content)
@@ -46,13 +55,13 @@ def test_a_file_that_is_no_whole_npy_is_named(tmp_path, content: bytes | None) -
 
 
 @pytest.mark.parametrize("array", [np.zeros(4), np.zeros((2, 2), np.uint16)])
-def test_an_array_that_is_no_row_of_ids_is_refused(tmp_path, array: np.ndarray) -> None:
+def test_array_other_than_one_dimensional_integers_raises(tmp_path, array: np.ndarray) -> None:
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(UserError, match="token ids"):
         PackedTokens([tmp_path / "x.npy"])
 
 
-def test_shards_are_found_by_name_and_need_both_kinds(tmp_path) -> None:
+def test_shards_are_found_by_name_and_both_kinds_are_required(tmp_path) -> None:
     assert find_shards(None) is None
     assert find_shards(str(tmp_path)) is None
     names = ["edufineweb_train_000002.npy", "edufineweb_train_000001.npy", "edufineweb_val_000000.npy"]

@@ -36,8 +36,8 @@ def jsonl(path: Path, texts: list[str]) -> str:
     return str(path)
 
 
-def stories(corpus: Corpus) -> tuple[list[str], list[str]]:
-    """The documents of both splits, read back from the tokens."""
+def decoded(corpus: Corpus) -> tuple[list[str], list[str]]:
+    """The documents of both splits, decoded from the tokens."""
     tokenizer = load_tokenizer(corpus.tokenizer)
     parts = []
     for tokens in (corpus.sources[0].train, corpus.sources[0].val):
@@ -48,29 +48,29 @@ def stories(corpus: Corpus) -> tuple[list[str], list[str]]:
     return parts[0], parts[1]
 
 
-def test_every_document_is_whole_in_one_split_whatever_the_order(tmp_path) -> None:
-    train, val = stories(prepare(jsonl(tmp_path / "a.jsonl", STORIES), vocab_size=400))
+def test_document_is_in_one_split_independently_of_the_order(tmp_path) -> None:
+    train, val = decoded(prepare(jsonl(tmp_path / "a.jsonl", STORIES), vocab_size=400))
     assert sorted(train + val) == sorted(STORIES)
     assert 0.02 < len(val) / len(STORIES) < 0.1
-    assert train == [text for text in STORIES if text in train]  # in the order they came
-    _, other = stories(prepare(jsonl(tmp_path / "b.jsonl", STORIES[::-1]), vocab_size=400))
+    assert train == [text for text in STORIES if text in train]  # in their original order
+    _, other = decoded(prepare(jsonl(tmp_path / "b.jsonl", STORIES[::-1]), vocab_size=400))
     assert sorted(other) == sorted(val)
 
 
 @pytest.mark.parametrize("texts", [["one document only " * 50], ["the same again " * 9] * 50, STORIES[:3]])
-def test_few_or_equal_documents_give_their_ends_to_validation(tmp_path, texts: list[str]) -> None:
+def test_few_or_equal_documents_are_divided_into_both_splits(tmp_path, texts: list[str]) -> None:
     corpus = prepare(jsonl(tmp_path / "a.jsonl", texts), vocab_size=300)
-    train, val = stories(corpus)
+    train, val = decoded(corpus)
     assert [a + b for a, b in zip(train, val, strict=True)] == texts
     assert 0 < len(corpus.sources[0].val) < 0.25 * len(corpus.sources[0].train)
 
 
-def test_a_document_too_short_for_a_twentieth_gives_one_token(tmp_path) -> None:
+def test_short_document_has_one_validation_token(tmp_path) -> None:
     corpus = prepare(jsonl(tmp_path / "a.jsonl", ["abcdefgh", "12345678"]), vocab_size=261)  # a token per byte
-    assert stories(corpus) == (["abcdefg", "1234567"], ["h", "8"])
+    assert decoded(corpus) == (["abcdefg", "1234567"], ["h", "8"])
 
 
-def test_summary_counts_what_there_is(tmp_path) -> None:
+def test_summary_counts_documents_bytes_and_tokens(tmp_path) -> None:
     corpus = prepare(jsonl(tmp_path / "a.jsonl", STORIES), vocab_size=400)
     assert corpus.summary["documents"] == 400
     assert corpus.summary["bytes"] == sum(len(text.encode()) for text in STORIES)
@@ -81,11 +81,11 @@ def test_summary_counts_what_there_is(tmp_path) -> None:
     assert 0 < corpus.summary["trigram"] < corpus.summary["unigram"] < np.log(400)
 
 
-def test_the_cache_answers_for_the_same_content_only(tmp_path, monkeypatch) -> None:
+def test_cache_key_is_the_content_and_the_settings(tmp_path, monkeypatch) -> None:
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     first = prepare(data, vocab_size=400)
-    with monkeypatch.context() as without_work:
-        without_work.setattr(module._Work, "pack", None)
+    with monkeypatch.context() as no_work:
+        no_work.setattr(module._Preparation, "pack", None)
         shutil.copy(data, tmp_path / "copy.jsonl")
         assert prepare(str(tmp_path / "copy.jsonl"), vocab_size=400).folder == first.folder
     keys = {first.folder, prepare(data, vocab_size=401).folder, prepare(data, "text", first.tokenizer, 400).folder}
@@ -96,8 +96,8 @@ def test_the_cache_answers_for_the_same_content_only(tmp_path, monkeypatch) -> N
     assert len(keys) == 5
 
 
-def test_a_tokenizer_is_not_taken_for_data(tmp_path) -> None:
-    """The same two files: a text and its tokenizer, or a folder of both."""
+def test_tokenizer_file_and_data_file_have_different_roles_in_the_key(tmp_path) -> None:
+    """The same two files as a text with its tokenizer and as a folder of two texts."""
     (tmp_path / "both").mkdir()
     (tmp_path / "both" / "a.txt").write_text("".join(STORIES))
     train_tokenizer(STORIES, 300).save(str(tmp_path / "both" / "b.json"))
@@ -106,23 +106,23 @@ def test_a_tokenizer_is_not_taken_for_data(tmp_path) -> None:
     assert one.summary["bytes"] < both.summary["bytes"]
 
 
-def test_a_large_file_is_read_again_only_when_it_changed(tmp_path, cache, monkeypatch) -> None:
-    monkeypatch.setattr(cache_module, "REMEMBERED", 1000)
+def test_hash_of_a_large_file_is_cached_until_it_changes(tmp_path, cache, monkeypatch) -> None:
+    monkeypatch.setattr(cache_module, "HASH_CACHE_SIZE", 1000)
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     first = prepare(data, vocab_size=400).folder
-    (memory,) = (cache / "sha256").iterdir()
+    (cached,) = (cache / "sha256").iterdir()
     with monkeypatch.context() as unreadable:
         unreadable.setattr(
             cache_module.hashlib, "sha256", lambda data: hashlib.new("sha256", data)
-        )  # cannot begin empty
+        )  # fails for an incremental hash
         assert prepare(data, vocab_size=400).folder == first
-    jsonl(tmp_path / "a.jsonl", [STORIES[1], STORIES[0], *STORIES[2:]])  # as long as before
+    jsonl(tmp_path / "a.jsonl", [STORIES[1], STORIES[0], *STORIES[2:]])  # the same size
     assert prepare(data, vocab_size=400).folder != first
     assert len(list((cache / "sha256").iterdir())) == 2
-    assert memory.read_text() == hashlib.sha256(Path(jsonl(tmp_path / "b.jsonl", STORIES)).read_bytes()).hexdigest()
+    assert cached.read_text() == hashlib.sha256(Path(jsonl(tmp_path / "b.jsonl", STORIES)).read_bytes()).hexdigest()
 
 
-def test_preparing_twice_gives_the_same_bytes(tmp_path) -> None:
+def test_preparation_is_deterministic(tmp_path) -> None:
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     one, two = (prepare(data, vocab_size=400, cache_dir=tmp_path / name).folder for name in "xy")
     names = ["summary.json", "tokenizer.json", "train-0.npy", "val-0.npy"]
@@ -130,7 +130,7 @@ def test_preparing_twice_gives_the_same_bytes(tmp_path) -> None:
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
 
-def test_processes_at_the_same_time_and_one_killed_leave_one_whole_result(tmp_path, cache) -> None:
+def test_concurrent_processes_leave_one_complete_result_after_a_kill(tmp_path, cache) -> None:
     data = jsonl(tmp_path / "a.jsonl", STORIES * 10)
     command = [sys.executable, str(SCRIPT), "--data", data, "--vocab_size=400"]
     jobs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -144,23 +144,23 @@ def test_processes_at_the_same_time_and_one_killed_leave_one_whole_result(tmp_pa
         for job in jobs:
             job.kill()
             job.communicate()
-    whole = [path for path in cache.iterdir() if not path.name.endswith(".partial")]
-    assert whole == [prepare(data, vocab_size=400).folder]
-    assert len(list(cache.glob(".*.partial"))) <= 1  # the killed one's, if it came that far
-    for left in cache.glob(".*.partial"):
-        os.utime(left, (0, 0))
+    complete = [path for path in cache.iterdir() if not path.name.endswith(".partial")]
+    assert complete == [prepare(data, vocab_size=400).folder]
+    assert len(list(cache.glob(".*.partial"))) <= 1  # of the killed process, if it had started to write
+    for partial in cache.glob(".*.partial"):
+        os.utime(partial, (0, 0))
     prepare(data, vocab_size=500)
     assert not list(cache.glob(".*.partial"))
 
 
-def test_an_error_leaves_nothing_behind(tmp_path, cache) -> None:
+def test_error_leaves_no_folder_in_the_cache(tmp_path, cache) -> None:
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     with pytest.raises(UserError, match="no column 'body'"):
         prepare(data, "body", vocab_size=400)
     assert not list(cache.iterdir())
 
 
-def test_a_large_text_trains_the_tokenizer_on_a_sample(tmp_path, monkeypatch) -> None:
+def test_tokenizer_of_a_large_text_is_trained_on_a_sample(tmp_path, monkeypatch) -> None:
     seen: list[str] = []
 
     def spy(texts, vocab_size: int):
@@ -173,20 +173,20 @@ def test_a_large_text_trains_the_tokenizer_on_a_sample(tmp_path, monkeypatch) ->
     assert 0.1 < len(seen) / len(STORIES) < 0.4
 
 
-def test_one_document_larger_than_the_sample_still_trains_a_tokenizer(tmp_path, monkeypatch) -> None:
+def test_sample_contains_at_least_one_document(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(module, "TOKENIZER_BYTES", 10)
     corpus = prepare(jsonl(tmp_path / "a.jsonl", ["".join(STORIES)]), vocab_size=300)
     assert vocabulary(load_tokenizer(corpus.tokenizer)) == 300
 
 
-def test_a_given_tokenizer_is_used_and_must_fit(tmp_path) -> None:
-    mine = train_tokenizer(["abc abd " * 99], 270)
-    mine.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # not wanted here
-    mine.save(str(tmp_path / "mine.json"))
+def test_given_tokenizer_is_used_and_must_fit_the_vocabulary(tmp_path) -> None:
+    tokenizer = train_tokenizer(["abc abd " * 99], 270)
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])  # must not be applied
+    tokenizer.save(str(tmp_path / "mine.json"))
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     corpus = prepare(data, tokenizer_path=tmp_path / "mine.json", vocab_size=50304)
     assert corpus.tokenizer.read_bytes() == (tmp_path / "mine.json").read_bytes()
-    assert sorted(chain(*stories(corpus))) == sorted(STORIES)
+    assert sorted(chain(*decoded(corpus))) == sorted(STORIES)
     with pytest.raises(UserError, match=r"mine\.json.*--vocab-size 265"):
         prepare(data, tokenizer_path=tmp_path / "mine.json", vocab_size=265)
 
@@ -198,7 +198,7 @@ def shards(folder: Path) -> str:
     return str(folder)
 
 
-def test_fineweb_shards_are_used_where_they_lie(tmp_path) -> None:
+def test_fineweb_shards_are_read_in_place(tmp_path) -> None:
     data = shards(tmp_path)
     corpus = prepare(data, vocab_size=500)
     train = np.concatenate([np.load(tmp_path / f"edufineweb_train_00000{i}.npy") for i in (1, 2)])
@@ -209,34 +209,34 @@ def test_fineweb_shards_are_used_where_they_lie(tmp_path) -> None:
     assert corpus.summary["trigram"] > 0
 
 
-def test_a_shard_with_an_id_beyond_the_vocabulary_is_named(tmp_path) -> None:
+def test_shard_with_an_id_outside_the_vocabulary_is_named(tmp_path) -> None:
     data = shards(tmp_path)
     np.save(tmp_path / "edufineweb_train_000002.npy", np.array([1, 500, 2], np.uint16))
     with pytest.raises(UserError, match=r"edufineweb_train_000002\.npy: token id 500, --vocab-size 500"):
         prepare(data, vocab_size=500)
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path) -> None:
-    (tmp_path / "file").write_text("in the way")
+def test_unwritable_cache_is_named(tmp_path) -> None:
+    (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="file"):
         prepare(jsonl(tmp_path / "a.jsonl", STORIES), cache_dir=tmp_path / "file" / "cache")
 
 
-def test_documents_need_a_token(tmp_path) -> None:
+def test_too_few_tokens_raise(tmp_path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl.*too few"):
         prepare(jsonl(tmp_path / "a.jsonl", ["x"]), vocab_size=300)
 
 
-def test_the_script_prints_the_next_command_and_one_line_for_an_error(tmp_path) -> None:
+def test_script_prints_the_training_command_or_a_one_line_error(tmp_path) -> None:
     data = jsonl(tmp_path / "a.jsonl", STORIES)
-    done = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, SCRIPT, "--data", data, "--vocab-size", "400", "--text_column=text"],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    assert f"mpirun -np 4 python scripts/train.py --data {data}" in done.stdout
+    assert f"mpirun -np 4 python scripts/train.py --data {data}" in finished.stdout
     failed = subprocess.run(
         [sys.executable, SCRIPT, "--data", str(tmp_path / "a_b")], capture_output=True, text=True, timeout=60
     )
@@ -245,42 +245,42 @@ def test_the_script_prints_the_next_command_and_one_line_for_an_error(tmp_path) 
     assert "a_b" in failed.stderr
 
 
-def test_nothing_of_a_folder_is_lost(tmp_path) -> None:
+def test_folder_of_texts_is_prepared_without_loss(tmp_path) -> None:
     (tmp_path / "texts").mkdir()
     for i, story in enumerate(STORIES[:100]):
         (tmp_path / "texts" / f"{i:03}.txt").write_text(story)
     corpus = prepare(str(tmp_path / "texts"), vocab_size=300)
-    assert sorted(chain(*stories(corpus))) == sorted(documents(str(tmp_path / "texts"), ""))
+    assert sorted(chain(*decoded(corpus))) == sorted(documents(str(tmp_path / "texts"), ""))
 
 
-def test_a_mixture_has_a_tokenizer_of_all_and_tells_of_each(tmp_path) -> None:
-    """The small Hindi source counts as its share says, so that its words become tokens."""
+def test_mixture_has_a_common_tokenizer_and_counts_of_each_source(tmp_path) -> None:
+    """The small Hindi source has half the weight in the tokenizer's sample, so that its words become tokens."""
     hindi = ["यह हिन्दी का एक वाक्य है। " * 3, "दूसरा वाक्य भी हिन्दी में है। " * 3, "और तीसरा यहाँ है। " * 3] * 4
     data = f"{jsonl(tmp_path / 'en.jsonl', STORIES)}=0.5,{jsonl(tmp_path / 'hi.jsonl', hindi)}=0.5"
     corpus = prepare(data, vocab_size=400)
     assert [source.weight for source in corpus.sources] == [0.5, 0.5]
     assert len(load_tokenizer(corpus.tokenizer).encode(" हिन्दी").ids) == 1
-    english, indian = corpus.summary["sources"]
-    assert [(Path(one["data"]).name, one["weight"]) for one in (english, indian)] == [
+    first, second = corpus.summary["sources"]
+    assert [(Path(counts["data"]).name, counts["weight"]) for counts in (first, second)] == [
         ("en.jsonl", 0.5),
         ("hi.jsonl", 0.5),
     ]
-    assert [english["documents"], indian["documents"]] == [400, 12]
+    assert [first["documents"], second["documents"]] == [400, 12]
     words = [sum(len(text.split()) for text in texts) for texts in (STORIES, hindi)]
-    assert [english["words"], indian["words"]] == words
-    pieces = 24  # few documents: each gives its end to validation
+    assert [first["words"], second["words"]] == words
+    pieces = 24  # both splits of each of the 12 documents
     tokens = [len(source.train) + len(source.val) for source in corpus.sources]
-    assert english["tokens_per_word"] == pytest.approx((tokens[0] - 400) / words[0])
-    assert (tokens[1] - pieces) / words[1] <= indian["tokens_per_word"] <= (tokens[1] - 12) / words[1]
+    assert first["tokens_per_word"] == pytest.approx((tokens[0] - 400) / words[0])
+    assert (tokens[1] - pieces) / words[1] <= second["tokens_per_word"] <= (tokens[1] - 12) / words[1]
     assert corpus.summary["tokens_per_word"] == pytest.approx(
-        (english["tokens_per_word"] * words[0] + indian["tokens_per_word"] * words[1]) / sum(words)
+        (first["tokens_per_word"] * words[0] + second["tokens_per_word"] * words[1]) / sum(words)
     )
-    assert corpus.summary["train_tokens"] == english["train_tokens"] + indian["train_tokens"]
+    assert corpus.summary["train_tokens"] == first["train_tokens"] + second["train_tokens"]
     changed = prepare(data.replace("0.5,", "0.4,"), vocab_size=400)
     assert changed.folder != corpus.folder
 
 
-def test_text_and_shards_mix_with_the_shards_tokenizer_only(tmp_path) -> None:
+def test_mixture_of_text_and_shards_requires_a_tokenizer(tmp_path) -> None:
     (tmp_path / "shards").mkdir()
     data = f"{jsonl(tmp_path / 'a.jsonl', STORIES)}=1,{shards(tmp_path / 'shards')}=1"
     with pytest.raises(UserError, match="--tokenizer"):

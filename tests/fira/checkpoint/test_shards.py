@@ -1,0 +1,161 @@
+"""Checkpoints are read bitwise identical by any layout; several ranks raise the same errors."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fira.checkpoint.shards import Checkpoint, TensorShard, newest_valid, save
+from fira.errors import UserError
+from tests.fira.checkpoint.checkpoint_files import FILES, MODEL, file_names
+from tests.launch import run_function
+from tests.ranks.checkpoint_ranks import SHAPES, matches, newest_step, ranges_match, save_state, value
+
+RANKS = "tests.ranks.checkpoint_ranks"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def test_files_can_be_read_with_safetensors_json_and_sha256(root: Path) -> None:
+    folder = Path(save_state(str(root), 100))
+    assert folder == root / "step-000100"
+    assert file_names(folder) == sorted(FILES)
+    stored = load_file(folder / FILES[0]) | load_file(folder / FILES[1])
+    assert stored.keys() == SHAPES.keys()
+    assert all(torch.equal(tensor, value(name)) for name, tensor in stored.items())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["step"] == 100
+    assert manifest["versions"].keys() == {"python", "torch", "safetensors", "numpy", "mpi4py"}
+    assert manifest["threads"] == torch.get_num_threads()
+    for name in FILES[:-1]:
+        raw = (folder / name).read_bytes()
+        assert manifest["files"][name] == {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    checkpoint = Checkpoint.open(folder)
+    assert (checkpoint.step, checkpoint.layout) == (100, {"ranks": 1})
+    assert matches(checkpoint, salt=0)
+    assert ranges_match(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(5, 3, dtype=torch.float64),
+        torch.randn(5, 3).to(torch.bfloat16),
+        torch.randn(5, 3).to(torch.float16),
+        torch.tensor([float("nan"), -0.0, float("inf")]),
+        torch.arange(12).reshape(3, 4)[:, 1:3],
+        torch.get_rng_state(),
+        torch.tensor([True, False]),
+        torch.tensor(-7, dtype=torch.int8),
+        torch.empty(0, 3),
+        torch.empty(3, 0, dtype=torch.int32),
+        torch.nn.Parameter(torch.ones(2, 2)),
+    ],
+    ids=lambda tensor: f"{tensor.dtype}-{tuple(tensor.shape)}",
+)
+def test_every_dtype_and_shape_is_restored_bitwise(root: Path, tensor: torch.Tensor) -> None:
+    folder = save(root, 1, [TensorShard("x", tensor, 0, tuple(tensor.shape))], [], {}, {}, {})
+    restored = Checkpoint.open(folder).read("x")
+    assert (restored.dtype, restored.shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(as_bytes(restored), as_bytes(tensor))
+
+
+def test_missing_or_duplicate_rows_raise(root: Path) -> None:
+    rows = torch.ones(2, 3)
+    for shards in (
+        [TensorShard("x", rows, 1, (3, 3))],
+        [TensorShard("x", rows, 0, (3, 3))],
+        [TensorShard("x", rows, 0, (4, 3)), TensorShard("x", rows, 2, (4, 3))],
+        [TensorShard("x", rows, 0, (2, 4))],
+        [TensorShard("x", rows.to(torch.complex64), 0, (2, 3))],
+    ):
+        with pytest.raises(ValueError, match=r"^x: "):
+            save(root, 1, shards, [], {}, {}, {})
+    assert not root.exists()
+
+
+def test_missing_tensor_file_or_row_is_named(root: Path) -> None:
+    checkpoint = Checkpoint.open(save_state(str(root), 1))
+    with pytest.raises(UserError, match=r"step-000001 has no tensor layers\.9\.w"):
+        checkpoint.read("layers.9.w")
+    with pytest.raises(UserError, match=r"step-000001 has no trainer\.json"):
+        checkpoint.document("trainer")
+    assert not checkpoint.has_file("trainer.json")
+    assert checkpoint.has_file("config.json")
+    with pytest.raises(ValueError, match="rows 0 to 7"):
+        checkpoint.read("layers.1.norm.weight", 3, 8)
+
+
+def test_newest_undamaged_checkpoint_is_used_and_damaged_ones_are_reported(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert newest_valid(root) is None
+    for step in (50, 100, 150):
+        save_state(str(root), step, keep=3)
+    (root / "step-000200.tmp").mkdir()
+    assert newest_step(str(root)) == 150
+    assert capsys.readouterr().err == ""
+    os.truncate(root / "step-000150" / MODEL, 9)
+    (root / "step-000100" / "manifest.json").unlink()
+    assert newest_step(str(root)) == 50
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert str(root / "step-000150" / MODEL) in lines[0]
+    assert str(root / "step-000100") in lines[1]
+    assert all(line.endswith("; using step-000050 instead") for line in lines)
+    shutil.rmtree(root / "step-000050")
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
+        newest_valid(root)
+
+
+# Several ranks
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The results of `run_scenarios` on each of four ranks."""
+    return run_function(4, RANKS, "run_scenarios", root=str(tmp_path_factory.mktemp("ranks")))
+
+
+def test_checkpoint_of_four_ranks_is_read_by_four_two_and_one(results: list[dict[str, Any]]) -> None:
+    folder = Path(results[0]["folder"])
+    assert [(rank["folder"], rank["read"]) for rank in results] == [(str(folder), True)] * 4
+    assert len(list(folder.glob("model-0000?-of-00004.safetensors"))) == 4
+    assert run_function(2, RANKS, "read_state", path=str(folder.parent)) == [True] * 2
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.layout == {"ranks": 4}
+    assert matches(checkpoint, salt=0)
+    assert ranges_match(checkpoint)
+
+
+def test_overlapping_shards_raise_on_every_rank(results: list[dict[str, Any]]) -> None:
+    assert len({rank["overlap"] for rank in results}) == 1
+    assert "embedding.weight: the shards of all ranks do not form the tensor" in results[0]["overlap"]
+    assert not Path(results[0]["folder"]).parents[1].joinpath("overlap").exists()
+
+
+def test_damage_found_by_one_rank_raises_on_all(results: list[dict[str, Any]]) -> None:
+    assert {rank["error"] for rank in results} == {results[0]["error"]}
+    assert results[0]["error"].startswith(f"{results[0]['damaged']} has 10 bytes, its manifest lists ")
+    assert [rank["newest"] for rank in results] == [50] * 4
+
+
+def test_full_disk_of_one_rank_raises_on_all(results: list[dict[str, Any]]) -> None:
+    assert len({rank["full"] for rank in results}) == 1
+    assert "step-000100.tmp/model-00002-of-00004.safetensors: " in results[0]["full"]
+    assert results[0]["full"].endswith("/full/step-000050 is intact")
+    assert [rank["newest after full"] for rank in results] == [50] * 4
+    assert file_names(Path(results[0]["folder"]).parents[1] / "full") == ["latest", "step-000050"]

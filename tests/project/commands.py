@@ -1,0 +1,77 @@
+"""Read the commands of Markdown files, and run them as a reader would, with as few steps as possible."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.launch import ROOT
+
+SETUP = "python -m venv .venv && . .venv/bin/activate && pip install -q -r requirements.txt && "
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The content of all fenced blocks of a language, without the indentation of the fence."""
+    return re.findall(rf"^```{language}[^\n]*\n(.*?)^```", text, re.S | re.M)
+
+
+def commands(text: str) -> list[str]:
+    """One command per line of the `sh` blocks, without comments."""
+    lines = (re.sub(r"\s+#.*", "", line).strip() for block in blocks(text, "sh") for line in block.splitlines())
+    return [line for line in lines if line]
+
+
+def make_checkout(folder: Path) -> Path:
+    """Create a folder that looks like a checkout to the commands, with text to train on. All output stays in it."""
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    text = (ROOT / "README.md").read_text()
+    (folder / "README.md").write_text(text)
+    (folder / "texts").mkdir()
+    (folder / "texts" / "one.txt").write_text(text * 3)
+    rows = "\n".join(f'"{line}"' for line in text.replace('"', "'").splitlines() if line)
+    (folder / "pages.csv").write_text(f"Text,text\n{rows.replace(chr(10), ',x' + chr(10))},x\n")
+    return folder
+
+
+def shortened(command: str) -> str:
+    """The command without its set-up part, with few steps and tokens."""
+    command = command.removeprefix(SETUP)
+    if "train.py" in command:
+        steps = 3 if "--resume" in command else 2
+        command = re.sub(r" --steps \d+", "", command) + f" --steps {steps} --eval-sequences 4 --batch-size 4"
+        command = re.sub(r"--vocab-size \d+", "--vocab-size 300", command)
+    if "generate.py" in command and "--eval-text" not in command:
+        command += " --max-new-tokens 5"
+    return command
+
+
+def run(command: str, place: Path, stdin: str = "") -> str:
+    """Run a command in `place` with this Python first on the PATH; return its stdout.
+
+    Raises AssertionError if it fails.
+    """
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "FIRA_CACHE": str(place / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    result = subprocess.run(
+        ["bash", "-c", command],
+        cwd=place,
+        env=environment,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+def run_python(code: str, place: Path) -> str:
+    """Run a Python block in `place`; return its stdout."""
+    (place / "block.py").write_text(code)
+    return run("python block.py", place)

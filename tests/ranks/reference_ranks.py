@@ -1,0 +1,62 @@
+"""What each rank of a reference test does: the training run that `tests.reference_training` computes independently."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fira.data.loader import Loader, ValidationSequences
+from fira.models.registry import from_document
+from fira.optim.lr_schedule import learning_rate
+from fira.parallel.batch_split import BatchSplit
+from fira.parallel.parallelize import Distributed, parallelize
+from fira.training.trainer import Trainer
+from pipeline.mesh import CPU, Layout, make_mesh
+from tests.reference_training import Settings, token_ids
+
+
+class Tokens:
+    """Token ids as the loader reads them."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.ids[start:stop]
+
+
+def train(
+    model: dict[str, Any], settings: dict[str, Any], layout: list[int], dtype: str, microbatch: int, validation: int
+) -> dict[str, Any]:
+    """Losses, norms and learning rates of each step, the validation loss at the end, and the weights this rank holds.
+
+    validation: the number of validation tokens. "initial", "weights": by name, (first row, values).
+    """
+    torch.set_num_threads(1)
+    config, s = from_document(model), Settings(**settings)
+    mesh = make_mesh(Layout(*layout), [CPU])
+    built = parallelize(config, mesh, config.seq_len, 7, [CPU], "1f1b", getattr(torch, dtype))
+    split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
+    trainer = Trainer(built, mesh, split, "1f1b", s.weight_decay, s.clip, fp16=False)
+    ids = token_ids(config.vocab_size, s.windows * config.seq_len + 1)
+    loader = Loader(Tokens(ids), config.seq_len, s.loader_seed)  # type: ignore[arg-type]
+    initial, steps = _weights(built), []
+    for step in range(1, s.steps + 1):
+        lr = learning_rate(step, s.steps, s.peak, s.low, s.warmup)
+        result = trainer.step(loader, s.batch, lr, 11, [])
+        steps.append([result.loss, result.aux_loss, result.grad_norm, lr])
+    held_out = ValidationSequences(Tokens(token_ids(config.vocab_size, validation)), config.seq_len)  # type: ignore[arg-type]
+    loss = trainer.evaluate(held_out, s.batch)
+    return {"initial": initial, "steps": steps, "val_loss": loss, "weights": _weights(built)}
+
+
+def _weights(built: Distributed) -> dict[str, Any]:
+    return {part.name: (part.start, part.parameter.tolist()) for part in built.parts}
+
+
+def train_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Several trainings one after another: starting ranks takes longer than training them."""
+    return [train(**case) for case in cases]

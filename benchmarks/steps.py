@@ -1,10 +1,11 @@
-"""A trainer on made-up tokens, for benchmarks of whole steps."""
+"""A trainer on random tokens, for benchmarks of training steps."""
 
 from typing import Any
 
 import numpy as np
 import torch
 
+from fira.models.registry import build
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
 from fira.planner.candidates import Candidate
@@ -15,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class RandomTokens:
-    """Stands for a loader: its sequences are random."""
+    """A loader of random sequences."""
 
     def __init__(self, vocab_size: int, seq_len: int) -> None:
         self.consumed = 0
@@ -30,8 +31,10 @@ class RandomTokens:
 def trainer_of(
     config: Any, candidate: Candidate, device: torch.device = CPU, autocast: torch.dtype | None = None
 ) -> Trainer:
-    """This rank's part of a model that is trained as one candidate layout (collective over all ranks)."""
+    """This rank's trainer of a model in one candidate layout (collective)."""
     mesh = make_mesh(candidate.layout, [device])
-    model = parallelize(config, mesh, config.seq_len, 0, [device], candidate.schedule, autocast=autocast)
+    with torch.device("meta"):
+        meta_model = build(config)
+    model = parallelize(meta_model, mesh, 0, [device], candidate.schedule, autocast=autocast)
     split = BatchSplit(candidate.microbatch, candidate.layout.dp, mesh.dp_rank, config.d_model, device)
     return Trainer(model, mesh, split, candidate.schedule, 0.1, 1.0, False)

@@ -1,4 +1,4 @@
-"""Contenders in jobs of their own, under mpirun, that take turns: what slows the machine for a while slows all."""
+"""Contenders in separate mpirun jobs that take turns, so that a temporary slowdown of the machine affects all."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 class Job:
-    """A job whose ranks `serve`. names: of its contenders. Ends with its `with` block."""
+    """A job whose ranks run `serve`; it ends with its `with` block. names: of its contenders."""
 
     def __init__(self, ranks: int, module: str, *arguments: object, python: str = sys.executable) -> None:
         command = ["mpirun", "-np", str(ranks), python, "-m", module, *map(str, arguments)]
@@ -32,26 +32,26 @@ class Job:
         self._process.stdin.close()
         self._process.wait(60)
 
-    def _answer(self, mark: str) -> list[str]:
+    def _answer(self, prefix: str) -> list[str]:
         assert self._process.stdout
         for line in self._process.stdout:
-            if line.startswith(mark):
+            if line.startswith(prefix):
                 return line.rstrip("\n").split("\t")[1:]
         raise SystemExit(f"a job has ended with status {self._process.wait()}")
 
 
 def serve(runs: Mapping[str, Callable[[], Any]], rank: int) -> None:
-    """Call whichever contender the driver names, until it closes the pipe. For all ranks of a job."""
+    """Run the contenders that the driver requests, until it closes the pipe (collective)."""
     if rank == 0:
         print("contenders:", *runs, sep="\t", flush=True)
     while True:
-        asked = [sys.stdin.readline().strip() if rank == 0 else ""]
-        dist.broadcast_object_list(asked)
-        if not asked[0]:
+        request = [sys.stdin.readline().strip() if rank == 0 else ""]
+        dist.broadcast_object_list(request)
+        if not request[0]:
             return
         dist.barrier()
         started = time.perf_counter()
-        runs[asked[0]]()
+        runs[request[0]]()
         seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         if rank == 0:

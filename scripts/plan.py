@@ -6,12 +6,14 @@ links between the ranks of mpirun where it is started by it; of another device t
 
 import dataclasses
 
+import torch
+
 import pipeline
 from fira import cli
 from fira.devices import choose_devices
 from fira.errors import UserError
 from fira.metrics.timeline_plot import write_timeline
-from fira.models.registry import make_config
+from fira.models.registry import build, make_config
 from fira.planner.plan import plan_for, plan_here
 from fira.planner.plan_report import command_line, describe
 from fira.training.auto_layout import constraints_of
@@ -32,7 +34,8 @@ def main() -> None:
     if min(options.ranks, options.top) < 1:
         raise UserError("--ranks and --top must be greater than 0")
     config = TrainConfig(**{key: getattr(options, key) for key in KEYS})
-    model = make_config(config.model, config.model_changes())
+    with torch.device("meta"):
+        model = build(make_config(config.model, config.model_changes()))
     batch = config.recipe().batch_size
     if config.batch_size is None and batch < options.ranks:
         batch = options.ranks
@@ -48,7 +51,7 @@ def main() -> None:
     else:
         found, hardware = plan_for(model, constraints, config.precision, options.ranks, options.device, options.top)
     flags = given_flags(config, without=PLANNED)
-    print(describe(found, hardware, batch * model.seq_len, flags))
+    print(describe(found, hardware, batch * model.config.seq_len, flags))
     if options.timeline:
         best = found.best[0]
         if best.timeline is None:

@@ -1,10 +1,10 @@
-"""What one GPU can tell: MFU of training in bf16, the engine's and torchgpipe's overhead, the MoE layer, shared ranks.
+"""Benchmarks on one GPU: MFU of training in bf16, overhead of engine and torchgpipe, the MoE layer, shared ranks.
 
     python -m benchmarks.gpu.run                    # one rank
     mpirun -np 2 python -m benchmarks.gpu.run       # two ranks share the GPU: messages through the host
-    python -m benchmarks.gpu.run --device cpu       # a small model, to see that it runs; its figures mean nothing
+    python -m benchmarks.gpu.run --device cpu       # a small model, to test the benchmark only
 
-Writes results.csv: contenders took turns in one run, medians.
+Writes results.csv: medians of contenders that take turns in one run.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from fira.nn.moe.experts import GatedExperts
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
 from fira.parallel.objective import objective
+from fira.parallel.parallelize import layer_flops
 from fira.parallel.pipeline_model import create_pipeline_model
 from fira.planner.candidates import Candidate
 from pipeline.mesh import Layout
@@ -47,7 +48,7 @@ def peak(device: torch.device) -> tuple[Run, float]:
 
 
 def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
-    """A loop as anyone would write it: micro-batches through the whole model, then AdamW."""
+    """A plain training loop: micro-batches through the whole model, then torch's AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     loader = RandomTokens(config.vocab_size, config.seq_len)
 
@@ -68,14 +69,14 @@ def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
 
 
 def ours(config: Any, layout: Layout, device: torch.device) -> Run:
-    way = Candidate(layout, "1f1b", MICROBATCH, BATCH // MICROBATCH // layout.dp, 0)
-    trainer = trainer_of(config, way, device, torch.bfloat16)
+    candidate = Candidate(layout, "1f1b", MICROBATCH, BATCH // MICROBATCH // layout.dp, 0)
+    trainer = trainer_of(config, candidate, device, torch.bfloat16)
     loader = RandomTokens(config.vocab_size, config.seq_len)
     return lambda: trainer.step(loader, BATCH, 1e-4, 0, [])
 
 
 def expert_layers(device: torch.device, experts: int, top_k: int) -> dict[str, Run]:
-    """Forward and backward of a MoE layer and of a dense one of equal active FLOPs, bf16."""
+    """Forward and backward of an MoE layer and of a dense layer of equal active FLOPs, in bf16."""
     width, hidden, rows, length = (2048, 4096, 8, 1024) if device.type == "cuda" else (64, 128, 2, 32)
     moe = MoE(Router(width, experts, top_k, bias=False), GatedExperts(experts, width, hidden, F.silu), experts, 1, [])
     dense = GatedMLP(width, top_k * hidden, nn.Linear)
@@ -96,8 +97,8 @@ def expert_layers(device: torch.device, experts: int, top_k: int) -> dict[str, R
     }
 
 
-def finished(run: Run, device: torch.device) -> Run:
-    """A run that ends when the device is through."""
+def synchronised(run: Run, device: torch.device) -> Run:
+    """A run that waits until the device has finished."""
 
     def call() -> None:
         run()
@@ -108,17 +109,17 @@ def finished(run: Run, device: torch.device) -> Run:
 
 
 def measure(contenders: dict[str, Run], base: str, flops: dict[str, float], device: torch.device) -> list[dict]:
-    """A row per contender: milliseconds, speed (`base` is 1), and FLOPs over those of the peak in the same rounds."""
-    product, of_product = peak(device)
-    runs = {name: finished(run, device) for name, run in (contenders | {"peak": product}).items()}
+    """A row per contender: milliseconds, speed relative to `base`, and MFU relative to the peak in the same rounds."""
+    product, product_flops = peak(device)
+    runs = {name: synchronised(run, device) for name, run in (contenders | {"peak": product}).items()}
     seconds = alternate(runs, ROUNDS)
     return [
         {
             "contender": name,
             "ms": median(seconds[name]) * 1e3,
             "speed": ratio(seconds[base], seconds[name]),
-            "mfu": flops[name] / of_product * ratio(seconds["peak"], seconds[name]) if name in flops else None,
-            "peak_tflops": of_product / median(seconds["peak"]) / 1e12,
+            "mfu": flops[name] / product_flops * ratio(seconds["peak"], seconds[name]) if name in flops else None,
+            "peak_tflops": product_flops / median(seconds["peak"]) / 1e12,
         }
         for name in contenders
     ]
@@ -139,9 +140,9 @@ def main() -> None:
         contenders[base] = plain(model, config, device)
         parts = create_pipeline_model(build(config), [device, device], chunks=2)
         contenders["torchgpipe, two partitions"] = plain(parts, config, device)
-    of_layers = [layer.flops_per_token(config.seq_len) for layer in build(config).layers]  # type: ignore[operator]
-    of_step = 3 * sum(of_layers) * BATCH * config.seq_len / world.size  # the peak, too, is this rank's
-    rows = measure(contenders, base, dict.fromkeys(contenders, of_step), device)
+    tokens = BATCH * config.seq_len
+    step_flops = 3 * sum(layer_flops(build(config))) * tokens / world.size  # per rank, like the peak
+    rows = measure(contenders, base, dict.fromkeys(contenders, step_flops), device)
     if world.size == 1:
         for experts, top_k in ((8, 2), (64, 2)):
             rows += measure(expert_layers(device, experts, top_k), "dense layer", {}, device)

@@ -1,4 +1,4 @@
-"""One world's layouts: what the planner says of each, then what it takes. Started by run.py under mpirun."""
+"""Predicted and measured step time and memory of several layouts. Started by run.py under mpirun."""
 
 import gc
 import json
@@ -13,11 +13,12 @@ import torch.distributed as dist
 
 import pipeline
 from benchmarks.steps import RandomTokens, trainer_of
-from fira.models.registry import make_config
+from fira.models.registry import build, make_config
+from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate
 from fira.planner.measure import measure
 from fira.planner.model_profile import profile_of
-from fira.planner.step_time import Predictor
+from fira.planner.step_time import predict
 from pipeline.mesh import Layout
 
 MODELS = {
@@ -25,7 +26,7 @@ MODELS = {
     "fira 15M": {"d_model": 256, "num_layers": 6, "d_ff": 1024, "n_head": 4, "num_experts": 4},
 }
 BATCH, STEPS = 16, 9
-WAYS = {
+CANDIDATES = {
     1: [Candidate(Layout(1, 1, 1), "1f1b", 4, 4, 0)],
     2: [
         Candidate(Layout(2, 1, 1), "1f1b", 4, 4, 0),
@@ -39,7 +40,7 @@ WAYS = {
 
 
 def step_seconds(config, candidate: Candidate) -> float:
-    """The median step, as the slowest rank has it."""
+    """The median step time on the slowest rank."""
     trainer, loader = trainer_of(config, candidate), RandomTokens(config.vocab_size, config.seq_len)
     times = []
     for _ in range(STEPS):
@@ -53,7 +54,7 @@ def step_seconds(config, candidate: Candidate) -> float:
 
 
 def peak_bytes(config, candidate: Candidate) -> float:
-    """The most that torch has allocated on a rank in two steps, by its profiler."""
+    """The largest amount of memory that torch allocates on a rank in two steps, by its profiler."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer, loader = trainer_of(config, candidate), RandomTokens(config.vocab_size, config.seq_len)
@@ -64,7 +65,7 @@ def peak_bytes(config, candidate: Candidate) -> float:
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]  # of layouts measured earlier
+    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]  # by layouts that were measured before
     peak = torch.tensor(float(max(e["args"]["Total Allocated"] for e in memory) - before))
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return float(peak)
@@ -74,10 +75,12 @@ def main() -> None:
     world = pipeline.init()
     for name, changes in MODELS.items():
         config = make_config("fira-tiny", changes)
-        shape = profile_of(config)
-        hardware, costs = measure(shape, [4], "fp32", torch.device("cpu"), world.size, world)
-        for candidate in WAYS[world.size]:
-            estimate = Predictor(shape, hardware, costs, "fp32").predict(candidate)
+        with torch.device("meta"):
+            profile = profile_of(build(config))
+        hardware, cost_model = measure(profile, [4], "fp32", torch.device("cpu"), world.size, world)
+        inputs = PlanInputs(profile, hardware, cost_model, "fp32")
+        for candidate in CANDIDATES[world.size]:
+            estimate = predict(CandidateCosts(inputs, candidate))
             seconds, peak = step_seconds(config, candidate), peak_bytes(config, candidate)
             if world.rank == 0:
                 row = {
@@ -88,7 +91,7 @@ def main() -> None:
                     "measured_ms": seconds * 1e3,
                     "predicted_mb": max(estimate.memory) / 1e6,
                     "measured_mb": peak / 1e6,
-                    "parts_ms": {part: round(value * 1e3, 2) for part, value in estimate.parts.items()},
+                    "breakdown_ms": {cause: round(value * 1e3, 2) for cause, value in estimate.breakdown.items()},
                 }
                 print(json.dumps(row), flush=True)
     if world.rank == 0:

@@ -16,7 +16,7 @@ def main() -> None:
     rows = []
     for ranks in (1, 2, 4):
         command = ["mpirun", "-np", str(ranks), sys.executable, str(HERE / "ranks.py")]
-        with tempfile.TemporaryDirectory() as cache:  # what was measured earlier, under another load, is no use
+        with tempfile.TemporaryDirectory() as cache:  # do not reuse costs that were measured under another load
             environment = os.environ | {"FIRA_CACHE": cache}
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

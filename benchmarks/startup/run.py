@@ -1,8 +1,8 @@
-"""How long a job takes from `mpirun` to its first step, beside the same number of ranks that only import torch.
+"""Time from `mpirun` to the first training step, compared with the same number of ranks that only import torch.
 
     python -m benchmarks.startup.run [--ranks 4] [--rounds 5]
 
-The two take turns. Caches are warm: the data is prepared, Python's bytecode written, files read once before.
+The two take turns. Caches are warm: the data is prepared, Python's bytecode is written, all files have been read.
 """
 
 import argparse
@@ -18,20 +18,20 @@ from pathlib import Path
 from benchmarks.measure import environment
 from fira.models.registry import PRESETS, RECIPES
 
-TOKENS = RECIPES["fira-tiny"].batch_size * PRESETS["fira-tiny"].seq_len  # of a step
+TOKENS = RECIPES["fira-tiny"].batch_size * PRESETS["fira-tiny"].seq_len  # per step
 RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS = ("import torch", "to the first step", "to its end")
 
 
 def import_torch(ranks: int, environ: dict[str, str]) -> float:
-    """Seconds of a job that does nothing else."""
+    """Seconds of a job that only imports torch."""
     started = time.perf_counter()
     subprocess.run(["mpirun", "-np", str(ranks), sys.executable, "-c", "import torch"], check=True, env=environ)
     return time.perf_counter() - started
 
 
 def first_step(ranks: int, environ: dict[str, str]) -> tuple[float, float]:
-    """Seconds until the first of two steps of fira-tiny begins, and until it ends."""
+    """Seconds from the start of a job until its first training step of fira-tiny begins, and until it ends."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["mpirun", "-np", str(ranks), sys.executable, "scripts/train.py", "--steps", "2", "--out", folder]
         started = time.perf_counter()
@@ -56,7 +56,7 @@ def main() -> None:
     for _ in range(options.rounds + 1):
         rows.append((import_torch(options.ranks, environ), *first_step(options.ranks, environ)))
         print("  ".join(f"{name} {value:.2f} s" for name, value in zip(COLUMNS, rows[-1], strict=True)), flush=True)
-    rows = rows[1:]  # the first one fills the caches
+    rows = rows[1:]  # the first round fills the caches
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)

@@ -1,9 +1,9 @@
-"""Where the time of a training step goes in one process: tokens/s, MFU, and the costliest operators.
+"""Profile of a training step in one process: tokens/s, MFU, and the operators that take most of the time.
 
     python -m benchmarks.training.profile [THREADS]
 
-Forward and backward of fira-tiny and of a fira of 21 million parameters on made-up tokens, in fp32 on the CPU. The peak
-is that of matrix products, measured in turns with the steps.
+Runs forward and backward of fira-tiny and of a fira of 21 million parameters on random tokens, in fp32 on the CPU. The
+peak is that of matrix products, which take turns with the steps.
 """
 
 import sys
@@ -21,9 +21,10 @@ from fira.models.language_model import LanguageModel
 from fira.models.registry import PRESETS, build
 from fira.nn.context import Context, TrainingContext
 from fira.parallel.objective import objective
+from fira.parallel.parallelize import layer_flops
 
 ROUNDS = 5
-MODELS: dict[str, tuple[FiraConfig, int]] = {  # and the sequences of a step
+MODELS: dict[str, tuple[FiraConfig, int]] = {  # config and sequences per step
     "fira-tiny": (PRESETS["fira-tiny"], 16),
     "fira, 21M": (
         replace(PRESETS["fira-base"], vocab_size=8192, seq_len=256, d_model=384, n_head=6, num_layers=4, d_ff=1024),
@@ -44,16 +45,15 @@ def step(model: LanguageModel, config: Any, sequences: int) -> None:
 
 
 def measure(name: str, config: FiraConfig, sequences: int) -> None:
-    """Print a line of figures and the profile of a model."""
+    """Print tokens/s, MFU and the profile of a model."""
     model = build(config)
     peak, flops = products()
     seconds = alternate({"step": lambda: step(model, config, sequences), "peak": peak}, ROUNDS)
     tokens = sequences * config.seq_len
-    of_step = 3 * sum(layer.flops_per_token(config.seq_len) for layer in model.layers) * tokens  # type: ignore[operator]
-    mfu = of_step / flops * ratio(seconds["peak"], seconds["step"])
-    speed, most = tokens / median(seconds["step"]), flops / median(seconds["peak"])
+    mfu = 3 * sum(layer_flops(model)) * tokens / flops * ratio(seconds["peak"], seconds["step"])
+    speed, peak_flops = tokens / median(seconds["step"]), flops / median(seconds["peak"])
     print(f"{name}: {model.num_parameters():,} parameters, {speed:.0f} tokens/s")
-    print(f"MFU {mfu:.3f} of {most / 1e9:.0f} GFLOP/s")
+    print(f"MFU {mfu:.3f} of {peak_flops / 1e9:.0f} GFLOP/s")
     with profile(activities=[ProfilerActivity.CPU]) as record:
         step(model, config, sequences)
     print(record.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60))

@@ -1,4 +1,4 @@
-"""One world's contenders, each with a model, waiting for its turn. Started by run.py."""
+"""The contenders of one number of ranks, each with a model of its own. Started by run.py under mpirun."""
 
 from collections.abc import Callable
 
@@ -11,14 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 import pipeline
 from benchmarks.measure import products
 from benchmarks.pipeline.ranks import Layers
-from benchmarks.pipeline.ranks import objective as of_logits
+from benchmarks.pipeline.ranks import objective as logits_objective
 from benchmarks.steps import RandomTokens, trainer_of
 from benchmarks.turns import serve
 from fira.devices import keep_freed_memory
 from fira.models.fira import FIRA, FiraConfig
 from fira.nn.context import Context, TrainingContext
 from fira.parallel.objective import objective
-from fira.parallel.parallelize import layer_costs
+from fira.parallel.parallelize import layer_flops
 from fira.planner.candidates import Candidate
 from pipeline.mesh import Layout
 from pipeline.partition import partition
@@ -26,9 +26,9 @@ from pipeline.partition import partition
 CONFIG = FiraConfig(
     vocab_size=8192, seq_len=256, d_model=384, n_head=6, num_layers=6, d_ff=1104, num_experts=4, dropout=0.0
 )
-BATCH = 8  # sequences in a step, whoever takes it
-AT_ONCE = 4  # sequences in a forward of one process
-WAYS = {  # layout, schedule, sequences in a micro-batch, micro-batches per replica
+BATCH = 8  # sequences per step of every contender
+MICROBATCH = 4  # sequences per forward in one process
+CANDIDATES = {  # layout, schedule, sequences per micro-batch, micro-batches per replica, recomputed blocks
     1: [Candidate(Layout(1, 1, 1), "1f1b", 4, 2, 0)],
     2: [
         Candidate(Layout(2, 1, 1), "1f1b", 1, 8, 0),
@@ -47,7 +47,7 @@ Run = Callable[[], object]
 
 
 def name_of(candidate: Candidate) -> str:
-    """What a way is called in the table."""
+    """The name of a candidate in the table."""
     layout = candidate.layout
     name = f"ours, pp {layout.pp} × dp {layout.dp}" + (f" (ep {layout.ep})" if layout.ep > 1 else "")
     return name + (f", {candidate.schedule}" if candidate.layout.pp > 1 else "")
@@ -88,22 +88,22 @@ def data_parallel(group: dist.ProcessGroup) -> Run:
 
 
 def torch_pipeline(group: dist.ProcessGroup) -> Run:
-    """The same model in stages by PyTorch's pipelining, 1F1B; its gradients are not clipped."""
+    """The same model in stages of PyTorch's pipelining with 1F1B; gradients are not clipped."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = FIRA(CONFIG)
-    span = partition(layer_costs(model, CONFIG.seq_len), ranks)[rank]
+    span = partition(layer_flops(model), ranks)[rank]
     layers = Layers(model.layers[span.start : span.stop])
     optimizer = optimizer_of(layers)
     inputs, targets = tokens()
     stage = pipelining.PipelineStage(layers, rank, ranks, torch.device("cpu"), group=group)
 
-    def loss(logits: Tensor, wanted: Tensor) -> Tensor:
-        return of_logits(logits, wanted, Context(training=TrainingContext(loss_weight=1 / targets.numel())))[0]
+    def loss(logits: Tensor, targets_: Tensor) -> Tensor:
+        return logits_objective(logits, targets_, Context(training=TrainingContext(loss_weight=1 / targets.numel())))[0]
 
-    player = pipelining.Schedule1F1B(stage, 8, loss_fn=loss, scale_grads=False)
+    runner = pipelining.Schedule1F1B(stage, 8, loss_fn=loss, scale_grads=False)
 
     def run() -> None:
-        player.step(*([inputs] if rank == 0 else []), **({"target": targets} if rank == ranks - 1 else {}))
+        runner.step(*([inputs] if rank == 0 else []), **({"target": targets} if rank == ranks - 1 else {}))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -111,7 +111,7 @@ def torch_pipeline(group: dist.ProcessGroup) -> Run:
 
 
 def mixtral() -> Run:
-    """transformers' Mixtral of the same width, depth, experts and active FLOPs: three matrices of two thirds' size."""
+    """transformers' Mixtral of equal width, depth, experts and active FLOPs: three matrices of 2/3 the size."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -130,8 +130,8 @@ def mixtral() -> Run:
 
     def run() -> None:
         inputs, targets = tokens()
-        for x, y in zip(inputs.split(AT_ONCE), targets.split(AT_ONCE), strict=True):
-            (model(input_ids=x, labels=y, use_cache=False).loss * (AT_ONCE / BATCH)).backward()
+        for x, y in zip(inputs.split(MICROBATCH), targets.split(MICROBATCH), strict=True):
+            (model(input_ids=x, labels=y, use_cache=False).loss * (MICROBATCH / BATCH)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -140,9 +140,9 @@ def mixtral() -> Run:
 
 
 def main() -> None:
-    world = pipeline.init(timeout_s=3600)  # the others' turns are long
+    world = pipeline.init(timeout_s=3600)  # the other jobs' turns are long
     keep_freed_memory()
-    runs = {name_of(candidate): ours(candidate) for candidate in WAYS[world.size]}
+    runs = {name_of(candidate): ours(candidate) for candidate in CANDIDATES[world.size]}
     if world.size == 1:
         runs["peak"] = products()[0]
         runs["transformers' Mixtral"] = mixtral()

@@ -1,9 +1,9 @@
-"""Whole training steps of a fira of 30 million parameters, in layouts and beside others.
+"""Training steps of a fira of 30 million parameters in several layouts, compared with other libraries.
 
     python -m benchmarks.training.run
 
-One process with all cores, two and four ranks wait side by side and take turns, a step each, so that what slows the
-machine slows all. Writes results.csv and results.png.
+Jobs of one process with all cores, of two and of four ranks take turns, one step each, so that a temporary slowdown of
+the machine affects all of them. Writes results.csv and results.png.
 """
 
 import sys
@@ -18,7 +18,7 @@ from benchmarks.measure import environment, products, ratio
 from benchmarks.training.ranks import BATCH, CONFIG
 from benchmarks.turns import Job
 from fira.models.fira import FIRA
-from fira.parallel.parallelize import layer_costs
+from fira.parallel.parallelize import layer_flops
 
 HERE = Path(__file__).parent
 ROUNDS = 5
@@ -39,19 +39,19 @@ def measure() -> dict[tuple[int, str], list[float]]:
 
 
 def table(seconds: dict[tuple[int, str], list[float]]) -> pd.DataFrame:
-    """A row per contender: median of the rounds' ratios against one process of ours."""
+    """A row per contender; its speed is the median of the rounds' ratios to one process of Fira."""
     model = FIRA(CONFIG)
     count = BATCH * CONFIG.seq_len
-    flops = 3 * sum(layer_costs(model, CONFIG.seq_len)) * count
-    peak, of_peak = seconds.pop((1, "peak")), products()[1]
-    print(f"{model.num_parameters():,} parameters, peak {of_peak / median(peak) / 1e9:.0f} GFLOP/s; {environment()}")
+    flops = 3 * sum(layer_flops(model)) * count
+    peak, peak_flops = seconds.pop((1, "peak")), products()[1]
+    print(f"{model.num_parameters():,} parameters, peak {peak_flops / median(peak) / 1e9:.0f} GFLOP/s; {environment()}")
     return pd.DataFrame(
         {
             "ranks": ranks,
             "contender": name,
             "seconds": median(times),
             "tokens_per_s": count / median(times),
-            "mfu": flops / of_peak * ratio(peak, times),
+            "mfu": flops / peak_flops * ratio(peak, times),
             "speed": ratio(seconds[1, BASE], times),
         }
         for (ranks, name), times in seconds.items()
@@ -67,7 +67,7 @@ def draw(rows: pd.DataFrame) -> None:
     colours = ["C0" if row.contender.startswith("ours") else "C7" for row in rows.itertuples()]
     axes.barh(labels, rows["tokens_per_s"], color=colours)
     axes.invert_yaxis()
-    axes.set_xlabel("tokens/s, whole steps")
+    axes.set_xlabel("tokens/s of training steps")
     figure.savefig(HERE / "results.png", dpi=110)
 
 

@@ -1,4 +1,4 @@
-"""Timelines as a picture: a row per rank, a colour per kind of action, the micro-batch's number inside."""
+"""Plots of timelines: a row per rank, a colour per kind of action, labelled with the micro-batch number."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from pipeline.timeline import write_trace
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Light enough for numbers in black, told apart by colour-blind readers too; shades alternate from micro-batch to
-# micro-batch, so that neighbours of one kind can be told apart.
+# Light enough for black numbers and distinguishable with colour blindness. The two shades of a kind alternate from
+# micro-batch to micro-batch, so that adjacent actions of one kind can be distinguished.
 COLOURS = {
     Kind.FORWARD: ("#9ecae1", "#c6dbef"),
     Kind.BACKWARD: ("#fdae6b", "#fdd0a2"),
     Kind.INPUT: ("#fed976", "#ffeda0"),
     Kind.WEIGHT: ("#a1d99b", "#c7e9c0"),
 }
-MEANING = {
+LABELS = {
     Kind.FORWARD: "forward",
     Kind.BACKWARD: "backward",
-    Kind.INPUT: "backward of the input",
-    Kind.WEIGHT: "backward of the weights",
+    Kind.INPUT: "gradient of the input",
+    Kind.WEIGHT: "gradients of the weights",
 }
-MOST_NUMBERED = 400  # spans in a row from which on numbers are too small to be read
+MAX_NUMBERED = 400  # spans in a row; with more, numbers are too small to read
 
 
 def draw_timelines(panels: Mapping[str, Timeline], out: Path, columns: int = 1) -> None:
-    """Draw titled timelines, in seconds, into a PNG, all to one scale. UserError where it cannot be written."""
+    """Draw timelines, in seconds, by title into a PNG with a common time axis.
+
+    Raises UserError if the file cannot be written.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -42,11 +45,11 @@ def draw_timelines(panels: Mapping[str, Timeline], out: Path, columns: int = 1) 
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
     for axes, (title, timeline) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, title, timeline)
-    grid[0, 0].set_xlim(0, 1.02e3 * max(timeline.length for timeline in panels.values()))  # of all: they share it
+    grid[0, 0].set_xlim(0, 1.02e3 * max(timeline.length for timeline in panels.values()))  # shared by all panels
     for axes in grid[-1]:
         axes.set_xlabel("milliseconds", fontsize=9)
     kinds = {action.kind for timeline in panels.values() for spans in timeline.spans for action, _, _ in spans}
-    patches = [Patch(color=COLOURS[kind][0], label=MEANING[kind]) for kind in MEANING if kind in kinds]
+    patches = [Patch(color=COLOURS[kind][0], label=LABELS[kind]) for kind in LABELS if kind in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     try:
         figure.savefig(out, dpi=110)
@@ -59,7 +62,7 @@ def _draw(axes: Axes, title: str, timeline: Timeline) -> None:
         for action, start, end in spans:
             shade = COLOURS[action.kind][action.microbatch % 2]
             axes.barh(rank, (end - start) * 1e3, left=start * 1e3, height=0.86, color=shade, edgecolor="white", lw=0.4)
-            if len(spans) <= MOST_NUMBERED and end - start > timeline.length / 120:
+            if len(spans) <= MAX_NUMBERED and end - start > timeline.length / 120:
                 middle = (start + end) / 2 * 1e3
                 axes.text(middle, rank, str(action.microbatch), ha="center", va="center", fontsize=7)
     axes.set_title(title, fontsize=10, loc="left")
@@ -72,7 +75,10 @@ def _draw(axes: Axes, title: str, timeline: Timeline) -> None:
 
 
 def write_timeline(timeline: Timeline, out: str, title: str) -> Path:
-    """Write a trace, and a picture of it beside it; returns the picture's path."""
+    """Write a timeline as a trace file, and as a PNG next to it; returns the path of the PNG.
+
+    Raises UserError if a file cannot be written.
+    """
     path = Path(out)
     picture = path.with_suffix(".png")
     try:

@@ -8,11 +8,11 @@ from torch.optim.adamw import adamw
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with β 0.9 / 0.95, by torch's fused kernel.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with β 0.9 and 0.95, by torch's fused kernel.
 
-    parameters: by name. decayed: the names of those that weight decay applies to. moments: [name] → exp_avg and
-    exp_avg_sq, each with the parameter's shape. updates: the number of steps taken. This is not a
-    torch.optim.Optimizer, whose first use imports torch's compiler: two seconds on every rank at every start.
+    parameters: by name. decayed: the names of those to which weight decay applies. moments: [name] → exp_avg and
+    exp_avg_sq, each of the parameter's shape. updates: the number of steps taken. This is not a torch.optim.Optimizer,
+    because the first use of that class imports torch's compiler, which takes 2 s on every rank at every start.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decayed: Collection[str], weight_decay: float) -> None:
@@ -24,7 +24,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update every parameter by its `.grad`, which must be present."""
+        """Update every parameter by its `.grad`, which must not be None."""
         for names, weight_decay in self._groups:
             if not names:
                 continue

@@ -2,7 +2,10 @@
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2017, arXiv 1710.03740): halved on overflow."""
+    """The factor of the objective (Micikevicius et al. 2017, arXiv 1710.03740); 1 if disabled.
+
+    It is halved after each step with an overflow and doubled after GROWTH_INTERVAL consecutive steps without one.
+    """
 
     GROWTH_INTERVAL = 1000
 
@@ -15,12 +18,12 @@ class LossScale:
         return {"value": self.value, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up a saved scale; a run that does not scale ignores it."""
+        """Restore a saved scale. A disabled scale stays at 1, and the state of a disabled one is ignored."""
         if self.enabled and state["value"] > 1:
             self.value, self.good_steps = state["value"], int(state["good_steps"])
 
     def update(self, overflow: bool) -> None:
-        """After a step: whether its gradients overflowed."""
+        """Adjust the scale after a step. overflow: whether its gradients overflowed."""
         if not self.enabled:
             return
         self.good_steps = 0 if overflow else self.good_steps + 1

@@ -4,9 +4,9 @@ import math
 
 
 def learning_rate(step: int, steps: int, peak: float, low: float, warmup: int) -> float:
-    """Linear from 0 to `peak` over the first `warmup` steps, then a half cosine down to `low` at the last step.
+    """Linear warm-up from 0 to `peak` at step `warmup`, then cosine decay to `low` at step `steps` and later.
 
-    step counts from 1. Loshchilov & Hutter 2016 (arXiv 1608.03983).
+    Steps count from 1. Source: Loshchilov & Hutter 2016 (arXiv 1608.03983).
     """
     if step <= warmup:
         return peak * step / warmup

@@ -1,4 +1,9 @@
-"""From a global batch to one rank's micro-batches, split by sequences."""
+"""Split a global batch by sequences into one replica's micro-batches.
+
+sequences   0 1 | 2 3 | 4 5 | 6 7 | 8 –        microbatch 2, dp 2, "–" is a sequence of length zero
+micro-batch   0     1     2     3     4     5
+replica       0     1     0     1     0     1
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -16,47 +21,47 @@ Read = Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # (first, count) →
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How a global batch is cut: micro-batch j of `microbatch` sequences goes to replica j mod dp.
+    """Micro-batch j, of `microbatch` sequences, goes to replica j mod dp.
 
-    Every replica runs the same number of micro-batches of the same size. What is missing at the end is filled with
-    sequences of length zero, whose targets are ignored: they weigh nothing, and no collective waits for them.
+    Every replica runs the same number of micro-batches of the same size, so that all ranks call the same collectives.
+    The last ones are filled up with sequences of length zero, whose targets are ignored and whose weight is zero.
     """
 
     microbatch: int
     dp: int
     dp_rank: int
     width: int  # of the hidden tensor
-    device: torch.device | None = None  # where layers find what they know of a micro-batch; None: the CPU
+    device: torch.device | None = None  # of the contexts; None: the CPU
 
     def count(self, sequences: int) -> int:
-        """Micro-batches that each replica runs for a global batch of this many sequences."""
+        """The number of micro-batches that each replica runs for a global batch of this many sequences."""
         return -(-sequences // (self.microbatch * self.dp))
 
     def microbatches(
         self, read: Read, first: int, sequences: int, dropout_seed: int | None, loss_scale: float = 1.0
     ) -> list[MicroBatch]:
-        """This replica's part of the global batch of sequences first, …, first + sequences − 1.
+        """This replica's micro-batches of the global batch of sequences first, …, first + sequences − 1.
 
-        read: gives tokens and targets by sequence number; every target that is not ignored counts the same. Training
-        passes a dropout_seed; without one (evaluation) there is neither dropout nor auxiliary loss.
-        loss_scale: multiplies the objective, for fp16.
+        read: returns tokens and targets by sequence number. The objective is the mean over all targets that are not
+        ignored. dropout_seed: given in training; without it (evaluation) there is no dropout, noise or auxiliary loss.
+        loss_scale: factor of the objective, for fp16.
         """
         tokens, targets = read(first, sequences)
         lengths = (targets != IGNORE_INDEX).sum(1)
         weight = loss_scale / max(1, lengths.sum())
-        made = []
+        result = []
         for j in range(self.dp_rank, self.count(sequences) * self.dp, self.dp):
             rows = slice(j * self.microbatch, (j + 1) * self.microbatch)
             missing = self.microbatch - len(tokens[rows])
-            following = torch.from_numpy(_fill(targets[rows], missing, IGNORE_INDEX))
-            valid = torch.from_numpy(_fill(lengths[rows], missing, 0))
+            following = torch.from_numpy(_pad(targets[rows], missing, IGNORE_INDEX))
+            valid = torch.from_numpy(_pad(lengths[rows], missing, 0))
             context = Context(lengths=valid, training=TrainingContext(following, loss_weight=weight))
             if dropout_seed is not None:
                 numbers = range(first + rows.start, first + rows.stop)
                 context.keys = torch.tensor([_key(dropout_seed, number) for number in numbers])
                 context.training.aux_weights = valid * weight
-            inputs = torch.from_numpy(_fill(tokens[rows], missing, 0))
-            made.append(
+            inputs = torch.from_numpy(_pad(tokens[rows], missing, 0))
+            result.append(
                 MicroBatch(
                     inputs=inputs,
                     targets=following,
@@ -64,13 +69,14 @@ class BatchSplit:
                     context=context.to(self.device) if self.device else context,
                 )
             )
-        return made
+        return result
 
 
-def _fill(rows: np.ndarray, missing: int, value: int) -> np.ndarray:
+def _pad(rows: np.ndarray, missing: int, value: int) -> np.ndarray:
+    """Append `missing` rows that are filled with a value."""
     return np.concatenate([rows, np.full((missing, *rows.shape[1:]), value, rows.dtype)])
 
 
 def _key(seed: int, sequence: int) -> int:
-    """A number of 62 random bits for one sequence of one run, from which its dropout follows."""
+    """A hash of 62 bits, which determines the dropout and noise of one sequence of one run."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{sequence}".encode()).digest()[:8], "little") >> 2

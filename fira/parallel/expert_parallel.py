@@ -1,4 +1,17 @@
-"""Tokens travel to experts on other ranks and back: all-to-all with uneven sizes, and no token dropped."""
+"""Expert parallelism: tokens are sent to experts on other ranks and back, by all-to-all with uneven sizes.
+
+Shapes: N tokens on this rank, k experts per token, N·k assignments (token-major), E experts, R ranks in the group,
+E/R experts per rank, n assignments of all ranks to this rank's experts. No assignment is dropped by the exchange.
+
+    this rank's assignments  [N·k]
+      [1] sort by expert                → send[r] rows for the experts of rank r
+      [2] exchange counts  [R, E/R]     → receive[r] rows from rank r
+      [3] all-to-all  send → receive    → [n], sorted by sending rank, then by expert
+      [4] regroup                       → [n], sorted by expert
+          experts
+      [5] ungroup, all-to-all  receive → send
+    outputs  [N·k], sorted by expert as after [1]
+"""
 
 from dataclasses import dataclass
 
@@ -15,56 +28,60 @@ from pipeline.all_to_all import all_to_all
 
 @dataclass(frozen=True)
 class ExchangePlan(DispatchPlan):
-    """`order` sorts this rank's assignments by expert, hence by rank; `regroup` sorts what arrives by local expert."""
+    """How to exchange the assignments of one call. `order` sorts them by expert and thereby by rank."""
 
-    send: list[int]
-    receive: list[int]
-    regroup: Tensor
-    ungroup: Tensor
+    send: list[int]  # [R] rows to each rank
+    receive: list[int]  # [R] rows from each rank
+    regroup: Tensor  # [n] sorts received rows by expert
+    ungroup: Tensor  # [n] its inverse
 
 
 class AllToAllDispatcher(TokenDispatcher):
-    """Expert e is on rank e // (experts / ranks) of the group. Every rank of the group must call each method."""
+    """Dispatcher for experts on R ranks: rank e // (E/R) of the group has expert e. All methods are collective."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
 
     def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> ExchangePlan:
-        """experts: [N, k] chosen experts; `num_experts` for one that is sent to none.
+        """experts: [N, k] chosen experts; `num_experts` stands for an assignment that is sent to no expert.
 
-        Exchanges the counts; the one host synchronisation of the layer is here.
+        Contains the only host synchronisation of the layer.
         """
         flat = experts.flatten()
-        order, inverse = sort_by_expert(flat)
+        order, inverse = sort_by_expert(flat)  # [1]
         outgoing = count_by_expert(flat, num_experts + 1)[:num_experts].view(self.ranks, -1)
         incoming = torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming, outgoing, group=self.group)
+        dist.all_to_all_single(incoming, outgoing, group=self.group)  # [2]
         sizes = torch.stack([outgoing, incoming]).tolist()
-        arriving = torch.arange(incoming.shape[1], device=flat.device).repeat(self.ranks)
-        arriving = arriving.repeat_interleave(incoming.flatten(), output_size=sum(map(sum, sizes[1])))
+        received = torch.arange(incoming.shape[1], device=flat.device).repeat(self.ranks)  # local expert of each row
+        received = received.repeat_interleave(incoming.flatten(), output_size=sum(map(sum, sizes[1])))
+        regroup, ungroup = sort_by_expert(received)
+        rows_by_expert = dict(enumerate(map(sum, zip(*sizes[1], strict=True))))
         return ExchangePlan(
-            order,
-            inverse,
-            RowGroups(incoming.sum(0), dict(enumerate(map(sum, zip(*sizes[1], strict=True))))),
-            [sum(row) for row in sizes[0]],
-            [sum(row) for row in sizes[1]],
-            *sort_by_expert(arriving),
+            order=order,
+            inverse=inverse,
+            groups=RowGroups(incoming.sum(0), rows_by_expert),
+            send=[sum(row) for row in sizes[0]],
+            receive=[sum(row) for row in sizes[1]],
+            regroup=regroup,
+            ungroup=ungroup,
         )
 
     def dispatch(self, rows: Tensor, plan: DispatchPlan, copies: int = 1) -> Tensor:
-        """[N·k / copies, …] here → [n, …], the rows for this rank's experts, sorted by expert."""
+        """rows [N·k / copies, …] of this rank's tokens → [n, …] for this rank's experts, sorted by expert."""
         assert isinstance(plan, ExchangePlan)
-        rows = _first(gather_rows(rows, plan.order, plan.inverse, copies), sum(plan.send))
-        return gather_rows(all_to_all(rows, plan.send, plan.receive, self.group), plan.regroup, plan.ungroup)
+        rows = _resize(gather_rows(rows, plan.order, plan.inverse, copies), sum(plan.send))
+        rows = all_to_all(rows, plan.send, plan.receive, self.group)  # [3]
+        return gather_rows(rows, plan.regroup, plan.ungroup)  # [4]
 
     def combine(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
-        """[n, …] sorted by local expert → [N·k, …] of this rank's tokens in `plan.order`, zero where it was none."""
+        """[n, …] sorted by expert → [N·k, …] for this rank's tokens in `plan.order`; zero where it was no expert."""
         assert isinstance(plan, ExchangePlan)
-        rows = all_to_all(gather_rows(rows, plan.ungroup, plan.regroup), plan.receive, plan.send, self.group)
-        return _first(rows, len(plan.order))
+        rows = gather_rows(rows, plan.ungroup, plan.regroup)
+        return _resize(all_to_all(rows, plan.receive, plan.send, self.group), len(plan.order))  # [5]
 
 
-def _first(rows: Tensor, count: int) -> Tensor:
-    """The first `count` rows, with zeros behind them where there are not as many."""
+def _resize(rows: Tensor, count: int) -> Tensor:
+    """The first `count` rows, or all and rows of zeros. In `order`, assignments to no expert are last."""
     return rows if len(rows) == count else F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, count - len(rows)))

@@ -7,29 +7,29 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from fira.parallel.parallelize import Distributed, ParamShard
+from fira.parallel.parallelize import DistributedModel, ParamShard
 from pipeline.mesh import Mesh
 
-LARGE = 2**20  # bytes of a gradient that is reduced where it lies
-BUCKET = 2**22  # bytes of smaller ones reduced together: what a cache still holds when they are copied back
+LARGE = 2**20  # bytes from which a gradient is reduced in place, without a bucket
+BUCKET = 2**22  # bytes of a bucket of smaller gradients, which should still be in the cache when it is copied back
 
 
-def gradient_of(part: ParamShard) -> Tensor:
-    """A part's gradient; every parameter takes part in every step, so there is one after each backward."""
-    assert part.parameter.grad is not None, part.name
-    return part.parameter.grad
+def gradient_of(shard: ParamShard) -> Tensor:
+    """The gradient of a shard. Every parameter takes part in every step, so it exists after each backward."""
+    assert shard.parameter.grad is not None, shard.name
+    return shard.parameter.grad
 
 
-def reduce_gradients(parts: Sequence[ParamShard], mesh: Mesh) -> None:
-    """Sum gradients over the replicas: over dp, and for experts over the ranks that hold the same ones.
+def reduce_gradients(shards: Sequence[ParamShard], mesh: Mesh) -> None:
+    """Sum gradients over the replicas: over dp, and for experts over edp, the ranks that hold the same experts.
 
-    The objective is already divided by the tokens of the global batch, so a sum is what is wanted.
+    The result is a sum, not a mean, because the objective is already divided by the tokens of the global batch.
     """
     for expert, axis in ((False, "dp"), (True, "edp")):
         group = mesh.groups[axis]
         if dist.get_world_size(group) == 1:
             continue
-        gradients = [gradient_of(part) for part in parts if part.expert == expert]
+        gradients = [gradient_of(shard) for shard in shards if shard.expert == expert]
         for gradient in gradients:
             if gradient.nbytes >= LARGE:
                 dist.all_reduce(gradient, group=group)
@@ -41,7 +41,7 @@ def reduce_gradients(parts: Sequence[ParamShard], mesh: Mesh) -> None:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Runs of tensors on one device of about BUCKET bytes."""
+    """Group consecutive tensors on one device; a group is complete when it has at least BUCKET bytes."""
     buckets: list[list[Tensor]] = []
     size = 0
     for tensor in tensors:
@@ -54,39 +54,40 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 class NormVector:
-    """Where each parameter's squared gradient norm stands in one vector over the whole model.
+    """Squared gradient norms of all parameters of the model, as one vector with a fixed order.
 
-    One entry a parameter, and one an expert for experts' parameters. Each entry is computed by one rank, in float64,
-    and the sum over ranks only adds zeros to it; so the norm has the same bits wherever the entries were computed.
+    There is one entry per parameter, and one per expert for experts' parameters. Each entry is computed in float64 by
+    the one rank that owns it, and summing the vectors of all ranks adds only zeros to it. The global norm, the square
+    root of the vector's sum, is therefore bitwise independent of the layout wherever the gradients are.
     """
 
-    def __init__(self, model: Distributed, mesh: Mesh) -> None:
-        self.names: list[str] = []
-        self._mine: list[tuple[ParamShard, int]] = []
-        places: list[int] = []
-        held = {part.name: part for part in model.parts}
+    def __init__(self, model: DistributedModel, mesh: Mesh) -> None:
+        self.names: list[str] = []  # of the entries
+        self._owned: list[tuple[ParamShard, int]] = []  # and the number of entries of each
+        indices: list[int] = []  # of this rank's entries
+        shards = {shard.name: shard for shard in model.shards}
         for name, shape, expert in model.parameters:
-            part = held.get(name)
-            if part is not None and (mesh.edp_rank if expert else mesh.dp_rank) == 0:
-                rows = len(part.parameter) if expert else 1
-                self._mine.append((part, rows))
-                places += range(len(self.names) + part.start, len(self.names) + part.start + rows)
+            shard = shards.get(name)
+            if shard is not None and (mesh.edp_rank if expert else mesh.dp_rank) == 0:
+                rows = len(shard.parameter) if expert else 1
+                self._owned.append((shard, rows))
+                indices += range(len(self.names) + shard.start, len(self.names) + shard.start + rows)
             self.names += [f"{name}[{e}]" for e in range(shape[0])] if expert else [name]
-        self._places = torch.tensor(places, device=model.device)
+        self._indices = torch.tensor(indices, device=model.device)
 
     def local(self) -> Tensor:
-        """The vector with this rank's entries, the rest zero: [len(names)] float64."""
-        vector = torch.zeros(len(self.names), dtype=torch.float64, device=self._places.device)
-        norms = [
-            torch.linalg.vector_norm(gradient_of(part).reshape(rows, -1), dim=1, dtype=torch.float64).to(vector.device)
-            for part, rows in self._mine
-        ]
+        """This rank's entries in a vector of zeros: [len(names)] float64."""
+        vector = torch.zeros(len(self.names), dtype=torch.float64, device=self._indices.device)
+        norms = []
+        for shard, rows in self._owned:
+            gradients = gradient_of(shard).reshape(rows, -1)
+            norms.append(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64).to(vector.device))
         if norms:
-            vector[self._places] = torch.cat(norms).square()
+            vector[self._indices] = torch.cat(norms).square()
         return vector
 
 
-def scale_gradients(parts: Sequence[ParamShard], factor: float) -> None:
-    """Multiply all gradients, for clipping and for unscaling."""
+def scale_gradients(shards: Sequence[ParamShard], factor: float) -> None:
+    """Multiply all gradients in place, for clipping and for unscaling."""
     if factor != 1.0:
-        torch._foreach_mul_([gradient_of(part) for part in parts], factor)
+        torch._foreach_mul_([gradient_of(shard) for shard in shards], factor)

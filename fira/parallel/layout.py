@@ -1,4 +1,4 @@
-"""Choose how to spread a model over the ranks there are."""
+"""Default layout of a model on a number of ranks."""
 
 from fira.errors import UserError
 from pipeline.mesh import Layout
@@ -13,26 +13,26 @@ def choose_layout(
     ep: int | None = None,
     stages_per_rank: int = 1,
 ) -> Layout:
-    """The layout for `world` ranks; what is None is chosen, the rest is kept.
+    """Choose those of pp, dp and ep that are None, for `world` ranks.
 
-    Pipeline stages first, about as many as replicas: the smallest divisor of the world that reaches its square root
-    and does not exceed the number of layers. Experts are spread as widely as replicas and experts divide.
-    stages_per_rank: the schedule's. Raises UserError where what is asked for does not divide.
+    pp: the smallest divisor of `world` that is at least its square root and for which every stage has a layer; the
+    largest divisor with enough layers if there is none. ep: the largest common divisor of dp and num_experts.
+    stages_per_rank: of the schedule. Raises UserError if the given values do not divide.
     """
-    most = layers // stages_per_rank
+    max_pp = layers // stages_per_rank
     if pp is None and dp is None:
-        fitting = [n for n in range(1, world + 1) if world % n == 0 and n <= most]
-        pp = min((n for n in fitting if n * n >= world), default=fitting[-1])
+        divisors = [n for n in range(1, world + 1) if world % n == 0 and n <= max_pp]
+        pp = min((n for n in divisors if n * n >= world), default=divisors[-1])
     elif pp is None and dp and world % dp == 0:
         pp = world // dp
     dp = dp or (world // pp if pp and world % pp == 0 else None)
     if pp is None or dp is None or pp * dp != world:
-        wanted = " × ".join(f"--{name} {n}" for name, n in (("pp", pp), ("dp", dp)) if n)
-        raise UserError(f"{wanted} does not make {world} ranks; choose pp × dp = {world}, or leave one out")
-    if pp > most:
-        per_rank = f" with {stages_per_rank} stages a rank" if stages_per_rank > 1 else ""
+        given = " × ".join(f"--{name} {n}" for name, n in (("pp", pp), ("dp", dp)) if n)
+        raise UserError(f"{given} does not make {world} ranks; choose pp × dp = {world}, or omit one of them")
+    if pp > max_pp:
+        per_rank = f" with {stages_per_rank} stages per rank" if stages_per_rank > 1 else ""
         raise UserError(
-            f"--pp {pp}{per_rank}: the model has {layers} layers, and every stage needs one; use --pp {most} or less"
+            f"--pp {pp}{per_rank}: the model has {layers} layers, and every stage needs one; use --pp {max_pp} or less"
         )
     ep = ep or max(n for n in range(1, dp + 1) if dp % n == 0 and num_experts % n == 0)
     if dp % ep or num_experts % ep:

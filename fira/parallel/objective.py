@@ -1,4 +1,4 @@
-"""The training objective: next-token cross-entropy, so weighted that all micro-batches of all ranks make one mean."""
+"""The training objective: cross-entropy of the next token, as the mean over the global batch."""
 
 from torch import Tensor
 
@@ -6,11 +6,11 @@ from fira.nn.context import Context
 
 
 def objective(losses: Tensor, targets: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """losses [n], summed over the tokens of each part of a micro-batch → (objective, summed loss).
+    """Combine the losses of a micro-batch: losses [n], each a sum over tokens → (objective, summed loss), both [].
 
-    The last layer has compared logits with the targets already, for which it is given them by the context.
-    The objective is the sum over this micro-batch's tokens times its `loss_weight`, one over the number of tokens
-    in the global batch: gradients then add up to those of the mean, whoever computes them.
+    The head has already compared logits with targets, which it gets from the context. The objective is the sum over
+    this micro-batch's tokens times `context.training.loss_weight`, which is 1 / (tokens of the global batch). The objectives of
+    all micro-batches on all ranks therefore add up to the mean loss, and their gradients to its gradient.
     """
     total = losses.sum()
     return total * context.training.loss_weight, total

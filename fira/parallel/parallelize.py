@@ -1,19 +1,26 @@
-"""The one place where a model meets the pipeline: it is cut into stages, experts are spread, weights are filled in.
+"""Build this rank's stages of a model: the only module in which a model meets the pipeline.
 
-The model does not know. A stage's parameters keep their global names, `layers.3.moe.experts.w1`.
+    model on the meta device
+        → partition   contiguous layers to stages, stages to the ranks of the pipeline
+        → shard       each ExpertBank keeps the experts of this ep rank, MoE layers get an all-to-all dispatcher
+        → initialise  memory is allocated, weights are drawn from generators seeded by the parameters' global names
+        → tie         the head's copy of a tied embedding gets the embedding's values
+        → Engine      runs the stages by a schedule
+
+Models contain no distributed code. Parameters keep their global names, such as `layers.3.moe.experts.w1`.
 """
 
+import copy
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fira.models.language_model import LanguageModel
-from fira.models.registry import build
 from fira.nn.init import initialise
 from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.layer import MoE
@@ -27,14 +34,23 @@ from pipeline.schedule import SCHEDULES
 from pipeline.stage import DeviceLayers, Stage
 from pipeline.torchgpipe_stage import LocalPipeline
 
-EVERY_BLOCK = sys.maxsize  # as the number of recomputed blocks of a stage: all of them
+EVERY_BLOCK = sys.maxsize  # number of recomputed blocks per stage that means all of them
+
+
+class GlobalTensor(NamedTuple):
+    """A parameter or buffer of the whole model. expert: whether dim 0 counts experts."""
+
+    name: str
+    shape: tuple[int, ...]
+    expert: bool
 
 
 @dataclass(frozen=True)
 class ParamShard:
-    """A tensor as this rank holds it: the rows from `start` of a tensor whose global shape is `shape`.
+    """This rank's shard of a parameter or buffer: the rows from `start` of a tensor of global shape `shape`.
 
-    expert: dim 0 counts experts, which are spread over ep; any other parameter is held whole by all ranks of a stage.
+    expert: dim 0 counts experts and is sharded over ep. Any other tensor is replicated on all ranks of a stage, and its
+    shard is the whole tensor.
     """
 
     name: str
@@ -50,85 +66,84 @@ class ParamShard:
 
 
 @dataclass(frozen=True)
-class Distributed:
-    """A model as one rank trains it."""
+class DistributedModel:
+    """This rank's part of a model, and what it needs to know of the whole model."""
 
     config: Any
     engine: Engine
-    parts: list[ParamShard]  # what is trained
-    buffers: list[ParamShard]  # what is saved with it
+    shards: list[ParamShard]  # of parameters
+    buffers: list[ParamShard]
     moe: list[MoE]  # of this rank's layers
     tied: TiedWeight | None
     stages: list[range]  # the layers of each stage
-    placement: tuple[int, ...]  # the rank of the pipeline that has each stage
-    parameters: list[tuple[str, tuple[int, ...], bool]]  # of the whole model: name, shape, whether of experts
-    moe_layers: list[int]  # of the whole model
+    placement: tuple[int, ...]  # the pp rank of each stage
+    parameters: list[GlobalTensor]  # of the whole model
+    moe_layers: list[int]  # indices of the whole model's MoE layers
     num_experts: int
-    flops_per_token: float  # of the whole model's forward
+    flops_per_token: float  # forward FLOPs of the whole model
 
     @property
     def device(self) -> torch.device:
-        """Where what is known of all parts is put together: the first of this rank's."""
-        return self.parts[0].parameter.device
+        """The first of this rank's devices, on which values of all its layers are combined."""
+        return self.shards[0].parameter.device
 
 
-def layer_costs(model: LanguageModel, seq_len: int) -> list[float]:
-    """Forward FLOPs per token of each layer, as the layers say themselves."""
-    return [float(layer.flops_per_token(seq_len)) for layer in model.layers]  # type: ignore[operator]
+def layer_flops(model: LanguageModel) -> list[float]:
+    """Forward FLOPs per token of each layer, in sequences of the model's context length."""
+    return [float(layer.flops_per_token(model.config.seq_len)) for layer in model.layers]  # type: ignore[operator]
 
 
 def parallelize(
-    config: Any,
+    model: LanguageModel,
     mesh: Mesh,
-    seq_len: int,
     seed: int,
     devices: Sequence[torch.device],
     schedule: str = "1f1b",
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     recompute: int = 0,
-) -> Distributed:
-    """Build this rank's stages of the model of a config.
+) -> DistributedModel:
+    """Build this rank's stages of a model, with weights that depend on the seed but not on the layout (collective).
 
-    devices: one, or several for torchgpipe to split each stage over. schedule: says which rank has which stages.
-    recompute: how many blocks, of those between embedding and head, each stage computes again for its backward, the
-    first ones, at most all; torchgpipe's stages all or none. dtype: of the parameters and of what crosses boundaries.
-    The weights depend on the seed alone, not on the layout.
+    model: on the meta device; it is not modified. devices: one, or several for torchgpipe to split each stage over.
+    schedule: determines the number of stages and which rank holds which of them. dtype: of parameters and of messages
+    between stages. autocast: of matrix products. recompute: number of blocks that each stage recomputes for its
+    backward, the first of those between embedding and head; stages split by torchgpipe recompute all or none.
     """
-    with torch.device("meta"):
-        model = build(config).to(dtype)
-    costs = layer_costs(model, seq_len)
+    flops = layer_flops(model)
     placement = SCHEDULES[schedule].placement(mesh.layout.pp)
-    stages = partition(costs, len(placement))
-    of_experts = _expert_tensors(model)
-    parameters = [(name, tuple(p.shape), name in of_experts) for name, p in model.named_parameters()]
-    buffers = [(name, tuple(b.shape), False) for name, b in model.named_buffers()]
+    stages = partition(flops, len(placement))
+    experts = _expert_tensors(model)
+    parameters = [GlobalTensor(name, tuple(p.shape), name in experts) for name, p in model.named_parameters()]
+    buffers = [GlobalTensor(name, tuple(b.shape), False) for name, b in model.named_buffers()]
     moe = [module for module in model.modules() if isinstance(module, MoE)]
 
     layers: dict[int, nn.Module] = {}  # of this rank
-    mine: dict[int, Stage] = {}
+    rank_stages: dict[int, Stage] = {}
     for number in (s for s, rank in enumerate(placement) if rank == mesh.pp_rank):
-        held = [model.layers[i] for i in stages[number]]
-        layers |= dict(zip(stages[number], held, strict=True))
-        spans = partition([costs[i] for i in stages[number]], min(len(devices), len(held)))
+        stage_layers = [copy.deepcopy(model.layers[i]) for i in stages[number]]
+        layers |= dict(zip(stages[number], stage_layers, strict=True))
+        spans = partition([flops[i] for i in stages[number]], min(len(devices), len(stage_layers)))
         for device, span, group in zip(devices, spans, mesh.ep_groups, strict=False):
             for i in (stages[number][j] for j in span):
-                first_expert = _spread_experts(layers[i], mesh, group)
-                _to_empty(layers[i], device)
+                first_expert = _shard_experts(layers[i], mesh, group)
+                _to_empty(layers[i], device, dtype)
                 initialise(layers[i], f"layers.{i}", seed, first_expert)
         if len(devices) > 1:
             balance = [len(span) for span in spans]
-            local = LocalPipeline(held, balance, devices[: len(spans)], autocast=autocast, recompute=recompute > 0)
-            mine[number] = Stage(local, devices[0])
+            local = LocalPipeline(
+                stage_layers, balance, devices[: len(spans)], autocast=autocast, recompute=recompute > 0
+            )
+            rank_stages[number] = Stage(local, devices[0])
         else:
             blocks = [place for place, i in enumerate(stages[number], 1) if 0 < i < len(model.layers) - 1]
-            mine[number] = _stage(held, max([0, *blocks[:recompute]]), autocast, devices[0])
+            rank_stages[number] = _stage(stage_layers, max([0, *blocks[:recompute]]), autocast, devices[0])
     tied = _tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
-    return Distributed(
-        config=config,
-        engine=Engine(mine, objective, mesh.groups["pp"], mesh.groups["pp_backward"], dtype),
-        parts=_parts(parameters, layers, mesh),
-        buffers=_parts(buffers, layers, mesh),
+    return DistributedModel(
+        config=model.config,
+        engine=Engine(rank_stages, objective, mesh.groups["pp"], mesh.groups["pp_backward"], dtype),
+        shards=_shards(parameters, layers, mesh),
+        buffers=_shards(buffers, layers, mesh),
         moe=[module for layer in layers.values() for module in layer.modules() if isinstance(module, MoE)],
         tied=tied,
         stages=stages,
@@ -136,69 +151,75 @@ def parallelize(
         parameters=parameters,
         moe_layers=[module.index for module in moe],
         num_experts=max((module.num_experts for module in moe), default=0),
-        flops_per_token=sum(costs),
+        flops_per_token=sum(flops),
     )
 
 
 def _expert_tensors(model: nn.Module) -> set[str]:
     """The global names of the parameters whose dim 0 counts experts."""
-    experts = ((path, module) for path, module in model.named_modules() if isinstance(module, ExpertBank))
-    return {f"{path}.{name}" for path, module in experts for name, _ in module.named_parameters(recurse=False)}
+    banks = ((path, module) for path, module in model.named_modules() if isinstance(module, ExpertBank))
+    return {f"{path}.{name}" for path, bank in banks for name, _ in bank.named_parameters(recurse=False)}
 
 
 def _stage(layers: list[nn.Module], cut: int, autocast: torch.dtype | None, device: torch.device) -> Stage:
-    """A stage that computes the layers before the cut again for its backward."""
-    again, once = DeviceLayers(layers[:cut], autocast, recompute=True), DeviceLayers(layers[cut:], autocast)
+    """A stage that recomputes the first `cut` layers for its backward."""
+    recomputed = DeviceLayers(layers[:cut], autocast, recompute=True)
+    regular = DeviceLayers(layers[cut:], autocast)
     if cut in (0, len(layers)):
-        return Stage(again if cut else once, device)
-    return Stage(once, device, before=again)
+        return Stage(recomputed if cut else regular, device)
+    return Stage(regular, device, before=recomputed)
 
 
-def _to_empty(layer: nn.Module, device: torch.device) -> None:
-    """nn.Module.to_empty without its question to the meta device, which imports sympy: most of a second every start."""
-    layer._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+def _to_empty(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Replace tensors by uninitialised ones on a device, floating-point ones of the given dtype.
+
+    nn.Module.to_empty does the same but queries the meta device, which imports sympy: 0.5 to 1 s at every start.
+    """
+
+    def empty(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device)
+
+    layer._apply(empty)
 
 
-def _spread_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> int:
-    """Keep this rank's experts of a layer on the meta device; the number of the first of them."""
+def _shard_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> int:
+    """Reduce a layer on the meta device to the experts of this ep rank; returns the number of the first of them."""
     ranks, first = mesh.layout.ep, 0
     for module in layer.modules():
         if isinstance(module, MoE) and ranks > 1:
             module.dispatcher = AllToAllDispatcher(group)
         if isinstance(module, ExpertBank):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                share = len(parameter) // ranks
-                first = mesh.ep_rank * share
-                setattr(module, name, nn.Parameter(parameter.detach()[first : first + share]))
+                count = len(parameter) // ranks
+                first = mesh.ep_rank * count
+                setattr(module, name, nn.Parameter(parameter.detach()[first : first + count]))
     return first
 
 
 def _tie(
     layers: Mapping[int, nn.Module], count: int, group: dist.ProcessGroup, placement: tuple[int, ...]
 ) -> TiedWeight:
-    """Tie the head, the last of `count` layers, to the embedding, wherever they are (collective over the pipeline)."""
+    """Tie the head, the last of `count` layers, to the embedding (collective over the pipeline)."""
     original = layers[0].get_submodule("token").get_parameter("weight") if 0 in layers else None
-    copy = None
+    head_weight = None
     if count - 1 in layers:
         head = layers[count - 1].get_submodule("project")
-        copy = head.get_parameter("weight")
-        if original is not None and original.device == copy.device:
-            copy = nn.Parameter(original.detach())
-            head.register_parameter("weight", copy)
-    tied = TiedWeight(original, copy, group, placement[0], placement[-1])
+        head_weight = head.get_parameter("weight")
+        if original is not None and original.device == head_weight.device:
+            head_weight = nn.Parameter(original.detach())  # shares memory, but has a gradient of its own
+            head.register_parameter("weight", head_weight)
+    tied = TiedWeight(original, head_weight, group, placement[0], placement[-1])
     tied.share_value()
     return tied
 
 
-def _parts(
-    tensors: list[tuple[str, tuple[int, ...], bool]], layers: Mapping[int, nn.Module], mesh: Mesh
-) -> list[ParamShard]:
-    """Those of the model's tensors (name, shape, whether of experts) that this rank's layers hold."""
-    parts = []
+def _shards(tensors: Sequence[GlobalTensor], layers: Mapping[int, nn.Module], mesh: Mesh) -> list[ParamShard]:
+    """This rank's shards of those of the model's tensors that its layers hold."""
+    shards = []
     for name, shape, expert in tensors:
         _, index, path = name.split(".", 2)
         if int(index) in layers:
-            module, _, last = path.rpartition(".")
-            tensor = getattr(layers[int(index)].get_submodule(module), last)
-            parts.append(ParamShard(name, tensor, mesh.ep_rank * len(tensor) if expert else 0, shape, expert))
-    return parts
+            module, _, attribute = path.rpartition(".")
+            tensor = getattr(layers[int(index)].get_submodule(module), attribute)
+            shards.append(ParamShard(name, tensor, mesh.ep_rank * len(tensor) if expert else 0, shape, expert))
+    return shards

@@ -1,4 +1,4 @@
-"""A model split over the devices of this one process by torchgpipe: no MPI, no ranks."""
+"""A model split over the local devices of one process by torchgpipe, without MPI."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,30 +9,30 @@ from torch import Tensor, nn
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build
 from fira.nn.context import Context
-from fira.parallel.parallelize import layer_costs
+from fira.parallel.parallelize import layer_flops
 from pipeline.partition import partition
 from pipeline.torchgpipe_stage import LocalPipeline
 
 
 class PipelineModel(nn.Module):
-    """Called as `module(tokens)` → logits, like the model it was made of; its parameters keep the model's names."""
+    """A model that is called like the original, `module(tokens)` → logits. Its parameters keep the model's names."""
 
     def __init__(self, model: LanguageModel, pipeline: LocalPipeline) -> None:
         super().__init__()
         self.config = model.config
         self.layers = model.layers
-        self._pipeline = [pipeline]  # in a list, so that its parameters are not found a second time
+        self._pipeline = [pipeline]  # in a list, so that its parameters are not registered twice
         self.tied = model.tied
 
     @property
     def devices(self) -> list[torch.device]:
-        """Tokens are moved to the first, logits are on the last."""
+        """Tokens are moved to the first device, logits are on the last."""
         return self._pipeline[0].gpipe.devices
 
     def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
-        """[B, T] int64 → logits [B, T, vocab]. Without a context there is dropout in train mode, as in the model."""
+        """[B, T] int64 → logits [B, T, vocab]. Without a context, train mode applies dropout, as in the model."""
         tokens = tokens.to(self.devices[0])
-        if self.tied:  # torchgpipe wants no parameter in two places, so the head is given a tensor, new in each forward
+        if self.tied:  # torchgpipe rejects a parameter in two partitions, so the head gets a view of it in each forward
             weight = self.layers[0].get_parameter("token.weight")
             self.layers[-1].get_submodule("project").weight = weight.view_as(weight).to(self.devices[-1])
         return self._pipeline[0](tokens, context or Context.for_tokens(tokens, self.training))
@@ -44,15 +44,15 @@ def create_pipeline_model(
     chunks: int | None = None,
     recompute: bool = False,
 ) -> PipelineModel:
-    """Spread a model, or a new one of a config, over devices such as `["cuda:0", "cuda:1"]`, by what its layers cost.
+    """Split a model, or a new one of a config, over devices such as `["cuda:0", "cuda:1"]`, balanced by FLOPs.
 
-    chunks: parts that a batch is cut into (default: four per device). recompute: keep only what crosses from device to
-    device and compute the rest again in the backward. The model's parameters are moved, not copied.
-    Raises ValueError where there are more devices than layers.
+    chunks: the number of micro-batches of a batch (default: four per device). recompute: save only the tensors between
+    devices and recompute the others in the backward. The model's parameters are moved, not copied.
+    Raises ValueError if there are more devices than layers.
     """
     if not isinstance(model, LanguageModel):
         model = build(model)
     if model.tied:
         del model.layers[-1].get_submodule("project").weight
-    balance = [len(span) for span in partition(layer_costs(model, model.config.seq_len), len(devices))]
+    balance = [len(span) for span in partition(layer_flops(model), len(devices))]
     return PipelineModel(model, LocalPipeline(list(model.layers), balance, devices, chunks=chunks, recompute=recompute))

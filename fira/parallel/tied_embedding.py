@@ -1,4 +1,10 @@
-"""Tied embeddings in a pipeline: the first and the last layer have a copy each, whose gradients are summed."""
+"""Tied embeddings in a pipeline.
+
+    first rank   embedding  original ──value──▶ copy  head   last rank
+                            original ◀──grad─── copy
+
+The gradients of the two are summed after the last backward, the value is sent after each update.
+"""
 
 import torch
 import torch.distributed as dist
@@ -6,11 +12,11 @@ from torch import nn
 
 
 class TiedWeight:
-    """`original` is the embedding's weight, which is trained, saved and counted; `copy` is the head's.
+    """The embedding's weight, `original`, which is trained, saved and counted, and the head's `copy` of it.
 
-    Each is None on a rank of the pipeline that does not hold it. Also a rank that holds both keeps their gradients
-    apart, so that every layout adds the same numbers in the same order; on one device they share their memory.
-    group: the ranks of the pipeline. first, last: those of them that hold the original and the copy.
+    Each is None on a pipeline rank that does not hold it. A rank that holds both keeps two gradients as well, so that
+    every layout adds the same numbers in the same order; on one device the two share their memory.
+    group: the ranks of the pipeline. first, last: the ranks within it that hold the original and the copy.
     """
 
     def __init__(
@@ -22,23 +28,22 @@ class TiedWeight:
         self.first, self.last = (dist.get_global_rank(group, rank) for rank in (first, last))
 
     def sum_gradients(self) -> None:
-        """Add the copy's gradient to the original's, once all micro-batches went backwards. Both holders call it."""
-        gradient = None if self.copy is None else self.copy.grad
-        if self.original is None:
-            if gradient is not None:
-                dist.send(gradient, self.first, group=self.group)
-        else:
-            if gradient is None:
-                gradient = torch.empty_like(self.original)
-                dist.recv(gradient, self.last, group=self.group)
+        """Add the copy's gradient to the original's, after the last backward of a step (collective over both ranks)."""
+        grad = None if self.copy is None else self.copy.grad
+        if self.original is not None:
+            if grad is None:
+                grad = torch.empty_like(self.original)
+                dist.recv(grad, self.last, group=self.group)
             assert self.original.grad is not None
-            self.original.grad += gradient.to(self.original.device)
+            self.original.grad += grad.to(self.original.device)
+        elif grad is not None:
+            dist.send(grad, self.first, group=self.group)
         if self.copy is not None:
             self.copy.grad = None
 
     @torch.no_grad()
     def share_value(self) -> None:
-        """Bring the original's value to the copy. Both holders call it."""
+        """Copy the original's value to the copy (collective over both ranks)."""
         if self.original is not None and self.copy is not None:
             if self.original.data_ptr() != self.copy.data_ptr():
                 self.copy.copy_(self.original)

@@ -1,4 +1,4 @@
-"""Every candidate to spread a model's training over ranks."""
+"""Enumerate the candidate layouts for training a model on a number of ranks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pipeline.schedule import SCHEDULES, Schedule
 
 @dataclass(frozen=True)
 class Constraints:
-    """What is given; None is chosen."""
+    """The settings that every candidate must have; the planner chooses those that are None."""
 
     batch: int  # sequences
     pp: int | None = None
@@ -24,7 +24,7 @@ class Constraints:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate to train: count micro-batches of `microbatch` sequences on every replica."""
+    """A layout and schedule in which every replica runs `count` micro-batches of `microbatch` sequences."""
 
     layout: Layout
     schedule: str
@@ -34,9 +34,11 @@ class Candidate:
 
 
 def candidates(profile: ModelProfile, ranks: int, constraints: Constraints) -> Iterator[Candidate]:
-    """Every legal candidate. One rank's pipeline needs no schedule but one; replicas without a sequence are no use.
+    """Yield every valid candidate.
 
-    Micro-batches are powers of two, or all that a replica has. Nothing is recomputed unless it is constraints.
+    Layouts with more replicas than sequences are left out, and so are schedules other than 1F1B for a single stage.
+    Micro-batch sizes are the powers of two and the number of sequences per replica. No candidate recomputes blocks
+    unless the constraints require it.
     """
     for pp in _divisors(ranks):
         if pp > len(profile.layers):

@@ -1,56 +1,77 @@
-"""What layers cost on a device not at hand: FLOPs over FLOP/s, or bytes over bytes/s where those last longer."""
+"""Costs of layers: their definition, and a roofline estimate for a device that is described but not available."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 from fira.devices import AUTOCAST_DTYPES
 from fira.planner.device_specs import Hardware
-from fira.planner.model_profile import Cost, ModelProfile, kept_bytes, working_bytes
+from fira.planner.model_profile import ModelProfile, logits_bytes, saved_bytes
 
-ITEM = {"fp64": 8}  # bytes of a parameter and of what travels; else 4
-OPTIMIZER_PASSES = 10  # over a tensor of the parameters' size: AdamW reads 4 and writes 3, norm and clipping 3
-
-Costs = Callable[[int], list[Cost]]  # micro-batch size → cost of each kind of layer
+BYTES_PER_ELEMENT = {"fp64": 8}  # of parameters and of messages; 4 for every other precision
+OPTIMIZER_PASSES = 10  # over the parameters' memory: AdamW reads 4 tensors and writes 3, norm and clipping take 3 more
 
 
-def estimate(profile: ModelProfile, hardware: Hardware, precision: str, device: str = "cuda") -> Costs:
-    """The costs on a described device, of the kind that torch calls `device`.
+@dataclass(frozen=True)
+class LayerCost:
+    """Costs of one layer for one micro-batch on a rank that holds all of its experts.
 
-    A layer's weights are multiplied once in a forward, once for either gradient; what has no weights (attention's
-    scores) costs twice as much for the gradient of its input.
+    The head's forward computes the loss and what both gradients need (fira/nn/cross_entropy.py).
     """
-    rate, item = hardware.flops[precision], ITEM.get(precision, 4)
-    flops = dict(zip(profile.layers, profile.flops, strict=True))
+
+    forward: float  # seconds
+    backward_input: float  # seconds for the gradient of the input
+    backward_weight: float  # seconds for the gradients of the weights
+    backward: float  # seconds for both in an unsplit backward
+    saved_for_backward: int  # bytes
+    optimizer: float  # seconds per step
+    workspace: int = 0  # bytes of temporary tensors
+    saved_for_weight_grad: int = 0  # bytes between the two halves of a split backward
+
+
+CostModel = Callable[[int], list[LayerCost]]  # micro-batch size → cost of each kind of layer
+
+
+def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, device: str = "cuda") -> CostModel:
+    """Estimate each duration as the larger of FLOPs over FLOP/s and bytes over bytes/s.
+
+    A layer's weights are multiplied once in the forward pass and once for each of the two gradients. Products without
+    weights (attention scores) cost twice their forward in the gradient of the input. device: torch's device type.
+    """
+    rate, element_size = hardware.flops[precision], BYTES_PER_ELEMENT.get(precision, 4)
+    layer_flops = dict(zip(profile.layers, profile.flops, strict=True))
 
     @cache
-    def kept(kind: int, microbatch: int) -> tuple[int, int]:
-        held, noted = kept_bytes(profile, kind, microbatch, AUTOCAST_DTYPES.get(precision))
-        return held * item // 4, noted * item // 4
+    def saved(kind: int, microbatch: int) -> tuple[int, int]:
+        for_backward, for_weight_grad = saved_bytes(profile, kind, microbatch, AUTOCAST_DTYPES.get(precision))
+        return for_backward * element_size // 4, for_weight_grad * element_size // 4
 
-    def cost(kind: int, microbatch: int) -> Cost:
+    def cost(kind: int, microbatch: int) -> LayerCost:
         k, tokens = profile.kinds[kind], microbatch * profile.tokens
-        products = k.layer.flops_per_token(0) * tokens  # type: ignore[operator]
-        own = flops[kind] * tokens - products
-        # Sizes grow by the same from sequence to sequence, so two are enough to know all.
-        pairs = zip(kept(kind, 1), kept(kind, 2), strict=True)
-        bytes_kept, noted = (one + (microbatch - 1) * (two - one) for one, two in pairs)
-        first, last = kind == profile.layers[0], kind == profile.layers[-1]
-        weights = 0 if first else item * (k.parameters + k.expert_parameters)  # of the table a few rows are read
+        weight_flops = k.layer.flops_per_token(0) * tokens  # type: ignore[operator]
+        other_flops = layer_flops[kind] * tokens - weight_flops
+        # The sizes are linear in the number of sequences, so two micro-batch sizes determine all others.
+        pairs = zip(saved(kind, 1), saved(kind, 2), strict=True)
+        for_backward, for_weight_grad = (one + (microbatch - 1) * (two - one) for one, two in pairs)
+        is_first, is_last = kind == profile.layers[0], kind == profile.layers[-1]
+        parameters = k.parameters + k.expert_parameters
+        weights = 0 if is_first else element_size * parameters  # an embedding reads only a few rows of its table
 
         def seconds(flops: float, traffic: float) -> float:
             return max(flops / rate, traffic / hardware.memory_bandwidth, hardware.seconds_per_layer)
 
-        back = seconds(0 if last else products + 2 * own, weights + 2 * bytes_kept)
-        weight = seconds(0 if last else products, 2 * weights + bytes_kept)
-        return Cost(
-            forward=seconds(3 * products if last else products + own, weights + 2 * bytes_kept),
-            input=back,
-            weight=weight,
-            backward=back + weight,
-            kept=bytes_kept,
-            noted=noted,
-            optimizer=OPTIMIZER_PASSES * item * (k.parameters + k.expert_parameters) / hardware.memory_bandwidth,
-            working=working_bytes(profile, microbatch, device) if last else 0,
+        input_flops = 0 if is_last else weight_flops + 2 * other_flops
+        backward_input = seconds(input_flops, weights + 2 * for_backward)
+        backward_weight = seconds(0 if is_last else weight_flops, 2 * weights + for_backward)
+        return LayerCost(
+            forward=seconds(3 * weight_flops if is_last else weight_flops + other_flops, weights + 2 * for_backward),
+            backward_input=backward_input,
+            backward_weight=backward_weight,
+            backward=backward_input + backward_weight,
+            saved_for_backward=for_backward,
+            saved_for_weight_grad=for_weight_grad,
+            optimizer=OPTIMIZER_PASSES * element_size * parameters / hardware.memory_bandwidth,
+            workspace=logits_bytes(profile, microbatch, device) if is_last else 0,
         )
 
     return lambda microbatch: [cost(kind, microbatch) for kind in range(len(profile.kinds))]

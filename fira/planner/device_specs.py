@@ -1,4 +1,4 @@
-"""What a machine can do, as a TOML file says it: `devices/` holds the known ones."""
+"""Device descriptions: memory, FLOP/s and links, read from TOML files such as those in `devices/`."""
 
 import tomllib
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ OPERATIONS = ("p2p", "all_to_all", "all_reduce")
 
 @dataclass(frozen=True)
 class Link:
-    """A message of n bytes takes latency + n / bandwidth seconds; of an all-reduce n is what a ring sends per rank."""
+    """A message of n bytes takes latency + n / bandwidth seconds. In an all-reduce, n is what a ring sends per rank."""
 
     latency: float
-    bandwidth: float  # bytes/s each candidate
+    bandwidth: float  # bytes/s in each direction
 
     def seconds(self, size: float) -> float:
         return self.latency + size / self.bandwidth
@@ -28,7 +28,7 @@ Links = Mapping[str, Link]  # by operation
 
 @dataclass(frozen=True)
 class Hardware:
-    """One rank's device and the links between ranks. FLOP/s and bandwidths are what is reached, not what is rated."""
+    """One rank's device and the links between ranks. FLOP/s and bandwidths are achieved values, not rated ones."""
 
     name: str
     memory: float  # bytes
@@ -40,12 +40,15 @@ class Hardware:
     between: Links  # between nodes
 
     def links(self, ranks: int, stride: int) -> Links:
-        """The links of a group of ranks that stand `stride` apart: the slowest that the group needs."""
+        """The slowest links within a group of ranks whose numbers are `stride` apart."""
         return self.inside if (ranks - 1) * stride < self.ranks_per_node else self.between
 
 
 def load(name: str) -> Hardware:
-    """A shipped device by name, or a TOML file by path. UserError where there is neither, or it lacks a figure."""
+    """Load a shipped description by name, or a TOML file by path.
+
+    Raises UserError if there is no such description, or if it is incomplete.
+    """
     path = DEVICES / f"{name}.toml"
     if not path.exists():
         path = Path(name)
@@ -70,13 +73,15 @@ def load(name: str) -> Hardware:
         )
     except KeyError as error:
         example = DEVICES / "h200.toml"
-        raise UserError(f"--device {name}: the file does not say {error.args[0]}; {example} is an example") from None
+        raise UserError(
+            f"--device {name}: the file has no value for {error.args[0]}; {example} is a complete example"
+        ) from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"--device {name}: a value is of the wrong kind: {error}") from None
+        raise UserError(f"--device {name}: a value has the wrong type: {error}") from None
 
 
 def _links(table: Mapping[str, Any]) -> Links:
-    """One link for all operations, or after it a table for those that have their own."""
+    """One link for all operations; an operation with a table of its own overrides it."""
     return {name: _link(table.get(name, table)) for name in OPERATIONS}
 
 

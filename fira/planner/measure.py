@@ -1,4 +1,8 @@
-"""What layers and links cost on this machine, measured once and kept. With several ranks, all measure together."""
+"""Measured costs of layers and links on this machine, cached on disk. All ranks of the world measure at the same time.
+
+measure ─ _measure_machine ─ memory bandwidth and links
+        └ _measure_layers  ─ _measure_layer per kind of layer and micro-batch size
+"""
 
 import copy
 import hashlib
@@ -30,65 +34,66 @@ from fira.parallel.batch_split import BatchSplit
 from fira.parallel.gradients import gradient_of, scale_gradients
 from fira.parallel.objective import objective
 from fira.parallel.parallelize import ParamShard
-from fira.planner.costs import Costs
-from fira.planner.device_specs import OPERATIONS, Hardware, Link, Links
-from fira.planner.model_profile import Cost, ModelProfile, bytes_kept, working_bytes
+from fira.planner.costs import CostModel, LayerCost
+from fira.planner.device_specs import OPERATIONS, Hardware, Link
+from fira.planner.model_profile import ModelProfile, logits_bytes, measure_saved_bytes
 from fira.progress_bar import progress_bar
 from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
 from pipeline.stage import DeviceLayers, Stage
 
-FORMAT = 2  # part of every key: raise it when what is measured changes
-REPEATS, FLYING = 5, 2  # how often, with how many micro-batches in flight, as in a pipeline
-LONG = 2.0  # seconds of one layer's forward and backward from which on larger micro-batches are not measured but scaled
-# Between processes of one machine, where there is only one to measure.
+FORMAT = 3  # part of every cache key; increase it when the cached values change
+REPEATS = 5
+IN_FLIGHT = 2  # micro-batches, as in a pipeline
+MAX_SECONDS = 2.0  # of one layer's forward and backward; costs of larger micro-batches are scaled instead of measured
+# Assumed between processes of one machine when only one process measures.
 SHARED_MEMORY = Link(latency=5e-5, bandwidth=2e9)
-SIZES = (2**10, 2**22)  # bytes
+MESSAGE_SIZES = (2**10, 2**22)  # bytes
 
 
 def measure(
     profile: ModelProfile, sizes: Sequence[int], precision: str, device: torch.device, ranks: int, world: World
-) -> tuple[Hardware, Costs]:
-    """This machine as Hardware, and costs of each kind of layer at these micro-batch sizes (collective).
+) -> tuple[Hardware, CostModel]:
+    """Measure this machine, and the cost of each kind of layer at these micro-batch sizes (collective).
 
-    ranks: to be planned for. Where the world has fewer, this process measures with the threads that one of them would
-    have, and ranks that share a core are slower accordingly.
+    ranks: the number of ranks to plan for. If the world has fewer, this process measures with as many threads as one
+    of them would have, and durations are multiplied by the number of ranks per core.
     """
     keep_freed_memory()  # as training does
     cores = len(os.sched_getaffinity(0))
-    alone = world.size < ranks and device.type == "cpu"
-    threads = max(1, cores // ranks) if alone else torch.get_num_threads()
-    slower = max(1.0, ranks / cores) if alone else 1.0
+    simulated = world.size < ranks and device.type == "cpu"
+    threads = max(1, cores // ranks) if simulated else torch.get_num_threads()
+    slowdown = max(1.0, ranks / cores) if simulated else 1.0
     identity = [FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 
-    hardware = _remembered([*identity, "links"], partial(_machine, device, world), world)
-    table: dict[int, list[Cost]] = {}
+    machine = _cached([*identity, "links"], partial(_measure_machine, device, world), world)
+    table: dict[int, list[LayerCost]] = {}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with progress_bar(len(sizes), "measuring layers", shown=world.rank == 0) as bar:
             for size in sorted(sizes):
-                if not table or max(cost.forward + cost.backward for cost in table[max(table)]) < LONG:
+                if not table or max(cost.forward + cost.backward for cost in table[max(table)]) < MAX_SECONDS:
                     key = [*identity, to_document(profile.config), size, precision]
-                    measured = _remembered(key, partial(_layers, profile, size, precision, device, world), world)
-                    table[size] = [Cost(**cost) for cost in measured]
+                    work = partial(_measure_layers, profile, size, precision, device, world)
+                    table[size] = [LayerCost(**cost) for cost in _cached(key, work, world)]
                 bar.update(1)
     finally:
         torch.set_num_threads(before)
 
-    def costs(microbatch: int) -> list[Cost]:
+    def cost_model(microbatch: int) -> list[LayerCost]:
         nearest = max((size for size in table if size <= microbatch), default=min(table))
-        return [_scaled(cost, slower, microbatch / nearest) for cost in table[nearest]]
+        return [_scaled(cost, slowdown, microbatch / nearest) for cost in table[nearest]]
 
-    link = {name: Link(**hardware["links"][name]) for name in OPERATIONS}
-    return _hardware(hardware, link, device, world.local_size if world.size == ranks else ranks), costs
+    return _hardware(machine, device, world.local_size if world.size == ranks else ranks), cost_model
 
 
-def _hardware(values: dict[str, Any], links: Links, device: torch.device, local_ranks: int) -> Hardware:
+def _hardware(machine: dict[str, Any], device: torch.device, local_ranks: int) -> Hardware:
+    links = {name: Link(**machine["links"][name]) for name in OPERATIONS}
     return Hardware(
         name=f"this machine ({platform.node()})",
-        memory=memory_of(device, local_ranks),
-        memory_bandwidth=values["memory_bandwidth"],
+        memory=device_memory(device, local_ranks),
+        memory_bandwidth=machine["memory_bandwidth"],
         flops={},
         seconds_per_layer=0.0,
         ranks_per_node=local_ranks,
@@ -97,72 +102,73 @@ def _hardware(values: dict[str, Any], links: Links, device: torch.device, local_
     )
 
 
-def _scaled(cost: Cost, slower: float, size: float) -> Cost:
-    values = {name: value * slower * size for name, value in asdict(cost).items()}
-    return Cost(
-        **{
-            **values,
-            "kept": int(cost.kept * size),
-            "noted": int(cost.noted * size),
-            "working": int(cost.working * size),
-            "optimizer": cost.optimizer * slower,
-        }
+def _scaled(cost: LayerCost, slowdown: float, size: float) -> LayerCost:
+    """The cost of a micro-batch that is `size` times as large, on a machine that is `slowdown` times as slow."""
+    return LayerCost(
+        forward=cost.forward * slowdown * size,
+        backward_input=cost.backward_input * slowdown * size,
+        backward_weight=cost.backward_weight * slowdown * size,
+        backward=cost.backward * slowdown * size,
+        saved_for_backward=int(cost.saved_for_backward * size),
+        saved_for_weight_grad=int(cost.saved_for_weight_grad * size),
+        workspace=int(cost.workspace * size),
+        optimizer=cost.optimizer * slowdown,
     )
 
 
-def memory_of(device: torch.device, ranks: int) -> float:
-    """Bytes of memory that each of a machine's `ranks` ranks has."""
+def device_memory(device: torch.device, ranks: int) -> float:
+    """Bytes of memory available to each of a machine's `ranks` ranks."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / -(-ranks // torch.cuda.device_count())
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    given = limit.read_text().strip() if limit.exists() else "max"
+    container = limit.read_text().strip() if limit.exists() else "max"
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (physical if given == "max" else min(physical, int(given))) / ranks
+    return (physical if container == "max" else min(physical, int(container))) / ranks
 
 
-def _remembered(key: list[Any], make: Callable[[], Any], world: World) -> Any:
-    """A result from the user's cache, or made by all ranks and kept by the first (collective)."""
+def _cached(key: list[Any], measure: Callable[[], Any], world: World) -> Any:
+    """Read a result from the user's cache, or measure it on all ranks and let rank 0 store it (collective)."""
     path = cache_folder() / "planner" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
     box = [json.loads(path.read_text()) if world.rank == 0 and path.exists() else None]
     dist.broadcast_object_list(box, src=0)
     if box[0] is not None:
         return box[0]
-    box = [make()]
+    box = [measure()]
     dist.broadcast_object_list(box, src=0)
     if world.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(f".{uuid.uuid4().hex}")
-        aside.write_text(json.dumps(box[0]))
-        aside.rename(path)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}")
+        temporary.write_text(json.dumps(box[0]))
+        temporary.rename(path)
     return box[0]
 
 
-def _layers(
+def _measure_layers(
     profile: ModelProfile, size: int, precision: str, device: torch.device, world: World
 ) -> list[dict[str, float]]:
-    """Costs of each kind of layer, means over ranks that measure at the same time."""
-    dtype = parameter_dtype(precision)
-    found = [
-        _layer(profile, kind, size, dtype, AUTOCAST_DTYPES.get(precision), device) for kind in range(len(profile.kinds))
-    ]
-    values = torch.tensor([list(cost.values()) for cost in found], dtype=torch.float64)
+    """The cost of each kind of layer, as the mean over ranks, which measure at the same time (collective)."""
+    dtype, autocast = parameter_dtype(precision), AUTOCAST_DTYPES.get(precision)
+    measured = [_measure_layer(profile, kind, size, dtype, autocast, device) for kind in range(len(profile.kinds))]
+    values = torch.tensor([list(cost.values()) for cost in measured], dtype=torch.float64)
     dist.all_reduce(values)
-    return [dict(zip(found[0], row, strict=True)) for row in (values / world.size).tolist()]
+    return [dict(zip(measured[0], row, strict=True)) for row in (values / world.size).tolist()]
 
 
-def _layer(
+def _measure_layer(
     profile: ModelProfile, kind: int, size: int, dtype: torch.dtype, autocast: torch.dtype | None, device: torch.device
 ) -> dict[str, float]:
-    """Time a layer as a stage of its own; the one of the head gives the loss as well."""
+    """Time a stage that consists of one layer; the stage of the head computes the loss as well."""
     dist.barrier()
     config = profile.config
-    layer = _filled(profile.kinds[kind].layer, dtype, device)
+    layer = _initialised(profile.kinds[kind].layer, dtype, device)
     layers = DeviceLayers([layer], autocast)
     stage = Stage(layers, device)
-    first, last = kind == profile.layers[0], kind == profile.layers[-1]
-    numbers = np.random.default_rng(0).integers(config.vocab_size, size=(2, size * FLYING, config.seq_len))
+    is_first, is_last = kind == profile.layers[0], kind == profile.layers[-1]
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, size * IN_FLIGHT, config.seq_len))
     split = BatchSplit(size, 1, 0, profile.width, device)
-    seconds: dict[str, list[float]] = {name: [] for name in ("forward", "input", "weight", "backward")}
+    seconds: dict[str, list[float]] = {
+        name: [] for name in ("forward", "backward_input", "backward_weight", "backward")
+    }
 
     def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
         if device.type == "cuda":
@@ -176,82 +182,84 @@ def _layer(
 
     def forward(i: int) -> Tensor:
         batch = batches[i]
-        y = stage.forward(i, batch.inputs.to(device) if first else hidden[i], batch.context)
-        if not last:
+        y = stage.forward(i, batch.inputs.to(device) if is_first else hidden[i], batch.context)
+        if not is_last:
             return torch.ones_like(y)
         loss, _ = objective(y, batch.targets.to(device), batch.context)
         return torch.autograd.grad(loss, y)[0]
 
     for repeat in range(REPEATS + 1):
-        batches = split.microbatches(lambda a, n: (numbers[0][:n], numbers[1][:n]), 0, size * FLYING, dropout_seed=1)
+        batches = split.microbatches(lambda a, n: (tokens[0][:n], tokens[1][:n]), 0, size * IN_FLIGHT, dropout_seed=1)
         hidden = [torch.randn(*batch.boundary, dtype=dtype, device=device) for batch in batches]
-        for halves in (True, False):
-            gradients = [timed("forward", forward, i) for i in range(FLYING)]
+        for split_backward in (True, False):
+            gradients = [timed("forward", forward, i) for i in range(IN_FLIGHT)]
             for i, gradient in enumerate(gradients):
-                if halves:
-                    timed("input", stage.backward_input, i, gradient)
-                    timed("weight", stage.backward_weights, i)
+                if split_backward:
+                    timed("backward_input", stage.backward_input, i, gradient)
+                    timed("backward_weight", stage.backward_weights, i)
                 else:
                     timed("backward", stage.backward, i, gradient)
-        if repeat == 0:  # warms up
+        if repeat == 0:  # warm-up
             for times in seconds.values():
                 times.clear()
-    x = batches[0].inputs.to(device) if first else hidden[0].requires_grad_()
-    kept, noted = bytes_kept(layers, x, batches[0].context)
-    working = working_bytes(profile, size, device.type) if last else 0
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    return {**medians, "kept": kept, "noted": noted, "optimizer": _optimizer(layer), "working": working}
+    x = batches[0].inputs.to(device) if is_first else hidden[0].requires_grad_()
+    saved_for_backward, saved_for_weight_grad = measure_saved_bytes(layers, x, batches[0].context)
+    return {
+        **{name: statistics.median(times) for name, times in seconds.items()},
+        "saved_for_backward": saved_for_backward,
+        "saved_for_weight_grad": saved_for_weight_grad,
+        "optimizer": _measure_optimizer(layer),
+        "workspace": logits_bytes(profile, size, device.type) if is_last else 0,
+    }
 
 
-def _filled(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _initialised(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     layer = copy.deepcopy(layer).to_empty(device=device)
     initialise(layer, "layers.0", 0)
     return layer.to(dtype)
 
 
-def _optimizer(layer: nn.Module) -> float:
-    """Seconds of what is done with gradients once a step: norm, clipping, update."""
-    of_experts = {p for bank in layer.modules() if isinstance(bank, ExpertBank) for p in bank.parameters(recurse=False)}
-    parts = [ParamShard(name, p, 0, tuple(p.shape), p in of_experts) for name, p in layer.named_parameters()]
-    optimizer = AdamW(dict(layer.named_parameters()), {part.name for part in parts if part.is_matrix}, 0.1)
-    times = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        for part in parts:
-            torch.linalg.vector_norm(gradient_of(part).flatten(), dtype=torch.float64)
-        scale_gradients(parts, 0.99)
+def _measure_optimizer(layer: nn.Module) -> float:
+    """Seconds per step for the gradients' norm, clipping and AdamW."""
+    banks = [module for module in layer.modules() if isinstance(module, ExpertBank)]
+    experts = {p for bank in banks for p in bank.parameters(recurse=False)}
+    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts) for name, p in layer.named_parameters()]
+    optimizer = AdamW(dict(layer.named_parameters()), {shard.name for shard in shards if shard.is_matrix}, 0.1)
+
+    def step() -> None:
+        for shard in shards:
+            torch.linalg.vector_norm(gradient_of(shard).flatten(), dtype=torch.float64)
+        scale_gradients(shards, 0.99)
         optimizer.step(0.0)
-        if parts[0].parameter.is_cuda:
-            torch.cuda.synchronize(parts[0].parameter.device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+
+    return _median(step, shards[0].parameter.device, REPEATS)
 
 
-def _machine(device: torch.device, world: World) -> dict[str, Any]:
-    """Memory bandwidth, and links between all ranks of the world."""
+def _measure_machine(device: torch.device, world: World) -> dict[str, Any]:
+    """Memory bandwidth, and the links between all ranks of the world (collective)."""
     a, b = torch.empty(2, 2**24, device=device)
-    copying = _median(lambda: a.copy_(b), device)
+    seconds = _median(lambda: a.copy_(b), device)
     links = {name: asdict(SHARED_MEMORY) for name in OPERATIONS}
     if world.size > 1:
         group = make_mesh(Layout(1, world.size, 1), [device]).groups["dp"]
         hops = {"p2p": 2, "all_to_all": 1, "all_reduce": 2 * math.ceil(math.log2(world.size))}
         shares = {"p2p": 2.0, "all_to_all": 1 - 1 / world.size, "all_reduce": 2 - 2 / world.size}
         for name in OPERATIONS:
-            small, large = (_median(_operation(name, size, device, world, group), device) for size in SIZES)
-            bandwidth = shares[name] * (SIZES[1] - SIZES[0]) / max(large - small, 1e-9)
+            small, large = (_median(_operation(name, size, device, world, group), device) for size in MESSAGE_SIZES)
+            bandwidth = shares[name] * (MESSAGE_SIZES[1] - MESSAGE_SIZES[0]) / max(large - small, 1e-9)
             links[name] = asdict(Link(small / hops[name], bandwidth))
-    return {"memory_bandwidth": 2 * a.nbytes / copying, "links": links}
+    return {"memory_bandwidth": 2 * a.nbytes / seconds, "links": links}
 
 
 def _operation(name: str, size: int, device: torch.device, world: World, group: dist.ProcessGroup) -> Callable[[], Any]:
-    """A message of `size` bytes from rank 0 to rank 1 and back, or a collective of all ranks."""
+    """A message of `size` bytes from rank 0 to rank 1 and back, or a collective operation of all ranks."""
     x, y = torch.zeros(2, size // 4 // world.size * world.size, device=device)
     if name == "all_reduce":
         return lambda: dist.all_reduce(x, group=group)
     if name == "all_to_all":
         return lambda: dist.all_to_all_single(y, x, group=group)
 
-    def there_and_back() -> None:
+    def round_trip() -> None:
         if world.rank == 0:
             dist.send(x, 1, group=group)
             dist.recv(x, 1, group=group)
@@ -259,12 +267,13 @@ def _operation(name: str, size: int, device: torch.device, world: World, group: 
             dist.recv(x, 0, group=group)
             dist.send(x, 0, group=group)
 
-    return there_and_back
+    return round_trip
 
 
-def _median(work: Callable[[], Any], device: torch.device) -> float:
+def _median(work: Callable[[], Any], device: torch.device, repeats: int = 4 * REPEATS) -> float:
+    """Median seconds of one call."""
     times = []
-    for _ in range(4 * REPEATS):
+    for _ in range(repeats):
         started = time.perf_counter()
         work()
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""A model as the planner sees it: its layers, of which many are alike, and what each costs."""
+"""What the planner needs of a model: kinds of layers, their sizes, and the memory that their backward needs."""
 
 import copy
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fira.models.registry import build
+from fira.models.language_model import LanguageModel
 from fira.nn.context import Context, TrainingContext
 from fira.nn.cross_entropy import LOGITS
 from fira.nn.moe.dispatcher import DispatchPlan, TokenDispatcher
@@ -16,58 +16,41 @@ from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.grouped_linear import RowGroups
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.permutation import sort_by_expert
-from fira.parallel.parallelize import layer_costs
+from fira.parallel.parallelize import layer_flops
 from pipeline.split_backward import SplitBackward
 from pipeline.stage import Autocast
 
 
 @dataclass(frozen=True)
-class Cost:
-    """One layer, one micro-batch, one rank that holds all experts.
-
-    The head's forward computes the loss and what both gradients need (fira/nn/cross_entropy.py).
-    """
-
-    forward: float  # seconds
-    input: float  # seconds for the gradient of the input
-    weight: float  # … of the weights
-    backward: float  # both, where they are not split
-    kept: int  # bytes from forward to backward
-    optimizer: float  # seconds a step
-    working: int = 0  # bytes beside these while it computes
-    noted: int = 0  # bytes from the first half of a split backward to the second
-
-
-@dataclass(frozen=True)
 class LayerKind:
-    """Layers that cost the same."""
+    """Layers of equal cost."""
 
     layer: nn.Module  # one of them, on the meta device
-    parameters: int  # held whole
-    expert_parameters: int  # spread over ep
+    parameters: int  # elements of parameters that are replicated over dp
+    expert_parameters: int  # elements of parameters that are sharded over ep
     largest: int  # elements of the largest parameter
-    exchanges: int  # MoE layers in it, each of which sends tokens to experts and back
-    copies: float  # experts that a token goes to
+    moe_layers: int  # MoE modules in the layer, each with an all-to-all to the experts and back
+    top_k: float  # experts per token
 
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """What a plan depends on of a model."""
+    """A model as the planner sees it."""
 
     config: Any
     kinds: list[LayerKind]
     layers: list[int]  # the kind of each layer
-    flops: list[float]  # of each layer's forward per token, by which layers are dealt to stages
+    flops: list[float]  # forward FLOPs per token of each layer, by which layers are assigned to stages
     tied: bool
 
     @property
     def tokens(self) -> int:
-        """Per sequence."""
+        """Tokens per sequence."""
         return self.config.seq_len
 
     @property
     def width(self) -> int:
-        """Of the tensor that crosses from layer to layer."""
+        """Last dim of the tensor between layers."""
         return self.config.d_model
 
     @property
@@ -75,35 +58,31 @@ class ModelProfile:
         return getattr(self.config, "num_experts", 1)
 
 
-def profile_of(config: Any) -> ModelProfile:
-    """The shape of a config's model, which is not filled with weights."""
-    with torch.device("meta"):
-        model = build(config)
-    kinds: dict[Any, int] = {}
-    found: list[LayerKind] = []
-    layers = []
-    flops = layer_costs(model, config.seq_len)
-    for layer, cost in zip(model.layers, flops, strict=True):
+def profile_of(model: LanguageModel) -> ModelProfile:
+    """The profile of a model on the meta device."""
+    kinds: dict[Any, LayerKind] = {}
+    keys = []
+    flops = layer_flops(model)
+    for layer, layer_cost in zip(model.layers, flops, strict=True):
         shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
-        key = type(layer), cost, shapes
-        if key not in kinds:
-            kinds[key] = len(found)
-            found.append(_kind(layer))
-        layers.append(kinds[key])
-    return ModelProfile(config, found, layers, flops, model.tied)
+        keys.append((type(layer), layer_cost, shapes))
+        if keys[-1] not in kinds:
+            kinds[keys[-1]] = _kind(layer)
+    numbers = {key: number for number, key in enumerate(kinds)}
+    return ModelProfile(model.config, list(kinds.values()), [numbers[key] for key in keys], flops, model.tied)
 
 
 def _kind(layer: nn.Module) -> LayerKind:
     moe = [module for module in layer.modules() if isinstance(module, MoE)]
     banks = [module for module in layer.modules() if isinstance(module, ExpertBank)]
-    of_experts = sum(p.numel() for bank in banks for p in bank.parameters(recurse=False))
+    expert_parameters = sum(p.numel() for bank in banks for p in bank.parameters(recurse=False))
     sizes = [p.numel() for p in layer.parameters()]
-    copies = max((module.router.top_k for module in moe), default=0)
-    return LayerKind(layer, sum(sizes) - of_experts, of_experts, max(sizes), len(moe), copies)
+    top_k = max((module.router.top_k for module in moe), default=0)
+    return LayerKind(layer, sum(sizes) - expert_parameters, expert_parameters, max(sizes), len(moe), top_k)
 
 
 class EvenDispatcher(TokenDispatcher):
-    """Every expert gets as many tokens as any other, whatever the router says: nobody looks at a value."""
+    """Gives every expert the same number of tokens. Routing depends on values, which a fake tensor does not have."""
 
     def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> DispatchPlan:
         flat = experts.flatten()
@@ -114,13 +93,12 @@ class EvenDispatcher(TokenDispatcher):
         )
 
 
-def kept_bytes(
+def saved_bytes(
     profile: ModelProfile, kind: int, microbatch: int, autocast: torch.dtype | None = None
 ) -> tuple[int, int]:
-    """What is kept of one micro-batch for the backward of a layer, and what from its first half to its second, found
-    without computing anything.
+    """`measure_saved_bytes` of one kind of layer for one micro-batch, on fake tensors, without computing anything.
 
-    autocast: the precision of products. Their weights' copies in it are kept as well, for every micro-batch in flight.
+    autocast: the dtype of matrix products. The copies of weights in this dtype are saved for every micro-batch.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler, which takes seconds
 
@@ -134,37 +112,38 @@ def kept_bytes(
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
             if isinstance(module, MoE):
                 module.dispatcher = EvenDispatcher()
-        first = kind == profile.layers[0]
-        x = torch.empty(size, dtype=torch.int64) if first else torch.empty(*size, profile.width, requires_grad=True)
+        is_first = kind == profile.layers[0]
+        x = torch.empty(size, dtype=torch.int64) if is_first else torch.empty(*size, profile.width, requires_grad=True)
         keys = torch.empty(microbatch, dtype=torch.int64)
         targets = torch.empty(size, dtype=torch.int64)
         training = TrainingContext(targets, aux_weights=torch.empty(microbatch))
         context = Context(lengths=torch.empty(microbatch), keys=keys, training=training)
-        return bytes_kept(Autocast(layer, autocast), x, context)
+        return measure_saved_bytes(Autocast(layer, autocast), x, context)
 
 
-def working_bytes(profile: ModelProfile, microbatch: int, device: str) -> int:
-    """The head's logits, as many as there are at a time: of the product, of the softmax, and their gradients."""
+def logits_bytes(profile: ModelProfile, microbatch: int, device: str) -> int:
+    """Bytes of the head's logits, their softmax and their gradient, for the tokens that are processed at a time."""
     tokens = microbatch * profile.tokens
     rows = max(256, LOGITS[device] // profile.config.vocab_size)
     return 3 * 4 * min(tokens, rows) * profile.config.vocab_size
 
 
-def bytes_kept(layer: nn.Module, x: Tensor, context: Context) -> tuple[int, int]:
-    """What autograd keeps of a layer's forward beside its parameters, and what a split backward holds in its middle."""
-    kept: dict[int, Tensor] = {}
+def measure_saved_bytes(layer: nn.Module, x: Tensor, context: Context) -> tuple[int, int]:
+    """Bytes that autograd saves in a layer's forward, parameters excluded, and bytes that a split backward holds
+    between its two halves."""
+    saved: dict[int, Tensor] = {}
 
-    def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+    def save(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         y = layer(x, context)
-    noted = 0
+    saved_for_weight_grad = 0
     if x.is_floating_point():
         split = SplitBackward(y, x)
         split.input_gradient(torch.ones_like(y))
-        noted = split.held_bytes()
+        saved_for_weight_grad = split.held_bytes()
     for parameter in layer.parameters():
-        kept.pop(parameter.untyped_storage()._cdata, None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), noted
+        saved.pop(parameter.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()), saved_for_weight_grad

@@ -1,4 +1,4 @@
-"""What a plan says to a person: a table, what limits the best candidate, and the command that trains it."""
+"""Report of a plan: a table of the best candidates, the bottleneck of the best one, and the command that trains it."""
 
 import shlex
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from fira.planner.device_specs import Hardware
 from fira.planner.search import SearchResult
 from fira.planner.step_time import Estimate
 
-PARTS = {
+CAUSES = {
     "compute": "compute",
     "exchange": "experts' all-to-all",
     "fill": "pipeline fills and drains",
@@ -20,13 +20,13 @@ PARTS = {
 COLUMNS = ("", "pp × dp (ep)", "schedule", "micro-batches", "step", "tokens/s", "bubble", "memory", "compute")
 
 
-def describe(found: SearchResult, hardware: Hardware, tokens: int, command: Sequence[str]) -> str:
-    """The table of the best candidates, and of the very best what its time goes to, and the command line.
+def describe(result: SearchResult, hardware: Hardware, tokens: int, command: Sequence[str]) -> str:
+    """A table of the best candidates; for the first of them the breakdown of its step time and the command line.
 
-    tokens: of a batch. command: the flags that are not the plan's.
+    tokens: per batch. command: the flags that the plan does not choose.
     """
-    best = found.best[0]
-    rows = [COLUMNS, *(_row(n, estimate, tokens) for n, estimate in enumerate(found.best, 1))]
+    best = result.best[0]
+    rows = [COLUMNS, *(_row(n, estimate, tokens) for n, estimate in enumerate(result.best, 1))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     table = [
         "  ".join(
@@ -35,17 +35,19 @@ def describe(found: SearchResult, hardware: Hardware, tokens: int, command: Sequ
         for row in rows
     ]
     shares = ", ".join(
-        f"{PARTS[name]} {part / best.seconds:.0%}" for name, part in best.parts.items() if part > 0.0005 * best.seconds
+        f"{CAUSES[name]} {seconds / best.seconds:.0%}"
+        for name, seconds in best.breakdown.items()
+        if seconds > 0.0005 * best.seconds
     )
-    unfit = f"; {found.too_large:,} that might be faster do not fit into memory" if found.too_large else ""
+    too_large = f"; {result.too_large:,} that might be faster do not fit into memory" if result.too_large else ""
     return "\n".join(
         [
             *(line.rstrip() for line in table),
             "",
-            f"the best of {found.candidates:,} candidates on {hardware.name}, "
-            f"{hardware.memory / 1e9:.1f} GB a rank{unfit}",
-            f"a step: {shares}",
-            f"its limit: {PARTS[best.limit]}",
+            f"the best of {result.candidates:,} candidates on {hardware.name}, "
+            f"{hardware.memory / 1e9:.1f} GB per rank{too_large}",
+            f"step: {shares}",
+            f"bottleneck: {CAUSES[best.bottleneck]}",
             "memory by rank of the pipeline: " + _ranges([f"{size / 1e9:.2f} GB" for size in best.memory]),
             "",
             command_line(best.candidate, command),
@@ -54,7 +56,7 @@ def describe(found: SearchResult, hardware: Hardware, tokens: int, command: Sequ
 
 
 def command_line(candidate: Candidate, command: Sequence[str]) -> str:
-    """How this candidate is trained."""
+    """The shell command that trains this candidate."""
     layout = candidate.layout
     mpirun = f"mpirun -np {layout.world} " if layout.world > 1 else ""
     return f"{mpirun}python scripts/train.py {shlex.join([*command, *flags(candidate)])}"
@@ -70,12 +72,12 @@ def flags(candidate: Candidate) -> list[str]:
         "micro-batch-size": candidate.microbatch,
     }
     if candidate.recompute:
-        values["recompute"] = recomputed(candidate)
+        values["recompute"] = recompute_flag(candidate)
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def recomputed(candidate: Candidate) -> str:
-    """What --recompute is called with."""
+def recompute_flag(candidate: Candidate) -> str:
+    """The value of --recompute for this candidate."""
     return {0: "none", EVERY_BLOCK: "full"}.get(candidate.recompute, str(candidate.recompute))
 
 
@@ -84,13 +86,13 @@ def _row(number: int, estimate: Estimate, tokens: int) -> tuple[str, ...]:
     return (
         str(number),
         f"{candidate.layout.pp} × {candidate.layout.dp} ({candidate.layout.ep})",
-        candidate.schedule + (f" recompute {recomputed(candidate)}" if candidate.recompute else ""),
+        candidate.schedule + (f" recompute {recompute_flag(candidate)}" if candidate.recompute else ""),
         f"{candidate.count} of {candidate.microbatch}",
         _seconds(estimate.seconds),
         f"{tokens / estimate.seconds:,.0f}",
         f"{estimate.bubble:.1%}",
         f"{max(estimate.memory) / 1e9:.2f} GB",
-        f"{estimate.parts['compute'] / estimate.seconds:.0%}",
+        f"{estimate.breakdown['compute'] / estimate.seconds:.0%}",
     )
 
 
@@ -99,7 +101,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _ranges(values: list[str]) -> str:
-    """Values with how often each stands in a row: 3 GB, 2 GB (× 14), 5 GB."""
+    """Join values, with repeated ones counted: 3 GB, 2 GB (× 14), 5 GB."""
     groups: list[tuple[str, int]] = []
     for value in values:
         if groups and groups[-1][0] == value:

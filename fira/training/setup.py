@@ -18,7 +18,7 @@ from fira.parallel.batch_split import BatchSplit
 from fira.parallel.layout import choose_layout
 from fira.parallel.parallelize import EVERY_BLOCK, parallelize
 from fira.planner.candidates import Candidate
-from fira.planner.plan import fewest_recomputed
+from fira.planner.plan import least_recompute
 from fira.training import state
 from fira.training.auto_layout import with_plan
 from fira.training.config import TrainConfig
@@ -81,7 +81,7 @@ def _recomputed(
         raise UserError(f"--recompute {config.recompute}: torchgpipe recomputes all or nothing; give full or none")
     if config.recompute != "auto":
         return config.recomputed() or 0
-    blocks = torch.tensor(fewest_recomputed(model, candidate, config.precision, devices[0], world.local_size))
+    blocks = torch.tensor(least_recompute(model, candidate, config.precision, devices[0], world.local_size))
     dist.all_reduce(blocks, dist.ReduceOp.MAX)  # machines may differ
     return int(blocks)
 
@@ -95,7 +95,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     keep_freed_memory()
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     if config.plan:
-        config = with_plan(config, model_config, batch_size, devices[0], world)
+        config = with_plan(config, model, batch_size, devices[0], world)
     schedule = config.schedule or "1f1b"
     layout = choose_layout(
         world.size,
@@ -112,11 +112,10 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
     dtype = parameter_dtype(config.precision)
     split = BatchSplit(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
     candidate = Candidate(layout, schedule, microbatch, split.count(batch_size), recompute=0)
-    recomputed = _recomputed(config, model_config, candidate, devices, world)
+    recomputed = _recomputed(config, model, candidate, devices, world)
     distributed = parallelize(
-        model_config,
+        model,
         mesh,
-        model_config.seq_len,
         config.seed,
         devices,
         schedule,

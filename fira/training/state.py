@@ -12,7 +12,7 @@ from fira.data.mixture import Mixture
 from fira.data.tokenizer import TOKENIZER
 from fira.errors import UserError
 from fira.models.registry import from_document, to_document
-from fira.parallel.parallelize import Distributed, ParamShard
+from fira.parallel.parallelize import DistributedModel, ParamShard
 from fira.training.trainer import Trainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,7 +24,7 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, toke
     Dropout and data order are functions of the seed and the sequence number, so there is no random state to keep.
     """
     mesh, optimizer = trainer.mesh, trainer.optimizer
-    owned = [part for part in trainer.model.parts if (mesh.edp_rank if part.expert else mesh.dp_rank) == 0]
+    owned = [part for part in trainer.model.shards if (mesh.edp_rank if part.expert else mesh.dp_rank) == 0]
     buffers = trainer.model.buffers if mesh.dp_rank == 0 else []
     moments = [
         TensorShard(f"{moment}/{part.name}", tensor, part.start, part.shape)
@@ -54,7 +54,7 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     _check_same(saved, trainer, tokenizer)
     state = saved.document("state")
     load_weights(saved, trainer.model)
-    for part in trainer.model.parts:
+    for part in trainer.model.shards:
         for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[part.name], strict=True):
             tensor.copy_(_read(saved, f"{moment}/{part.name}", part))
     trainer.optimizer.updates = state["updates"]
@@ -64,9 +64,9 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
 
 
 @torch.no_grad()
-def load_weights(saved: Saved, model: Distributed) -> None:
+def load_weights(saved: Saved, model: DistributedModel) -> None:
     """Take this rank's part of the weights, whoever wrote them (collective). UserError: they are another model's."""
-    for part in [*model.parts, *model.buffers]:
+    for part in [*model.shards, *model.buffers]:
         part.parameter.copy_(_read(saved, part.name, part))
     if model.tied:
         model.tied.share_value()

@@ -17,7 +17,7 @@ from fira.optim.adamw import AdamW
 from fira.optim.loss_scale import LossScale
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.gradients import NormVector, reduce_gradients, scale_gradients
-from fira.parallel.parallelize import Distributed
+from fira.parallel.parallelize import DistributedModel
 from pipeline.engine import MicroBatch
 from pipeline.mesh import Mesh
 from pipeline.schedule import SCHEDULES, forward_only
@@ -44,7 +44,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Distributed,
+        model: DistributedModel,
         mesh: Mesh,
         split: BatchSplit,
         schedule: str,
@@ -58,8 +58,8 @@ class Trainer:
         self.schedule = functools.cache(SCHEDULES[schedule].builder)
         self.clip = clip
         self.optimizer = AdamW(
-            {part.name: part.parameter for part in model.parts},
-            {part.name for part in model.parts if part.is_matrix},
+            {part.name: part.parameter for part in model.shards},
+            {part.name for part in model.shards if part.is_matrix},
             weight_decay,
         )
         self.scale = LossScale(fp16)
@@ -75,13 +75,13 @@ class Trainer:
         loader.consumed += sequences
         tokens = sequences * microbatches[0].inputs.shape[1]
 
-        for part in self.model.parts:
+        for part in self.model.shards:
             part.parameter.grad = None
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
         losses = self.model.engine.run(schedule, microbatches)
         if self.model.tied:
             self.model.tied.sum_gradients()
-        reduce_gradients(self.model.parts, self.mesh)
+        reduce_gradients(self.model.shards, self.mesh)
 
         waited = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
         of_experts = self._experts([batch.context.training.stats for batch in microbatches])
@@ -96,7 +96,7 @@ class Trainer:
         self.scale.update(overflow)
         if not overflow:
             clipping = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
-            scale_gradients(self.model.parts, clipping / scale)
+            scale_gradients(self.model.shards, clipping / scale)
             self.optimizer.step(lr)
             if self.model.tied:
                 self.model.tied.share_value()

@@ -1,4 +1,4 @@
-"""What each rank of a family's test does."""
+"""Training, saving and resuming of a model family, run on each rank of a test."""
 
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from tests.ranks import parity_ranks
 
 
 class Training:
-    """A model on a layout, one step at a time."""
+    """A model that is trained on one layout, a few steps at a time."""
 
-    def __init__(self, model: dict[str, Any], layout: list[int]) -> None:
-        config = from_document(model)
+    def __init__(self, document: dict[str, Any], layout: list[int]) -> None:
+        config = from_document(document)
         mesh = make_mesh(Layout(*layout))
-        built = parallelize(config, mesh, config.seq_len, 7, [torch.device("cpu")], dtype=torch.float64)
+        model = parity_ranks.meta_model(config)
+        built = parallelize(model, mesh, 7, [torch.device("cpu")], dtype=torch.float64)
         split = BatchSplit(2, mesh.layout.dp, mesh.dp_rank, config.d_model)
         self.trainer = Trainer(built, mesh, split, "1f1b", weight_decay=0.1, clip=1.0, fp16=False)
         self.loader = Loader(parity_ranks.Tokens(config.vocab_size), config.seq_len, seed=3)  # type: ignore[arg-type]
@@ -40,19 +41,19 @@ def train_all(cases: list[dict[str, Any]]) -> dict[str, Any]:
 def train_and_move(
     cases: list[dict[str, Any]], models: dict[str, dict[str, Any]], layouts: list[list[int]]
 ) -> dict[str, Any]:
-    """`train_all`; then trainings that are saved and taken up by every layout. models: by the folder to save in."""
+    """`train_all`, then save each model and resume it on every layout. models: documents by the folder to save in."""
     return train_all(cases) | {"moved": [_move(model, layouts, Path(folder)) for folder, model in models.items()]}
 
 
 def _move(model: dict[str, Any], layouts: list[list[int]], folder: Path) -> dict[str, Any]:
-    """The first layout trains four steps and saves after two; all of them take that up and make the other two."""
-    whole = Training(model, layouts[0])
-    whole.steps(2)
-    state.save(folder, 2, whole.trainer, whole.loader, None, keep=1)
+    """Train four steps on the first layout and save after two; resume on every layout for the other two."""
+    uninterrupted = Training(model, layouts[0])
+    uninterrupted.steps(2)
+    state.save(folder, 2, uninterrupted.trainer, uninterrupted.loader, None, keep=1)
     saved = Checkpoint.open(find(folder))
-    continued = [whole.steps(2)]
+    continued = [uninterrupted.steps(2)]
     for layout in layouts:
-        other = Training(model, layout)
-        state.restore(saved, other.trainer, other.loader, None)
-        continued.append(other.steps(2))
+        resumed = Training(model, layout)
+        state.restore(saved, resumed.trainer, resumed.loader, None)
+        continued.append(resumed.steps(2))
     return {"continued": continued, "names": saved.names()}

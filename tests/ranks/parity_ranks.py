@@ -1,4 +1,4 @@
-"""What each rank of a parity test does: a short training of a small fira on made-up tokens."""
+"""Short training of a small model on synthetic tokens, run on each rank of a parity test."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import torch
 
 from fira.data.loader import Loader
 from fira.models.fira import FiraConfig
-from fira.models.registry import from_document
+from fira.models.language_model import LanguageModel
+from fira.models.registry import build, from_document
 from fira.optim.lr_schedule import learning_rate
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
@@ -18,7 +19,7 @@ SEQ_LEN = 13
 
 
 class Tokens:
-    """A fixed stream of token ids with some structure to learn."""
+    """A fixed stream of token ids that a model can learn to predict."""
 
     def __init__(self, vocab_size: int, length: int = 4001) -> None:
         rng = np.random.default_rng(5)
@@ -29,6 +30,11 @@ class Tokens:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.ids[start:stop]
+
+
+def meta_model(config: Any) -> LanguageModel:
+    with torch.device("meta"):
+        return build(config)
 
 
 def train(
@@ -45,9 +51,10 @@ def train(
     d_ff: int = 20,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Losses, norms and so on of each step, and a digest of the final weights this rank holds.
+    """Train, and return loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the
+    sum of each of this rank's replicated weights.
 
-    model: the document of another model than the fira that the rest describes.
+    model: the document of a config, in place of the small fira.
     """
     torch.set_num_threads(1)
     config = FiraConfig(
@@ -64,7 +71,7 @@ def train(
         config = from_document(model)
     places = [CPU] * devices
     mesh = make_mesh(Layout(*layout), places)
-    built = parallelize(config, mesh, SEQ_LEN, 7, places, schedule, getattr(torch, dtype), recompute=recompute)
+    built = parallelize(meta_model(config), mesh, 7, places, schedule, getattr(torch, dtype), recompute=recompute)
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
     loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
@@ -72,11 +79,11 @@ def train(
     for step in range(1, steps + 1):
         result = trainer.step(loader, batch, learning_rate(step, steps, 1e-2, 1e-3, 3), seed=11, flags=[])
         results.append([result.loss, result.aux_loss, result.grad_norm])
-    weights = {part.name: float(part.parameter.detach().double().sum()) for part in built.parts if not part.expert}
+    weights = {s.name: float(s.parameter.detach().double().sum()) for s in built.shards if not s.expert}
     experts = {"load": result.expert_load, "dropped": result.expert_dropped, "entropy": [result.router_entropy]}
     return {"steps": results, "experts": experts, "weights": weights}
 
 
 def train_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Several trainings one after another: starting ranks takes longer than training them."""
+    """Run several trainings in one job, because starting ranks takes longer than training."""
     return [train(**case) for case in cases]

@@ -1,0 +1,168 @@
+"""The costs of one candidate, from which `memory.py` and `step_time.py` compute its estimate.
+
+    profile, hardware, cost model, candidate
+        → placement   [stage]  rank that holds the stage
+        → stages      [stage]  range of layers
+        → rank_layers [rank]   layers
+        → layer_costs [layer]  LayerCost for one micro-batch
+        → actions     [kind of action][stage]  seconds
+
+All replicas take the same time, so one pipeline represents them all, and a rank is a rank of that pipeline.
+"""
+
+import math
+from dataclasses import replace
+from functools import cache, cached_property
+from typing import Self
+
+from fira.planner.candidates import Candidate, placement_of, splits
+from fira.planner.costs import BYTES_PER_ELEMENT, CostModel
+from fira.planner.device_specs import Hardware, Links
+from fira.planner.model_profile import ModelProfile
+from pipeline.partition import partition
+from pipeline.schedule import Kind
+
+MAX_ZB_V_RANKS = 64  # from this number on ZB-V's action lists take long to build, and its lower bound is used instead
+
+
+class PlanInputs:
+    """What all candidates share: model, hardware, and the costs of layers, cached by micro-batch size."""
+
+    def __init__(self, profile: ModelProfile, hardware: Hardware, cost_model: CostModel, precision: str) -> None:
+        self.profile = profile
+        self.hardware = hardware
+        self.cost_model = cache(cost_model)
+        self.element_size = BYTES_PER_ELEMENT.get(precision, 4)
+        self.stages = cache(lambda count: partition(profile.flops, count))
+
+
+class CandidateCosts:
+    """Stages, layers and durations of one candidate."""
+
+    def __init__(self, inputs: PlanInputs, candidate: Candidate) -> None:
+        self.inputs = inputs
+        self.candidate = candidate
+        self.layout = candidate.layout
+        self.profile, self.hardware = inputs.profile, inputs.hardware
+        self.element_size = inputs.element_size
+        self.placement = placement_of(candidate.schedule, self.layout.pp)
+        self.splits_backward = splits(candidate.schedule)
+        self.is_simulated = candidate.schedule != "zb-v" or self.layout.pp < MAX_ZB_V_RANKS
+        self.stages = inputs.stages(len(self.placement))
+        self.rank_stages = [[s for s, r in enumerate(self.placement) if r == rank] for rank in range(self.layout.pp)]
+        self.rank_layers = [[i for s in stages for i in self.stages[s]] for stages in self.rank_stages]
+        by_kind = inputs.cost_model(candidate.microbatch)
+        self.layer_costs = [by_kind[kind] for kind in self.profile.layers]
+        self.layer_kinds = [self.profile.kinds[kind] for kind in self.profile.layers]
+
+    def with_recompute(self, blocks: int) -> Self:
+        """The same candidate with `blocks` blocks of every stage recomputed."""
+        return type(self)(self.inputs, replace(self.candidate, recompute=blocks))
+
+    def blocks(self, stage: int) -> list[int]:
+        """The layers of a stage that can be recomputed: those between embedding and head."""
+        return [i for i in self.stages[stage] if 0 < i < len(self.profile.layers) - 1]
+
+    def recomputed(self, stage: int) -> list[int]:
+        """The layers of a stage that are recomputed for its backward: the first of its blocks."""
+        return self.blocks(stage)[: self.candidate.recompute]
+
+    @cached_property
+    def boundary(self) -> int:
+        """Bytes of a tensor that is sent from one stage to the next."""
+        return self.candidate.microbatch * self.profile.tokens * self.profile.width * self.element_size
+
+    @cached_property
+    def transfer(self) -> float:
+        """Seconds to send a tensor from one stage to the next."""
+        return self.hardware.links(self.layout.pp, self.layout.dp)["p2p"].seconds(self.boundary)
+
+    @cached_property
+    def exchange(self) -> list[tuple[float, float]]:
+        """[layer] seconds of the experts' all-to-all in a forward and in a backward of one micro-batch."""
+        ep = self.layout.ep
+        link = self.hardware.links(ep, 1)["all_to_all"]
+        by_kind = []
+        for kind in self.profile.kinds:
+            if ep == 1 or not kind.moe_layers:
+                by_kind.append((0.0, 0.0))
+                continue
+            one_way = link.seconds(self.boundary * kind.top_k * (ep - 1) / ep)
+            # A forward also exchanges the counts, which are small.
+            by_kind.append((kind.moe_layers * (link.latency + 2 * one_way), kind.moe_layers * 2 * one_way))
+        return [by_kind[kind] for kind in self.profile.layers]
+
+    @cached_property
+    def actions(self) -> dict[Kind, list[float]]:
+        """[kind of action][stage] seconds."""
+        result: dict[Kind, list[float]] = {kind: [] for kind in Kind}
+        for stage, span in enumerate(self.stages):
+            forward = backward = backward_input = backward_weight = 0.0
+            recomputed = self.recomputed(stage)
+            for i in span:
+                cost, (exchange_forward, exchange_backward) = self.layer_costs[i], self.exchange[i]
+                recompute = cost.forward + exchange_forward if i in recomputed else 0.0
+                forward += cost.forward + exchange_forward
+                backward += cost.backward + exchange_backward + recompute
+                # The backward of a recomputed layer is not split: all of it is part of the first half.
+                first_half = cost.backward if i in recomputed else cost.backward_input
+                backward_input += first_half + exchange_backward + recompute
+                backward_weight += 0.0 if i in recomputed else cost.backward_weight
+            if stage == 0:  # tokens have no gradient, so the whole backward is done in the second half
+                backward_input, backward_weight = 0.0, backward
+            result[Kind.FORWARD].append(forward)
+            result[Kind.BACKWARD].append(backward)
+            result[Kind.INPUT].append(backward_input)
+            result[Kind.WEIGHT].append(backward_weight)
+        return result
+
+    @cached_property
+    def work(self) -> list[float]:
+        """[rank] seconds of computation, exchange included, for one micro-batch."""
+        kinds = [Kind.FORWARD, Kind.INPUT, Kind.WEIGHT] if self.splits_backward else [Kind.FORWARD, Kind.BACKWARD]
+        work = [0.0] * self.layout.pp
+        for stage, rank in enumerate(self.placement):
+            work[rank] += sum(self.actions[kind][stage] for kind in kinds)
+        return work
+
+    def parameters(self, rank: int) -> tuple[float, float]:
+        """Elements of a rank's parameters: those that are replicated over dp, and its shard of the experts'."""
+        kinds = [self.layer_kinds[i] for i in self.rank_layers[rank]]
+        replicated = sum(kind.parameters for kind in kinds)
+        if self.profile.tied and {0, len(self.profile.layers) - 1} <= set(self.rank_layers[rank]):
+            replicated -= self.layer_kinds[0].largest
+        return replicated, sum(kind.expert_parameters for kind in kinds) / self.layout.ep
+
+    def reduction(self, rank: int) -> float:
+        """Seconds to sum a rank's gradients: over dp, for experts over edp, for tied embeddings over pp."""
+        layout, seconds = self.layout, 0.0
+        groups = ((layout.dp, 1), (layout.dp // layout.ep, layout.ep))
+        for parameters, (size, stride) in zip(self.parameters(rank), groups, strict=True):
+            if size > 1 and parameters:
+                seconds += _all_reduce(self.hardware.links(size, stride), size, self.element_size * parameters)
+        if self.profile.tied and layout.pp > 1 and rank == 0:
+            table = self.element_size * self.layer_kinds[0].largest
+            seconds += 2 * self.hardware.links(layout.pp, layout.dp)["p2p"].seconds(table)
+        return seconds
+
+    @cached_property
+    def update(self) -> float:
+        """Seconds of the optimizer on the slowest rank, and of the one small sum over all ranks (loss, norm, loads)."""
+        world = self.layout.world
+        slowest = max(self._optimizer(rank) for rank in range(self.layout.pp))
+        return slowest + _all_reduce(self.hardware.links(world, 1), world, 0.0)
+
+    def _optimizer(self, rank: int) -> float:
+        seconds = 0.0
+        for i in self.rank_layers[rank]:
+            kind = self.layer_kinds[i]
+            parameters = kind.parameters + kind.expert_parameters
+            share = (kind.parameters + kind.expert_parameters / self.layout.ep) / parameters
+            seconds += share * self.layer_costs[i].optimizer
+        return seconds
+
+
+def _all_reduce(links: Links, size: int, amount: float) -> float:
+    """Seconds of an all-reduce of `amount` bytes over `size` ranks: the bandwidth of a ring, the latency of a tree."""
+    link = links["all_reduce"]
+    return 2 * math.ceil(math.log2(size)) * link.latency + 2 * (size - 1) / size * amount / link.bandwidth

@@ -1,0 +1,67 @@
+"""The memory of a candidate.
+
+memory of a rank = weights + gradients + AdamW's two moments
+                 + max(activations at the schedule's peak + temporary tensors of a backward, reduction bucket)
+"""
+
+from bisect import bisect_left
+
+from fira.parallel.gradients import BUCKET, LARGE
+from fira.planner.candidate_costs import CandidateCosts
+from fira.planner.candidates import schedule_of
+from pipeline.simulate import peak_held
+
+TENSORS_PER_WEIGHT = 4  # the weight, its gradient and AdamW's two moments
+
+
+def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
+    """Bytes on each rank of the pipeline."""
+    activations = _peak_activations(costs)
+    result = []
+    for rank, layers in enumerate(costs.rank_layers):
+        weights = costs.element_size * sum(costs.parameters(rank))
+        recomputed = [i for stage in costs.rank_stages[rank] for i in costs.recomputed(stage)]
+        recompute = max((costs.layer_costs[i].saved_for_backward for i in recomputed), default=0)
+        largest_gradient = costs.element_size * max(costs.layer_kinds[i].largest for i in layers)
+        workspace = max(costs.layer_costs[i].workspace for i in layers)
+        backward = max(recompute + largest_gradient, workspace)
+        reduction = min(weights, BUCKET + LARGE) if costs.layout.dp > 1 else 0
+        result.append(TENSORS_PER_WEIGHT * weights + max(activations[rank] + backward, reduction))
+    return tuple(result)
+
+
+def with_least_recompute(costs: CandidateCosts) -> CandidateCosts:
+    """The candidate with the fewest recomputed blocks that fit into memory, or with all if none of these fits."""
+    limit = max(1, *(len(costs.blocks(stage)) for stage in range(len(costs.stages))))
+
+    def fits(blocks: int) -> bool:
+        return max(rank_memory(costs.with_recompute(blocks))) <= costs.hardware.memory
+
+    return costs.with_recompute(min(limit, 1 + bisect_left(range(1, limit + 1), True, key=fits)))
+
+
+def _peak_activations(costs: CandidateCosts) -> list[float]:
+    """[rank] bytes saved for backward passes, at the time when they are most."""
+    count, last = costs.candidate.count, len(costs.stages) - 1
+    saved, saved_for_weight_grad = zip(*(_saved(costs, stage) for stage in range(last + 1)), strict=True)
+    if not costs.is_simulated:
+        return [float(min(costs.layout.pp, count) * (saved[r] + saved[last - r])) for r in range(costs.layout.pp)]
+    simulated = min(count, 4 * len(costs.placement))
+    schedule = schedule_of(costs.candidate.schedule, costs.layout.pp, simulated)
+    result = []
+    for rank, peak in enumerate(peak_held(schedule, saved, saved_for_weight_grad)):
+        # A rank that holds all simulated micro-batches at once, as under GPipe, holds all micro-batches of the step.
+        holds_all = peak == simulated * sum(saved[stage] for stage in costs.rank_stages[rank])
+        result.append(peak * (count / simulated if holds_all else 1.0))
+    return result
+
+
+def _saved(costs: CandidateCosts, stage: int) -> tuple[int, int]:
+    """Bytes that a stage saves of a micro-batch: from forward to backward, and between halves of a split backward."""
+    recomputed = costs.recomputed(stage)
+    kept = [i for i in costs.stages[stage] if i not in recomputed]
+    saved = sum(costs.layer_costs[i].saved_for_backward for i in kept) + len(recomputed) * costs.boundary
+    output = costs.boundary if stage < len(costs.stages) - 1 else 0
+    if stage == 0:  # the whole backward is in the second half, which keeps the output's gradient until then
+        return saved + output, costs.boundary
+    return saved + output, sum(costs.layer_costs[i].saved_for_weight_grad for i in kept)

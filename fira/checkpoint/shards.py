@@ -6,9 +6,9 @@ This file knows no model. A checkpoint is a folder of safetensors and JSON (`man
 """
 
 import json
+import logging
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +44,7 @@ from fira.files import naming, sync, write
 __all__ = ["Checkpoint", "TensorShard", "find", "newest_valid", "save"]
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ def newest_valid(root: Path) -> Checkpoint | None:
             continue
         if _rank() == 0:
             for line in damaged:
-                print(f"{line}; using {folder.name} instead", file=sys.stderr, flush=True)
+                logger.warning("%s; using %s instead", line, folder.name)
         return checkpoint
     if damaged:
         raise UserError(f"no checkpoint in {root} is whole: {'; '.join(damaged)}; move the folder away to start anew")

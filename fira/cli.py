@@ -1,55 +1,93 @@
-"""What the scripts share: flags where hyphens and underscores are the same, and one line for the user's mistakes."""
+"""Shared parts of the commands: argument parsing, log messages, and one-line errors with exit status 2."""
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
+import pipeline
 from fira.errors import UserError
+
+SCRIPTS = {"prepare": "prepare_data"}  # commands whose script in scripts/ has another name
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows defaults, takes `--min_lr` for `--min-lr`, and raises UserError on bad flags.
+    """ArgumentParser that accepts `--min_lr` for `--min-lr` and raises UserError on invalid arguments.
 
-    speaks: asked whether --help prints; of several ranks one does.
+    Args:
+        description: text above the flags in the output of `--help`.
+        prog: name in messages; default: the file name of the script.
+        prints_help: returns whether this process prints the output of `--help`; one of several ranks should.
     """
 
-    def __init__(self, description: str | None, speaks: Callable[[], bool] = lambda: True) -> None:
-        super().__init__(description=description, allow_abbrev=False)
-        self.speaks = speaks
+    def __init__(
+        self, description: str | None, prog: str | None = None, prints_help: Callable[[], bool] = lambda: True
+    ) -> None:
+        super().__init__(prog, description=description, allow_abbrev=False)
+        self.prints_help = prints_help
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        given = sys.argv[1:] if args is None else args
-        return super().parse_args([_hyphens(argument) for argument in given], namespace)
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_hyphens(argument) for argument in arguments], namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see --help")
 
     def print_help(self, file: Any = None) -> None:
-        if self.speaks():
+        if self.prints_help():
             super().print_help(file)
 
+    def add_verbosity(self) -> None:
+        """Add `--quiet` and `--verbose`."""
+        group = self.add_mutually_exclusive_group()
+        switch = argparse.BooleanOptionalAction
+        group.add_argument("--quiet", action=switch, default=False, help="print only results, warnings and errors")
+        group.add_argument("--verbose", action=switch, default=False, help="print all messages with rank and level")
 
-def _hyphens(argument: str) -> str:
+
+def _with_hyphens(argument: str) -> str:
+    """Replace underscores by hyphens in the name of a flag, not in its value."""
     name, separator, value = argument.partition("=")
     return name.replace("_", "-") + separator + value if argument.startswith("--") else argument
 
 
-def _exit(message: str, status: int) -> NoReturn:
-    print(message, file=sys.stderr)
-    sys.exit(status)
+def start_logging(quiet: bool, verbose: bool, rank: int = 0) -> None:
+    """Print the log messages of fira and pipeline: warnings and errors to stderr, information to stdout.
 
-
-def run(main: Callable[[], None], fail: Callable[[str, int], NoReturn] = _exit) -> None:
-    """Call main; a UserError becomes its one line on stderr and exit status 2. Who stops reading is not told so.
-
-    fail(message, status) ends the program; a program of several ranks passes one that ends all.
+    By default information is printed by rank 0 alone and without a prefix. Warnings, and with `verbose` all messages
+    of all ranks, are preceded by rank, level and name of the logger.
     """
+    level = logging.DEBUG if verbose else logging.WARNING if quiet or rank > 0 else logging.INFO
+    prefixed = logging.Formatter(f"rank {rank} %(levelname)s %(name)s: %(message)s")
+    information = logging.StreamHandler(sys.stdout)
+    information.addFilter(lambda record: record.levelno < logging.WARNING)
+    if verbose:
+        information.setFormatter(prefixed)
+    warnings = logging.StreamHandler(sys.stderr)
+    warnings.setLevel(logging.WARNING)
+    warnings.setFormatter(prefixed)
+    for name in ("fira", "pipeline"):
+        logger = logging.getLogger(name)
+        logger.handlers = [information, warnings]
+        logger.setLevel(level)
+
+
+def command_line(command: str) -> list[str]:
+    """The words that start another command in the way in which this one was started: by `fira` or by a script."""
+    if Path(sys.argv[0]).name == "fira":
+        return ["fira", command]
+    return ["python", f"scripts/{SCRIPTS.get(command, command)}.py"]
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main. A UserError ends all ranks with its one line on stderr and exit status 2, a closed stdout quietly."""
     try:
         main()
     except UserError as error:
-        fail(str(error), 2)
+        pipeline.fail(str(error), 2)
     except BrokenPipeError:  # as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # what the shell says of a program that SIGPIPE ended
+        sys.exit(141)  # the status that a shell reports for a program that SIGPIPE ended

@@ -10,9 +10,9 @@ them, and an error on one rank raises the same UserError on all.
 """
 
 import json
+import logging
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +48,7 @@ from fira.files import naming, sync, write
 __all__ = ["Checkpoint", "TensorShard", "find", "newest_valid", "save"]
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def newest_valid(root: Path) -> Checkpoint | None:
             continue
         if _rank() == 0:
             for line in damaged:
-                print(f"{line}; using {folder.name} instead", file=sys.stderr, flush=True)
+                logger.warning("%s; using %s instead", line, folder.name)
         return checkpoint
     if damaged:
         raise UserError(

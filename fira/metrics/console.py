@@ -1,23 +1,74 @@
-"""ConsoleProgress on the console, as plain lines: under mpirun the standard output is never a terminal."""
+"""Console output of a training run, as plain lines, since under mpirun the standard output is never a terminal."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from fira.cli import command_line
 from fira.metrics.csv_log import Row
 
-QUIET_SECONDS = 2.0
+SECONDS_BETWEEN_LINES = 2.0
 RECENT_STEPS = 50
 
 
-class ConsoleProgress:
-    """Prints the first step, the last, every validation, and else at most one line every two seconds.
+@dataclass(frozen=True)
+class RunDescription:
+    """Facts about a run that are shown before its first step."""
 
-    `first_step` is the number of the first step done here (1, or the one after a checkpoint); `tokens_per_step` is the
-    global batch in tokens; `clock` gives seconds. One rank prints.
+    name: str
+    parameters: int
+    device: str
+    precision: str
+    layout: str
+    schedule: str
+    microbatches: int  # per replica and step
+    microbatch_size: int  # sequences
+    seq_len: int
+    stages: Sequence[range]  # layers of each stage
+    recomputed: str  # blocks recomputed in each stage; empty: none
+    train_tokens: int
+    val_tokens: int
+    vocab_size: int
+
+    def heading(self) -> str:
+        stages = " | ".join(f"{layers.start}–{layers.stop - 1}" for layers in self.stages)
+        recomputed = f" · {self.recomputed} blocks of each recomputed" if self.recomputed else ""
+        return (
+            f"{self.name}: {self.parameters:,} parameters · {self.device} {self.precision} · {self.layout}\n"
+            f"{self.schedule} · micro-batches a replica: {self.microbatches}, each {self.microbatch_size} × "
+            f"{self.seq_len} tokens · stages of layers {stages}{recomputed}\n"
+            f"data: {self.train_tokens:,} training and {self.val_tokens:,} validation tokens, "
+            f"vocabulary {self.vocab_size}"
+        )
+
+
+def loss_change(before: float, after: float, corpus: Mapping[str, Any]) -> str:
+    """Validation loss before and after training, next to the losses of n-gram models in the summary of the corpus."""
+    baselines = [f"{name} {corpus[name]:.3f}" for name in ("unigram", "trigram") if corpus.get(name) is not None]
+    return f"validation loss {before:.3f} → {after:.3f}" + (
+        f" ({' and '.join(baselines)} on the same tokens)" if baselines else ""
+    )
+
+
+def next_command(run: Path, has_tokenizer: bool) -> str:
+    """The command that generates text with the trained model. A corpus of token ids comes without a tokenizer."""
+    tokenizer = "" if has_tokenizer else " --tokenizer TOKENIZER.json"
+    return f'next: {" ".join(command_line("generate"))} --checkpoint {run}{tokenizer} --prompt "def "'
+
+
+class ConsoleProgress:
+    """Prints a line for the first step, the last step, every validation, and otherwise at most every two seconds.
+
+    Args:
+        first_step: number of the first step of this run, 1 or the one after a checkpoint.
+        tokens_per_step: size of the global batch in tokens.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -29,12 +80,12 @@ class ConsoleProgress:
         self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def update(self, row: Row) -> None:
-        """Call after every step, once its validation, if any, is done."""
+        """Report a step; called after every step and after its validation, if it has one."""
         now = self._clock()
         self._durations.append(now - self._last_step)
         self._last_step = now
         milestone = row.iter in (self._first, self._total) or row.val_loss is not None
-        if milestone or now - self._last_line >= QUIET_SECONDS:
+        if milestone or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             print(self._line(row), flush=True)
 
@@ -43,7 +94,7 @@ class ConsoleProgress:
         parts = [f"step {row.iter:{width}d}/{self._total}", f"loss {row.train_loss:.3f}"]
         if row.val_loss is not None:
             parts.append(f"val {row.val_loss:.3f}")
-        # A step that also validates or saves is slow: the median leaves it out of the speed.
+        # The median, since a step that also validates or saves is slower than the others.
         speed = self._tokens / max(statistics.median(self._durations), 1e-9)
         parts += [f"lr {row.lr:.1e}", f"{_short(speed)} tok/s", f"grad {row.grad_norm:.2f}", self._time(row.iter)]
         return " · ".join(parts)
@@ -51,20 +102,20 @@ class ConsoleProgress:
     def _time(self, step: int) -> str:
         if step == self._total:
             return f"took {_minutes(self._last_step - self._started)}"
-        # Validations to come take time too, so a mean; without its slowest step, often the first or a hiccup.
-        usual = sorted(self._durations)[:-1] or self._durations
-        return f"ETA {_minutes((self._total - step) * statistics.fmean(usual))}"
+        # The mean, since future validations take time too; without the slowest step, which is often the first.
+        typical = sorted(self._durations)[:-1] or self._durations
+        return f"ETA {_minutes((self._total - step) * statistics.fmean(typical))}"
 
 
 def _short(number: float) -> str:
-    """950, 12.3k, 4.56M."""
+    """Format a number as 950, 12.3k or 4.56M."""
     if number < 1e3:
         return f"{number:.0f}"
     return f"{number / 1e3:.1f}k" if number < 1e6 else f"{number / 1e6:.2f}M"
 
 
 def _minutes(seconds: float) -> str:
-    """1:23, or 2:01:23 from an hour on."""
+    """Format seconds as 1:23, or from one hour on as 2:01:23."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 
+from fira import cli
 from fira.parallel.parallelize import EVERY_BLOCK
 from fira.planner.candidates import Candidate
 from fira.planner.device_specs import Hardware
@@ -59,7 +60,7 @@ def command_line(candidate: Candidate, command: Sequence[str]) -> str:
     """The shell command that trains this candidate."""
     layout = candidate.layout
     mpirun = f"mpirun -np {layout.world} " if layout.world > 1 else ""
-    return f"{mpirun}python scripts/train.py {shlex.join([*command, *flags(candidate)])}"
+    return mpirun + shlex.join([*cli.command_line("train"), *command, *flags(candidate)])
 
 
 def flags(candidate: Candidate) -> list[str]:

@@ -1,4 +1,4 @@
-"""The settings of a training run: one dataclass, from which the command line and the TOML keys follow."""
+"""The settings of a training run: a dataclass that defines the flags and the keys of a --config file."""
 
 import tomllib
 from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
@@ -14,9 +14,14 @@ from fira.models.registry import PRESETS, RECIPES
 from fira.parallel.parallelize import EVERY_BLOCK
 from pipeline.schedule import SCHEDULES
 
-WORDS = {"true": True, "false": False, "none": None}
+LITERALS = {"true": True, "false": False, "none": None}
 
-FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # of a model that was trained before
+POSITIVE = [  # settings that must be greater than 0
+    *("batch_size", "micro_batch_size", "steps", "seq_len", "vocab_size", "lr", "pp", "dp", "ep", "keep", "timeout"),
+    *("eval_every", "eval_sequences", "save_every"),
+]
+
+FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -25,7 +30,7 @@ def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Left out, the layout and the micro-batch are chosen for the number of ranks."""
+    """Settings by the names of their flags. A layout or micro-batch size of None is chosen for the number of ranks."""
 
     model: str = _option("fira-tiny", f"preset: {', '.join(PRESETS)}")
     model_set: str = _option("", "changes to the preset, such as d_model=256,num_layers=6")
@@ -38,24 +43,26 @@ class TrainConfig:
     seq_len: int | None = _option(None, "tokens per sequence; default: the preset's context")
     batch_size: int | None = _option(None, "sequences in the global batch; default: the preset's recipe")
     micro_batch_size: int | None = _option(None, "sequences in a micro-batch; default: chosen for the layout")
-    steps: int | None = _option(None, "optimizer steps in all; default: the recipe's, as for lr, min-lr, warmup")
+    steps: int | None = _option(None, "total optimizer steps; default: the recipe's, also for lr, min-lr, warmup")
     lr: float | None = _option(None, "peak learning rate")
     min_lr: float | None = _option(None, "learning rate at the last step")
-    warmup: int | None = _option(None, "steps of linear warm-up")
-    weight_decay: float = _option(0.1, "on matrices")
-    clip: float = _option(1.0, "largest global gradient norm; 0: no clipping")
+    warmup: int | None = _option(None, "steps of linear warmup")
+    weight_decay: float = _option(0.1, "weight decay of matrices")
+    clip: float = _option(1.0, "maximum global gradient norm; 0: no clipping")
     pp: int | None = _option(None, "pipeline stages")
     dp: int | None = _option(None, "data-parallel replicas")
-    ep: int | None = _option(None, "ranks the experts are spread over; divides dp")
+    ep: int | None = _option(None, "ranks that the experts are split over; divides dp")
     schedule: str | None = _option(None, "pipeline schedule; default: 1f1b", tuple(SCHEDULES))
-    plan: str | None = _option(None, "auto: measure, then choose layout, schedule and micro-batch left out", ("auto",))
-    device: str = _option("auto", "where to train", ("auto", "cpu", "cuda"))
+    plan: str | None = _option(
+        None, "auto: measure, then choose the layout, schedule and micro-batch size not given", ("auto",)
+    )
+    device: str = _option("auto", "device type", ("auto", "cpu", "cuda"))
     local_devices: str | None = _option(None, "devices torchgpipe splits a stage over, such as cuda:0,cuda:1")
-    precision: str = _option("fp32", "of the matrix products", ("fp32", "bf16", "fp16", "fp64"))
+    precision: str = _option("fp32", "precision of the matrix products", ("fp32", "bf16", "fp16", "fp64"))
     recompute: str | None = _option(
         None,
-        "none, full, N (the first N blocks of every stage) or auto (the fewest that fit into memory): of these blocks "
-        "only the input is kept, and they are computed again for the backward; default: none, with --plan auto",
+        "blocks recomputed in the backward, of which only the input is kept: none, full, N (the first N per stage) "
+        "or auto (the fewest that fit into memory); default: none, with --plan auto",
     )
     out: str | None = _option(None, "run folder; default: a new one under runs/")
     init: str | None = _option(
@@ -63,48 +70,34 @@ class TrainConfig:
     )
     resume: str | None = _option(None, "auto (newest checkpoint in the run folder) or a checkpoint")
     eval_every: int = _option(50, "steps between validations")
-    eval_sequences: int = _option(128, "sequences in a validation, spread evenly over the validation set")
+    eval_sequences: int = _option(128, "sequences per validation, evenly spaced in the validation set")
     save_every: int = _option(100, "steps between checkpoints")
     keep: int = _option(2, "checkpoints kept")
-    trace: str | None = _option(None, "file for when each rank did what in the third step, to see in ui.perfetto.dev")
-    seed: int = _option(42, "of weights, data order and dropout")
+    trace: str | None = _option(None, "write a trace of the third step to this file, for ui.perfetto.dev")
+    seed: int = _option(42, "seed of weights, data order and dropout")
     timeout: float | None = _option(
         None, "seconds a rank waits for another before the job ends with a report; default: $FIRA_TIMEOUT_S, or 600"
     )
 
     def __post_init__(self) -> None:
-        positive = (
-            "batch_size",
-            "micro_batch_size",
-            "steps",
-            "seq_len",
-            "vocab_size",
-            "lr",
-            "pp",
-            "dp",
-            "ep",
-            "keep",
-            "timeout",
-        )
-        for name in (*positive, "eval_every", "eval_sequences", "save_every"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
-
-        self.recomputed()
+        self.recomputed()  # raises UserError if `recompute` is invalid
 
     def recomputed(self) -> int | None:
-        """Blocks of every stage that are computed again; None: auto, or nothing was said."""
+        """Number of blocks recomputed in every stage; None: automatic, or not given."""
         if self.recompute in (None, "auto"):
             return None
         if self.recompute in ("none", "full"):
             return 0 if self.recompute == "none" else EVERY_BLOCK
         if not str(self.recompute).isdecimal():
-            raise UserError(f"--recompute {self.recompute}: give none, full, auto, or how many blocks of every stage")
+            raise UserError(f"--recompute {self.recompute}: give none, full, auto, or a number of blocks per stage")
         return int(str(self.recompute))
 
     def recipe(self) -> Recipe:
-        """Steps, learning rates, batch: what was given, and the preset's, or with init FINE_TUNING's, for the rest."""
+        """Steps, learning rates and batch size: as given, else from the preset, or from FINE_TUNING with `init`."""
         if self.model not in RECIPES:
             raise UserError(f"--model {self.model}: no such preset; choose from {', '.join(PRESETS)}")
         given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Recipe)}
@@ -112,11 +105,11 @@ class TrainConfig:
         return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
     def name(self) -> str:
-        """What is trained, in a word: the preset, or the folder that it starts from."""
+        """Short name of the model: the preset, or the name of the folder given by `init`."""
         return Path(self.init).resolve().name if self.init else self.model
 
     def model_changes(self) -> dict[str, Any]:
-        """What `model_set`, `vocab_size` and `seq_len` change of the preset."""
+        """Fields of the preset's config that `model_set`, `vocab_size` and `seq_len` override."""
         changes: dict[str, Any] = {}
         for item in filter(None, self.model_set.split(",")):
             name, separator, value = item.partition("=")
@@ -129,15 +122,15 @@ class TrainConfig:
         return changes
 
     def to_toml(self) -> str:
-        """The same settings as a file for --config."""
+        """The settings as a file for --config."""
         values = ((name, value) for name, value in (asdict(self) | asdict(self.recipe())).items() if value is not None)
         return "".join(f"{name} = {_toml(value)}\n" for name, value in values)
 
 
 def _value(text: str) -> bool | int | float | str | None:
-    """What a text means: true, false, none, a number, or itself."""
-    if text.lower() in WORDS:
-        return WORDS[text.lower()]
+    """Parse true, false, none or a number; any other text is returned unchanged."""
+    if text.lower() in LITERALS:
+        return LITERALS[text.lower()]
     for kind in (int, float):
         with suppress(ValueError):
             return kind(text)
@@ -153,7 +146,7 @@ def _toml(value: bool | int | float | str) -> str:
 
 
 class _LoadConfig(Action):
-    """`--config FILE`: its keys take effect where it stands, so that what comes later on the line wins."""
+    """`--config FILE`: parse the keys of a file at its position in the command line; later flags override them."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
         try:
@@ -172,20 +165,21 @@ class _LoadConfig(Action):
 
 
 def given_flags(config: TrainConfig, without: Collection[str] = ()) -> list[str]:
-    """The flags for what differs from the defaults."""
+    """Flags for the settings that differ from their defaults."""
     words = []
     for setting in fields(TrainConfig):
         value = getattr(config, setting.name)
         if value != setting.default and setting.name not in without:
             flag = "--" + setting.name.replace("_", "-")
-            words += (
-                [flag if value else flag.replace("--", "--no-", 1)] if isinstance(value, bool) else [flag, str(value)]
-            )
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                words += [flag, str(value)]
     return words
 
 
 def add_options(parser: ArgumentParser, only: Collection[str] | None = None) -> None:
-    """Give a parser `--config` and a flag for every setting, or for some of them."""
+    """Add `--config` and a flag for every setting, or for those named in `only`, to a parser."""
     parser.add_argument("--config", metavar="TOML", action=_LoadConfig, help="a file with these flags as keys")
     for setting in fields(TrainConfig):
         if only is not None and setting.name not in only:

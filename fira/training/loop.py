@@ -13,26 +13,30 @@ from fira.training.config import TrainConfig
 from fira.training.run_report import RunReport
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
-from fira.training.step_trace import STEP, traced
+from fira.training.step_trace import TRACED_STEP, traced
 from pipeline.mpi import World
 
 
-def train(config: TrainConfig, world: World) -> None:
-    """Train as configured, from the start or from a checkpoint, and leave a run folder (collective)."""
+def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
+    """Train as configured, from the start or from a checkpoint, and write a run folder (collective).
+
+    quiet: show no progress.
+    """
     recipe = config.recipe()
     out = run_folder.choose(config)
-    run = set_up(config, recipe.batch_size, world)
-    done = _resume(config, out, run)
-    report = RunReport(config, out, run, done, recipe) if world.rank == 0 else None
-    before = _validate(run, recipe, done)
+    run = set_up(config, recipe.batch_size, world, quiet)
+    first = _resume(config, out, run) + 1
+    report = RunReport(config, out, run, first, recipe, quiet) if world.rank == 0 else None
+    initial_loss = _validate(run, recipe, first - 1)
     signals = Signals()
-    for step in range(done + 1, recipe.steps + 1):
+    for step in range(first, recipe.steps + 1):
         started = time.perf_counter()
         lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
-        with traced(run.trainer.model.engine, config.trace if step == done + STEP else None):
-            result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, signals.wanted())
+        trace = config.trace if step == first + TRACED_STEP - 1 else None
+        with traced(run.trainer.model.engine, trace):
+            result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, extra=signals.take_requests())
             seconds = time.perf_counter() - started
-        save, end = (count > 0 for count in result.signals)
+        save, end = (requests > 0 for requests in result.extra)
         end = end or step == recipe.steps
         val_loss = _validate(run, recipe, step) if end or step % config.eval_every == 0 else None
         if report:
@@ -42,10 +46,11 @@ def train(config: TrainConfig, world: World) -> None:
         if end:
             break
     if report:
-        report.finish(before)
+        report.finish(initial_loss)
 
 
 def _validate(run: Run, recipe: Recipe, step: int) -> float:
+    """The validation loss after a step; UserError if it is not finite."""
     loss = run.trainer.evaluate(run.validation, recipe.batch_size)
     if not math.isfinite(loss):
         raise UserError(
@@ -55,7 +60,7 @@ def _validate(run: Run, recipe: Recipe, step: int) -> float:
 
 
 def _resume(config: TrainConfig, out: Path, run: Run) -> int:
-    """The step that the run continues from: 0, or that of the checkpoint asked for."""
+    """Restore the checkpoint given by --resume and return its step; without one return 0."""
     if config.resume is None:
         return 0
     saved = newest_valid(out / "checkpoints") if config.resume == "auto" else Checkpoint.open(find(config.resume))

@@ -1,9 +1,9 @@
-"""The folder a run leaves: config.toml, data.json, training_log.csv, training_progress.png, checkpoints/."""
+"""The run folder: config.toml, data.json, training_log.csv, training_progress.png and checkpoints/."""
 
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -11,20 +11,21 @@ from fira.errors import UserError
 from fira.training.config import TrainConfig
 
 RUNS = Path("runs")
+T = TypeVar("T")
 
 
-def _on_all(value: Any) -> Any:
-    """Rank 0's value."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def _broadcast(value: T) -> T:
+    """Return rank 0's value on all ranks."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def choose(config: TrainConfig) -> Path:
-    """The run folder, the same on all ranks (collective).
+    """Choose the run folder, the same on all ranks (collective).
 
-    Without --out it is a new `runs/<model>`, `runs/<model>-2`, …; with --resume auto the newest of these. A folder that
-    already holds a run is only taken with --resume: nothing is overwritten.
+    Without --out it is a new folder `runs/<model>`, `runs/<model>-2`, …, or with --resume auto the newest of these.
+    Raises UserError if the folder already contains a run and --resume is not given, so that no run is overwritten.
     """
     earlier = sorted(_numbered(config.name())) if dist.get_rank() == 0 else []
     if config.out is not None:
@@ -34,25 +35,25 @@ def choose(config: TrainConfig) -> Path:
     else:
         number = earlier[-1][0] + 1 if earlier else 1
         out = RUNS / (config.name() if number == 1 else f"{config.name()}-{number}")
-    out = _on_all(out)
-    if config.resume is None and _on_all((out / "training_log.csv").exists()):
+    out = _broadcast(out)
+    if config.resume is None and _broadcast((out / "training_log.csv").exists()):
         raise UserError(f"--out {out} already holds a run; add --resume auto to continue it, or choose another folder")
     return out
 
 
 def _numbered(model: str) -> list[tuple[int, Path]]:
-    """The run folders of a model under runs/, with their numbers."""
+    """The run folders of a model under runs/ with their numbers."""
     pattern = re.compile(re.escape(model) + r"(?:-(\d+))?")
-    found = ((pattern.fullmatch(path.name), path) for path in RUNS.glob(f"{model}*") if path.is_dir())
-    return [(int(match[1] or 1), path) for match, path in found if match]
+    matches = ((pattern.fullmatch(path.name), path) for path in RUNS.glob(f"{model}*") if path.is_dir())
+    return [(int(match[1] or 1), path) for match, path in matches if match]
 
 
-def describe(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Create the folder and write config.toml and data.json; one rank calls it."""
+def create(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
+    """Create the folder and write config.toml and data.json; called by one rank. summary: of the corpus."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
         baselines = {name: summary[name] for name in ("unigram", "trigram") if summary.get(name) is not None}
         (out / "data.json").write_text(json.dumps({**summary, "baselines": baselines}, indent=1), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose a folder that can be written") from None
+        raise UserError(f"--out {out}: {error.strerror}; choose a writable folder") from None

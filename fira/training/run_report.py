@@ -1,8 +1,9 @@
-"""What a person sees of a run: lines while it goes, the log, the picture, and what to do next."""
+"""Report of a run by one rank: console output, the training log, and the picture at the end."""
 
+import logging
 from pathlib import Path
 
-from fira.metrics.console import ConsoleProgress
+from fira.metrics import console
 from fira.metrics.csv_log import LOG_NAME, Row, TrainingLog
 from fira.metrics.run_plots import plot_files
 from fira.models.family import Recipe
@@ -11,23 +12,29 @@ from fira.training.config import TrainConfig
 from fira.training.setup import Run
 from fira.training.trainer import StepResult
 
+logger = logging.getLogger(__name__)
+
 
 class RunReport:
-    """One rank's, for all: keeps the run folder. done: the last step of an earlier run."""
+    """Writes the run folder except for the checkpoints, and shows progress on the console; created by one rank.
 
-    def __init__(self, config: TrainConfig, out: Path, run: Run, done: int, recipe: Recipe) -> None:
-        run_folder.describe(out, config, run.corpus.summary)
-        print(run.heading, flush=True)
-        if done:
-            print(f"resumed after step {done} in {out}", flush=True)
+    first: number of the first step, 1 or the one after a checkpoint. quiet: show no progress.
+    """
+
+    def __init__(self, config: TrainConfig, out: Path, run: Run, first: int, recipe: Recipe, quiet: bool) -> None:
+        run_folder.create(out, config, run.corpus.summary)
+        self.quiet = quiet
+        self._show(run.description.heading())
+        if first > 1:
+            logger.info("resumed after step %d in %s", first - 1, out)
         self.out, self.run, self.steps = out, run, recipe.steps
-        self.log = TrainingLog(out / LOG_NAME, done)
+        self.log = TrainingLog(out / LOG_NAME, first - 1)
         self.tokens = recipe.batch_size * run.trainer.model.config.seq_len
-        self.progress = ConsoleProgress(recipe.steps, done + 1, self.tokens)
+        self.progress = None if quiet else console.ConsoleProgress(recipe.steps, first, self.tokens)
         self.last: Row | None = None
 
     def step(self, step: int, result: StepResult, lr: float, seconds: float, val_loss: float | None) -> None:
-        """Log a step that took `seconds`, without its validation."""
+        """Report a step that took `seconds`, its validation excluded."""
         speed = self.tokens / seconds
         self.last = Row(
             iter=step,
@@ -45,20 +52,24 @@ class RunReport:
             layer_entropy=[[entropy] for entropy in result.router_entropy],
         )
         self.log.write(self.last)
-        self.progress.update(self.last)
+        if self.progress:
+            self.progress.update(self.last)
 
-    def finish(self, before: float) -> None:
-        """Draw the picture and say what was reached. before: the validation loss at the start."""
+    def finish(self, initial_loss: float) -> None:
+        """Draw the picture and show the result. initial_loss: the validation loss before the first step."""
         self.log.close()
         if self.last is None:
-            print(f"nothing to do: {self.out} is at step {self.steps} already; raise --steps to go on")
+            logger.info("nothing to do: %s is at step %d already; raise --steps to continue", self.out, self.steps)
             return
-        summary = self.run.corpus.summary
-        baselines = [f"{name} {summary[name]:.3f}" for name in ("unigram", "trigram") if summary.get(name) is not None]
-        others = f" ({' and '.join(baselines)} on the same tokens)" if baselines else ""
-        print(f"validation loss {before:.3f} → {self.last.val_loss:.3f}{others}")
-        print(f"picture: {plot_files([self.out])}")
+        assert self.last.val_loss is not None  # the last step of a run is always validated
+        self._show(console.loss_change(initial_loss, self.last.val_loss, self.run.corpus.summary))
+        self._show(f"picture: {plot_files([self.out])}")
         if self.last.iter < self.steps:
-            print(f"stopped by a signal after step {self.last.iter}; the same command with --resume auto continues")
-        tokenizer = "" if self.run.tokenizer else " --tokenizer TOKENIZER.json"  # shards of token ids came without one
-        print(f'next: python scripts/generate.py --checkpoint {self.out}{tokenizer} --prompt "def "', flush=True)
+            logger.info(
+                "stopped by a signal after step %d; the same command with --resume auto continues", self.last.iter
+            )
+        self._show(console.next_command(self.out, has_tokenizer=self.run.tokenizer is not None))
+
+    def _show(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)

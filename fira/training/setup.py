@@ -1,6 +1,6 @@
-"""From settings to everything a run needs: data, layout, model, trainer."""
+"""From settings to everything that a run needs: data, layout, model and trainer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from fira.data.prepare import Corpus, prepare
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, choose_devices, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
+from fira.metrics.console import RunDescription
+from fira.models.language_model import LanguageModel
 from fira.models.registry import build, change, from_document, make_config
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.layout import choose_layout
@@ -30,7 +32,7 @@ from pipeline.schedule import SCHEDULES
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop works with."""
+    """The objects that the training loop uses."""
 
     trainer: Trainer
     loader: Mixture
@@ -39,55 +41,11 @@ class Run:
     tokenizer: bytes | None  # the content of tokenizer.json
     flops_per_token: float  # forward and backward
     peak: float  # FLOP/s of all ranks together
-    heading: str  # what is trained, on what, and how it is spread: for a person
+    description: RunDescription
 
 
-def load_corpus(config: TrainConfig, tokenizer: str | None, vocab_size: int, world: World) -> Corpus:
-    """The data, prepared by one rank of each node while the others wait (collective)."""
-
-    def corpus(progress: bool) -> Corpus:
-        return prepare(config.data, config.text_column, tokenizer, vocab_size, progress=progress)
-
-    prepared = corpus(progress=world.rank == 0) if world.local_rank == 0 else None
-    dist.barrier()
-    return prepared or corpus(progress=False)
-
-
-def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | None]:
-    """The model's config, and the tokenizer.json that belongs to it, if any: what was saved, or as the flags say."""
-    changes = config.model_changes()
-    if saved:
-        own = str(saved.folder / TOKENIZER) if saved.has_file(TOKENIZER) else None
-        model = change(from_document(saved.document("config")), config.name(), changes)
-        return model, config.tokenizer or own
-    if config.tokenizer and config.vocab_size is None:
-        changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))
-    return make_config(config.model, changes), config.tokenizer
-
-
-def choose_microbatch(config: TrainConfig, batch_size: int, layout: Layout) -> int:
-    """Sequences per micro-batch: one micro-batch where there is no pipeline, else two per stage, to keep it full."""
-    if config.micro_batch_size is not None:
-        return config.micro_batch_size
-    pieces = 2 * layout.pp if layout.pp > 1 else 1
-    return max(1, batch_size // (layout.dp * pieces))
-
-
-def _recomputed(
-    config: TrainConfig, model: Any, candidate: Candidate, devices: list[torch.device], world: World
-) -> int:
-    """Blocks of every stage to compute again, the same on all ranks (collective)."""
-    if len(devices) > 1 and config.recompute not in (None, "none", "full"):
-        raise UserError(f"--recompute {config.recompute}: torchgpipe recomputes all or nothing; give full or none")
-    if config.recompute != "auto":
-        return config.recomputed() or 0
-    blocks = torch.tensor(least_recompute(model, candidate, config.precision, devices[0], world.local_size))
-    dist.all_reduce(blocks, dist.ReduceOp.MAX)  # machines may differ
-    return int(blocks)
-
-
-def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
-    """Prepare data, build this rank's part of the model and measure the machine (collective)."""
+def set_up(config: TrainConfig, batch_size: int, world: World, quiet: bool = False) -> Run:
+    """Prepare the data, build this rank's part of the model and measure the peak FLOP/s (collective)."""
     saved = open_saved(config.init) if config.init else None
     model_config, tokenizer_path = choose_model(config, saved)
     with torch.device("meta"):
@@ -106,13 +64,13 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         config.ep,
         stages_per_rank=SCHEDULES[schedule].stages_per_rank,
     )
-    corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world)
+    corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world, quiet)
     mesh = make_mesh(layout, devices)
     microbatch = choose_microbatch(config, batch_size, layout)
-    dtype = parameter_dtype(config.precision)
     split = BatchSplit(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
     candidate = Candidate(layout, schedule, microbatch, split.count(batch_size), recompute=0)
-    recomputed = _recomputed(config, model, candidate, devices, world)
+    candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
+    dtype, autocast = parameter_dtype(config.precision), AUTOCAST_DTYPES.get(config.precision)
     distributed = parallelize(
         model,
         mesh,
@@ -120,43 +78,95 @@ def set_up(config: TrainConfig, batch_size: int, world: World) -> Run:
         devices,
         schedule,
         dtype,
-        AUTOCAST_DTYPES.get(config.precision),
-        recomputed,
+        autocast,
+        candidate.recompute,
     )
     trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
     if saved:
         state.load_weights(saved, distributed)
-    tokenizer = corpus.tokenizer.read_bytes() if corpus.tokenizer else None
-    summary = corpus.summary
-    stages = " | ".join(f"{span.start}–{span.stop - 1}" for span in distributed.stages)
-    blocks = "all" if recomputed == EVERY_BLOCK else recomputed
-    again = f" · {blocks} blocks of each recomputed" if recomputed else ""
-    heading = "\n".join(
-        [
-            f"{config.name()}: {model.num_parameters():,} parameters · {devices[0].type} {config.precision} · {layout}",
-            f"{schedule} · micro-batches a replica: {split.count(batch_size)}, each {microbatch} × "
-            f"{model_config.seq_len} tokens · stages of layers {stages}{again}",
-            f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
-            f"vocabulary {model_config.vocab_size}",
-        ]
-    )
+    loader, validation = open_data(corpus, model_config.seq_len, config)
     return Run(
         trainer=trainer,
-        loader=Mixture(
-            [Loader(source.train, model_config.seq_len, config.seed) for source in corpus.sources],
-            [source.weight for source in corpus.sources],
-        ),
-        validation=Joined(
-            [
-                ValidationSequences(
-                    source.val, model_config.seq_len, max(1, round(config.eval_sequences * source.weight))
-                )
-                for source in corpus.sources
-            ]
-        ),
+        loader=loader,
+        validation=validation,
         corpus=corpus,
-        tokenizer=tokenizer,
+        tokenizer=corpus.tokenizer.read_bytes() if corpus.tokenizer else None,
         flops_per_token=3 * distributed.flops_per_token,
-        peak=measure_peak(devices[0], AUTOCAST_DTYPES.get(config.precision, dtype)),
-        heading=heading,
+        peak=measure_peak(devices[0], autocast or dtype),
+        description=describe(config, model.num_parameters(), trainer, candidate, corpus),
+    )
+
+
+def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | None]:
+    """The model's config and the path of its tokenizer.json, if any, from the flags or the saved model of --init."""
+    changes = config.model_changes()
+    if saved:
+        saved_tokenizer = str(saved.folder / TOKENIZER) if saved.has_file(TOKENIZER) else None
+        model = change(from_document(saved.document("config")), config.name(), changes)
+        return model, config.tokenizer or saved_tokenizer
+    if config.tokenizer and config.vocab_size is None:
+        changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))
+    return make_config(config.model, changes), config.tokenizer
+
+
+def load_corpus(config: TrainConfig, tokenizer: str | None, vocab_size: int, world: World, quiet: bool) -> Corpus:
+    """The data, prepared by one rank of each node while the others wait, then read from the cache (collective)."""
+
+    def corpus(progress: bool) -> Corpus:
+        return prepare(config.data, config.text_column, tokenizer, vocab_size, progress=progress)
+
+    prepared = corpus(progress=world.rank == 0 and not quiet) if world.local_rank == 0 else None
+    dist.barrier()
+    return prepared or corpus(progress=False)
+
+
+def open_data(corpus: Corpus, seq_len: int, config: TrainConfig) -> tuple[Mixture, Joined]:
+    """The training batches and the validation sequences of a corpus, each source in proportion to its weight."""
+    sources = corpus.sources
+    loaders = [Loader(source.train, seq_len, config.seed) for source in sources]
+    counts = [max(1, round(config.eval_sequences * source.weight)) for source in sources]
+    validation = [ValidationSequences(s.val, seq_len, count) for s, count in zip(sources, counts, strict=True)]
+    return Mixture(loaders, [source.weight for source in sources]), Joined(validation)
+
+
+def choose_microbatch(config: TrainConfig, batch_size: int, layout: Layout) -> int:
+    """Sequences per micro-batch: by default one micro-batch per step without a pipeline, else two per stage."""
+    if config.micro_batch_size is not None:
+        return config.micro_batch_size
+    microbatches = 2 * layout.pp if layout.pp > 1 else 1
+    return max(1, batch_size // (layout.dp * microbatches))
+
+
+def choose_recompute(
+    config: TrainConfig, model: LanguageModel, candidate: Candidate, devices: list[torch.device], world: World
+) -> int:
+    """Number of blocks recomputed in every stage, the same on all ranks (collective). model: on any device."""
+    if len(devices) > 1 and config.recompute not in (None, "none", "full"):
+        raise UserError(f"--recompute {config.recompute}: torchgpipe recomputes all or nothing; give full or none")
+    if config.recompute != "auto":
+        return config.recomputed() or 0
+    blocks = torch.tensor(least_recompute(model, candidate, config.precision, devices[0], world.local_size))
+    dist.all_reduce(blocks, dist.ReduceOp.MAX)  # the memory of machines may differ
+    return int(blocks)
+
+
+def describe(
+    config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus
+) -> RunDescription:
+    model = trainer.model.config
+    return RunDescription(
+        name=config.name(),
+        parameters=parameters,
+        device=trainer.model.device.type,
+        precision=config.precision,
+        layout=str(candidate.layout),
+        schedule=candidate.schedule,
+        microbatches=candidate.count,
+        microbatch_size=candidate.microbatch,
+        seq_len=model.seq_len,
+        stages=trainer.model.stages,
+        recomputed={0: "", EVERY_BLOCK: "all"}.get(candidate.recompute, str(candidate.recompute)),
+        train_tokens=corpus.summary["train_tokens"],
+        val_tokens=corpus.summary["val_tokens"],
+        vocab_size=model.vocab_size,
     )

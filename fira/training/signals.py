@@ -1,22 +1,27 @@
-"""SIGTERM: save, then end. SIGUSR1: save and go on. A handler only notes it; ranks agree at the next step."""
+"""SIGUSR1: save a checkpoint and continue. SIGTERM: save a checkpoint and end the run.
+
+A handler only records the signal. All ranks act on it after the same step, since the requests of all ranks are summed
+together with the results of that step.
+"""
 
 import signal
 from types import FrameType
 
 
 class Signals:
-    """`wanted()` gives and clears what has arrived on this rank since the last call: [save, end]."""
+    """Handlers of this process for SIGUSR1 and SIGTERM."""
 
     def __init__(self) -> None:
         self._save = self._end = False
-        signal.signal(signal.SIGUSR1, self._note)
-        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGUSR1, self._record)
+        signal.signal(signal.SIGTERM, self._record)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self._save = True
         self._end = self._end or number == signal.SIGTERM
 
-    def wanted(self) -> list[bool]:
-        wanted = [self._save, self._end]
+    def take_requests(self) -> list[float]:
+        """The requests since the last call, [save, end], as 0 or 1."""
+        requests = [float(self._save), float(self._end)]
         self._save = self._end = False
-        return wanted
+        return requests

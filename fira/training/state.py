@@ -1,4 +1,4 @@
-"""What a checkpoint of a training run holds, and how a run of any layout takes it up again."""
+"""Save the state of a training run as a checkpoint, and restore it on any layout."""
 
 from pathlib import Path
 
@@ -19,9 +19,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, tokenizer: bytes | None, keep: int) -> Path:
-    """Write `root/step-…` (collective): weights, AdamW's moments, loader position, loss scale, model and tokenizer.
+    """Write `root/step-…` (collective): weights, moments of AdamW, loader position, loss scale, config and tokenizer.
 
-    Dropout and data order are functions of the seed and the sequence number, so there is no random state to keep.
+    tokenizer: the content of tokenizer.json. keep: number of checkpoints kept in `root`. Dropout and data order are
+    functions of the seed and the sequence number, so there is no random state to save.
     """
     mesh, optimizer = trainer.mesh, trainer.optimizer
     owned = [part for part in trainer.model.shards if (mesh.edp_rank if part.expert else mesh.dp_rank) == 0]
@@ -50,8 +51,11 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, toke
 
 
 def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, tokenizer: bytes | None) -> int:
-    """Take up a checkpoint written by any layout; returns its step. UserError where it is of another model or data."""
-    _check_same(saved, trainer, tokenizer)
+    """Restore a checkpoint written on any layout, and return its step (collective).
+
+    Raises UserError if it was written with another model or tokenizer.
+    """
+    _check_compatible(saved, trainer, tokenizer)
     state = saved.document("state")
     load_weights(saved, trainer.model)
     for part in trainer.model.shards:
@@ -65,7 +69,10 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
 
 @torch.no_grad()
 def load_weights(saved: Saved, model: DistributedModel) -> None:
-    """Take this rank's part of the weights, whoever wrote them (collective). UserError: they are another model's."""
+    """Load this rank's shards of the weights, written on any layout (collective).
+
+    Raises UserError if they belong to another model.
+    """
     for part in [*model.shards, *model.buffers]:
         part.parameter.copy_(_read(saved, part.name, part))
     if model.tied:
@@ -73,18 +80,20 @@ def load_weights(saved: Saved, model: DistributedModel) -> None:
 
 
 def _read(saved: Saved, name: str, part: ParamShard) -> torch.Tensor:
+    """The rows of a stored tensor that a shard holds; UserError if its global shape differs from the stored one."""
     if saved.shape(name) != part.shape:
         raise UserError(f"{saved.folder}: {name} has shape {saved.shape(name)}, this model's is {part.shape}")
     return saved.read(name, part.start, part.start + len(part.parameter)) if part.shape else saved.read(name)
 
 
-def _check_same(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | None) -> None:
-    theirs = to_document(from_document(saved.document("config")))  # with defaults for what is newer than the checkpoint
-    ours = to_document(trainer.model.config)
-    if different := [key for key in ours if theirs.get(key) != ours[key]]:
+def _check_compatible(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | None) -> None:
+    """Raise UserError if a checkpoint was written with another model config or another tokenizer."""
+    stored = to_document(from_document(saved.document("config")))  # with defaults for fields newer than the checkpoint
+    current = to_document(trainer.model.config)
+    if different := [key for key in current if stored.get(key) != current[key]]:
         key = different[0]
         raise UserError(
-            f"{saved.folder} is of another model: its {key} is {theirs.get(key)}, this run's {ours[key]}; "
+            f"{saved.folder} is of another model: its {key} is {stored.get(key)}, this run's {current[key]}; "
             "give the flags it was trained with, or another --out"
         )
     if tokenizer is not None and saved.has_file(TOKENIZER) and saved.file(TOKENIZER) != tokenizer:

@@ -1,5 +1,6 @@
-"""When each rank did what in one step, as a file that ui.perfetto.dev shows and a picture."""
+"""Trace of one step: when each rank executed which action, as a file for ui.perfetto.dev and a picture."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,22 +12,25 @@ from fira.metrics.timeline_plot import write_timeline
 from pipeline.engine import Engine
 from pipeline.simulate import Timeline
 
-STEP = 3  # of a run: the first ones are slow
+TRACED_STEP = 3  # of this run; the first steps are slower than the others
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def traced(engine: Engine, out: str | None) -> Iterator[None]:
-    """Note what the engine does inside, on all ranks, and write it to `out`; None: do nothing (collective)."""
-    if out is None:
+def traced(engine: Engine, path: str | None) -> Iterator[None]:
+    """Trace the engine's actions on all ranks in the block and write them to `path` (collective); None: no trace."""
+    if path is None:
         yield
         return
     engine.trace = []
     dist.barrier()
-    origin = time.perf_counter()  # ranks on several machines have clocks of their own
+    origin = time.perf_counter()  # the zero of this rank's times, since machines have different clocks
     yield
-    mine = tuple((action, start - origin, end - origin) for action, start, end in engine.trace)
+    actions = tuple((action, start - origin, end - origin) for action, start, end in engine.trace)
     engine.trace = None
     spans: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(spans, mine)
+    dist.all_gather_object(spans, actions)
     if dist.get_rank() == 0:
-        print(f"trace: {out}, {write_timeline(Timeline(tuple(spans), ()), out, f'step {STEP}')}", flush=True)
+        picture = write_timeline(Timeline(tuple(spans), ()), path, f"step {TRACED_STEP}")
+        logger.info("trace: %s, %s", path, picture)

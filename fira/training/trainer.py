@@ -1,9 +1,10 @@
-"""One optimizer step and one validation over all ranks. Everything that ranks tell each other in a step is here."""
+"""One optimizer step and one validation on all ranks."""
 
 import functools
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -25,22 +26,47 @@ from pipeline.schedule import SCHEDULES, forward_only
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step was, the same on all ranks. signals: how many ranks raised each of the flags given to `step`."""
+    """Results of a step, the same on all ranks."""
 
     loss: float  # nats per token over the global batch, without the auxiliary loss
     aux_loss: float
     grad_norm: float  # before clipping
-    expert_load: list[list[float]]  # fraction of assignments, [MoE layer][expert]
-    expert_dropped: list[list[float]]  # fraction of its own assignments that it did not take, [MoE layer][expert]
-    dropped: float | None  # fraction of all assignments that no expert took; None without experts
+    expert_load: list[list[float]]  # fraction of the layer's assignments, [MoE layer][expert]
+    expert_dropped: list[list[float]]  # dropped fraction of the expert's own assignments, [MoE layer][expert]
+    dropped: float | None  # dropped fraction of all assignments; None without experts
     router_entropy: list[float]  # nats, mean over tokens, [MoE layer]
-    bubble: float  # fraction of the step that ranks waited for one another in the pipeline
-    skipped: bool  # fp16 overflow: no update was made
-    signals: list[int]
+    bubble: float  # fraction of the step in which ranks waited in the pipeline, mean over ranks
+    skipped: bool  # no update because fp16 gradients overflowed
+    extra: list[float]  # the argument `extra` of `step`, summed over ranks
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Contributions of one rank to the results of a step, or their sums over all ranks; float64."""
+
+    norms: Tensor  # [entries of NormVector] squared gradient norms
+    load: Tensor  # [MoE layers, experts] assignments
+    dropped: Tensor  # [MoE layers, experts] dropped assignments
+    entropy: Tensor  # [MoE layers] router entropy in nats, summed over tokens
+    aux_loss: Tensor  # [] auxiliary loss times the loss scale
+    loss: Tensor  # [] nats, summed over tokens
+    bubble: Tensor  # [] fraction of the step that this rank waited, divided by the number of ranks
+    extra: Tensor  # [n] numbers of the caller
+
+    def all_reduce(self) -> "StepSums":
+        """Sums over all ranks, on the CPU, in one collective.
+
+        This is the only point of a step at which a rank waits for its device and for all other ranks.
+        """
+        tensors = [getattr(self, field.name) for field in fields(self)]
+        flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+        dist.all_reduce(flat)
+        sums = flat.split([tensor.numel() for tensor in tensors])
+        return StepSums(*(part.view_as(tensor) for part, tensor in zip(sums, tensors, strict=True)))
 
 
 class Trainer:
-    """A model under training. step and evaluate are collective; their results do not depend on the layout."""
+    """A model in training. `step` and `evaluate` are collective, and their results do not depend on the layout."""
 
     def __init__(
         self,
@@ -65,16 +91,45 @@ class Trainer:
         self.scale = LossScale(fp16)
         self.norms = NormVector(model, mesh)
 
-    def step(self, loader: Loader | Mixture, sequences: int, lr: float, seed: int, flags: list[bool]) -> StepResult:
-        """Train on the loader's next sequences. Raises UserError, on all ranks and before any weight has changed, where
-        loss or gradients are not finite."""
+    def step(
+        self, loader: Loader | Mixture, sequences: int, lr: float, seed: int, extra: Sequence[float] = ()
+    ) -> StepResult:
+        """Train on the next `sequences` sequences of the loader.
+
+        extra: numbers to sum over all ranks in the collective that reduces the results.
+        Raises UserError on all ranks, before any weight has changed, if the loss or a gradient is not finite.
+        """
         started = time.perf_counter()
         scale = self.scale.value
-        first = loader.consumed
-        microbatches = self.split.microbatches(loader.batch, first, sequences, seed, scale)
+        microbatches = self.split.microbatches(loader.batch, loader.consumed, sequences, seed, scale)
         loader.consumed += sequences
         tokens = sequences * microbatches[0].inputs.shape[1]
 
+        losses = self._backward(microbatches)
+        bubble = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
+        sums = self._step_sums(microbatches, losses, bubble, extra).all_reduce()
+        loss, norm = float(sums.loss) / tokens, math.sqrt(float(sums.norms.sum())) / scale
+
+        overflow = self.scale.enabled and not math.isfinite(norm)
+        self._check_finite(loss, sums.norms, overflow)
+        self.scale.update(overflow)
+        if not overflow:
+            self._update(lr, norm, scale, sums.load)
+        return StepResult(
+            loss=loss,
+            aux_loss=float(sums.aux_loss) / scale,
+            grad_norm=norm,
+            expert_load=(sums.load / sums.load.sum(1, keepdim=True)).tolist(),
+            expert_dropped=(sums.dropped / sums.load.clamp(min=1)).tolist(),
+            dropped=float(sums.dropped.sum() / sums.load.sum()) if len(sums.load) else None,
+            router_entropy=(sums.entropy / tokens).tolist(),
+            bubble=float(sums.bubble),
+            skipped=overflow,
+            extra=sums.extra.tolist(),
+        )
+
+    def _backward(self, microbatches: list[MicroBatch]) -> list[Tensor]:
+        """Run forward and backward and reduce the gradients over replicas; the losses are those of this rank."""
         for part in self.model.shards:
             part.parameter.grad = None
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
@@ -82,41 +137,20 @@ class Trainer:
         if self.model.tied:
             self.model.tied.sum_gradients()
         reduce_gradients(self.model.shards, self.mesh)
+        return losses
 
-        waited = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
-        of_experts = self._experts([batch.context.training.stats for batch in microbatches])
-        own = torch.tensor([waited, *flags], dtype=torch.float64, device=self.model.device)
-        sums = _sum_over_ranks(self.norms.local(), *of_experts, _total(losses, self.model.device), own)
-        norms, load, dropped, entropy, aux, total, own = sums
-        loss, aux_loss, (bubble, *signals) = float(total), float(aux), own.tolist()
-        norm = math.sqrt(float(norms.sum())) / scale
-
-        overflow = self.scale.enabled and not math.isfinite(norm)
-        self._check_finite(loss / tokens, norms, overflow)
-        self.scale.update(overflow)
-        if not overflow:
-            clipping = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
-            scale_gradients(self.model.shards, clipping / scale)
-            self.optimizer.step(lr)
-            if self.model.tied:
-                self.model.tied.share_value()
-            for moe in self.model.moe:
-                moe.router.rebalance(load[self.model.moe_layers.index(moe.index)])
-        return StepResult(
-            loss=loss / tokens,
-            aux_loss=aux_loss / scale,
-            grad_norm=norm,
-            expert_load=(load / load.sum(1, keepdim=True)).tolist(),
-            expert_dropped=(dropped / load.clamp(min=1)).tolist(),
-            dropped=float(dropped.sum() / load.sum()) if len(load) else None,
-            router_entropy=(entropy / tokens).tolist(),
-            bubble=bubble,
-            skipped=overflow,
-            signals=[round(s) for s in signals],
-        )
+    def _update(self, lr: float, norm: float, scale: float, load: Tensor) -> None:
+        """Clip and unscale the gradients, update the weights, and rebalance routers by the load of the experts."""
+        clipping = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
+        scale_gradients(self.model.shards, clipping / scale)
+        self.optimizer.step(lr)
+        if self.model.tied:
+            self.model.tied.share_value()
+        for moe in self.model.moe:
+            moe.router.rebalance(load[self.model.moe_layers.index(moe.index)])
 
     def evaluate(self, data: ValidationSequences | Joined, batch: int) -> float:
-        """Mean loss, in nats per token, over all of the data, `batch` sequences at a time."""
+        """Mean loss in nats per token over all of the data, computed in batches of `batch` sequences."""
         total = torch.zeros(2, dtype=torch.float64)
         for first in range(0, len(data), batch):
             count = min(batch, len(data) - first)
@@ -128,22 +162,34 @@ class Trainer:
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
-    def _experts(self, stats: list[dict[tuple[int, int], MoEStats]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What became of this rank's tokens: assignments and how many of them were dropped, both [MoE layers of the
-        model, experts], the routers' entropy summed over tokens [MoE layers], and the auxiliary loss []."""
+    def _step_sums(
+        self, microbatches: list[MicroBatch], losses: list[Tensor], bubble: float, extra: Sequence[float]
+    ) -> StepSums:
+        """Contributions of this rank, on its device."""
         layers, device = len(self.model.moe_layers), self.model.device
         load, dropped = torch.zeros(2, layers, self.model.num_experts, dtype=torch.float64, device=device)
-        entropy, aux = torch.zeros(layers, dtype=torch.float64, device=device), load.new_zeros(())
-        for microbatch in stats:
-            for (layer, _), one in sorted(microbatch.items()):
-                place = self.model.moe_layers.index(layer)
-                load[place] += one.load.to(device)
-                dropped[place] += one.dropped.to(device)
-                entropy[place] += one.entropy.to(device)
-                aux += one.aux.to(device)
-        return load, dropped, entropy, aux
+        entropy, aux_loss = torch.zeros(layers, dtype=torch.float64, device=device), load.new_zeros(())
+        for microbatch in microbatches:
+            stats: dict[tuple[int, int], MoEStats] = microbatch.context.training.stats
+            for (layer, _), routing in sorted(stats.items()):
+                row = self.model.moe_layers.index(layer)
+                load[row] += routing.load.to(device)
+                dropped[row] += routing.dropped.to(device)
+                entropy[row] += routing.entropy.to(device)
+                aux_loss += routing.aux.to(device)
+        return StepSums(
+            norms=self.norms.local(),
+            load=load,
+            dropped=dropped,
+            entropy=entropy,
+            aux_loss=aux_loss,
+            loss=_total(losses, device),
+            bubble=load.new_tensor(bubble),
+            extra=load.new_tensor(extra),
+        )
 
     def _check_finite(self, loss: float, norms: Tensor, overflow: bool) -> None:
+        """Raise UserError if the loss or a gradient is not finite, except for fp16 gradients at a high loss scale."""
         if math.isfinite(loss) and (overflow or bool(norms.isfinite().all())):
             if self.scale.enabled and self.scale.value < 2**-14:
                 raise UserError(
@@ -159,22 +205,12 @@ class Trainer:
 
 
 def _total(losses: list[Tensor], device: torch.device) -> Tensor:
-    """[] float64 on the device; zero without losses."""
+    """Sum of losses, [] float64 on the device; zero without losses."""
     if not losses:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(losses).double().sum().to(device)
 
 
 def _targets(microbatches: list[MicroBatch]) -> int:
+    """Number of tokens with a target."""
     return int(sum(batch.context.lengths.sum() for batch in microbatches))
-
-
-def _sum_over_ranks(*tensors: Tensor) -> list[Tensor]:
-    """Sum several float64 tensors over all ranks in one collective; the sums are on the CPU.
-
-    This is the one place of a step where a rank waits for its device, and for all other ranks.
-    """
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
-    dist.all_reduce(flat)
-    pieces = flat.split([tensor.numel() for tensor in tensors])
-    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -1,22 +1,15 @@
-"""What scripts/train.py raises for command lines that it cannot use."""
+"""The errors of the train command for invalid command lines."""
 
-import runpy
-import sys
-
+from fira.commands.train import main
 from fira.errors import UserError
-from tests.launch import ROOT
-
-SCRIPT = ROOT / "scripts" / "train.py"
 
 
 def messages(flags: list[list[str]]) -> list[str]:
-    """The message of the UserError of each command line, all in one process."""
-    main = runpy.run_path(str(SCRIPT))["main"]
+    """The message of the UserError of each command line, all in one process; empty where there is no error."""
     found = []
     for arguments in flags:
-        sys.argv = [str(SCRIPT), *arguments]
         try:
-            main()
+            main(arguments, prog="train.py")
         except UserError as error:
             found.append(str(error))
         else:

@@ -1,0 +1,47 @@
+"""Chat with a trained model. /reset clears the conversation, /quit or Ctrl-D ends, Ctrl-C interrupts an answer."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from fira import cli, load_model
+from fira.data.tokenizer import load_tokenizer
+from fira.devices import choose_devices
+from fira.generation.chat import Conversation
+from fira.generation.options import add_sampling, sampling
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = cli.Parser(__doc__, prog)
+    parser.add_argument("--checkpoint", required=True, help="a run folder, a step folder or an exported folder")
+    parser.add_argument("--tokenizer", help="a tokenizer.json; default: the checkpoint's own")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
+    add_sampling(parser)
+    options = parser.parse_args(arguments)
+    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0])
+    if options.tokenizer:
+        model.tokenizer = load_tokenizer(options.tokenizer)
+    answer_questions(Conversation(model), options)
+
+
+def answer_questions(conversation: Conversation, options: Namespace) -> None:
+    """Read questions from a terminal, or one per line from a pipe, and print each answer while it is generated."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print(__doc__, file=sys.stderr)
+    while True:
+        try:
+            question = input("> " if terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if question == "/quit":
+            break
+        if question == "/reset":
+            conversation.reset()
+        elif question:
+            try:
+                for piece in conversation.ask(question, options.max_new_tokens, **sampling(options)):
+                    print(piece, end="", flush=True)
+            except KeyboardInterrupt:  # the part of the answer that was printed stays in the conversation
+                pass
+            print(flush=True)

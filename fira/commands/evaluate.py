@@ -1,0 +1,68 @@
+"""Evaluate a model on files and on tasks of lm-eval, and count the tokens of each expert."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from itertools import chain
+
+from fira import cli, encode, load_model
+from fira.data.sources import documents
+from fira.data.tokenizer import eos_id, load_tokenizer
+from fira.devices import choose_devices
+from fira.errors import UserError
+from fira.generation.perplexity import TextLoss, perplexity
+from fira.generation.text import own_tokenizer
+from fira.generation.utilisation import counting_experts, shares
+from fira.models.language_model import LanguageModel
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = cli.Parser(__doc__, prog)
+    parser.add_argument("--checkpoint", required=True, help="a run folder, a step folder or an exported folder")
+    parser.add_argument("--tokenizer", help="a tokenizer.json; default: the checkpoint's own")
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="text, CSV, JSONL, Parquet, or folders")
+    parser.add_argument("--text-column", default="text", help="column or key of the text (default: %(default)s)")
+    parser.add_argument("--tasks", default="", help="comma-separated names of lm-eval tasks (pip install 'fira[eval]')")
+    parser.add_argument("--tasks-path", metavar="DIR", help="a folder of task files; default: those of lm-eval")
+    parser.add_argument("--limit", type=int, help="examples of each task; default: all")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples in a forward pass (default: %(default)s)")
+    parser.add_verbosity()
+    options = parser.parse_args(arguments)
+    cli.start_logging(options.quiet, options.verbose)
+    if not options.data and not options.tasks:
+        raise UserError("nothing to evaluate; give --data or --tasks")
+    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0])
+    if options.tokenizer:
+        model.tokenizer = load_tokenizer(options.tokenizer)
+    if options.data:
+        print_losses(model, options)
+    if options.tasks:
+        print_task_scores(model, options)
+
+
+def print_losses(model: LanguageModel, options: Namespace) -> None:
+    """Print the loss on each file, the loss on all files if there are several, and the load of each expert."""
+    tokenizer = own_tokenizer(model)
+    losses, sizes = [], []
+    with counting_experts(model) as counts:
+        for file in options.data:
+            texts = list(documents(file, options.text_column))
+            ids = list(chain.from_iterable([eos_id(tokenizer), *encode(text, tokenizer)] for text in texts))
+            losses.append(perplexity(model, ids, progress=not options.quiet))
+            sizes.append(sum(len(text.encode()) for text in texts))
+            print(f"{file}: {losses[-1].describe(sizes[-1])}")
+    if len(losses) > 1:
+        print(f"together: {TextLoss.mean(losses).describe(sum(sizes))}")
+    if counts:
+        print("tokens of each expert, in percent:")
+    for layer, fractions in shares(counts).items():
+        print(f"  layer {layer}: " + " ".join(f"{100 * fraction:.1f}" for fraction in fractions))
+
+
+def print_task_scores(model: LanguageModel, options: Namespace) -> None:
+    """Print the scores of the model in tasks of lm-eval."""
+    from fira.huggingface.tasks import evaluate_tasks  # imports transformers
+
+    names = [name.strip() for name in options.tasks.split(",")]
+    scores = evaluate_tasks(model, names, options.tasks_path, options.limit, options.batch_size)
+    for task, metrics in scores.items():
+        print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

@@ -1,0 +1,72 @@
+"""Find the fastest layout of a model for a number of ranks before a run.
+
+With `--device this` the layers are measured on this machine, and under mpirun also the links between its ranks. For
+another device, costs follow from its description: `--model rish-base --ranks 16384 --device h200`.
+"""
+
+import dataclasses
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+
+import torch
+
+import pipeline
+from fira import cli
+from fira.devices import choose_devices
+from fira.errors import UserError
+from fira.metrics.timeline_plot import write_timeline
+from fira.models.registry import build, make_config
+from fira.planner.plan import plan_for, plan_here
+from fira.planner.plan_report import command_line, describe
+from fira.training.auto_layout import constraints_of
+from fira.training.config import TrainConfig, add_options, given_flags
+
+PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute")
+KEYS = ("model", "model_set", "vocab_size", "seq_len", "batch_size", "precision", *PLANNED)
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = cli.Parser(__doc__, prog)
+    add_options(parser, KEYS)
+    parser.add_argument("--ranks", type=int, required=True, help="number of ranks of the run")
+    parser.add_argument("--device", default="this", help="this, h200, a100, t4 or a TOML file (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=10, help="number of candidates shown (default: %(default)s)")
+    parser.add_argument("--timeline", metavar="JSON", help="write the schedule of the best one as trace events and PNG")
+    parser.add_verbosity()
+    options = parser.parse_args(arguments)
+    if min(options.ranks, options.top) < 1:
+        raise UserError("--ranks and --top must be greater than 0")
+    world = pipeline.init() if options.device == "this" else None
+    cli.start_logging(options.quiet, options.verbose, world.rank if world else 0)
+    plan(options, world)
+
+
+def plan(options: Namespace, world: pipeline.World | None) -> None:
+    """Print the best candidates for a described device, or, with the ranks of `world`, for this machine."""
+    config = TrainConfig(**{key: getattr(options, key) for key in KEYS})
+    with torch.device("meta"):
+        model = build(make_config(config.model, config.model_changes()))
+    batch = config.recipe().batch_size
+    if config.batch_size is None and batch < options.ranks:
+        batch = options.ranks
+        logger.info("the recipe's batch is smaller than the number of ranks; planned for %s sequences", f"{batch:,}")
+    config = dataclasses.replace(config, batch_size=batch)
+    constraints = constraints_of(config, batch)
+    if world:
+        device = choose_devices("auto", None, world.local_rank)[0]
+        found, hardware = plan_here(model, constraints, config.precision, options.ranks, device, world, options.top)
+        if world.rank > 0:
+            return
+    else:
+        found, hardware = plan_for(model, constraints, config.precision, options.ranks, options.device, options.top)
+    print(describe(found, hardware, batch * model.config.seq_len, given_flags(config, without=PLANNED)))
+    if options.timeline:
+        best = found.best[0]
+        if best.timeline is None:
+            raise UserError(
+                f"--timeline: {best.candidate.schedule} over {best.candidate.layout.pp} ranks is not simulated"
+            )
+        print("picture:", write_timeline(best.timeline, options.timeline, command_line(best.candidate, [])))

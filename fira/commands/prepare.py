@@ -1,0 +1,48 @@
+"""Tokenize a corpus ahead of training."""
+
+import shlex
+from argparse import Namespace
+from collections.abc import Sequence
+
+from fira import cli
+from fira.data.prepare import prepare
+
+DATA = """text file, folder, CSV, JSONL, Parquet, folder of *_train_*.npy and *_val_*.npy shards, or the name of a
+Hugging Face dataset; several with weights as A=0.7,B=0.3; default: the source of the Python standard library"""
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = cli.Parser(__doc__, prog)
+    parser.add_argument("--data", help=DATA)
+    parser.add_argument("--text-column", default="text", help="column or key of the text (default: %(default)s)")
+    parser.add_argument("--tokenizer", help="a tokenizer.json; default: one is trained on the text")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="of the model (default: %(default)s)")
+    parser.add_argument("--cache", help="folder for results; default: $FIRA_CACHE or ~/.cache/fira")
+    parser.add_verbosity()
+    options = parser.parse_args(arguments)
+    cli.start_logging(options.quiet, options.verbose)
+    settings = (options.data, options.text_column, options.tokenizer, options.vocab_size, options.cache)
+    corpus = prepare(*settings, progress=not options.quiet)
+    summary = dict(corpus.summary)
+    for source in summary.pop("sources", []):
+        print(f"{source.pop('data')}, {source.pop('weight'):.1%} of the sequences")
+        print_counts(source)
+    print_counts(summary)
+    print(f"{'kept in':>15}  {corpus.folder}\n\nTrain on it:\n{shlex.join(training_command(options))}")
+
+
+def print_counts(counts: dict[str, int | float | None]) -> None:
+    for name, value in counts.items():
+        if value is not None:
+            unit = " nats per token" if name in ("unigram", "trigram") else ""
+            number = f"{value:,}" if isinstance(value, int) else f"{value:.3f}{unit}"
+            print(f"{name.replace('_', ' '):>15}  {number}")
+
+
+def training_command(options: Namespace) -> list[str]:
+    """The command that trains with the same settings and therefore finds the prepared corpus in the cache."""
+    command = ["mpirun", "-np", "4", *cli.command_line("train")]
+    for name in ("data", "text_column", "tokenizer", "vocab_size"):
+        if (value := getattr(options, name)) is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return ["env", f"FIRA_CACHE={options.cache}", *command] if options.cache else command

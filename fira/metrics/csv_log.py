@@ -1,8 +1,7 @@
-"""The training log: one CSV row per step, readable by anything, exact after a resume."""
+"""The training log: one CSV row per step, also after a resume."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,37 +9,37 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fira.errors import UserError
+from fira.files import write
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 LOG_NAME = "training_log.csv"
-PER_LAYER = {
-    "expert_load",
-    "expert_dropped",
-    "layer_entropy",
-}  # their cells: spaces between numbers, ';' between layers
+# Columns with a list of numbers per MoE layer: spaces between numbers, ';' between layers.
+PER_LAYER = {"expert_load", "expert_dropped", "layer_entropy"}
 
 
 @dataclass(kw_only=True)
 class Row:
-    """One optimizer step. The fields, in this order, are the columns of the file; None is an empty cell."""
+    """One optimizer step. The fields, in this order, are the columns of the file; None is written as an empty cell."""
 
     iter: int  # the step's number, from 1
     train_loss: float  # nats per token over the global batch, without the auxiliary loss
-    val_loss: float | None = None  # None where it was not evaluated
+    val_loss: float | None = None  # None where the step has no validation
     lr: float
     mfu: float | None = None  # model FLOPs over the machine's peak, 0 to 1
     tokens_per_s: float  # over all ranks
     grad_norm: float  # global, before clipping
     aux_loss: float | None = None
-    load_imbalance: float | None = field(init=False)  # worst layer's largest load × experts; 1 is even
+    load_imbalance: float | None = field(
+        init=False
+    )  # largest load × number of experts in the worst layer; 1 is balanced
     expert_load: Sequence[Sequence[float]] = ()  # per MoE layer, each expert's fraction of the assignments
-    bubble: float | None = None  # fraction of the step in which a stage waits, 0 to 1
-    dropped: float | None = None  # fraction of the assignments that experts had no capacity for
-    router_entropy: float | None = field(init=False)  # nats, mean of layers; at most log(number of experts)
-    expert_dropped: Sequence[Sequence[float]] = ()  # per MoE layer, the fraction that each expert dropped of its own
-    layer_entropy: Sequence[Sequence[float]] = ()  # per MoE layer, its router's entropy alone: how undecided it is
+    bubble: float | None = None  # fraction of the step in which a stage is idle, 0 to 1
+    dropped: float | None = None  # fraction of the assignments above the experts' capacity
+    router_entropy: float | None = field(init=False)  # nats, mean over layers; at most log(number of experts)
+    expert_dropped: Sequence[Sequence[float]] = ()  # per MoE layer, each expert's dropped fraction of its assignments
+    layer_entropy: Sequence[Sequence[float]] = ()  # per MoE layer, the router's entropy in nats
 
     def __post_init__(self) -> None:
         self.load_imbalance = max((max(layer) * len(layer) for layer in self.expert_load), default=None)
@@ -52,20 +51,17 @@ _HEADER = ",".join(COLUMNS)
 
 
 class TrainingLog:
-    """Appends rows to `path`; every row is in the file when `write` returns. One rank writes.
+    """Appends rows to `path`; a row is in the file when `write` returns. Only one rank writes.
 
-    With `resume_step` 0 the file starts anew. Otherwise the rows up to and including that step stay, and later ones,
-    whose steps are done again, go, as does a line cut short by a kill. A file that is no training log is a UserError.
+    With `resume_step` 0 the file is replaced. Otherwise the rows up to this step are kept; later rows, whose steps are
+    repeated, and an incomplete last line are removed. Raises UserError where the file is not a training log.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = _rows_until(path, resume_step) if resume_step > 0 and path.exists() else []
-        aside = path.with_name(path.name + ".tmp")
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in [_HEADER, *kept])
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)  # a kill at any moment leaves the old file or the new one
+        temporary = path.with_name(path.name + ".tmp")
+        write(temporary, "".join(line + "\n" for line in [_HEADER, *kept]).encode())
+        temporary.replace(path)  # atomic: a kill leaves the old or the new file
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
@@ -77,13 +73,14 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> DataFrame:
-    """The log as a frame with every column of `Row`: numbers, NaN where a cell is empty; those of PER_LAYER stay text.
+    """Return the log as a frame with the columns of `Row`.
 
-    Columns after the first five may be absent from the file. UserError where the file is missing or no training log.
+    An empty cell is NaN; columns of PER_LAYER contain text (see `parse_layers`). Only the first five columns are
+    required. Raises UserError where the file is missing or not a training log.
     """
     import pandas as pd
 
-    lines = _whole_lines(path)
+    lines = _complete_lines(path)
     header = lines[0].split(",") if lines else []
     if header[:5] != COLUMNS[:5]:
         raise _foreign(path, f"its first line does not begin with {','.join(COLUMNS[:5])}")
@@ -100,13 +97,13 @@ def read_log(path: Path) -> DataFrame:
 
 
 def parse_layers(cell: str) -> list[list[float]]:
-    """Read a cell of PER_LAYER back: a list of numbers per MoE layer."""
+    """Parse a cell of a column in PER_LAYER: a list of numbers per MoE layer."""
     try:
         return [[float(number) for number in layer.split()] for layer in cell.split(";")]
     except ValueError:
         columns = ", ".join(sorted(PER_LAYER))
         raise UserError(
-            f"{cell[:40]!r} under {columns} is not numbers between spaces and ';': mend or remove that row"
+            f"{cell[:40]!r} in {columns} is not a list of numbers with spaces and ';'; correct or remove the row"
         ) from None
 
 
@@ -114,12 +111,12 @@ def _cell(value: float | Sequence[Sequence[float]] | None) -> str:
     if value is None:
         return ""
     if isinstance(value, int | float):
-        return f"{value:.9g}"  # nine digits give a float32 back exactly
+        return f"{value:.9g}"  # nine digits represent a float32 exactly
     return ";".join(" ".join(f"{share:.3f}" for share in layer) for layer in value)
 
 
 def _rows_until(path: Path, step: int) -> list[str]:
-    lines = _whole_lines(path)
+    lines = _complete_lines(path)
     if not lines or lines[0] != _HEADER:
         raise _foreign(path, f"its first line is not {_HEADER}")
     try:
@@ -128,8 +125,8 @@ def _rows_until(path: Path, step: int) -> list[str]:
         raise _foreign(path, "a row does not begin with its step's number") from None
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The file's lines that end in a newline: a kill may cut the last one short."""
+def _complete_lines(path: Path) -> list[str]:
+    """Return the lines that end in a newline; the last line is incomplete where the process was killed."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

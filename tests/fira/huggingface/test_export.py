@@ -146,7 +146,7 @@ def test_what_has_no_equal_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> N
         ({"rope_scaling": {"type": "llama3"}, "rope_parameters": None}, "no factor"),
         ({"head_dim": 16}, "head_dim 16"),
         ({"num_hidden_layers": 3}, r"no tensor model\.layers\.2"),
-        ({"intermediate_size": 41}, r"mlp.* is \(40, 32\)"),
+        ({"intermediate_size": 41}, r"mlp.* has shape \(40, 32\)"),
     ):
         path.write_text(json.dumps(document | change))
         with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""The picture: drawn for every kind of log, with the values of the log in it. Files are read back with Pillow."""
+"""Plots of one and several runs: the lines contain the values of the log, and Pillow reads the PNG."""
 
 import json
 import math
@@ -16,16 +16,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fira.metrics.csv_log import LOG_NAME, Row, TrainingLog, read_log
-from fira.metrics.expert_plots import plot_experts
 from fira.metrics.run_plots import plot_files, plot_runs
 from tests.launch import ROOT
 
-EVEN = [[0.25] * 4] * 2
-SKEWED = [[0.7, 0.1, 0.1, 0.1], [0.3, 0.5, 0.1, 0.1]]  # mean of layers: 0.5, 0.3, 0.1, 0.1
+BALANCED = [[0.25] * 4] * 2
+SKEWED = [[0.7, 0.1, 0.1, 0.1], [0.3, 0.5, 0.1, 0.1]]  # mean over layers: 0.5, 0.3, 0.1, 0.1
 
 
 def make_run(folder: Path, steps: int = 40, **changed: Any) -> Path:
-    """A run folder whose loss falls from 7 to about 3, validated every tenth step."""
+    """Write a run folder with a loss that decreases from 7 to about 3 and a validation every tenth step."""
     folder.mkdir()
     log = TrainingLog(folder / LOG_NAME)
     for step in range(1, steps + 1):
@@ -37,7 +36,7 @@ def make_run(folder: Path, steps: int = 40, **changed: Any) -> Path:
             "mfu": 0.3,
             "tokens_per_s": 12e3,
             "grad_norm": 0.5,
-            "expert_load": EVEN,
+            "expert_load": BALANCED,
         }
         log.write(Row(iter=step, **(values | changed)))
     log.close()
@@ -49,43 +48,43 @@ def draw(logs: dict[str, Any], out: Path, baselines: dict[str, float] | None = N
 
 
 def figure_of(plot: Callable[[], Any], out: Path) -> Figure:
-    """Plot, and catch the figure on its way to the file."""
-    caught: list[Figure] = []
+    """Call `plot` and return the figure that it saves."""
+    figures: list[Figure] = []
     save = Figure.savefig
 
-    def catch(figure: Figure, *arguments: Any, **options: Any) -> None:
-        caught.append(figure)
+    def record(figure: Figure, *arguments: Any, **options: Any) -> None:
+        figures.append(figure)
         save(figure, *arguments, **(options | {"dpi": 50}))
 
-    with patch.object(Figure, "savefig", catch):
+    with patch.object(Figure, "savefig", record):
         plot()
     with Image.open(out) as image:
         assert image.format == "PNG"
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50  # not a blank page
-    return caught[0]
+    return figures[0]
 
 
 def axes_titled(figure: Figure, start: str) -> Any:
     return next(axes for axes in figure.axes if axes.get_title(loc="left").startswith(start))
 
 
-def line_coloured(axes: Any, label: str) -> Any:
+def line_labelled(axes: Any, label: str) -> Any:
     return next(line for line in axes.lines if line.get_label() == label)
 
 
-def test_one_run_shows_losses_baselines_and_the_run_in_words(tmp_path: Path) -> None:
+def test_single_run_has_losses_baselines_and_a_title(tmp_path: Path) -> None:
     log = read_log(make_run(tmp_path / "run", bubble=0.25) / LOG_NAME)
     figure = draw({"my-run": log}, tmp_path / "p.png", {"unigram": 6.1, "trigram": 4.93})
     loss = axes_titled(figure, "Loss")
-    validation = line_coloured(loss, "validation")
+    validation = line_labelled(loss, "validation")
     assert list(validation.get_xdata()) == [10, 20, 30, 40]
     np.testing.assert_allclose(validation.get_ydata(), 3.1 + 4 * np.exp([-1, -2, -3, -4]), rtol=1e-6)
     assert [text.get_text().strip() for text in loss.texts] == ["unigram 6.10", "trigram 4.93"]
-    words = figure.get_suptitle()
-    assert words == ("my-run: step 40, training loss 3.073, best validation loss 3.173 at step 40, pipeline bubble 25%")
+    title = "my-run: step 40, training loss 3.073, best validation loss 3.173 at step 40, pipeline bubble 25%"
+    assert figure.get_suptitle() == title
 
 
-def test_throughput_and_utilisation_in_their_units_and_apart(tmp_path: Path) -> None:
+def test_throughput_and_utilisation_have_their_units_and_do_not_overlap(tmp_path: Path) -> None:
     log = read_log(make_run(tmp_path / "run") / LOG_NAME)
     left = axes_titled(draw({"run": log}, tmp_path / "p.png"), "Throughput")
     right = next(axes for axes in left.figure.axes if axes is not left and axes.bbox.bounds == left.bbox.bounds)
@@ -96,7 +95,7 @@ def test_throughput_and_utilisation_in_their_units_and_apart(tmp_path: Path) -> 
     assert abs(heights[0] - heights[1]) > 0.2
 
 
-def test_heat_map_is_the_mean_over_layers_in_units_of_the_even_share(tmp_path: Path) -> None:
+def test_heat_map_is_the_mean_over_layers_relative_to_a_balanced_share(tmp_path: Path) -> None:
     log = read_log(make_run(tmp_path / "run", expert_load=SKEWED) / LOG_NAME)
     figure = draw({"run": log}, tmp_path / "p.png")
     [image] = [image for axes in figure.axes for image in axes.images]
@@ -105,28 +104,11 @@ def test_heat_map_is_the_mean_over_layers_in_units_of_the_even_share(tmp_path: P
     np.testing.assert_allclose(worst.get_ydata(), 2.8)
 
 
-def test_layers_with_different_numbers_of_experts(tmp_path: Path) -> None:
+def test_layers_may_have_different_numbers_of_experts(tmp_path: Path) -> None:
     log = read_log(make_run(tmp_path / "run", expert_load=[[0.5, 0.5], [0.1, 0.3, 0.6]]) / LOG_NAME)
     figure = draw({"run": log}, tmp_path / "p.png")
     [image] = [image for axes in figure.axes for image in axes.images]
     np.testing.assert_allclose(image.get_array()[:, 0], [0.9, 1.2, 1.8])
-
-
-def test_experts_have_a_row_of_panels_per_layer(tmp_path: Path) -> None:
-    """Load in even shares; what was dropped, where a step without drops is zero; entropy."""
-    changed = {"expert_load": SKEWED, "layer_entropy": [[1.2], [0.7]]}
-    run = make_run(tmp_path / "run", steps=3, expert_dropped=[[0.5, 0, 0, 0], [0, 0.25, 0, 0]], **changed)
-    log = run / LOG_NAME
-    log.write_text(log.read_text().replace("0.500 0.000 0.000 0.000;0.000 0.250 0.000 0.000", "", 1))
-    figure = figure_of(lambda: plot_experts(run), run / "experts.png")
-    images = [image.get_array() for axes in figure.axes[:6] for image in axes.images]  # by rows; then the scales
-    np.testing.assert_allclose(images[0], np.tile([[2.8], [0.4], [0.4], [0.4]], 3))
-    np.testing.assert_allclose(images[1], [[0, 0.5, 0.5], [0] * 3, [0] * 3, [0] * 3])
-    np.testing.assert_allclose(images[2], np.tile([[1.2], [2.0], [0.4], [0.4]], 3))
-    np.testing.assert_allclose(images[3], [[0] * 3, [0, 0.25, 0.25], [0] * 3, [0] * 3])
-    np.testing.assert_allclose(figure.axes[5].lines[-1].get_ydata(), [0.7] * 3)
-    free = figure_of(lambda: plot_experts(make_run(tmp_path / "free")), tmp_path / "free" / "experts.png")
-    assert sum(len(axes.images) for axes in free.axes) == 2  # no drops, no entropies: the load alone
 
 
 @pytest.mark.filterwarnings("error")
@@ -141,44 +123,44 @@ def test_experts_have_a_row_of_panels_per_layer(tmp_path: Path) -> None:
     ],
     ids=["one row", "dense", "empty columns", "nan and inf", "zeros"],
 )
-def test_hard_logs_are_drawn_alone_and_beside_another(tmp_path: Path, changed: dict[str, Any]) -> None:
-    hard = read_log(make_run(tmp_path / "hard", **changed) / LOG_NAME)
-    draw({"hard": hard}, tmp_path / "alone.png")
-    draw({"plain": read_log(make_run(tmp_path / "plain") / LOG_NAME), "hard": hard}, tmp_path / "both.png")
+def test_unusual_logs_are_plotted_single_and_in_a_comparison(tmp_path: Path, changed: dict[str, Any]) -> None:
+    unusual = read_log(make_run(tmp_path / "unusual", **changed) / LOG_NAME)
+    draw({"unusual": unusual}, tmp_path / "single.png")
+    draw({"plain": read_log(make_run(tmp_path / "plain") / LOG_NAME), "unusual": unusual}, tmp_path / "both.png")
 
 
-def test_a_lone_point_can_be_seen(tmp_path: Path) -> None:
+def test_single_point_is_plotted_as_a_dot(tmp_path: Path) -> None:
     log = read_log(make_run(tmp_path / "run", steps=1) / LOG_NAME)
-    line = line_coloured(axes_titled(draw({"run": log}, tmp_path / "p.png"), "Loss"), "training")
+    line = line_labelled(axes_titled(draw({"run": log}, tmp_path / "p.png"), "Loss"), "training")
     assert line.get_marker() == "o"
 
 
-def test_load_measured_now_and_then_makes_a_line(tmp_path: Path) -> None:
+def test_line_connects_values_between_empty_cells(tmp_path: Path) -> None:
     log = read_log(make_run(tmp_path / "run", expert_load=SKEWED) / LOG_NAME)
     log.loc[log["iter"] % 10 != 0, ["expert_load", "load_imbalance"]] = None
     line = axes_titled(draw({"run": log}, tmp_path / "p.png"), "Expert load").lines[-1]
     np.testing.assert_allclose(line.get_xydata(), [(step, 2.8) for step in (10, 20, 30, 40)])
 
 
-def test_a_log_of_a_hundred_thousand_rows(tmp_path: Path) -> None:
+def test_long_log_is_downsampled(tmp_path: Path) -> None:
     short = read_log(make_run(tmp_path / "run") / LOG_NAME)
     long = short.loc[short.index.repeat(2500)].assign(iter=range(1, 100_001))
     figure = draw({"run": long}, tmp_path / "p.png")
-    steps = line_coloured(axes_titled(figure, "Loss"), "training").get_xdata()
+    steps = line_labelled(axes_titled(figure, "Loss"), "training").get_xdata()
     assert len(steps) <= 2000
     assert (steps[0], steps[-1]) == (1, 100_000)
 
 
-def test_several_runs_have_a_name_and_a_colour_each(tmp_path: Path) -> None:
+def test_each_of_several_runs_has_a_name_and_a_colour(tmp_path: Path) -> None:
     logs = {name: read_log(make_run(tmp_path / name) / LOG_NAME) for name in ("one", "two", "three")}
     figure = draw(logs, tmp_path / "p.png")
     loss = axes_titled(figure, "Loss")
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["one", "two", "three", "validation"]
-    assert len({line_coloured(loss, name).get_color() for name in logs}) == 3
+    assert len({line_labelled(loss, name).get_color() for name in logs}) == 3
     assert not any(axes.images for axes in figure.axes)
 
 
-def test_default_paths_and_the_baselines_beside_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_paths_and_common_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
     (one / "data.json").write_text(json.dumps({"baselines": {"unigram": 6.1, "trigram": 4.9}, "tokens": 5}))
     (two / "data.json").write_text(json.dumps({"baselines": {"unigram": 6.1, "trigram": 5.0}}))
@@ -186,12 +168,12 @@ def test_default_paths_and_the_baselines_beside_the_log(tmp_path: Path, monkeypa
     with patch("fira.metrics.run_plots.plot_runs") as drawn:
         assert plot_files([one]) == one / "training_progress.png"
         assert plot_files([one / LOG_NAME, two]) == Path("comparison.png")
-    alone, both = (call.args for call in drawn.call_args_list)
-    assert (list(alone[0]), alone[2]) == (["one"], {"unigram": 6.1, "trigram": 4.9})
+    single, both = (call.args for call in drawn.call_args_list)
+    assert (list(single[0]), single[2]) == (["one"], {"unigram": 6.1, "trigram": 4.9})
     assert (list(both[0]), both[2]) == (["one", "two"], {"unigram": 6.1})
 
 
-def test_runs_of_one_name_stay_apart(tmp_path: Path) -> None:
+def test_runs_with_equal_names_are_distinguished_by_path(tmp_path: Path) -> None:
     for parent in ("a", "b"):
         (tmp_path / parent).mkdir()
         make_run(tmp_path / parent / "run")
@@ -203,16 +185,16 @@ def test_runs_of_one_name_stay_apart(tmp_path: Path) -> None:
 SCRIPT = ROOT / "scripts" / "plot.py"
 
 
-def test_the_script_prints_the_path_written(tmp_path: Path) -> None:
+def test_script_prints_the_path_of_the_plot(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     command = [sys.executable, str(SCRIPT), "run", "--out", "picture.png"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "picture.png\n", "")
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "picture.png\n", "")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["nowhere"], "nowhere"),
         (["run", "--out", "p.pdf"], "p.pdf"),
@@ -224,24 +206,24 @@ def test_the_script_prints_the_path_written(tmp_path: Path) -> None:
         (["--experts", "dense"], "no step with experts"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_status_two(
+def test_invalid_input_ends_with_a_one_line_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
-    said: str,
+    message: str,
 ) -> None:
     make_run(tmp_path / "run", steps=2)
     make_run(tmp_path / "empty", steps=0)
     make_run(tmp_path / "dense", steps=2, expert_load=())
     (make_run(tmp_path / "broken", steps=2) / "data.json").write_text('{"baselines": [6.1]}')
     log = make_run(tmp_path / "garbled", steps=2) / LOG_NAME
-    log.write_text(log.read_text().replace("0.250 0.250", "0.250 what"))
+    log.write_text(log.read_text().replace("0.250 0.250", "0.250 x"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot.py", *arguments])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert ended.value.code == 2
     line = capsys.readouterr().err
-    assert said in line
+    assert message in line
     assert line.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The training log and the console lines, against csv, hand-written files and a clock that the test moves."""
+"""The training log, read with the csv module and compared with hand-written files."""
 
 import csv
 import subprocess
@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from fira.errors import UserError
-from fira.metrics.console import ConsoleProgress
 from fira.metrics.csv_log import COLUMNS, Row, TrainingLog, parse_layers, read_log
 
 
@@ -24,7 +23,7 @@ def write(path: Path, steps: range, resume_step: int = 0, **changed: object) -> 
     log.close()
 
 
-def test_columns_stand_in_the_promised_order(tmp_path: Path) -> None:
+def test_columns_have_the_documented_order(tmp_path: Path) -> None:
     write(tmp_path / "log.csv", range(1, 2))
     assert (tmp_path / "log.csv").read_text().splitlines()[0] == (
         "iter,train_loss,val_loss,lr,mfu,tokens_per_s,grad_norm,aux_loss,load_imbalance,expert_load,bubble,"
@@ -32,7 +31,7 @@ def test_columns_stand_in_the_promised_order(tmp_path: Path) -> None:
     )
 
 
-def test_a_row_is_in_the_file_at_once_and_reads_as_plain_csv(tmp_path: Path) -> None:
+def test_row_is_written_immediately_as_plain_csv(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     log = TrainingLog(path)
     log.write(row(7, val_loss=2.5, mfu=0.31, expert_load=[[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]], bubble=0.2))
@@ -46,7 +45,7 @@ def test_a_row_is_in_the_file_at_once_and_reads_as_plain_csv(tmp_path: Path) -> 
     assert float(cells["load_imbalance"]) == pytest.approx(0.6 * 3)
 
 
-def test_experts_are_logged_one_by_one_and_as_means(tmp_path: Path) -> None:
+def test_values_per_expert_and_per_layer_are_logged(tmp_path: Path) -> None:
     write(tmp_path / "log.csv", range(1, 2), expert_dropped=[[0.0, 0.125], [0.5, 0.25]], layer_entropy=[[0.5], [1.0]])
     frame = read_log(tmp_path / "log.csv")
     assert parse_layers(frame["expert_dropped"][0]) == [[0, 0.125], [0.5, 0.25]]
@@ -54,12 +53,12 @@ def test_experts_are_logged_one_by_one_and_as_means(tmp_path: Path) -> None:
     assert frame["router_entropy"][0] == 0.75
 
 
-def test_imbalance_is_one_when_even_and_absent_without_experts() -> None:
+def test_imbalance_is_one_for_balanced_load_and_empty_without_experts() -> None:
     assert row(1, expert_load=[[0.25] * 4] * 2).load_imbalance == 1
     assert row(1).load_imbalance is None
 
 
-def test_read_log_gives_back_what_was_written(tmp_path: Path) -> None:
+def test_read_log_returns_the_written_values(tmp_path: Path) -> None:
     loss = 3.1415927410125732  # a float32
     write(tmp_path / "log.csv", range(1, 4), train_loss=loss, expert_load=[[0.75, 0.25]])
     frame = read_log(tmp_path / "log.csv")
@@ -70,26 +69,26 @@ def test_read_log_gives_back_what_was_written(tmp_path: Path) -> None:
     assert parse_layers(frame["expert_load"][0]) == [[0.75, 0.25]]
 
 
-def test_nan_and_infinity_survive(tmp_path: Path) -> None:
+def test_nan_and_infinity_are_restored(tmp_path: Path) -> None:
     write(tmp_path / "log.csv", range(1, 2), train_loss=float("nan"), grad_norm=float("inf"))
     frame = read_log(tmp_path / "log.csv")
     assert frame["train_loss"].isna().all()
     assert frame["grad_norm"][0] == float("inf")
 
 
-def test_resume_equals_a_run_without_interruption(tmp_path: Path) -> None:
-    write(tmp_path / "whole.csv", range(1, 11))
+def test_resumed_log_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    write(tmp_path / "uninterrupted.csv", range(1, 11))
     resumed = tmp_path / "resumed.csv"
     write(resumed, range(1, 9))
     with resumed.open("a") as file:
-        file.write("9,3.1,,0.0")  # killed in the middle of a line
+        file.write("9,3.1,,0.0")  # an incomplete line
     assert list(read_log(resumed)["iter"]) == list(range(1, 9))
     write(resumed, range(6, 11), resume_step=5)
-    assert resumed.read_text() == (tmp_path / "whole.csv").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed.csv", "whole.csv"]
+    assert resumed.read_text() == (tmp_path / "uninterrupted.csv").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resumed.csv", "uninterrupted.csv"]
 
 
-def test_a_new_run_starts_the_file_anew_and_a_resume_may_lack_it(tmp_path: Path) -> None:
+def test_new_run_replaces_the_file_and_resume_creates_a_missing_one(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     write(path, range(1, 5))
     write(path, range(1, 2))
@@ -98,7 +97,7 @@ def test_a_new_run_starts_the_file_anew_and_a_resume_may_lack_it(tmp_path: Path)
     assert list(read_log(tmp_path / "other.csv")["iter"]) == [6, 7]
 
 
-def test_a_log_with_the_first_five_columns_is_read(tmp_path: Path) -> None:
+def test_log_with_the_first_five_columns_is_read(tmp_path: Path) -> None:
     path = tmp_path / "old.csv"
     path.write_text("iter,train_loss,val_loss,lr,mfu\n1,3.5,,0.1,0.2\n")
     frame = read_log(path)
@@ -111,7 +110,7 @@ HEADER = ",".join(COLUMNS[:5])
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "reason"),
     [
         (None, "No such file"),
         (b"", "first line"),
@@ -121,7 +120,7 @@ HEADER = ",".join(COLUMNS[:5])
         (f"{HEADER}\n1,two,,1,1\n".encode(), "two"),
     ],
 )
-def test_a_missing_or_foreign_file_is_one_line(tmp_path: Path, content: bytes | None, said: str) -> None:
+def test_missing_or_invalid_file_raises_one_line_error(tmp_path: Path, content: bytes | None, reason: str) -> None:
     path = tmp_path / "log.csv"
     if content is not None:
         path.write_bytes(content)
@@ -129,11 +128,11 @@ def test_a_missing_or_foreign_file_is_one_line(tmp_path: Path, content: bytes | 
         read_log(path)
     message = str(raised.value)
     assert str(path) in message
-    assert said in message
+    assert reason in message
     assert "\n" not in message
 
 
-def test_resume_leaves_a_foreign_file_untouched(tmp_path: Path) -> None:
+def test_resume_does_not_change_an_invalid_file(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("my,own,notes\n")
     with pytest.raises(UserError, match="not a training log"):
@@ -141,58 +140,16 @@ def test_resume_leaves_a_foreign_file_untouched(tmp_path: Path) -> None:
     assert path.read_text() == "my,own,notes\n"
 
 
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_resume_keeps_the_rows_up_to_its_step(tmp_path: Path, step: int) -> None:
+    path = tmp_path / "log.csv"
+    write(path, range(1, 6))
+    TrainingLog(path, resume_step=step).close()
+    assert list(read_log(path)["iter"]) == list(range(1, step + 1))
+
+
 def test_logging_imports_neither_pandas_nor_matplotlib() -> None:
     code = (
         "import sys, fira.metrics.console, fira.metrics.run_plots; print({'pandas', 'matplotlib'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60).strip() == "set()"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def drive(total: int, first: int, seconds: dict[int, float], validate_every: int = 0) -> None:
-    """Run steps of half a second each, or as `seconds` says, through a ConsoleProgress."""
-    clock = Clock()
-    progress = ConsoleProgress(total, first, tokens_per_step=1000, clock=clock)
-    for step in range(first, total + 1):
-        clock.now += seconds.get(step, 0.5)
-        progress.update(row(step, val_loss=3.301 if validate_every and step % validate_every == 0 else None))
-
-
-def steps_printed(text: str) -> list[int]:
-    return [int(line.split("/")[0].removeprefix("step")) for line in text.splitlines()]
-
-
-def test_a_line_every_two_seconds_plus_first_last_and_validations(capsys: pytest.CaptureFixture[str]) -> None:
-    drive(total=23, first=1, seconds={}, validate_every=11)
-    # step 1 at 0.5 s, then each 2 s; a validation's line (11, 22) starts the count again
-    assert steps_printed(capsys.readouterr().out) == [1, 5, 9, 11, 15, 19, 22, 23]
-
-
-def test_the_line_in_full(capsys: pytest.CaptureFixture[str]) -> None:
-    drive(total=600, first=599, seconds={599: 0.05, 600: 83}, validate_every=600)
-    first, last = capsys.readouterr().out.splitlines()
-    assert first == "step 599/600 · loss 3.002 · lr 6.0e-04 · 20.0k tok/s · grad 0.50 · ETA 0:00"
-    assert last == "step 600/600 · loss 3.002 · val 3.301 · lr 6.0e-04 · 24 tok/s · grad 0.50 · took 1:23"
-
-
-def test_one_slow_step_bends_neither_speed_nor_eta(capsys: pytest.CaptureFixture[str]) -> None:
-    drive(total=7300, first=101, seconds={101: 60.0})
-    second = capsys.readouterr().out.splitlines()[1]
-    assert "2.0k tok/s" in second
-    assert second.endswith("ETA 59:58")  # 7195 steps of half a second
-
-
-def test_eta_counts_the_validations_to_come(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every tenth step takes 5 s more: 0.98 s a step without the slowest of fifty, where the median says 0.5."""
-    drive(total=1100, first=1, seconds=dict.fromkeys(range(10, 1101, 10), 5.5), validate_every=10)
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step  100/")]
-    mean = (45 * 0.5 + 4 * 5.5) / 49
-    minutes, seconds = divmod(round(1000 * mean), 60)
-    assert line.endswith(f"ETA {minutes}:{seconds:02d}")

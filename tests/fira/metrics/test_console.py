@@ -1,0 +1,56 @@
+"""The lines of the console, with a clock that the test controls."""
+
+import pytest
+
+from fira.metrics.console import ConsoleProgress
+from tests.fira.metrics.test_csv_log import row
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def drive(total: int, first: int, seconds: dict[int, float], validate_every: int = 0) -> None:
+    """Update a ConsoleProgress with steps that take half a second, or the time in `seconds`."""
+    clock = Clock()
+    progress = ConsoleProgress(total, first, tokens_per_step=1000, clock=clock)
+    for step in range(first, total + 1):
+        clock.now += seconds.get(step, 0.5)
+        progress.update(row(step, val_loss=3.301 if validate_every and step % validate_every == 0 else None))
+
+
+def steps_printed(text: str) -> list[int]:
+    return [int(line.split("/")[0].removeprefix("step")) for line in text.splitlines()]
+
+
+def test_line_every_two_seconds_and_for_first_last_and_validation_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    drive(total=23, first=1, seconds={}, validate_every=11)
+    # step 1 at 0.5 s, then every 2 s; the line of a validation (11, 22) restarts the interval
+    assert steps_printed(capsys.readouterr().out) == [1, 5, 9, 11, 15, 19, 22, 23]
+
+
+def test_content_of_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    drive(total=600, first=599, seconds={599: 0.05, 600: 83}, validate_every=600)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "step 599/600 · loss 3.002 · lr 6.0e-04 · 20.0k tok/s · grad 0.50 · ETA 0:00"
+    assert last == "step 600/600 · loss 3.002 · val 3.301 · lr 6.0e-04 · 24 tok/s · grad 0.50 · took 1:23"
+
+
+def test_single_slow_step_does_not_affect_speed_and_eta(capsys: pytest.CaptureFixture[str]) -> None:
+    drive(total=7300, first=101, seconds={101: 60.0})
+    second = capsys.readouterr().out.splitlines()[1]
+    assert "2.0k tok/s" in second
+    assert second.endswith("ETA 59:58")  # 7195 steps of half a second
+
+
+def test_eta_includes_future_validations(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every tenth step takes 5 s more: the mean without the slowest of 50 steps is 0.91 s, the median 0.5 s."""
+    drive(total=1100, first=1, seconds=dict.fromkeys(range(10, 1101, 10), 5.5), validate_every=10)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step  100/")]
+    mean = (45 * 0.5 + 4 * 5.5) / 49
+    minutes, seconds = divmod(round(1000 * mean), 60)
+    assert line.endswith(f"ETA {minutes}:{seconds:02d}")

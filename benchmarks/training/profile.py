@@ -38,7 +38,7 @@ def step(model: LanguageModel, config: Any, sequences: int) -> None:
     inputs, targets = torch.randint(config.vocab_size, (2, sequences, config.seq_len))
     weights = torch.full((sequences,), 1 / sequences)
     context = Context(targets=targets, aux_weights=weights, loss_weight=1 / tokens)
-    objective(model(inputs, context), targets, context)[0].backward()
+    objective(model(inputs, context), context)[0].backward()
     for parameter in model.parameters():
         parameter.grad = None
 

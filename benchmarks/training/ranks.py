@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 import pipeline
 from benchmarks.measure import products
 from benchmarks.pipeline.ranks import Layers
-from benchmarks.pipeline.ranks import objective as of_logits
+from benchmarks.pipeline.ranks import cross_entropy
 from benchmarks.steps import RandomTokens, trainer_of
 from benchmarks.turns import serve
 from fira.devices import keep_freed_memory
@@ -79,7 +79,7 @@ def data_parallel(group: dist.ProcessGroup) -> Run:
         inputs, targets = (part[rows] for part in tokens())
         weights = torch.full((share,), 1 / share)
         context = Context(targets=targets, aux_weights=weights, loss_weight=1 / targets.numel())
-        objective(model(inputs, context), targets, context)[0].backward()
+        objective(model(inputs, context), context)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -98,7 +98,7 @@ def torch_pipeline(group: dist.ProcessGroup) -> Run:
     stage = pipelining.PipelineStage(layers, rank, ranks, torch.device("cpu"), group=group)
 
     def loss(logits: Tensor, wanted: Tensor) -> Tensor:
-        return of_logits(logits, wanted, Context(loss_weight=1 / targets.numel()))[0]
+        return cross_entropy(logits, wanted, 1 / targets.numel())
 
     player = pipelining.Schedule1F1B(stage, 8, loss_fn=loss, scale_grads=False)
 

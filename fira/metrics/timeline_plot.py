@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fira.errors import UserError
-from pipeline.schedule import Kind
+from pipeline.schedule import ActionKind
 from pipeline.simulate import Timeline
 from pipeline.timeline import write_trace
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 # Light enough for numbers in black, told apart by colour-blind readers too; shades alternate from micro-batch to
 # micro-batch, so that neighbours of one kind can be told apart.
 COLOURS = {
-    Kind.FORWARD: ("#9ecae1", "#c6dbef"),
-    Kind.BACKWARD: ("#fdae6b", "#fdd0a2"),
-    Kind.INPUT: ("#fed976", "#ffeda0"),
-    Kind.WEIGHT: ("#a1d99b", "#c7e9c0"),
+    ActionKind.FORWARD: ("#9ecae1", "#c6dbef"),
+    ActionKind.BACKWARD: ("#fdae6b", "#fdd0a2"),
+    ActionKind.BACKWARD_INPUT: ("#fed976", "#ffeda0"),
+    ActionKind.BACKWARD_WEIGHT: ("#a1d99b", "#c7e9c0"),
 }
 MEANING = {
-    Kind.FORWARD: "forward",
-    Kind.BACKWARD: "backward",
-    Kind.INPUT: "backward of the input",
-    Kind.WEIGHT: "backward of the weights",
+    ActionKind.FORWARD: "forward",
+    ActionKind.BACKWARD: "backward",
+    ActionKind.BACKWARD_INPUT: "backward of the input",
+    ActionKind.BACKWARD_WEIGHT: "backward of the weights",
 }
 MOST_NUMBERED = 400  # spans in a row from which on numbers are too small to be read
 

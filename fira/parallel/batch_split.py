@@ -59,7 +59,6 @@ class BatchSplit:
             made.append(
                 MicroBatch(
                     inputs=inputs,
-                    targets=following,
                     boundary=torch.Size((*inputs.shape, self.width)),
                     context=context.to(self.device) if self.device else context,
                 )

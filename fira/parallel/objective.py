@@ -5,10 +5,10 @@ from torch import Tensor
 from fira.nn.context import Context
 
 
-def objective(losses: Tensor, targets: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+def objective(losses: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """losses [n], summed over the tokens of each part of a micro-batch → (objective, summed loss).
 
-    The last layer has compared logits with the targets already, for which it is given them by the context.
+    The last layer has already computed the losses from its logits and the targets in the context.
     The objective is the sum over this micro-batch's tokens times `context.loss_weight`, one over the number of tokens
     in the global batch: gradients then add up to those of the mean, whoever computes them.
     """

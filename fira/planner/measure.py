@@ -179,7 +179,7 @@ def _layer(
         y = stage.forward(i, batch.inputs.to(device) if first else hidden[i], batch.context)
         if not last:
             return torch.ones_like(y)
-        loss, _ = objective(y, batch.targets.to(device), batch.context)
+        loss, _ = objective(y, batch.context)
         return torch.autograd.grad(loss, y)[0]
 
     for repeat in range(REPEATS + 1):
@@ -190,7 +190,7 @@ def _layer(
             for i, gradient in enumerate(gradients):
                 if halves:
                     timed("input", stage.backward_input, i, gradient)
-                    timed("weight", stage.backward_weights, i)
+                    timed("weight", stage.backward_weight, i)
                 else:
                     timed("backward", stage.backward, i, gradient)
         if repeat == 0:  # warms up

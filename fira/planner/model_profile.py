@@ -162,8 +162,8 @@ def bytes_kept(layer: nn.Module, x: Tensor, context: Context) -> tuple[int, int]
     noted = 0
     if x.is_floating_point():
         split = SplitBackward(y, x)
-        split.input_gradient(torch.ones_like(y))
-        noted = split.held_bytes()
+        split.backward_input(torch.ones_like(y))
+        noted = split.saved_bytes()
     for parameter in layer.parameters():
         kept.pop(parameter.untyped_storage()._cdata, None)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), noted

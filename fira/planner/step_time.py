@@ -17,8 +17,8 @@ from fira.planner.device_specs import Hardware, Links
 from fira.planner.model_profile import LayerKind, ModelProfile
 from pipeline.mesh import Layout
 from pipeline.partition import partition
-from pipeline.schedule import Kind
-from pipeline.simulate import Timeline, peak_held, simulate, soonest_ends
+from pipeline.schedule import ActionKind
+from pipeline.simulate import Timeline, earliest_ends, peak_memory, simulate
 
 MOST_ACTIONS = 10_000  # forwards simulated of one pipeline; further micro-batches go by at the slowest rank's pace
 GREEDY = 64  # ranks from which on ZB-V's lists take long to deal; its bound stands for them
@@ -116,7 +116,7 @@ class Predictor:
             )
         else:
             few = min(candidate.count, 4 * len(placement))
-            peaks = peak_held(schedule_of(candidate.schedule, layout.pp, few), sizes, noted)
+            peaks = peak_memory(schedule_of(candidate.schedule, layout.pp, few), sizes, noted)
             whole = [few * sum(sizes[s] for s, r in enumerate(placement) if r == rank) for rank in range(layout.pp)]
             scale = [candidate.count / few if peak == all_ else 1.0 for peak, all_ in zip(peaks, whole, strict=True)]
             held = tuple(peak * factor for peak, factor in zip(peaks, scale, strict=True))
@@ -176,10 +176,10 @@ class Predictor:
             for rank in range(candidate.layout.pp)
         ]
 
-    def _actions(self, candidate: Candidate) -> dict[Kind, list[float]]:
+    def _actions(self, candidate: Candidate) -> dict[ActionKind, list[float]]:
         """What each stage takes for each kind of action."""
         costs = self.costs(candidate.microbatch)
-        result: dict[Kind, list[float]] = {kind: [] for kind in Kind}
+        result: dict[ActionKind, list[float]] = {kind: [] for kind in ActionKind}
         for span in self.stages(len(placement_of(candidate.schedule, candidate.layout.pp))):
             forward = whole = back = weight = 0.0
             again = self._again(candidate, span)
@@ -193,17 +193,16 @@ class Predictor:
                 whole += cost.backward + and_back + recomputed
                 back += (cost.backward if i in again else cost.input) + and_back + recomputed  # cannot be split
                 weight += 0.0 if i in again else cost.weight
-            if not result[Kind.FORWARD]:  # the first stage: tokens want no gradient, all is left to the second half
+            if not result[ActionKind.FORWARD]:  # the first stage: tokens have no gradient, all is in the second half
                 back, weight = 0.0, whole
-            for kind, seconds in zip(
-                (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT), (forward, whole, back, weight), strict=True
-            ):
+            for kind, seconds in zip(ActionKind, (forward, whole, back, weight), strict=True):
                 result[kind].append(seconds)
         return result
 
-    def _busy(self, candidate: Candidate, costs: Mapping[Kind, Sequence[float]]) -> list[float]:
+    def _busy(self, candidate: Candidate, costs: Mapping[ActionKind, Sequence[float]]) -> list[float]:
         """Seconds of work that a micro-batch is for each rank."""
-        kinds = [Kind.FORWARD, Kind.INPUT, Kind.WEIGHT] if splits(candidate.schedule) else [Kind.FORWARD, Kind.BACKWARD]
+        backward = [ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT]
+        kinds = [ActionKind.FORWARD, *(backward if splits(candidate.schedule) else [ActionKind.BACKWARD])]
         busy = [0.0] * candidate.layout.pp
         for stage, rank in enumerate(placement_of(candidate.schedule, candidate.layout.pp)):
             busy[rank] += sum(costs[kind][stage] for kind in kinds)
@@ -212,9 +211,12 @@ class Predictor:
     def _soonest(self, candidate: Candidate) -> list[float]:
         costs = self._actions(candidate)
         if not splits(candidate.schedule):
-            costs |= {Kind.INPUT: costs[Kind.BACKWARD], Kind.WEIGHT: [0.0] * len(costs[Kind.BACKWARD])}
+            costs |= {
+                ActionKind.BACKWARD_INPUT: costs[ActionKind.BACKWARD],
+                ActionKind.BACKWARD_WEIGHT: [0.0] * len(costs[ActionKind.BACKWARD]),
+            }
         placement = placement_of(candidate.schedule, candidate.layout.pp)
-        return soonest_ends(placement, candidate.count, costs, self._transfer(candidate))
+        return earliest_ends(placement, candidate.count, costs, self._transfer(candidate))
 
     def _parameters(self, candidate: Candidate, rank: int) -> tuple[float, float]:
         """How many a rank holds: whole ones, and its share of the experts'."""

@@ -10,8 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pipeline
 from benchmarks.measure import products
-from benchmarks.pipeline.ranks import Layers
-from benchmarks.pipeline.ranks import cross_entropy
+from benchmarks.pipeline.ranks import Layers, cross_entropy
 from benchmarks.steps import RandomTokens, trainer_of
 from benchmarks.turns import serve
 from fira.devices import keep_freed_memory

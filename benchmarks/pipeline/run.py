@@ -45,8 +45,8 @@ def measure(ranks: int, microbatches: int, deepspeed: str | None) -> Iterator[di
         turns = [(job, name) for job in jobs for name in job.names]
         for number in range(ROUNDS):
             for job, name in turns[:: -1 if number % 2 else 1]:  # every other round in reverse order
-                who, schedule = name.split(": ")
-                row = {"ranks": ranks, "microbatches": microbatches, "who": who, "schedule": schedule}
+                engine, schedule = name.split(": ")
+                row = {"ranks": ranks, "microbatches": microbatches, "who": engine, "schedule": schedule}
                 yield row | {"round": number, "seconds": job.time(name)}
 
 
@@ -58,23 +58,24 @@ def report(frame: pd.DataFrame) -> None:
         "ms",
         "of 1F1B's ideal",
         "× our 1F1B",
-        *(f"× {who}" for who in OTHERS),
+        *(f"× {engine}" for engine in OTHERS),
     ]
     print(f"| {' | '.join(columns)} |")
     print("|" + "---|" * 8)
     for (ranks, microbatches), job in frame.groupby(["ranks", "microbatches"]):
         by = {key: part.set_index("round")["seconds"] for key, part in job.groupby(["who", "schedule"])}
         ideal = by["alone", "stage"] * (microbatches + ranks - 1) / microbatches
-        for schedule in (name for who, name in by if who == "ours"):
-            mine = by["ours", schedule]
-            cells = [f"{1e3 * mine.median():.0f}", ratio(ideal, mine), ratio(by["ours", "1f1b"], mine)]
-            cells += [ratio(by.get((who, schedule)), mine) for who in OTHERS]
+        for schedule in (name for engine, name in by if engine == "ours"):
+            own = by["ours", schedule]
+            cells = [f"{1e3 * own.median():.0f}", ratio(ideal, own), ratio(by["ours", "1f1b"], own)]
+            cells += [ratio(by.get((engine, schedule)), own) for engine in OTHERS]
             print(f"| {ranks}, {microbatches} | {schedule} | {' | '.join(cells)} |")
     draw(frame)
 
 
-def ratio(theirs: pd.Series | None, mine: pd.Series) -> str:
-    return "–" if theirs is None else f"{(theirs / mine).median():.2f}"
+def ratio(other: pd.Series | None, own: pd.Series) -> str:
+    """The median of other / own over the rounds."""
+    return "–" if other is None else f"{(other / own).median():.2f}"
 
 
 def draw(frame: pd.DataFrame) -> None:
@@ -84,10 +85,10 @@ def draw(frame: pd.DataFrame) -> None:
         median = job.groupby(["who", "schedule"])["seconds"].median()
         ideal = median["alone", "stage"] * (microbatches + ranks - 1) / microbatches
         schedules = list(dict.fromkeys(job["schedule"]))[1:]
-        for shift, (who, colour) in enumerate(COLOURS.items()):
-            places = [i for i, name in enumerate(schedules) if (who, name) in median]
-            heights = [1e3 * median[who, schedules[i]] for i in places]
-            ax.bar([i + 0.2 * (shift - 1.5) for i in places], heights, 0.2, color=colour, label=who)
+        for shift, (engine, colour) in enumerate(COLOURS.items()):
+            places = [i for i, name in enumerate(schedules) if (engine, name) in median]
+            heights = [1e3 * median[engine, schedules[i]] for i in places]
+            ax.bar([i + 0.2 * (shift - 1.5) for i in places], heights, 0.2, color=colour, label=engine)
         ax.axhline(1e3 * ideal, color="black", linewidth=0.8, linestyle="--", label="1F1B's ideal")
         ax.axhline(1e3 * median["alone", "stage"], color="gray", linewidth=0.8, linestyle=":", label="no bubble")
         ax.set_xticks(range(len(schedules)), schedules, rotation=30, ha="right")

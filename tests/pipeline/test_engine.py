@@ -38,7 +38,7 @@ class Network:
         self.changed = threading.Condition()
         self.sent: dict[tuple[str, int, int], deque[tuple[int, Tensor]]] = defaultdict(deque)
         self.tags: dict[str, list[int]] = defaultdict(list)
-        self.posted: list[tuple[int, float]] = []
+        self.receives: dict[tuple[str, int, int], int] = defaultdict(int)  # how many have been posted
 
     def dist(self) -> SimpleNamespace:
         return SimpleNamespace(
@@ -59,24 +59,18 @@ class Network:
         return Work(lambda: None)
 
     def irecv(self, buffer: Tensor, source: int, group: Group, tag: int) -> Work:
-        queue = self.sent[group.name, source - 10, group.rank]
-        ticket = queue_position(self, group, source)
+        route = group.name, source - 10, group.rank
+        queue, position = self.sent[route], self.receives[route]
+        self.receives[route] += 1
 
         def wait() -> None:
             with self.changed:
-                assert self.changed.wait_for(lambda: len(queue) > ticket, timeout=20), "deadlock"
-            sent_tag, tensor = queue[ticket]
+                assert self.changed.wait_for(lambda: len(queue) > position, timeout=20), "deadlock"
+            sent_tag, tensor = queue[position]
             assert (sent_tag, tensor.shape, tensor.dtype) == (tag, buffer.shape, buffer.dtype)
             buffer.copy_(tensor)
 
         return Work(wait)
-
-
-def queue_position(network: Network, group: Group, source: int) -> int:
-    """How many receives from this source were posted before."""
-    counts = network.__dict__.setdefault("receives", defaultdict(int))
-    counts[group.name, source, group.rank] += 1
-    return counts[group.name, source, group.rank] - 1
 
 
 def run_ranks(

@@ -1,7 +1,14 @@
-"""Where a rank stands: world = pp × dp, and ep divides dp.
+"""The mesh of ranks with its axes pp, dp, ep and edp, and the process groups along them.
 
-rank = pp_rank · dp + dp_rank and dp_rank = edp_rank · ep + ep_rank. Neighbours in rank order share a node, so the
-traffic of dp and ep, which is the heavy one, stays inside a node where it can; the pipeline crosses nodes.
+    world = pp · dp                        dp = edp · ep: ep divides dp
+    rank = pp_rank · dp + dp_rank          dp_rank = edp_rank · ep + ep_rank
+
+    pp 2, dp 4, ep 2          edp_rank 0   edp_rank 1
+        pp_rank 0             ranks 0 1    ranks 2 3      groups of ep: the pairs shown
+        pp_rank 1             ranks 4 5    ranks 6 7      groups of edp: 0 2, 1 3, 4 6, 5 7
+
+Consecutive ranks share a node, so the heavier traffic of dp and ep stays inside nodes where possible, and the pipeline
+crosses them.
 """
 
 from collections.abc import Sequence
@@ -13,7 +20,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ways the job is split: pipeline stages, data-parallel replicas, expert shards inside the replicas."""
+    """The size of each axis: pipeline ranks, data-parallel replicas, and ranks that the experts are sharded over."""
 
     pp: int = 1
     dp: int = 1
@@ -21,7 +28,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         if min(self.pp, self.dp, self.ep) < 1 or self.dp % self.ep:
-            raise ValueError(f"pp {self.pp}, dp {self.dp}, ep {self.ep}: each is at least 1 and ep divides dp")
+            raise ValueError(
+                f"pp {self.pp}, dp {self.dp}, ep {self.ep}: each must be at least 1, and ep must divide dp"
+            )
 
     @property
     def world(self) -> int:
@@ -31,11 +40,11 @@ class Layout:
         return f"pp {self.pp} × dp {self.dp} (ep {self.ep})"
 
     def grid(self) -> torch.Tensor:
-        """The ranks as [pp, edp, ep]."""
+        """The ranks as a tensor [pp, edp, ep]."""
         return torch.arange(self.world).view(self.pp, self.dp // self.ep, self.ep)
 
     def groups(self, axis: str) -> list[list[int]]:
-        """The sets of ranks that differ along one axis only: "pp", "dp", "ep", or "edp" (replicas of an expert)."""
+        """The sets of ranks that differ along one axis only: "pp", "dp", "ep", or "edp" (replicas of one expert)."""
         grid = self.grid()
         by_axis = {
             "pp": grid.flatten(1).T,
@@ -48,10 +57,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in a layout, and its process groups by axis.
+    """The coordinates of this rank in a layout, and its process groups.
 
-    `pp` carries activations and `pp_backward` gradients: with NCCL, traffic in both directions over one communicator
-    can wait for itself. `ep_groups[j]` is for the layers on a rank's j-th local device, which has a thread of its own.
+    groups: by name. "pp" carries activations and "pp_backward" gradients, since NCCL can deadlock when one communicator
+    has traffic in both directions; "dp" and "edp" carry reductions. ep_groups[j]: for the layers on this rank's j-th
+    local device; each device has a group of its own, because torchgpipe runs the devices in different threads.
     """
 
     layout: Layout
@@ -81,15 +91,16 @@ CPU = torch.device("cpu")
 
 
 def make_mesh(layout: Layout, devices: Sequence[torch.device] = (CPU,)) -> Mesh:
-    """Create the process groups of a layout. Collective over the world, whose size must be the layout's.
+    """Create the process groups of a layout (collective over the world).
 
-    `devices`: this rank's own. CPU groups use the default backend; CUDA groups NCCL, or MPI where ranks share a device.
+    devices: the local devices of this rank. Groups for the CPU use the default backend, groups for CUDA use NCCL, or
+    MPI where ranks share a device. Raises ValueError when the size of the world differs from that of the layout.
     """
     if dist.get_world_size() != layout.world:
-        raise ValueError(f"{layout} needs {layout.world} ranks, there are {dist.get_world_size()}")
+        raise ValueError(f"{layout} needs {layout.world} ranks, but the job has {dist.get_world_size()}")
     backend = None
     if devices[0].type == "cuda":
-        from pipeline.mpi.cuda_transport import cuda_backend  # loads MPI
+        from pipeline.mpi.cuda_transport import cuda_backend  # here, because it loads MPI
 
         backend = cuda_backend(devices)
 

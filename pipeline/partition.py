@@ -1,4 +1,4 @@
-"""Cut a list of layers into contiguous stages so that the slowest stage is as fast as it can be."""
+"""Partition a list of layers into contiguous stages whose slowest stage is as fast as possible."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -7,26 +7,26 @@ from itertools import accumulate, pairwise
 def partition(costs: Sequence[float], stages: int) -> list[range]:
     """Contiguous, non-empty ranges of layer indices, one per stage, that minimise the largest sum of costs.
 
-    costs: one non-negative number per layer, embedding and head included. Exact, by dynamic programming over (number
-    of stages, number of layers); among equals the one with the smallest sum of squares, so spare room is spread evenly.
+    costs: one non-negative number per layer, embedding and head included. The result is exact, by dynamic programming
+    over the number of stages and of layers. Partitions of the same layers with equal largest sums are ranked by their
+    sum of squares, which balances the other stages too, then by the position of their boundaries, the first ones first.
     Raises ValueError when there are fewer layers than stages.
     """
     layers = len(costs)
     if not 1 <= stages <= layers:
-        raise ValueError(f"{layers} layers cannot be cut into {stages} stages; every stage needs a layer")
-    total = [0.0, *accumulate(costs)]
+        raise ValueError(f"{layers} layers cannot be partitioned into {stages} stages; every stage needs a layer")
+    prefix = [0.0, *accumulate(costs)]
 
-    # best[n] = (largest stage, sum of squares, cuts) for the first n layers in the number of stages reached so far.
+    # best[n]: the best partition of the first n layers into `stage` stages: (largest sum, sum of squares, boundaries)
     best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [0])}
     for stage in range(1, stages + 1):
-        reachable = range(stage, layers - (stages - stage) + 1)
+        ends = range(stage, layers - (stages - stage) + 1)  # leave a layer for every stage that follows
         best = {
             n: min(
-                (max(worst, total[n] - total[m]), squares + (total[n] - total[m]) ** 2, [*cuts, n])
-                for m, (worst, squares, cuts) in best.items()
+                (max(largest, prefix[n] - prefix[m]), squares + (prefix[n] - prefix[m]) ** 2, [*boundaries, n])
+                for m, (largest, squares, boundaries) in best.items()
                 if m < n
             )
-            for n in reachable
+            for n in ends
         }
-    cuts = best[layers][2]
-    return [range(a, b) for a, b in pairwise(cuts)]
+    return [range(a, b) for a, b in pairwise(best[layers][2])]

@@ -1,12 +1,24 @@
-"""Pipeline schedules: who computes what, in which order. Pure functions, no communication, no torch.
+"""Pipeline schedules: which rank computes which action, in which order. Pure functions without torch or communication.
 
-A schedule is one list of actions per rank. `F(s, i)` is the forward of micro-batch i through stage s, `B(s, i)` its
-backward, which may be split: `I(s, i)` gives the gradient of the stage's input, `W(s, i)` later those of its weights.
-What must travel between ranks follows from the actions: F(s, i) needs the output of F(s − 1, i), B(s, i) and I(s, i)
-the input gradient of stage s + 1. The engine reads these lists, the simulator reads the same lists.
+Legend. Stages are numbered s = 0 … S − 1 in the order of the forward pass, micro-batches i = 0 … m − 1, pipeline ranks
+r = 0 … p − 1. A schedule is one list of actions per rank; `.` in a diagram is a bubble, in which the rank is idle.
 
-Every schedule runs the backwards of a stage in ascending micro-batch order, so gradients are summed in one order and
-all schedules give the same bits.
+    F(s, i)  FORWARD          needs the output of F(s − 1, i)
+    B(s, i)  BACKWARD         needs F(s, i) and the input gradient of B(s + 1, i)
+    I(s, i)  BACKWARD_INPUT   the part of B(s, i) that computes the gradient of the stage's input; needs what B needs
+    W(s, i)  BACKWARD_WEIGHT  the part of B(s, i) that computes the gradients of its weights; needs I(s, i)
+
+A rank's list has three phases. For 1F1B on two ranks with three micro-batches:
+
+    rank 0  F0 │ F1 .  B0 F2 B1 │ .  B2        [1] warm-up: forwards only
+    rank 1  .  │ F0 B0 F1 B1 F2 B2             [2] steady state: forwards and backwards alternate
+           [1]         [2]        [3]          [3] cool-down: the backwards that remain
+
+The engine executes these lists and the simulator predicts their timeline. Communication follows from the dependencies:
+an action whose input comes from a stage on another rank receives it from there. Every schedule runs the backwards of a
+stage in ascending order of micro-batches, so gradients are summed in one order and are bitwise identical under all
+schedules. In the docstrings, F, B, I and W also stand for the time of an action of one rank's layers, with B = I + W;
+memory counts the micro-batches whose activations a rank keeps; the bubble is the idle time of a rank in one step.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,15 +28,15 @@ from itertools import pairwise
 from typing import NamedTuple, cast
 
 
-class Kind(StrEnum):
+class ActionKind(StrEnum):
     FORWARD = "F"
     BACKWARD = "B"
-    INPUT = "I"  # the half of a backward that another rank waits for
-    WEIGHT = "W"  # the half that nobody waits for
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
 
 
 class Action(NamedTuple):
-    kind: Kind
+    kind: ActionKind
     stage: int
     microbatch: int
 
@@ -34,7 +46,7 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """`actions[r]` is what rank r of the pipeline does, in order; `placement[s]` is the rank that holds stage s."""
+    """`actions[r]` lists the actions of pipeline rank r in order; `placement[s]` is the rank that holds stage s."""
 
     name: str
     microbatches: int
@@ -46,102 +58,109 @@ class Schedule:
         return len(self.placement)
 
 
-def round_robin(ranks: int, chunks: int = 1) -> tuple[int, ...]:
-    """The placement of `chunks` stages per rank: stage s on rank s mod `ranks`."""
-    return tuple(range(ranks)) * chunks
+def round_robin(ranks: int, stages_per_rank: int = 1) -> tuple[int, ...]:
+    """Place stage s on rank s mod `ranks`."""
+    return tuple(range(ranks)) * stages_per_rank
 
 
 def v_shape(ranks: int) -> tuple[int, ...]:
-    """The placement of two stages per rank: stages r and 2 · ranks − 1 − r on rank r."""
+    """Place stages r and 2p − 1 − r on rank r, so that rank 0 holds the first and the last stage."""
     return (*range(ranks), *reversed(range(ranks)))
 
 
 def _forward(stage: int, microbatches: range) -> list[Action]:
-    return [Action(Kind.FORWARD, stage, i) for i in microbatches]
+    return [Action(ActionKind.FORWARD, stage, i) for i in microbatches]
 
 
 def _backward(stage: int, microbatches: range) -> list[Action]:
-    return [Action(Kind.BACKWARD, stage, i) for i in microbatches]
+    return [Action(ActionKind.BACKWARD, stage, i) for i in microbatches]
 
 
 def forward_only(placement: tuple[int, ...], microbatches: int) -> Schedule:
-    """Evaluation: every micro-batch goes through once, on whichever ranks the stages are."""
+    """Evaluation: one forward of every micro-batch through all stages, for any placement."""
     lists: list[list[Action]] = [[] for _ in range(max(placement) + 1)]
     stages = len(placement)
-    for turn in range(microbatches + stages - 1):
-        for s in range(max(0, turn - microbatches + 1), min(stages, turn + 1)):
-            lists[placement[s]].append(Action(Kind.FORWARD, s, turn - s))
+    for step in range(microbatches + stages - 1):
+        for s in range(max(0, step - microbatches + 1), min(stages, step + 1)):
+            lists[placement[s]].append(Action(ActionKind.FORWARD, s, step - s))
     return Schedule("forward only", microbatches, placement, tuple(map(tuple, lists)))
 
 
-def gpipe(stages: int, microbatches: int) -> Schedule:
-    """All forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965). Keeps every micro-batch's activations.
+def gpipe(ranks: int, microbatches: int) -> Schedule:
+    """GPipe: all forwards, then all backwards (Huang et al. 2019, arXiv 1811.06965, §2.3).
+
+    Memory: m micro-batches. Bubble: (p − 1)(F + B), which is (p − 1) / (m + p − 1) of the step.
 
     rank 0  F0 F1 F2 .  .  B0 B1 B2
     rank 1  .  F0 F1 F2 B0 B1 B2 .
     """
     every = range(microbatches)
-    actions = tuple(tuple(_forward(s, every) + _backward(s, every)) for s in range(stages))
-    return Schedule("gpipe", microbatches, tuple(range(stages)), actions)
+    actions = tuple(tuple(_forward(s, every) + _backward(s, every)) for s in range(ranks))  # [1] [3]
+    return Schedule("gpipe", microbatches, round_robin(ranks), actions)
 
 
-def one_forward_one_backward(stages: int, microbatches: int) -> Schedule:
-    """1F1B (Narayanan et al. 2019, PipeDream-Flush): stage s holds at most `stages − s` micro-batches' activations.
+def one_forward_one_backward(ranks: int, microbatches: int) -> Schedule:
+    """1F1B (Narayanan et al. 2021, arXiv 2006.09503, §3.2: PipeDream-Flush).
+
+    Memory: at most p − r micro-batches on rank r. Bubble: that of GPipe, (p − 1)(F + B).
 
     rank 0  F0 F1 .  B0 F2 B1 .  B2
     rank 1  .  F0 B0 F1 B1 F2 B2 .
     """
     lists = []
-    for s in range(stages):
-        ahead = min(microbatches, stages - 1 - s)
-        actions = _forward(s, range(ahead))
-        for i in range(microbatches - ahead):
-            actions += [Action(Kind.FORWARD, s, ahead + i), Action(Kind.BACKWARD, s, i)]
-        lists.append(tuple(actions + _backward(s, range(microbatches - ahead, microbatches))))
-    return Schedule("1f1b", microbatches, tuple(range(stages)), tuple(lists))
+    for s in range(ranks):
+        warmup = min(microbatches, ranks - 1 - s)
+        actions = _forward(s, range(warmup))  # [1]
+        for i in range(microbatches - warmup):  # [2]
+            actions += [Action(ActionKind.FORWARD, s, warmup + i), Action(ActionKind.BACKWARD, s, i)]
+        lists.append(tuple(actions + _backward(s, range(microbatches - warmup, microbatches))))  # [3]
+    return Schedule("1f1b", microbatches, round_robin(ranks), tuple(lists))
 
 
 def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
-    """1F1B with `chunks` stages on each rank, dealt in turns (Narayanan et al. 2021, arXiv 2104.04473, §2.2).
+    """Interleaved 1F1B: `chunks` = v stages on each rank (Narayanan et al. 2021, arXiv 2104.04473, §2.2).
 
-    A micro-batch comes by every rank `chunks` times, so ranks start sooner: the bubble is 1/chunks of 1F1B's, for
-    chunks times the messages. Micro-batches go in groups of at least `ranks` through the first chunk, then the next.
+    Micro-batches pass in groups of at least p through the first stage of every rank, then through the second, and so
+    on; unlike in the paper, m need not be a multiple of p. With g micro-batches in the first group:
+
+    Memory: at most 2(p − 1 − r) + (v − 1)g + 1 micro-batches of one stage, which has 1/v of a rank's layers.
+    Bubble: (p − 1)(F + B) / v where p divides m; it sends v times the messages of 1F1B.
     """
     groups = max(1, microbatches // ranks)
-    edges = [-(-g * microbatches // groups) for g in range(groups + 1)]  # the first group is as large as any
+    edges = [-(-g * microbatches // groups) for g in range(groups + 1)]  # rounded up: no group is larger than the first
     units = [(c, range(a, b)) for a, b in pairwise(edges) for c in range(chunks)]
     mirrored = [(chunks - 1 - c, group) for c, group in units]
     lists = []
     for r in range(ranks):
         forwards = [action for c, group in units for action in _forward(c * ranks + r, group)]
         backwards = [action for c, group in mirrored for action in _backward(c * ranks + r, group)]
-        ahead = min(len(forwards), 2 * (ranks - 1 - r) + (chunks - 1) * edges[1])
-        steady = [action for pair in zip(forwards[ahead:], backwards, strict=False) for action in pair]
-        lists.append(tuple(forwards[:ahead] + steady + backwards[len(forwards) - ahead :]))
+        warmup = min(len(forwards), 2 * (ranks - 1 - r) + (chunks - 1) * edges[1])
+        steady = [action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair]
+        lists.append(tuple(forwards[:warmup] + steady + backwards[len(forwards) - warmup :]))  # [1] [2] [3]
     return Schedule("interleaved", microbatches, round_robin(ranks, chunks), tuple(lists))
 
 
-def _zero_bubble(name: str, ranks: int, microbatches: int, ahead: list[int], late: list[int]) -> Schedule:
-    """Rank r runs `ahead[r]` forwards before the first backward, and a W `late[r]` micro-batches after its I."""
+def _zero_bubble(name: str, ranks: int, microbatches: int, warmup: list[int], delay: list[int]) -> Schedule:
+    """Rank r runs `warmup[r]` forwards before its first I, and W(r, i) after I(r, i + delay[r])."""
     lists = []
     for r in range(ranks):
-        actions = _forward(r, range(min(ahead[r], microbatches)))
-        for i in range(microbatches + late[r]):
+        actions = _forward(r, range(min(warmup[r], microbatches)))  # [1]
+        for i in range(microbatches + delay[r]):  # [2], then [3] once no forward remains
             if i < microbatches:
-                actions.append(Action(Kind.INPUT, r, i))
-            if i - late[r] >= 0:
-                actions.append(Action(Kind.WEIGHT, r, i - late[r]))
-            if i + ahead[r] < microbatches:
-                actions.append(Action(Kind.FORWARD, r, i + ahead[r]))
+                actions.append(Action(ActionKind.BACKWARD_INPUT, r, i))
+            if i - delay[r] >= 0:
+                actions.append(Action(ActionKind.BACKWARD_WEIGHT, r, i - delay[r]))
+            if i + warmup[r] < microbatches:
+                actions.append(Action(ActionKind.FORWARD, r, i + warmup[r]))
         lists.append(tuple(actions))
-    return Schedule(name, microbatches, tuple(range(ranks)), tuple(lists))
+    return Schedule(name, microbatches, round_robin(ranks), tuple(lists))
 
 
 def zero_bubble_h1(ranks: int, microbatches: int) -> Schedule:
-    """ZB-H1 (Qi et al. 2023, arXiv 2401.10241): weight gradients fill the bubbles of 1F1B at the end of a step.
+    """ZB-H1: weight gradients fill the bubbles at the end of 1F1B (Qi et al. 2023, arXiv 2401.10241, §2.1).
 
-    A rank holds at most `ranks` micro-batches' activations, as rank 0 does under 1F1B. With F, I and W of equal cost
-    the bubble is a third of 1F1B's.
+    Memory: at most p micro-batches on every rank, as on rank 0 of 1F1B.
+    Bubble: (p − 1)(F + I − W) for m ≥ p, a third of that of 1F1B where F = I = W.
 
     rank 0  F0 F1 .  I0 W0 F2 I1 W1 I2 W2
     rank 1  .  F0 I0 F1 I1 W0 F2 I2 W1 W2
@@ -150,76 +169,83 @@ def zero_bubble_h1(ranks: int, microbatches: int) -> Schedule:
 
 
 def zero_bubble_2p(ranks: int, microbatches: int) -> Schedule:
-    """ZB-H2 of the same paper, limited to `2 · ranks` micro-batches' activations ("ZB-2p").
+    """ZB-H2 of Qi et al. 2023, arXiv 2401.10241, §2.2, within the memory limit 2p that the paper calls ZB-2p.
 
-    More forwards at the start leave no rank idle between its first and last action.
+    Memory: at most 2p − 1 micro-batches.
+    Bubble: (p − 1)(F + I − 2W) for m ≥ 2p − 1; where F = I = W, none between a rank's first and last action.
 
     rank 0  F0 F1 F2 I0 W0 I1 W1 I2 W2 .
     rank 1  .  F0 I0 F1 I1 F2 I2 W0 W1 W2
     """
-    ahead = [2 * (ranks - r) - 1 for r in range(ranks)]
-    return _zero_bubble("zb-2p", ranks, microbatches, ahead, [2 * r for r in range(ranks)])
+    warmup = [2 * (ranks - r) - 1 for r in range(ranks)]
+    return _zero_bubble("zb-2p", ranks, microbatches, warmup, [2 * r for r in range(ranks)])
 
 
 def zero_bubble_v(ranks: int, microbatches: int) -> Schedule:
-    """ZB-V of the same paper: rank r has stages r and 2 · ranks − 1 − r, so first and last stage share rank 0.
+    """ZB-V: two stages on each rank, placed in a V (Qi et al. 2023, arXiv 2401.10241).
 
-    No rank waits for the end of another, and each holds what 1F1B holds on rank 0: `2 · ranks` half-sized stages'
-    activations. The lists are dealt greedily, all actions of equal cost: the action that can start first is next;
-    among those that can start at once an I goes before an F, an F before a W, and a later stage before an earlier one.
+    The lists are built greedily with all actions of equal cost: the action that can start first comes next. Among the
+    actions of one rank that can start at the same time, I comes before F, F before W, and a later stage before an
+    earlier one.
+
+    Memory: at most 2p micro-batches of one stage, which has half of a rank's layers, hence that of rank 0 of 1F1B.
+    Bubble: where F = I = W and m ≥ 2p, at most (p − 1)F / 2 at the start of a step and one F more.
     """
     placement = v_shape(ranks)
     stages = len(placement)
-    done: dict[Action, int] = {}  # when it ends
+    done: dict[Action, int] = {}  # the time at which each action ends
     clock = [0] * ranks
     held = [0] * ranks
     lists: list[list[Action]] = [[] for _ in range(ranks)]
-    count = {kind: [0] * stages for kind in (Kind.INPUT, Kind.FORWARD, Kind.WEIGHT)}
+    priority = (ActionKind.BACKWARD_INPUT, ActionKind.FORWARD, ActionKind.BACKWARD_WEIGHT)
+    count = {kind: [0] * stages for kind in priority}
 
-    def choices(rank: int) -> Iterator[tuple[int, int, int, int, Action]]:
-        """What a rank can do next, the best being the least."""
+    def options(rank: int) -> Iterator[tuple[int, int, int, int, Action]]:
+        """The actions that a rank can run next as (start, rank, priority, −stage, action); the smallest is best."""
         for stage in (rank, stages - 1 - rank):
             for order, (kind, counts) in enumerate(count.items()):
                 action = Action(kind, stage, counts[stage])
-                full = kind is Kind.FORWARD and held[rank] == stages
+                full = kind is ActionKind.FORWARD and held[rank] == stages
                 if counts[stage] < microbatches and not full:
-                    ends = [done.get(a) for a in needs(action, stages)]
+                    ends = [done.get(a) for a in dependencies(action, stages)]
                     if None not in ends:
                         yield max([clock[rank], *cast(list[int], ends)]), rank, order, -stage, action
 
-    best = {rank: list(choices(rank)) for rank in range(ranks)}
+    best = {rank: list(options(rank)) for rank in range(ranks)}
     while any(best.values()):
-        start, rank, *_, action = min(min(options) for options in best.values() if options)
+        start, rank, *_, action = min(min(choices) for choices in best.values() if choices)
         done[action] = clock[rank] = start + 1
         lists[rank].append(action)
         count[action.kind][action.stage] += 1
-        held[rank] += {Kind.FORWARD: 1, Kind.WEIGHT: -1}.get(action.kind, 0)
+        held[rank] += {ActionKind.FORWARD: 1, ActionKind.BACKWARD_WEIGHT: -1}.get(action.kind, 0)
         for changed in {rank, *placement[max(0, action.stage - 1) : action.stage + 2]}:
-            best[changed] = list(choices(changed))
+            best[changed] = list(options(changed))
     return Schedule("zb-v", microbatches, placement, tuple(map(tuple, lists)))
 
 
-def needs(action: Action, stages: int) -> list[Action]:
-    """The actions that must be done before this one can start, in a schedule that splits backwards as this one."""
+def dependencies(action: Action, stages: int) -> list[Action]:
+    """The actions whose results an action needs (see the legend), all split or all whole backwards like the action."""
     kind, stage, i = action
-    if kind is Kind.FORWARD:
+    if kind is ActionKind.FORWARD:
         return [Action(kind, stage - 1, i)] if stage > 0 else []
-    if kind is Kind.WEIGHT:
-        return [Action(Kind.INPUT, stage, i)]
-    after = [Action(kind, stage + 1, i)] if stage < stages - 1 else []
-    return [Action(Kind.FORWARD, stage, i), *after]
+    if kind is ActionKind.BACKWARD_WEIGHT:
+        return [Action(ActionKind.BACKWARD_INPUT, stage, i)]
+    next_stage = [Action(kind, stage + 1, i)] if stage < stages - 1 else []
+    return [Action(ActionKind.FORWARD, stage, i), *next_stage]
 
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """What is known of a schedule without building it. `builder(ranks, microbatches)` builds it."""
+    """The properties of a schedule that are known without building it.
+
+    builder: (ranks, microbatches) → Schedule. placement: ranks → the rank of each stage, as in the built schedule.
+    """
 
     name: str
     stages_per_rank: int
     splits_backward: bool
     builder: Callable[[int, int], Schedule]
     placement: Callable[[int], tuple[int, ...]] = round_robin
-    """From the number of ranks to the rank of each stage."""
 
 
 SCHEDULES: dict[str, ScheduleSpec] = {

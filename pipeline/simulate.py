@@ -1,15 +1,15 @@
-"""Run a schedule on paper: is it valid, does it deadlock, how long are the bubbles, how much must be kept."""
+"""Simulate a schedule: validity, deadlocks, the timeline with its bubbles, and peak memory."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import ascii_lowercase, ascii_uppercase, digits
 
-from pipeline.schedule import Action, Kind, Schedule, needs
+from pipeline.schedule import Action, ActionKind, Schedule, dependencies
 
 
 class ScheduleError(ValueError):
-    """The schedule is not one that an engine can run; the message shows the grid with the bad cell marked."""
+    """The engine cannot run the schedule; the message names the wrong actions or marks the bad cell of the grid."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Timeline:
     """When each action starts and ends, per rank, in the units of the costs given to `simulate`."""
 
     spans: tuple[tuple[tuple[Action, float, float], ...], ...]
-    peak_activations: tuple[int, ...]
+    peak_activations: tuple[int, ...]  # per rank: the most activations kept at once, one per stage and micro-batch
 
     @property
     def length(self) -> float:
@@ -32,12 +32,13 @@ class Timeline:
         return 1 - busy / (self.length * len(self.spans))
 
 
-def simulate(schedule: Schedule, costs: Mapping[Kind, Sequence[float]], transfer: float = 0.0) -> Timeline:
-    """Play the action lists; `costs[kind][s]` is how long stage s takes for an action.
+def simulate(schedule: Schedule, costs: Mapping[ActionKind, Sequence[float]], transfer: float = 0.0) -> Timeline:
+    """Compute the timeline of a schedule in which stage s takes `costs[kind][s]` for an action.
 
-    transfer: from the end of an action until what it gives has arrived on another rank: latency and the tensor's size
-    over the bandwidth. Neither side is kept from computing meanwhile. Between stages of one rank nothing travels.
-    Raises ScheduleError when an action is missing, doubled, on the wrong rank, out of order, or waits for ever.
+    transfer: time from the end of an action until its result has arrived on another rank (latency plus the tensor's
+    size over the bandwidth). It overlaps with computation on both ranks, and is zero between stages of one rank.
+    Raises ScheduleError when an action is missing, duplicated, on the wrong rank or out of order, or when the schedule
+    deadlocks.
     """
     _check(schedule)
     done: dict[Action, float] = {}
@@ -45,11 +46,11 @@ def simulate(schedule: Schedule, costs: Mapping[Kind, Sequence[float]], transfer
     clock = [0.0] * len(schedule.actions)
     spans: list[list[tuple[Action, float, float]]] = [[] for _ in schedule.actions]
     while any(p < len(actions) for p, actions in zip(position, schedule.actions, strict=True)):
-        moved = False
+        progress = False
         for rank, actions in enumerate(schedule.actions):
             while position[rank] < len(actions):
                 action = actions[position[rank]]
-                required = needs(action, schedule.stages)
+                required = dependencies(action, schedule.stages)
                 if not all(r in done for r in required):
                     break
                 arrivals = (done[r] + (transfer if schedule.placement[r.stage] != rank else 0.0) for r in required)
@@ -57,78 +58,87 @@ def simulate(schedule: Schedule, costs: Mapping[Kind, Sequence[float]], transfer
                 done[action] = clock[rank] = start + costs[action.kind][action.stage]
                 spans[rank].append((action, start, clock[rank]))
                 position[rank] += 1
-                moved = True
-        if not moved:
-            raise ScheduleError("every rank waits for another:\n" + grid(schedule, position))
-    return Timeline(tuple(map(tuple, spans)), peak_held(schedule, [1] * schedule.stages))
+                progress = True
+        if not progress:
+            raise ScheduleError("deadlock, every rank waits for another:\n" + format_grid(schedule, position))
+    return Timeline(tuple(map(tuple, spans)), peak_memory(schedule, [1] * schedule.stages))
 
 
 def _check(schedule: Schedule) -> None:
+    """Raise ScheduleError unless every rank has its stages' actions, each once and in order of micro-batches."""
     seen = Counter(action for actions in schedule.actions for action in actions)
-    kinds = {kind for kind, _, _ in seen} or {Kind.FORWARD}
-    if kinds & {Kind.INPUT, Kind.WEIGHT}:
-        kinds |= {Kind.FORWARD, Kind.INPUT, Kind.WEIGHT}  # both halves, and no whole backward beside them
-        kinds -= {Kind.BACKWARD}
+    kinds = {kind for kind, _, _ in seen} or {ActionKind.FORWARD}
+    if kinds & {ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT}:  # then all backwards must be split
+        kinds = {ActionKind.FORWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT}
     expected = {Action(k, s, i) for k in kinds for s in range(schedule.stages) for i in range(schedule.microbatches)}
     if set(seen) != expected or any(n > 1 for n in seen.values()):
         wrong = sorted((set(seen) ^ expected) | {a for a, n in seen.items() if n > 1})
-        raise ScheduleError(f"missing, foreign or doubled: {', '.join(map(str, wrong[:8]))}")
+        raise ScheduleError(f"missing, unexpected or duplicated actions: {', '.join(map(str, wrong[:8]))}")
     for rank, actions in enumerate(schedule.actions):
-        last: dict[tuple[Kind, int], int] = {}
+        last: dict[tuple[ActionKind, int], int] = {}
         for position, (kind, stage, i) in enumerate(actions):
             if schedule.placement[stage] != rank or i <= last.get((kind, stage), -1):
                 marks = [len(a) for a in schedule.actions]
                 marks[rank] = position
-                raise ScheduleError("wrong rank or order:\n" + grid(schedule, marks))
+                raise ScheduleError("wrong rank or order:\n" + format_grid(schedule, marks))
             last[kind, stage] = i
 
 
-def peak_held(schedule: Schedule, sizes: Sequence[int], between: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The most that each rank holds at once, where stage s keeps sizes[s] from a forward until its backward is done,
-    and beside it between[s] (else nothing) from the first half of a split backward to the second."""
-    more = between or [0] * len(sizes)
+def peak_memory(
+    schedule: Schedule, activations: Sequence[int], saved_for_weight_grad: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """The peak of what each rank keeps, in the units of the arguments.
+
+    Stage s keeps `activations[s]` from the forward of a micro-batch to the end of its backward, and where the backward
+    is split another `saved_for_weight_grad[s]` (default: 0) from BACKWARD_INPUT to BACKWARD_WEIGHT.
+    """
+    saved = saved_for_weight_grad or [0] * len(activations)
     peaks = []
     for actions in schedule.actions:
         held = peak = 0
         for kind, stage, _ in actions:
-            if kind is Kind.FORWARD:
-                held += sizes[stage]
-            elif kind is Kind.INPUT:
-                held += more[stage]
+            if kind is ActionKind.FORWARD:
+                held += activations[stage]
+            elif kind is ActionKind.BACKWARD_INPUT:
+                held += saved[stage]
             else:
-                held -= sizes[stage] + (more[stage] if kind is Kind.WEIGHT else 0)
+                held -= activations[stage] + (saved[stage] if kind is ActionKind.BACKWARD_WEIGHT else 0)
             peak = max(peak, held)
         peaks.append(peak)
     return tuple(peaks)
 
 
-def soonest_ends(
-    placement: Sequence[int], microbatches: int, costs: Mapping[Kind, Sequence[float]], transfer: float = 0.0
+def earliest_ends(
+    placement: Sequence[int], microbatches: int, costs: Mapping[ActionKind, Sequence[float]], transfer: float = 0.0
 ) -> list[float]:
-    """When each rank can have ended at the soonest, whatever the schedule, with the costs of split backwards.
+    """A lower bound, under any schedule, of the time at which each rank ends.
 
-    A rank waits for its first micro-batch, then has its work to do; the rank of stage 0 also waits for the last
-    gradient. For equal stages this is the length of 1F1B and GPipe, (m + p − 1)(F + B), of interleaved 1F1B and of
-    ZB-2p, so it orders layouts before any is simulated. An unsplit backward is an I of its whole cost and a W of none.
+    A rank waits for its first micro-batch and then has all its work to do; the rank of stage 0 also waits for the last
+    input gradient. For equal stages this is the length of GPipe and 1F1B, (m + p − 1)(F + B), of interleaved 1F1B and
+    of ZB-2p, so it ranks layouts before any is simulated.
+
+    costs: as in `simulate`, for split backwards. Describe a backward that is not split by a BACKWARD_INPUT of its whole
+    cost and a BACKWARD_WEIGHT of zero.
     """
-    forward, back, weight = (costs[kind] for kind in (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT))
+    kinds = (ActionKind.FORWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
+    forward, backward_input, backward_weight = (costs[kind] for kind in kinds)
     ends = [0.0] * (max(placement) + 1)
     last_gradient = 0.0
     for rank in range(len(ends)):
-        mine = [s for s, r in enumerate(placement) if r == rank]
-        before = range(mine[0])
-        way = transfer * sum(placement[s] != placement[s + 1] for s in before)
-        lead = way + sum(forward[s] for s in before)
-        needed = lead + microbatches * sum(forward[s] + back[s] for s in mine)
-        ends[rank] = needed + microbatches * sum(weight[s] for s in mine)
-        last_gradient = max(last_gradient, needed + way + sum(back[s] for s in before))
+        stages = [s for s, r in enumerate(placement) if r == rank]
+        before = range(stages[0])
+        transfers = transfer * sum(placement[s] != placement[s + 1] for s in before)
+        first_input = transfers + sum(forward[s] for s in before)
+        gradient = first_input + microbatches * sum(forward[s] + backward_input[s] for s in stages)
+        ends[rank] = gradient + microbatches * sum(backward_weight[s] for s in stages)
+        last_gradient = max(last_gradient, gradient + transfers + sum(backward_input[s] for s in before))
     first = placement[0]
-    ends[first] = max(ends[first], last_gradient + weight[0])
+    ends[first] = max(ends[first], last_gradient + backward_weight[0])
     return ends
 
 
-def grid(schedule: Schedule, marks: Sequence[int] = ()) -> str:
-    """The action lists, a row per rank; `marks[r]` is the position of rank r's bad cell."""
+def format_grid(schedule: Schedule, marks: Sequence[int] = ()) -> str:
+    """The action lists as text, one row per rank; `marks[r]` is the position of a bad cell in the row of rank r."""
     rows = []
     for rank, actions in enumerate(schedule.actions):
         cells = [str(a) for a in actions]
@@ -138,17 +148,20 @@ def grid(schedule: Schedule, marks: Sequence[int] = ()) -> str:
     return "\n".join(rows)
 
 
-def draw(timeline: Timeline, width: int = 100) -> str:
-    """The timeline as text, a row per rank: digits are forwards, letters backwards or the gradients of
-    inputs, capitals the gradients of weights, dots are bubbles."""
+def format_timeline(timeline: Timeline, width: int = 100) -> str:
+    """The timeline as text, one row of `width` characters per rank.
+
+    A digit is a forward, a lower-case letter a whole backward or the input gradient of a split one, a capital its
+    weight gradients, a dot a bubble. Digit or letter count the micro-batch.
+    """
     scale = width / timeline.length if timeline.length else 0.0
     rows = []
     for spans in timeline.spans:
         row = ["·"] * width
         for action, start, end in spans:
-            marks = {Kind.FORWARD: digits, Kind.WEIGHT: ascii_uppercase}.get(action.kind, ascii_lowercase)
-            mark = marks[action.microbatch % len(marks)]
+            alphabets = {ActionKind.FORWARD: digits, ActionKind.BACKWARD_WEIGHT: ascii_uppercase}
+            alphabet = alphabets.get(action.kind, ascii_lowercase)
             for x in range(round(start * scale), round(end * scale)):
-                row[x] = mark
+                row[x] = alphabet[action.microbatch % len(alphabet)]
         rows.append("".join(row))
     return "\n".join(rows)

@@ -1,10 +1,18 @@
-"""A backward in two halves: first the gradient of the input, later those of the weights.
+"""Split a backward pass into two parts: the gradient of the input first, the gradients of the weights later.
 
-The rank before waits for the gradient of the input; nobody waits for the weights' (Qi et al. 2023, arXiv 2401.10241),
-so a schedule may put them where a rank would be idle. Nothing is computed twice: the first half runs autograd down the
-path to the input and notes, at every node where the path passes a matrix of weights, the gradient that arrives there;
-the second half runs these nodes' other branches. Vectors (biases, the gains of norms) are cheap beside a second look
-at the activations: they are done in the first half.
+Only the gradient of the input is on the critical path of a pipeline: the previous stage waits for it. The weight
+gradients can fill what would be a bubble (Qi et al. 2023, arXiv 2401.10241). No operation runs twice. The autograd
+graph of y = f(x) = mm(mul(x, gain), weight), from outputs to inputs:
+
+    y ──► mm ────► mul ────► x        [1] the path from y to x
+          │        │                  [2] junction: a node of the path with a branch to a matrix (here mm)
+          ▼ [3]    ▼ [4]              [3] a branch to a matrix
+        weight    gain                [4] a branch to vectors only, such as a bias or the gain of a norm
+
+    backward_input   runs autograd along [1] and [4], and saves the gradients that arrive at every junction [2]
+    backward_weight  runs autograd from these saved gradients along [3]
+
+[4] is in the first part because vectors are cheap, whereas their second part would need the activations again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,121 +21,122 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
 
-Roots = Sequence[Tensor | GradientEdge]
+Edges = Sequence[Tensor | GradientEdge]
 
 
 def run_backward(
-    roots: Roots, gradients: Sequence[Tensor], wanted: Roots = (), retain_graph: bool = False
+    outputs: Edges, grad_outputs: Sequence[Tensor], inputs: Edges = (), retain_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Run autograd from roots with these gradients: add to the parameters' `.grad`, or return those of what is wanted.
+    """Run autograd: add to the `.grad` of all parameters, or given inputs, return the gradients of these instead.
 
-    What torch.autograd.backward and .grad do, without their check of the gradients' shapes, for which they import
-    sympy: most of a second of every rank's start.
+    The same as torch.autograd.backward and torch.autograd.grad. It calls the private function that both of them wrap,
+    because their check of the gradients' shapes imports sympy, which takes most of a second when a rank starts.
     """
     return _engine_run_backward(
-        tuple(roots), tuple(gradients), retain_graph, False, tuple(wanted), True, accumulate_grad=not wanted
+        tuple(outputs), tuple(grad_outputs), retain_graph, False, tuple(inputs), True, accumulate_grad=not inputs
     )
 
 
 @dataclass
 class _Junction:
-    """A node of the path to the input, and its branches to weights."""
+    """[2] A node of the path with its branches to matrices, and the gradients of the node's outputs."""
 
     node: Node
     branches: list[GradientEdge]
-    gradients: Sequence[Tensor | None] = field(default_factory=tuple)
+    saved_for_weight_grad: Sequence[Tensor | None] = field(default_factory=tuple)
 
-    def note(self, gradients: Sequence[Tensor | None]) -> None:
-        self.gradients = gradients
+    def save(self, grads: Sequence[Tensor | None]) -> None:
+        self.saved_for_weight_grad = grads
 
 
 class SplitBackward:
-    """The backward of y = f(x), whose graph leads to x and to parameters. Both must be floats; x is a leaf."""
+    """The backward of y = f(x) in two parts. x is a leaf that requires a gradient, and y depends on it."""
 
     def __init__(self, y: Tensor, x: Tensor) -> None:
         self.y = y
         self.x = x
         self.junctions: list[_Junction] = []
-        self.shared = False  # whether a weight gets gradients from several branches
+        self.shared = False  # whether a matrix is reached by several edges
 
-    def input_gradient(self, gradient: Tensor) -> Tensor:
-        """The gradient of x. Those of vectors are added to their `.grad`."""
-        small, self.junctions, self.shared = _branches(self.y, self.x)
-        handles = [junction.node.register_prehook(junction.note) for junction in self.junctions]
-        wanted = [get_gradient_edge(self.x), *small]
-        of_x, *of_small = run_backward([self.y], [gradient], wanted, retain_graph=True)
-        for handle in handles:
-            handle.remove()
-        _accumulate(small, of_small)
-        assert of_x is not None
-        return of_x
+    def backward_input(self, grad_output: Tensor) -> Tensor:
+        """Return the gradient of x, and add the gradients of vectors to their `.grad`."""
+        vector_edges, self.junctions, self.shared = _find_branches(self.y, self.x)
+        hooks = [junction.node.register_prehook(junction.save) for junction in self.junctions]  # [2]
+        inputs = [get_gradient_edge(self.x), *vector_edges]
+        grad_input, *vector_grads = run_backward([self.y], [grad_output], inputs, retain_graph=True)  # [1] [4]
+        for hook in hooks:
+            hook.remove()
+        _accumulate(vector_edges, vector_grads)
+        assert grad_input is not None
+        return grad_input
 
-    def weight_gradients(self) -> None:
-        """Add the gradients of the weights to their `.grad`."""
+    def backward_weight(self) -> None:
+        """Add the gradients of the matrices to their `.grad`, freeing the saved gradients of each junction."""
         edges: list[GradientEdge] = []
-        gradients: list[Tensor | None] = []
+        grads: list[Tensor | None] = []
         while self.junctions:
             junction = self.junctions.pop()
-            arrived = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.gradients) if g is not None]
-            roots, given = zip(*arrived, strict=True)
-            of_branches = run_backward(roots, given, junction.branches, retain_graph=True)
-            if self.shared:  # all at once: what comes to one weight from several is summed as in a whole backward
+            saved = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.saved_for_weight_grad)]
+            outputs, grad_outputs = zip(*((edge, g) for edge, g in saved if g is not None), strict=True)
+            branch_grads = run_backward(outputs, grad_outputs, junction.branches, retain_graph=True)  # [3]
+            if self.shared:  # accumulate all at once, so that autograd sums them in the order of a whole backward
                 edges += junction.branches
-                gradients += of_branches
+                grads += branch_grads
             else:
-                _accumulate(junction.branches, of_branches)
-        _accumulate(edges, gradients)
+                _accumulate(junction.branches, branch_grads)
+        _accumulate(edges, grads)
 
-    def held_bytes(self) -> int:
-        """What is held from the first half to the second, beside what autograd keeps."""
-        noted = [g for junction in self.junctions for g in junction.gradients if g is not None]
-        return sum({g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in noted}.values())
-
-
-def _accumulate(edges: Sequence[GradientEdge], gradients: Sequence[Tensor | None]) -> None:
-    """Run autograd from these edges down to the parameters."""
-    arrived = [(edge, g) for edge, g in zip(edges, gradients, strict=True) if g is not None]
-    if arrived:
-        roots, given = zip(*arrived, strict=True)
-        run_backward(roots, given)
+    def saved_bytes(self) -> int:
+        """Bytes kept from the first part to the second, in addition to what autograd saves for a whole backward."""
+        saved = [g for junction in self.junctions for g in junction.saved_for_weight_grad if g is not None]
+        return sum({g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in saved}.values())
 
 
-def _branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junction], bool]:
-    """The edges that leave the path from y to x: those to vectors, and by junction those to matrices. Last, whether
-    a matrix is reached in several ways.
+def _accumulate(edges: Sequence[GradientEdge], grads: Sequence[Tensor | None]) -> None:
+    """Run autograd from edges with these gradients down to the parameters, skipping those without a gradient."""
+    pairs = [(edge, g) for edge, g in zip(edges, grads, strict=True) if g is not None]
+    if pairs:
+        outputs, grad_outputs = zip(*pairs, strict=True)
+        run_backward(outputs, grad_outputs)
 
-    A branch that several nodes share (a tensor used twice) belongs to the first half, where autograd sums it.
+
+def _find_branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junction], bool]:
+    """Return the edges to vectors [4], the junctions [2] with their branches [3], and whether a matrix is shared.
+
+    A branch that several nodes share (a computed tensor that is used twice) counts as [4]: there autograd sums it.
     """
     target = get_gradient_edge(x).node
     order = list(_post_order(y.grad_fn))
-    on_path = {target}
-    matrices: set[Node] = set()  # branches that lead to a matrix
-    parents: dict[Node, int] = {}
+    on_path = {target}  # [1]
+    leads_to_matrix: set[Node] = set()
+    parents: dict[Node, int] = {}  # the number of edges into each node
     for node in order:
         for child, _ in node.next_functions:
             if child is not None:
                 if child in on_path:
                     on_path.add(node)
-                if child in matrices:
-                    matrices.add(node)
+                if child in leads_to_matrix:
+                    leads_to_matrix.add(node)
                 parents[child] = parents.get(child, 0) + 1
         if (variable := getattr(node, "variable", None)) is not None and variable.dim() > 1:
-            matrices.add(node)
-    small, junctions = [], []
+            leads_to_matrix.add(node)
+    vector_edges, junctions = [], []
     for node in order:
         if node not in on_path or node is target:
             continue
-        edges = [GradientEdge(c, nr) for c, nr in node.next_functions if c is not None and c not in on_path]
-        large = [edge for edge in edges if edge.node in matrices and parents[edge.node] == 1]
-        small += [edge for edge in edges if edge not in large]
-        if large:
-            junctions.append(_Junction(node, large))
-    shared = any(parents[node] > 1 for node in matrices if hasattr(node, "variable"))
-    return list(dict.fromkeys(small)), junctions, shared
+        edges = [
+            GradientEdge(child, nr) for child, nr in node.next_functions if child is not None and child not in on_path
+        ]
+        matrix_edges = [edge for edge in edges if edge.node in leads_to_matrix and parents[edge.node] == 1]  # [3]
+        vector_edges += [edge for edge in edges if edge not in matrix_edges]  # [4]
+        if matrix_edges:
+            junctions.append(_Junction(node, matrix_edges))  # [2]
+    shared = any(parents[node] > 1 for node in leads_to_matrix if hasattr(node, "variable"))
+    return list(dict.fromkeys(vector_edges)), junctions, shared
 
 
 def _post_order(root: Node | None) -> Iterator[Node]:
-    """Every node below a root after all that it leads to."""
+    """Every node of the graph below root, each after all nodes that it leads to."""
     seen = {root}
     stack = [(root, iter(root.next_functions))] if root else []
     while stack:

@@ -1,7 +1,12 @@
-"""A stage: a contiguous run of layers, its forward, and its backward one micro-batch at a time.
+"""A pipeline stage: a contiguous run of layers with its forward and its backward, one micro-batch at a time.
 
-A layer is any module called as `layer(x, context)`; one tensor crosses a boundary. The context is whatever the caller
-hands to every layer beside its input; a stage on one device does not look inside.
+    x ──► segment 0 ──► segment 1 ──► y        forward(i)           keeps each segment's input and output
+    dx ◄─ segment 0 ◄── segment 1 ◄── dy       backward(i)          dx; adds to the parameters' .grad
+                                               backward_input(i)    dx only, as early as possible
+                                               backward_weight(i)   adds to the parameters' .grad, later
+
+A layer is any module called as `layer(x, context)` that returns one tensor. The context is an object that the caller
+passes to every layer with the input; a stage on one device does not read it.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +20,7 @@ from pipeline.split_backward import SplitBackward, run_backward
 
 
 class Autocast(nn.Module):
-    """A layer under a precision. Autocast belongs to a thread, so it is entered where the layer runs."""
+    """A layer under autocast to a dtype (None: without). Autocast is per thread, so it is entered around each call."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -28,15 +33,19 @@ class Autocast(nn.Module):
 
 
 class Segment(Protocol):
-    """Layers called as one. splits: whether their graph can be walked in two halves, which recomputation hides."""
+    """Consecutive layers that a stage calls as one.
 
-    splits: bool
+    splits_backward: whether their backward can be split, for which autograd must have their whole graph. Recomputation
+    and torchgpipe hide it.
+    """
+
+    splits_backward: bool
 
     def __call__(self, x: Tensor, context: Any) -> Tensor: ...
 
 
 class DeviceLayers(nn.Module):
-    """Layers one after another on one device. With recompute only each layer's input is kept, and it runs again."""
+    """Layers in sequence on one device. With recompute (activation checkpointing) only each layer's input is kept."""
 
     def __init__(
         self, layers: Sequence[nn.Module], autocast: torch.dtype | None = None, recompute: bool = False
@@ -44,12 +53,12 @@ class DeviceLayers(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Autocast(layer, autocast) for layer in layers)
         self.recompute = recompute
-        self.splits = not recompute
+        self.splits_backward = not recompute
 
     def forward(self, x: Tensor, context: Any) -> Tensor:
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                # A layer's randomness comes from its context, so there is no generator to put back.
+                # The randomness of a layer comes from its context, so there is no generator state to restore.
                 x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, context)
@@ -57,71 +66,72 @@ class DeviceLayers(nn.Module):
 
 
 class Stage:
-    """Runs the forward and backward of its layers for several micro-batches in flight.
+    """Run the forward and backward of a stage for several micro-batches in flight.
 
-    module: its layers. input_device: where they want their input. before: layers that come before the module's, kept
-    apart because they do not split as it does. What does not split is done whole in the first half of a backward.
+    module: the layers. input_device: the device of the stage's input. before: layers that run before those of module,
+    as a segment of their own because one of the two splits its backward and the other does not; the whole backward of
+    a segment that does not split is part of `backward_input`.
     """
 
     def __init__(self, module: Segment, input_device: torch.device, before: Segment | None = None) -> None:
         self.segments = [module] if before is None else [before, module]
         self.input_device = input_device
-        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}  # each segment's input and output
-        self._weights: dict[int, list[Callable[[], object]]] = {}  # the second half of backwards
+        self._saved: dict[int, list[tuple[Tensor, Tensor]]] = {}  # micro-batch → (input, output) of each segment
+        self._weight_backwards: dict[int, list[Callable[[], object]]] = {}  # micro-batch → what backward_weight runs
 
     def forward(self, microbatch: int, x: Tensor, context: Any) -> Tensor:
-        """The stage's output; where gradients are enabled, inputs and outputs are kept for `backward`."""
-        kept = []
+        """Return the output; where gradients are enabled, keep the segments' inputs and outputs for the backward."""
+        saved = []
         for segment in self.segments:
             if x.is_floating_point():
                 x = x.detach().requires_grad_(torch.is_grad_enabled())
             y = segment(x, context)
-            kept.append((x, y))
+            saved.append((x, y))
             x = y
         if torch.is_grad_enabled():
-            self._kept[microbatch] = kept
+            self._saved[microbatch] = saved
         return x
 
-    def backward(self, microbatch: int, gradient: Tensor) -> Tensor | None:
-        """Accumulate parameter gradients; the gradient of the stage's input, None where that was no float."""
-        return _backward(self._kept.pop(microbatch), gradient)
+    def backward(self, microbatch: int, grad_output: Tensor) -> Tensor | None:
+        """Add to the parameters' `.grad` and return the gradient of the stage's input, None for integer inputs."""
+        return _backward(self._saved.pop(microbatch), grad_output)
 
-    def backward_input(self, microbatch: int, gradient: Tensor) -> Tensor | None:
-        """The first half of `backward`: what it returns. The rest waits for `backward_weights`."""
-        kept = self._kept.pop(microbatch)
-        if not kept[0][0].requires_grad:  # tokens: nobody waits for anything
-            self._weights[microbatch] = [lambda: _backward(kept, gradient)]
+    def backward_input(self, microbatch: int, grad_output: Tensor) -> Tensor | None:
+        """The first part of `backward`, with its result. `backward_weight` must follow."""
+        saved = self._saved.pop(microbatch)
+        if not saved[0][0].requires_grad:  # integer inputs: no other stage waits for a gradient
+            self._weight_backwards[microbatch] = [lambda: _backward(saved, grad_output)]
             return None
-        later: list[Callable[[], object]] = []
-        of_x: Tensor | None = gradient
+        weight_backwards: list[Callable[[], object]] = []
+        grad: Tensor | None = grad_output
         for segment in reversed(self.segments):
-            assert of_x is not None
-            x, y = kept.pop()
-            if segment.splits:
+            assert grad is not None
+            x, y = saved.pop()
+            if segment.splits_backward:
                 split = SplitBackward(y, x)
-                of_x = split.input_gradient(of_x)
-                later.append(split.weight_gradients)
+                grad = split.backward_input(grad)
+                weight_backwards.append(split.backward_weight)
             else:
-                of_x = _backward([(x, y)], of_x)
-        self._weights[microbatch] = later
-        return of_x
+                grad = _backward([(x, y)], grad)
+        self._weight_backwards[microbatch] = weight_backwards
+        return grad
 
-    def backward_weights(self, microbatch: int) -> None:
-        """The second half of `backward`."""
-        for work in self._weights.pop(microbatch):
-            work()
+    def backward_weight(self, microbatch: int) -> None:
+        """The second part of `backward`: add the remaining gradients to the parameters' `.grad`."""
+        for run in self._weight_backwards.pop(microbatch):
+            run()
 
     def clear(self) -> None:
-        """Forget micro-batches whose backward never came."""
-        self._kept.clear()
-        self._weights.clear()
+        """Drop what was kept for micro-batches whose backward did not run, as after an error."""
+        self._saved.clear()
+        self._weight_backwards.clear()
 
 
-def _backward(kept: list[tuple[Tensor, Tensor]], gradient: Tensor | None) -> Tensor | None:
-    """Through segments, the last first, each forgotten as it is done; the gradient of the first one's input."""
-    while kept:
-        x, y = kept.pop()
-        assert gradient is not None
-        run_backward([y], [gradient])
-        gradient = x.grad
-    return gradient
+def _backward(saved: list[tuple[Tensor, Tensor]], grad: Tensor | None) -> Tensor | None:
+    """Run backward through segments from last to first, freeing each; return the gradient of the first input."""
+    while saved:
+        x, y = saved.pop()
+        assert grad is not None
+        run_backward([y], [grad])
+        grad = x.grad
+    return grad

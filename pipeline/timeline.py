@@ -1,19 +1,18 @@
-"""A timeline as a file of trace events, which chrome://tracing and ui.perfetto.dev show: a track per rank.
+"""Write and read timelines, simulated or measured, as trace files for chrome://tracing and ui.perfetto.dev.
 
-https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU describes the format. Simulated and
-measured timelines are written alike: what is no action is waiting.
+The file is in the Trace Event Format, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU,
+with one track per rank. The time between two actions of a rank becomes an event named "wait".
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.schedule import Action, Kind
+from pipeline.schedule import Action, ActionKind
 from pipeline.simulate import Timeline
 
 WAIT = "wait"
-# Names that the format reserves for colours; a micro-batch keeps its own through all stages.
-COLOURS = (
+COLOURS = (  # colour names that the format defines; a micro-batch has the same one in all stages
     "good",
     "bad",
     "terrible",
@@ -27,7 +26,7 @@ COLOURS = (
 
 
 def write_trace(timeline: Timeline, path: Path, title: str = "pipeline") -> None:
-    """Write a timeline in seconds. OSError where the path cannot be written."""
+    """Write a timeline in seconds. Raises OSError when the path is not writable."""
     events: list[dict[str, Any]] = [{"ph": "M", "pid": 0, "name": "process_name", "args": {"name": title}}]
     for rank, spans in enumerate(timeline.spans):
         events.append({"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": f"rank {rank}"}})
@@ -44,17 +43,18 @@ def write_trace(timeline: Timeline, path: Path, title: str = "pipeline") -> None
 
 
 def read_trace(path: Path) -> Timeline:
-    """The timeline that `write_trace` wrote."""
+    """Read a timeline that `write_trace` wrote. The file does not contain the peak activations."""
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     ranks = sum(event["name"] == "thread_name" for event in events)
     spans: list[list[tuple[Action, float, float]]] = [[] for _ in range(ranks)]
     for event in events:
         if event["ph"] == "X" and event["name"] != WAIT:
-            of = event["args"]
-            action = Action(Kind(of["kind"]), of["stage"], of["microbatch"])
+            arguments = event["args"]
+            action = Action(ActionKind(arguments["kind"]), arguments["stage"], arguments["microbatch"])
             spans[event["tid"]].append((action, event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6))
     return Timeline(tuple(map(tuple, spans)), ())
 
 
-def _event(rank: int, name: str, start: float, end: float, **more: Any) -> dict[str, Any]:
-    return {"ph": "X", "pid": 0, "tid": rank, "name": name, "ts": start * 1e6, "dur": (end - start) * 1e6, **more}
+def _event(rank: int, name: str, start: float, end: float, **fields: Any) -> dict[str, Any]:
+    """A complete event; the format's times are in microseconds."""
+    return {"ph": "X", "pid": 0, "tid": rank, "name": name, "ts": start * 1e6, "dur": (end - start) * 1e6, **fields}

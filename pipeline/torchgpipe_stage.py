@@ -1,4 +1,11 @@
-"""A stage split once more over this process's own devices, by torchgpipe (Kim et al. 2020, arXiv 2004.09910)."""
+"""A stage pipelined over the devices of one process by torchgpipe (Kim et al. 2020, arXiv 2004.09910).
+
+torchgpipe cuts a micro-batch into chunks and calls every layer with one argument, so a context per chunk is placed in
+a queue of each layer before the forward:
+
+    contexts of the chunks ──► [1] pending ──► forward of chunk 0, 1, …             ──► [2] for_recompute
+    [2] for_recompute ───────────────────────► recomputation of chunk …, 1, 0  [3]
+"""
 
 from collections import deque
 from collections.abc import Sequence
@@ -12,43 +19,44 @@ from pipeline.stage import Autocast
 
 
 class SplitContext(Protocol):
-    """What a context must be able to do to follow a micro-batch through torchgpipe."""
+    """A context that can be split like its micro-batch and moved to the device of a layer."""
 
     def split(self, sizes: list[int]) -> list[Self]: ...
 
     def to(self, device: torch.device) -> Self: ...
 
 
-class _Link(nn.Module):
-    """A layer as torchgpipe calls it: one argument. The contexts of the chunks are laid ready before each forward.
+class _QueuedContextLayer(nn.Module):
+    """A layer with the single-argument call that torchgpipe expects; its contexts come from the queues.
 
-    torchgpipe runs the chunks of a micro-batch in ascending order and recomputes them in descending order;
-    micro-batches go backwards in the order in which they came, as all schedules have it.
+    torchgpipe runs the chunks of a micro-batch in ascending order and recomputes them in descending order, and all
+    schedules run the backwards of a stage in the order of the forwards.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.coming: list[Any] = []
-        self.kept: deque[list[Any]] = deque()  # per micro-batch in flight, what its chunks will be recomputed with
+        self.pending: list[Any] = []
+        self.for_recompute: deque[list[Any]] = deque()  # one list of contexts per micro-batch in flight
 
     def forward(self, x: Tensor) -> Tensor:
         if is_recomputing():
-            context = self.kept[0].pop()
-            if not self.kept[0]:
-                self.kept.popleft()
+            context = self.for_recompute[0].pop()  # [3]
+            if not self.for_recompute[0]:
+                self.for_recompute.popleft()
         else:
-            context = self.coming.pop(0)
+            context = self.pending.pop(0)
             if is_checkpointing():
-                self.kept[-1].append(context)
+                self.for_recompute[-1].append(context)  # [2]
         return self.layer(x, None if context is None else context.to(x.device))
 
 
 class LocalPipeline(nn.Module):
-    """Called as `module(x, context)`, like the layers it holds.
+    """Layers over several local devices, called as `module(x, context)` like a single layer.
 
-    layers: as the model has them; balance: how many of them each device holds; chunks: parts that a micro-batch is cut
-    into. With recompute only partition boundaries are kept.
+    balance: the number of layers on each device. chunks: the number of parts that a micro-batch is cut into (default:
+    four per device, with which the bubble is negligible according to the GPipe paper, arXiv 1811.06965, §2.3).
+    recompute: keep only the inputs of each device's layers, and recompute the rest in the backward.
     """
 
     def __init__(
@@ -61,23 +69,23 @@ class LocalPipeline(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.links = [_Link(Autocast(layer, autocast)) for layer in layers]
+        self.layers = [_QueuedContextLayer(Autocast(layer, autocast)) for layer in layers]
         self.recompute = recompute
-        self.splits = False  # torchgpipe hides the graph
+        self.splits_backward = False  # torchgpipe hides the autograd graph
         self.gpipe = GPipe(
-            nn.Sequential(*self.links),
+            nn.Sequential(*self.layers),
             balance=list(balance),
             devices=list(devices),
-            chunks=chunks or 4 * len(devices),  # GPipe's paper: with four chunks a partition the bubble is negligible
+            chunks=chunks or 4 * len(devices),
             checkpoint="always" if recompute else "never",
         )
 
     def forward(self, x: Tensor, context: SplitContext | None = None) -> Tensor:
         sizes = [len(chunk) for chunk in x.chunk(self.gpipe.chunks)]
         contexts: list[Any] = [None] * len(sizes) if context is None else context.split(sizes)
-        self.gpipe.train(torch.is_grad_enabled())  # torchgpipe checkpoints in train mode only
-        for link in self.links:
-            link.coming = list(contexts)
+        self.gpipe.train(torch.is_grad_enabled())  # torchgpipe recomputes in train mode only
+        for layer in self.layers:
+            layer.pending = list(contexts)  # [1]
             if self.recompute and torch.is_grad_enabled():
-                link.kept.append([])
+                layer.for_recompute.append([])
         return self.gpipe(x)

@@ -60,7 +60,7 @@ def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
             context = Context(training=TrainingContext(y, 1 / (BATCH * config.seq_len), weights))
             with torch.autocast(device.type, torch.bfloat16):
                 hidden = model(x, context)
-            objective(hidden, y, context)[0].backward()
+            objective(hidden, context)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,8 +1,8 @@
-"""The same pipeline by DeepSpeed's PipelineModule, on gloo, waiting for its turns. Started by `run.py`.
+"""Time the pipeline of `ranks.py` with DeepSpeed's PipelineModule on gloo. Started by `run.py`.
 
-Usage: mpirun -np N python deepspeed_ranks.py MICROBATCHES
+Usage: mpirun -np N python -m benchmarks.pipeline.deepspeed_ranks MICROBATCHES
 
-Its step cannot be had without an optimizer's, so it gets the cheapest: SGD without momentum.
+DeepSpeed's step includes that of an optimizer, for which this uses the cheapest one, SGD without momentum.
 """
 
 import os
@@ -14,10 +14,9 @@ import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from mpi4py import MPI
 
-from benchmarks.pipeline.ranks import ROWS, Bench, Layers, objective
+from benchmarks.pipeline.ranks import ROWS, Bench, Layers, cross_entropy
 from benchmarks.turns import serve
 from fira.devices import keep_freed_memory
-from fira.nn.context import Context, TrainingContext
 
 
 def main(microbatches: int) -> None:
@@ -33,8 +32,7 @@ def main(microbatches: int) -> None:
     stages = [LayerSpec(Layers, layers) for layers in bench.stages("1f1b")]
 
     def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # the mean over micro-batches is DeepSpeed's
-        return objective(logits, targets, Context(training=TrainingContext(loss_weight=1 / targets.numel())))[0]
+        return cross_entropy(logits, targets, 1 / targets.numel())  # DeepSpeed takes the mean over micro-batches
 
     module = PipelineModule(stages, num_stages=ranks, loss_fn=loss, partition_method="uniform")
     config = {

@@ -1,14 +1,15 @@
-"""Time one forward and backward of a pipeline: our engine's schedules and PyTorch's. Started by `run.py`.
+"""Time one forward and backward of a pipeline with this project's engine and with PyTorch's. Started by `run.py`.
 
 Usage: mpirun -np N python -m benchmarks.pipeline.ranks MICROBATCHES
 
-All contenders run the same layers, weights and micro-batches, cut at the same places, one thread a rank, and must give
-the same gradients before they wait for their turns.
+All contenders run the same layers, weights and micro-batches with the same stages and one thread per rank. Before the
+timing starts, the gradient norms of all contenders are compared.
 """
 
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -31,25 +32,37 @@ CONFIG = FiraConfig(
     vocab_size=512, seq_len=128, d_model=192, n_head=4, num_layers=16, d_ff=384, num_experts=4, dropout=0.0
 )
 ROWS = 4  # sequences in a micro-batch
-THEIRS = {  # PyTorch's schedules, and which of ours has their stages where they have them
+TORCH_SCHEDULES = {
     "gpipe": pipelining.ScheduleGPipe,
     "1f1b": pipelining.Schedule1F1B,
     "interleaved": pipelining.ScheduleInterleaved1F1B,
     "interleaved zero-bubble": pipelining.ScheduleInterleavedZeroBubble,
     "zb-v": pipelining.ScheduleZBVZeroBubble,
 }
-PLACED_AS = {"interleaved zero-bubble": "interleaved"}
+SAME_PLACEMENT = {"interleaved zero-bubble": "interleaved"}  # PyTorch's schedule → ours with the same placement
 Run = Callable[[], None]
 
 
-def objective(logits: Tensor, targets: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits, which all contenders can take: here the head does not compare."""
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") * context.training.loss_weight
+@dataclass
+class BenchContext(Context):
+    """A context with labels for the objective. Its `targets` stay None, so that the head returns logits."""
+
+    labels: Tensor | None = None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """The sum over tokens, times weight; from logits, which PyTorch's and DeepSpeed's pipelines return as well."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") * weight
+
+
+def objective(logits: Tensor, context: BenchContext) -> tuple[Tensor, Tensor]:
+    assert context.labels is not None
+    loss = cross_entropy(logits, context.labels, context.training.loss_weight)
     return loss, loss
 
 
 class Layers(nn.Module):
-    """Consecutive layers as PyTorch's pipelining calls them: without a context."""
+    """Consecutive layers as PyTorch's pipelining calls them, with one argument."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
@@ -63,7 +76,7 @@ class Layers(nn.Module):
 
 
 class Bench:
-    """The work, and each contender's way of doing it."""
+    """The model and the micro-batches, and one function per contender that runs a forward and backward of them."""
 
     def __init__(self, rank: int, ranks: int, microbatches: int) -> None:
         self.rank = rank
@@ -76,50 +89,54 @@ class Bench:
         self.weight = 1 / self.tokens.numel()
 
     def stages(self, schedule: str) -> list[nn.Sequential]:
-        """All stages' layers: blocks in equal parts, the embedding before and the head behind them."""
+        """The layers of all stages: equal numbers of blocks, the embedding in the first and the head in the last."""
         count = self.ranks * SCHEDULES[schedule].stages_per_rank
         edges = [1 + CONFIG.num_layers * s // count for s in range(count + 1)]
         edges[0], edges[-1] = 0, CONFIG.num_layers + 2
         return [self.model.layers[slice(*span)] for span in pairwise(edges)]
 
-    def cut(self, schedule: str) -> dict[int, nn.Sequential]:
-        """The layers of this rank's stages."""
+    def own_stages(self, schedule: str) -> dict[int, nn.Sequential]:
+        """The layers of this rank's stages, by stage."""
         placement = SCHEDULES[schedule].placement(self.ranks)
         return {s: layers for s, layers in enumerate(self.stages(schedule)) if placement[s] == self.rank}
 
     def microbatches(self) -> list[MicroBatch]:
         boundary = torch.Size((ROWS, CONFIG.seq_len, CONFIG.d_model))
         return [
-            MicroBatch(x, y, boundary, Context(training=TrainingContext(loss_weight=self.weight)))
+            MicroBatch(x, boundary, BenchContext(training=TrainingContext(loss_weight=self.weight), labels=y))
             for x, y in zip(self.tokens.split(ROWS), self.targets.split(ROWS), strict=True)
         ]
 
     def ours(self, schedule: str, groups: list[dist.ProcessGroup]) -> Run:
-        stages = {s: Stage(DeviceLayers(layers), torch.device("cpu")) for s, layers in self.cut(schedule).items()}
+        stages = {
+            s: Stage(DeviceLayers(layers), torch.device("cpu")) for s, layers in self.own_stages(schedule).items()
+        }
         engine = Engine(stages, objective, *groups)
         actions = SCHEDULES[schedule].builder(self.ranks, self.count)
         return lambda: engine.run(actions, self.microbatches()) and None
 
-    def theirs(self, schedule: str, group: dist.ProcessGroup | None) -> Run:
-        parts = self.cut(PLACED_AS.get(schedule, schedule))
-        total = self.ranks * SCHEDULES[PLACED_AS.get(schedule, schedule)].stages_per_rank
+    def torch(self, schedule: str, group: dist.ProcessGroup | None) -> Run:
+        own = self.own_stages(SAME_PLACEMENT.get(schedule, schedule))
+        total = self.ranks * SCHEDULES[SAME_PLACEMENT.get(schedule, schedule)].stages_per_rank
         stages = [
-            pipelining.PipelineStage(Layers(part), s, total, torch.device("cpu"), group=group)
-            for s, part in parts.items()
+            pipelining.PipelineStage(Layers(layers), s, total, torch.device("cpu"), group=group)
+            for s, layers in own.items()
         ]
 
         def loss(logits: Tensor, targets: Tensor) -> Tensor:
-            return objective(logits, targets, Context(training=TrainingContext(loss_weight=self.weight)))[0]
+            return cross_entropy(logits, targets, self.weight)
 
         several = schedule not in ("gpipe", "1f1b")
-        player: Any = THEIRS[schedule](stages if several else stages[0], self.count, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]
-        inputs = [self.tokens] if 0 in parts else []
-        labels = {"target": self.targets} if total - 1 in parts else {}
-        return lambda: player.step(*inputs, **labels)
+        schedule_run: Any = TORCH_SCHEDULES[schedule](
+            stages if several else stages[0], self.count, loss_fn=loss, scale_grads=False
+        )  # type: ignore[arg-type]
+        inputs = [self.tokens] if 0 in own else []
+        labels = {"target": self.targets} if total - 1 in own else {}
+        return lambda: schedule_run.step(*inputs, **labels)
 
-    def alone(self) -> Run:
-        """This rank's stage of 1F1B for all micro-batches, without a word to other ranks: what no schedule can beat."""
-        ((number, layers),) = self.cut("1f1b").items()
+    def without_communication(self) -> Run:
+        """This rank's stage of 1F1B for all micro-batches without communication: a lower bound for every schedule."""
+        ((number, layers),) = self.own_stages("1f1b").items()
         stage = Stage(DeviceLayers(layers), torch.device("cpu"))
         hidden = torch.randn(ROWS, CONFIG.seq_len, CONFIG.d_model)
 
@@ -127,7 +144,7 @@ class Bench:
             for i, batch in enumerate(self.microbatches()):
                 y = stage.forward(i, hidden if number else batch.inputs, batch.context)
                 if number == self.ranks - 1:
-                    (gradient,) = torch.autograd.grad(objective(y, batch.targets, batch.context)[0], y)
+                    (gradient,) = torch.autograd.grad(objective(y, batch.context)[0], y)
                 else:
                     gradient = hidden
                 stage.backward(i, gradient)
@@ -135,7 +152,7 @@ class Bench:
         return run
 
     def gradient_norm(self) -> float:
-        """Of all ranks' gradients, which are then forgotten."""
+        """The norm of the gradients of all ranks, which are then set to None."""
         square = sum(p.grad.double().square().sum() for p in self.model.parameters() if p.grad is not None)
         total = torch.as_tensor(square, dtype=torch.float64)
         dist.all_reduce(total)
@@ -143,8 +160,8 @@ class Bench:
         return float(total.sqrt())
 
 
-def forgotten(bench: Bench, run: Run) -> Run:
-    """A run whose gradients are not kept."""
+def zeroing_gradients(bench: Bench, run: Run) -> Run:
+    """A run followed by zero_grad."""
 
     def call() -> None:
         run()
@@ -155,24 +172,26 @@ def forgotten(bench: Bench, run: Run) -> Run:
 
 def main(microbatches: int) -> None:
     warnings.simplefilter("ignore")
-    world = pipeline.init(timeout_s=3600)  # others take their turns
+    world = pipeline.init(timeout_s=3600)  # a rank waits while other jobs are timed
     torch.set_num_threads(1)
     keep_freed_memory()
     bench = Bench(world.rank, world.size, microbatches)
     gloo = dist.new_group(backend="gloo")
     groups = [dist.new_group(), dist.new_group()]
-    runs = {("alone", "stage"): bench.alone()}
+    runs = {("alone", "stage"): bench.without_communication()}
     runs |= {("ours", name): bench.ours(name, groups) for name in SCHEDULES}  # type: ignore[arg-type]
-    for who, group in (("torch on ours", groups[0]), ("torch on gloo", gloo)):
-        runs |= {(who, name): bench.theirs(name, group) for name in THEIRS}  # type: ignore[arg-type]
+    for engine, group in (("torch on ours", groups[0]), ("torch on gloo", gloo)):
+        runs |= {(engine, name): bench.torch(name, group) for name in TORCH_SCHEDULES}  # type: ignore[arg-type]
     norms = {}
     for key, run in runs.items():
         run()
         norms[key] = bench.gradient_norm()
     expected = norms["ours", "1f1b"]
     wrong = [key for key, norm in norms.items() if key[0] != "alone" and abs(norm / expected - 1) > 1e-5]
-    assert not wrong, f"these do not give the same gradients: {wrong}"
-    serve({f"{who}: {schedule}": forgotten(bench, run) for (who, schedule), run in runs.items()}, world.rank)
+    assert not wrong, f"gradient norms differ from that of our 1F1B: {wrong}"
+    serve(
+        {f"{engine}: {schedule}": zeroing_gradients(bench, run) for (engine, schedule), run in runs.items()}, world.rank
+    )
 
 
 if __name__ == "__main__":

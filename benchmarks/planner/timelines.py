@@ -1,7 +1,9 @@
-"""The picture of the README: 1F1B and ZB-H1, simulated and measured. python -m benchmarks.planner.timelines
+"""Draw the timelines of 1F1B and ZB-H1, simulated and measured, for the README.
 
-Two ranks train fira-tiny under both schedules with --trace; plan.py, started as they were, simulates the same with
---timeline.
+    python -m benchmarks.planner.timelines
+
+Two ranks train fira-tiny under both schedules with --trace; plan.py simulates the same configurations with --timeline.
+Writes timelines.png to the folder of this file.
 """
 
 import subprocess
@@ -19,7 +21,7 @@ MODEL = ["--model-set", "d_model=256,d_ff=512", "--batch-size", "12", "--micro-b
 
 
 def from_zero(timeline: Timeline) -> Timeline:
-    """The measured one begins with the batch's preparation; both begin with the first action."""
+    """Shift a timeline so that its first action starts at zero; a measured one starts with preparing the batch."""
     zero = min(spans[0][1] for spans in timeline.spans)
     return Timeline(tuple(tuple((a, s - zero, e - zero) for a, s, e in spans) for spans in timeline.spans), ())
 

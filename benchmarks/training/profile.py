@@ -39,7 +39,7 @@ def step(model: LanguageModel, config: Any, sequences: int) -> None:
     inputs, targets = torch.randint(config.vocab_size, (2, sequences, config.seq_len))
     weights = torch.full((sequences,), 1 / sequences)
     context = Context(training=TrainingContext(targets, 1 / tokens, weights))
-    objective(model(inputs, context), targets, context)[0].backward()
+    objective(model(inputs, context), context)[0].backward()
     for parameter in model.parameters():
         parameter.grad = None
 

@@ -10,8 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pipeline
 from benchmarks.measure import products
-from benchmarks.pipeline.ranks import Layers
-from benchmarks.pipeline.ranks import objective as logits_objective
+from benchmarks.pipeline.ranks import Layers, cross_entropy
 from benchmarks.steps import RandomTokens, trainer_of
 from benchmarks.turns import serve
 from fira.devices import keep_freed_memory
@@ -79,7 +78,7 @@ def data_parallel(group: dist.ProcessGroup) -> Run:
         inputs, targets = (part[rows] for part in tokens())
         weights = torch.full((share,), 1 / share)
         context = Context(training=TrainingContext(targets, 1 / targets.numel(), weights))
-        objective(model(inputs, context), targets, context)[0].backward()
+        objective(model(inputs, context), context)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -97,8 +96,8 @@ def torch_pipeline(group: dist.ProcessGroup) -> Run:
     inputs, targets = tokens()
     stage = pipelining.PipelineStage(layers, rank, ranks, torch.device("cpu"), group=group)
 
-    def loss(logits: Tensor, targets_: Tensor) -> Tensor:
-        return logits_objective(logits, targets_, Context(training=TrainingContext(loss_weight=1 / targets.numel())))[0]
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(logits, labels, 1 / targets.numel())
 
     runner = pipelining.Schedule1F1B(stage, 8, loss_fn=loss, scale_grads=False)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fira.errors import UserError
-from pipeline.schedule import Kind
+from pipeline.schedule import ActionKind
 from pipeline.simulate import Timeline
 from pipeline.timeline import write_trace
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 # Light enough for black numbers and distinguishable with colour blindness. The two shades of a kind alternate from
 # micro-batch to micro-batch, so that adjacent actions of one kind can be distinguished.
 COLOURS = {
-    Kind.FORWARD: ("#9ecae1", "#c6dbef"),
-    Kind.BACKWARD: ("#fdae6b", "#fdd0a2"),
-    Kind.INPUT: ("#fed976", "#ffeda0"),
-    Kind.WEIGHT: ("#a1d99b", "#c7e9c0"),
+    ActionKind.FORWARD: ("#9ecae1", "#c6dbef"),
+    ActionKind.BACKWARD: ("#fdae6b", "#fdd0a2"),
+    ActionKind.BACKWARD_INPUT: ("#fed976", "#ffeda0"),
+    ActionKind.BACKWARD_WEIGHT: ("#a1d99b", "#c7e9c0"),
 }
 LABELS = {
-    Kind.FORWARD: "forward",
-    Kind.BACKWARD: "backward",
-    Kind.INPUT: "gradient of the input",
-    Kind.WEIGHT: "gradients of the weights",
+    ActionKind.FORWARD: "forward",
+    ActionKind.BACKWARD: "backward",
+    ActionKind.BACKWARD_INPUT: "gradient of the input",
+    ActionKind.BACKWARD_WEIGHT: "gradients of the weights",
 }
 MAX_NUMBERED = 400  # spans in a row; with more, numbers are too small to read
 

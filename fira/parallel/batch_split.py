@@ -64,7 +64,6 @@ class BatchSplit:
             result.append(
                 MicroBatch(
                     inputs=inputs,
-                    targets=following,
                     boundary=torch.Size((*inputs.shape, self.width)),
                     context=context.to(self.device) if self.device else context,
                 )

@@ -5,7 +5,7 @@ from torch import Tensor
 from fira.nn.context import Context
 
 
-def objective(losses: Tensor, targets: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+def objective(losses: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """Combine the losses of a micro-batch: losses [n], each a sum over tokens → (objective, summed loss), both [].
 
     The head has already compared logits with targets, which it gets from the context. The objective is the sum over

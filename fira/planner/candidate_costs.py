@@ -20,7 +20,7 @@ from fira.planner.costs import BYTES_PER_ELEMENT, CostModel
 from fira.planner.device_specs import Hardware, Links
 from fira.planner.model_profile import ModelProfile
 from pipeline.partition import partition
-from pipeline.schedule import Kind
+from pipeline.schedule import ActionKind
 
 MAX_ZB_V_RANKS = 64  # from this number on ZB-V's action lists take long to build, and its lower bound is used instead
 
@@ -93,9 +93,9 @@ class CandidateCosts:
         return [by_kind[kind] for kind in self.profile.layers]
 
     @cached_property
-    def actions(self) -> dict[Kind, list[float]]:
+    def actions(self) -> dict[ActionKind, list[float]]:
         """[kind of action][stage] seconds."""
-        result: dict[Kind, list[float]] = {kind: [] for kind in Kind}
+        result: dict[ActionKind, list[float]] = {kind: [] for kind in ActionKind}
         for stage, span in enumerate(self.stages):
             forward = backward = backward_input = backward_weight = 0.0
             recomputed = self.recomputed(stage)
@@ -110,16 +110,20 @@ class CandidateCosts:
                 backward_weight += 0.0 if i in recomputed else cost.backward_weight
             if stage == 0:  # tokens have no gradient, so the whole backward is done in the second half
                 backward_input, backward_weight = 0.0, backward
-            result[Kind.FORWARD].append(forward)
-            result[Kind.BACKWARD].append(backward)
-            result[Kind.INPUT].append(backward_input)
-            result[Kind.WEIGHT].append(backward_weight)
+            result[ActionKind.FORWARD].append(forward)
+            result[ActionKind.BACKWARD].append(backward)
+            result[ActionKind.BACKWARD_INPUT].append(backward_input)
+            result[ActionKind.BACKWARD_WEIGHT].append(backward_weight)
         return result
 
     @cached_property
     def work(self) -> list[float]:
         """[rank] seconds of computation, exchange included, for one micro-batch."""
-        kinds = [Kind.FORWARD, Kind.INPUT, Kind.WEIGHT] if self.splits_backward else [Kind.FORWARD, Kind.BACKWARD]
+        kinds = (
+            [ActionKind.FORWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT]
+            if self.splits_backward
+            else [ActionKind.FORWARD, ActionKind.BACKWARD]
+        )
         work = [0.0] * self.layout.pp
         for stage, rank in enumerate(self.placement):
             work[rank] += sum(self.actions[kind][stage] for kind in kinds)

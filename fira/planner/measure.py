@@ -185,7 +185,7 @@ def _measure_layer(
         y = stage.forward(i, batch.inputs.to(device) if is_first else hidden[i], batch.context)
         if not is_last:
             return torch.ones_like(y)
-        loss, _ = objective(y, batch.targets.to(device), batch.context)
+        loss, _ = objective(y, batch.context)
         return torch.autograd.grad(loss, y)[0]
 
     for repeat in range(REPEATS + 1):
@@ -196,7 +196,7 @@ def _measure_layer(
             for i, gradient in enumerate(gradients):
                 if split_backward:
                     timed("backward_input", stage.backward_input, i, gradient)
-                    timed("backward_weight", stage.backward_weights, i)
+                    timed("backward_weight", stage.backward_weight, i)
                 else:
                     timed("backward", stage.backward, i, gradient)
         if repeat == 0:  # warm-up

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from fira.parallel.gradients import BUCKET, LARGE
 from fira.planner.candidate_costs import CandidateCosts
 from fira.planner.candidates import schedule_of
-from pipeline.simulate import peak_held
+from pipeline.simulate import peak_memory
 
 TENSORS_PER_WEIGHT = 4  # the weight, its gradient and AdamW's two moments
 
@@ -49,7 +49,7 @@ def _peak_activations(costs: CandidateCosts) -> list[float]:
     simulated = min(count, 4 * len(costs.placement))
     schedule = schedule_of(costs.candidate.schedule, costs.layout.pp, simulated)
     result = []
-    for rank, peak in enumerate(peak_held(schedule, saved, saved_for_weight_grad)):
+    for rank, peak in enumerate(peak_memory(schedule, saved, saved_for_weight_grad)):
         # A rank that holds all simulated micro-batches at once, as under GPipe, holds all micro-batches of the step.
         holds_all = peak == simulated * sum(saved[stage] for stage in costs.rank_stages[rank])
         result.append(peak * (count / simulated if holds_all else 1.0))

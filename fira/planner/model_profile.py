@@ -142,8 +142,8 @@ def measure_saved_bytes(layer: nn.Module, x: Tensor, context: Context) -> tuple[
     saved_for_weight_grad = 0
     if x.is_floating_point():
         split = SplitBackward(y, x)
-        split.input_gradient(torch.ones_like(y))
-        saved_for_weight_grad = split.held_bytes()
+        split.backward_input(torch.ones_like(y))
+        saved_for_weight_grad = split.saved_bytes()
     for parameter in layer.parameters():
         saved.pop(parameter.untyped_storage()._cdata, None)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()), saved_for_weight_grad

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fira.planner.candidate_costs import CandidateCosts
 from fira.planner.candidates import Candidate, schedule_of
 from fira.planner.memory import rank_memory
-from pipeline.schedule import Kind
-from pipeline.simulate import Timeline, simulate, soonest_ends
+from pipeline.schedule import ActionKind
+from pipeline.simulate import Timeline, earliest_ends, simulate
 
 MAX_FORWARDS = 10_000  # simulated per pipeline; further micro-batches are added at the pace of the slowest rank
 
@@ -81,5 +81,8 @@ def _earliest_ends(costs: CandidateCosts) -> list[float]:
     """[rank] lower bound of the time at which its part of the pipeline ends."""
     actions = costs.actions
     if not costs.splits_backward:
-        actions = actions | {Kind.INPUT: actions[Kind.BACKWARD], Kind.WEIGHT: [0.0] * len(actions[Kind.BACKWARD])}
-    return soonest_ends(costs.placement, costs.candidate.count, actions, costs.transfer)
+        actions = actions | {
+            ActionKind.BACKWARD_INPUT: actions[ActionKind.BACKWARD],
+            ActionKind.BACKWARD_WEIGHT: [0.0] * len(actions[ActionKind.BACKWARD]),
+        }
+    return earliest_ends(costs.placement, costs.candidate.count, actions, costs.transfer)

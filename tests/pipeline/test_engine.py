@@ -1,148 +1,262 @@
-"""The engine and the local pipeline on one rank, against plain autograd."""
+"""The engine against plain autograd, on one rank and on several ranks that are threads of this process."""
 
-import itertools
-from dataclasses import dataclass
-from typing import Any, Self
+import threading
+import time
+from collections import defaultdict, deque
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.engine import Engine, MicroBatch
-from pipeline.schedule import Action, Kind, Schedule, forward_only
+import pipeline.engine
+from pipeline.engine import LOOK_AHEAD, Engine, MicroBatch
+from pipeline.schedule import SCHEDULES, Action, ActionKind, Schedule, forward_only
 from pipeline.stage import DeviceLayers, Stage
-from pipeline.torchgpipe_stage import LocalPipeline
-
-WIDTH, LAYERS, ROWS, MICROBATCHES = 6, 5, 4, 3
+from tests.pipeline.toy_layers import CPU, LAYERS, MICROBATCHES, make, objective, reference, take_gradients
 
 
-@dataclass
-class Scale:
-    """A context that layers must be given with the right rows: each row's factor."""
+class Group:
+    """A process group of a rank. Its ranks are numbered from 10 in the world, so that local and global ranks differ."""
 
-    factors: Tensor
-
-    def split(self, sizes: list[int]) -> list[Self]:
-        return [type(self)(factors) for factors in self.factors.split(sizes)]
-
-    def to(self, device: torch.device) -> Self:
-        return self
+    def __init__(self, network: "Network", rank: int, name: str) -> None:
+        self.network, self.rank, self.name = network, rank, name
 
 
-class Layer(nn.Module):
+class Work:
+    def __init__(self, wait: Any) -> None:
+        self.wait = wait
+        self.is_completed = lambda: False
+
+
+class Network:
+    """torch.distributed for ranks in threads, which matches messages by their order like NCCL and checks the tags."""
+
     def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.changed = threading.Condition()
+        self.sent: dict[tuple[str, int, int], deque[tuple[int, Tensor]]] = defaultdict(deque)
+        self.tags: dict[str, list[int]] = defaultdict(list)
+        self.receives: dict[tuple[str, int, int], int] = defaultdict(int)  # how many have been posted
 
-    def forward(self, x: Tensor, context: Scale) -> Tensor:
-        return torch.tanh(self.linear(x)) * context.factors[:, None]
+    def dist(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            get_rank=lambda group: group.rank,
+            get_global_rank=lambda group, rank: rank + 10,
+            isend=self.isend,
+            irecv=self.irecv,
+            Work=Work,
+        )
 
+    def isend(self, tensor: Tensor, destination: int, group: Group, tag: int) -> Work:
+        assert tensor.is_contiguous()
+        assert not tensor.requires_grad
+        with self.changed:
+            self.sent[group.name, group.rank, destination - 10].append((tag, tensor))
+            self.tags[group.name].append(tag)
+            self.changed.notify_all()
+        return Work(lambda: None)
 
-def squares(output: Tensor, targets: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-    loss = (output - targets).square().sum()
-    return loss, loss
+    def irecv(self, buffer: Tensor, source: int, group: Group, tag: int) -> Work:
+        route = group.name, source - 10, group.rank
+        queue, position = self.sent[route], self.receives[route]
+        self.receives[route] += 1
 
+        def wait() -> None:
+            with self.changed:
+                assert self.changed.wait_for(lambda: len(queue) > position, timeout=20), "deadlock"
+            sent_tag, tensor = queue[position]
+            assert (sent_tag, tensor.shape, tensor.dtype) == (tag, buffer.shape, buffer.dtype)
+            buffer.copy_(tensor)
 
-def make(dtype: torch.dtype = torch.float64) -> tuple[list[Layer], list[MicroBatch]]:
-    torch.manual_seed(1)
-    layers = [Layer().to(dtype) for _ in range(LAYERS)]
-    batches = []
-    for _ in range(MICROBATCHES):
-        x, y, factors = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH), torch.rand(ROWS) + 0.5
-        batches.append(MicroBatch(x.to(dtype), y.to(dtype), x.shape, Scale(factors.to(dtype))))
-    return layers, batches
-
-
-def plain(layers: list[Layer], batches: list[MicroBatch]) -> tuple[list[float], list[Tensor]]:
-    losses = []
-    for batch in batches:
-        x = batch.inputs
-        for layer in layers:
-            x = layer(x, batch.context)
-        loss, _ = squares(x, batch.targets, None)
-        loss.backward()
-        losses.append(loss.item())
-    return losses, take_gradients(layers)
-
-
-def take_gradients(layers: list[Layer]) -> list[Tensor]:
-    gradients = [p.grad for layer in layers for p in layer.parameters()]
-    for layer in layers:
-        layer.zero_grad()
-    assert all(g is not None for g in gradients)
-    return gradients  # type: ignore[return-value]
+        return Work(wait)
 
 
-def on_one_rank(stages: int) -> Schedule:
-    """A schedule whose stages are all on rank 0, with all forwards before the backwards."""
-    forwards = [Action(Kind.FORWARD, s, i) for i in range(MICROBATCHES) for s in range(stages)]
-    backwards = [Action(Kind.BACKWARD, s, i) for i in range(MICROBATCHES) for s in reversed(range(stages))]
-    return Schedule("one rank", MICROBATCHES, (0,) * stages, (tuple(forwards + backwards),))
+def run_ranks(
+    schedule: Schedule, layers: list[Any], batches: list[MicroBatch], recompute: bool = False
+) -> tuple[list[float], Network]:
+    """Run a schedule with every rank in a thread; the reported losses and the network with its record."""
+    network = Network()
+    edges = [s * LAYERS // schedule.stages for s in range(schedule.stages + 1)]
+    parts = [layers[a:b] for a, b in pairwise(edges)]
+    reports: list[list[Tensor]] = [[] for _ in schedule.actions]
+    errors: list[BaseException] = []
+
+    def rank_main(rank: int) -> None:
+        stages = {
+            s: Stage(DeviceLayers(parts[s], recompute=recompute), CPU)
+            for s, r in enumerate(schedule.placement)
+            if r == rank
+        }
+        engine = Engine(stages, objective, Group(network, rank, "forward"), Group(network, rank, "backward"))  # type: ignore[arg-type]
+        try:
+            reports[rank] = engine.run(schedule, batches)
+            assert not any(stage._saved or stage._weight_backwards for stage in stages.values())
+        except BaseException as error:
+            errors.append(error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.engine, "dist", network.dist())
+        threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(len(schedule.actions))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors, errors
+    last = schedule.placement[-1]
+    assert all(not report for rank, report in enumerate(reports) if rank != last)
+    return [float(report) for report in reports[last]], network
 
 
-def zero_bubble_on_one_rank(stages: int) -> Schedule:
-    """The same with the gradients of weights after everything else."""
-    before = on_one_rank(stages).actions[0]
-    halves = [a if a.kind is Kind.FORWARD else a._replace(kind=Kind.INPUT) for a in before]
-    weights = [Action(Kind.WEIGHT, s, i) for s in range(stages) for i in range(MICROBATCHES)]
-    return Schedule("one rank", MICROBATCHES, (0,) * stages, (tuple(halves + weights),))
-
-
-@pytest.mark.parametrize("schedule", [on_one_rank, zero_bubble_on_one_rank])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("stages", [1, 2, 5])
-def test_engine_gives_the_bits_of_plain_autograd(stages, recompute, schedule):
-    layers, batches = make(torch.float32)
-    losses, gradients = plain(layers, batches)
-    cuts = [round(s * LAYERS / stages) for s in range(stages + 1)]
-    modules = [DeviceLayers(layers[a:b], recompute=recompute) for a, b in itertools.pairwise(cuts)]
-    engine = Engine({s: Stage(m, torch.device("cpu")) for s, m in enumerate(modules)}, squares)
-    reports = engine.run(schedule(stages), batches)
-    assert [float(report) for report in reports] == losses
-    assert all(torch.equal(a, b) for a, b in zip(take_gradients(layers), gradients, strict=True))
-
-
-def test_evaluation_leaves_no_gradient():
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_schedule_is_bitwise_identical_to_plain_autograd(name, ranks):
     layers, batches = make()
-    losses, _ = plain(layers, batches)
-    engine = Engine({0: Stage(DeviceLayers(layers), torch.device("cpu"))}, squares)
-    reports = engine.run(forward_only((0,), MICROBATCHES), batches)
-    assert [float(report) for report in reports] == losses
+    losses, gradients = reference(layers, batches)
+    schedule = SCHEDULES[name].builder(ranks, MICROBATCHES)
+    reports, network = run_ranks(schedule, layers, batches)
+    assert reports == losses
+    assert all(torch.equal(a, b) for a, b in zip(take_gradients(layers), gradients, strict=True))
+    crossing = sum(a != b for a, b in pairwise(schedule.placement))
+    for tags in (network.tags["forward"], network.tags["backward"]):
+        assert len(set(tags)) == len(tags) == crossing * MICROBATCHES
+    assert not set(network.tags["forward"]) & set(network.tags["backward"])
+
+
+def test_tags():
+    """(micro-batch · stages + receiving stage) · 2 + direction."""
+    layers, batches = make()
+    _, network = run_ranks(SCHEDULES["gpipe"].builder(2, MICROBATCHES), layers, batches)
+    assert network.tags["forward"] == [(i * 2 + 1) * 2 for i in range(MICROBATCHES)]
+    assert network.tags["backward"] == [i * 2 * 2 + 1 for i in range(MICROBATCHES)]
+
+
+@pytest.mark.parametrize("placement", [(0, 1, 2), (0, 1, 1, 0), (0, 1, 0, 1)])
+def test_evaluation_on_several_ranks_leaves_no_gradient(placement):
+    layers, batches = make()
+    losses, _ = reference(layers, batches)
+    reports, network = run_ranks(forward_only(placement, MICROBATCHES), layers, batches)
+    assert reports == losses
+    assert not network.tags["backward"]
     assert all(p.grad is None for layer in layers for p in layer.parameters())
 
 
-def test_engine_counts_microbatches():
+def test_receives_of_the_next_actions_are_posted_before_an_action():
+    """Rank 1 of GPipe posts the receives of LOOK_AHEAD forwards before the first one, then one more before each."""
     layers, batches = make()
-    engine = Engine({0: Stage(DeviceLayers(layers), torch.device("cpu"))}, squares)
-    with pytest.raises(ValueError, match="3 micro-batches, not 2"):
-        engine.run(on_one_rank(1), batches[:2])
+    record: list[str] = []
+    network = Network()
+    stage = Stage(DeviceLayers(layers), CPU)
+    forward = stage.forward
+    stage.forward = lambda i, x, context: (record.append(f"F{i}"), forward(i, x, context))[1]  # type: ignore[method-assign]
+    network.irecv = lambda buffer, *_, **options: (record.append(f"R{options['tag'] // 4}"), Work(lambda: None))[1]  # type: ignore[method-assign, assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.engine, "dist", network.dist())
+        groups = [Group(network, 1, name) for name in ("forward", "backward")]
+        Engine({1: stage}, objective, *groups).run(SCHEDULES["gpipe"].builder(2, MICROBATCHES), batches)  # type: ignore[arg-type]
+    assert LOOK_AHEAD == 3
+    assert record == ["R0", "R1", "R2", "F0", "R3", "F1", "R4", "F2", "F3", "F4"]
 
 
+def all_on_one_rank(stages: int, split: bool) -> Schedule:
+    """All forwards, then all backwards, then the weight gradients if backwards are split."""
+    kind = ActionKind.BACKWARD_INPUT if split else ActionKind.BACKWARD
+    actions = [Action(ActionKind.FORWARD, s, i) for i in range(MICROBATCHES) for s in range(stages)]
+    actions += [Action(kind, s, i) for i in range(MICROBATCHES) for s in reversed(range(stages))]
+    if split:
+        actions += [Action(ActionKind.BACKWARD_WEIGHT, s, i) for s in range(stages) for i in range(MICROBATCHES)]
+    return Schedule("one rank", MICROBATCHES, (0,) * stages, (tuple(actions),))
+
+
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("devices", [2, 4])
-@pytest.mark.parametrize("chunks", [1, 3, 8])
-def test_torchgpipe_follows_each_row_with_its_context(devices, chunks, recompute):
-    """All micro-batches are in flight at once, so recomputation must find the context of the right one."""
+@pytest.mark.parametrize("stages", [1, 2, 6])
+def test_one_rank_is_bitwise_identical_to_plain_autograd(stages, recompute, split):
+    """Without process groups, and with all micro-batches in flight."""
     layers, batches = make()
-    losses, gradients = plain(layers, batches)
-    balance = [2, 3] if devices == 2 else [1, 1, 1, 2]
-    module = LocalPipeline(layers, balance, ["cpu"] * devices, chunks=chunks, recompute=recompute)
-    engine = Engine({0: Stage(module, torch.device("cpu"))}, squares)
-    reports = engine.run(on_one_rank(1), batches)
-    assert [float(report) for report in reports] == pytest.approx(losses, rel=1e-13)
-    torch.testing.assert_close(take_gradients(layers), gradients, rtol=1e-12, atol=1e-12)
-    assert len(engine.run(forward_only((0,), MICROBATCHES), batches)) == MICROBATCHES
+    losses, gradients = reference(layers, batches)
+    edges = [s * LAYERS // stages for s in range(stages + 1)]
+    modules = [DeviceLayers(layers[a:b], recompute=recompute) for a, b in pairwise(edges)]
+    engine = Engine({s: Stage(module, CPU) for s, module in enumerate(modules)}, objective)
+    assert [float(report) for report in engine.run(all_on_one_rank(stages, split), batches)] == losses
+    assert all(torch.equal(a, b) for a, b in zip(take_gradients(layers), gradients, strict=True))
+    assert engine.waited < 0.01
 
 
-def test_precision_reaches_torchgpipes_threads():
-    seen = []
+def test_trace_and_waiting_time():
+    """The start of an action excludes the wait for its message; the wait is counted in `waited`."""
+    layers, batches = make()
+    network = Network()
+    network.irecv = lambda buffer, *_, **__: (buffer.zero_(), Work(lambda: time.sleep(0.02)))[1]  # type: ignore[method-assign, assignment]
+    network.isend = lambda *_, **__: Work(lambda: time.sleep(0.02))  # type: ignore[method-assign, assignment]
+    schedule = SCHEDULES["1f1b"].builder(2, MICROBATCHES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.engine, "dist", network.dist())
+        groups = [Group(network, 1, name) for name in ("forward", "backward")]
+        engine = Engine({1: Stage(DeviceLayers(layers), CPU)}, objective, *groups)  # type: ignore[arg-type]
+        engine.run(schedule, batches)
+        engine.trace = []
+        engine.run(schedule, batches)
+    assert [action for action, _, _ in engine.trace] == list(schedule.actions[1])
+    edges = [edge for _, start, end in engine.trace for edge in (start, end)]
+    assert edges == sorted(edges)
+    idle = sum(b - a for (_, _, a), (_, b, _) in pairwise(engine.trace))
+    assert idle >= 0.02 * (MICROBATCHES - 1)  # all but the wait before the first action
+    assert 0.02 * 2 * MICROBATCHES <= engine.waited < 0.02 * 2 * MICROBATCHES + 0.1
 
-    class Probe(Layer):
+
+def test_completed_sends_are_released():
+    """Before each send the tensors of completed sends are dropped; at the end the remaining sends are waited for."""
+    layers, batches = make()
+    network, waited = Network(), []
+    numbers = iter(range(MICROBATCHES))
+
+    def isend(*_: Any, **__: Any) -> Work:
+        number = next(numbers)
+        work = Work(lambda: waited.append(number))
+        work.is_completed = lambda: number % 2 == 0
+        return work
+
+    network.isend = isend  # type: ignore[method-assign, assignment]
+    network.irecv = lambda buffer, *_, **__: (buffer.zero_(), Work(lambda: None))[1]  # type: ignore[method-assign, assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.engine, "dist", network.dist())
+        groups = [Group(network, 1, name) for name in ("forward", "backward")]
+        engine = Engine({1: Stage(DeviceLayers(layers), CPU)}, objective, *groups)  # type: ignore[arg-type]
+        engine.run(SCHEDULES["1f1b"].builder(2, MICROBATCHES), batches)
+    assert waited == [1, 3, 4]
+
+
+def test_wrong_number_of_microbatches_raises():
+    layers, batches = make()
+    engine = Engine({0: Stage(DeviceLayers(layers), CPU)}, objective)
+    with pytest.raises(ValueError, match="the schedule is for 5 micro-batches, not 2"):
+        engine.run(all_on_one_rank(1, False), batches[:2])
+
+
+def test_missing_process_groups_raise():
+    layers, batches = make()
+    engine = Engine({0: Stage(DeviceLayers(layers), CPU)}, objective)
+    with pytest.raises(ValueError, match="needs forward_group and backward_group"):
+        engine.run(SCHEDULES["1f1b"].builder(2, MICROBATCHES), batches)
+
+
+def test_input_without_gradient_raises_and_the_stages_are_cleared():
+    class Integers(nn.Module):
         def forward(self, x: Tensor, context: Any) -> Tensor:
-            y = self.linear(x)
-            seen.append(y.dtype)
-            return y.float()
+            return x.long()
 
-    module = LocalPipeline([Probe() for _ in range(2)], [1, 1], ["cpu", "cpu"], chunks=2, autocast=torch.bfloat16)
-    module(torch.randn(ROWS, WIDTH))
-    assert seen == [torch.bfloat16] * 4
+    class Embed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor, context: Any) -> Tensor:
+            return x * self.scale
+
+    _, batches = make()
+    stages = {s: Stage(DeviceLayers([module]), CPU) for s, module in enumerate([Integers(), Embed()])}
+    with pytest.raises(RuntimeError, match="stage 1 returned no gradient for its input"):
+        Engine(stages, objective).run(all_on_one_rank(2, False), batches)
+    assert not any(stage._saved for stage in stages.values())

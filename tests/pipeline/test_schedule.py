@@ -1,155 +1,177 @@
-"""Schedules, their simulation and the partition, against formulas and brute force."""
-
-from itertools import combinations, pairwise
+"""Schedules against the diagrams of their docstrings and the formulas of their papers."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.partition import partition
 from pipeline.schedule import (
     SCHEDULES,
     Action,
-    Kind,
+    ActionKind,
     Schedule,
+    dependencies,
     forward_only,
-    gpipe,
     interleaved,
-    one_forward_one_backward,
-    zero_bubble_h1,
+    round_robin,
+    v_shape,
 )
-from pipeline.simulate import ScheduleError, Timeline, draw, simulate
+from pipeline.simulate import Timeline, simulate
 
-F, B = Kind.FORWARD, Kind.BACKWARD
+F, B, I, W = ActionKind  # noqa: E741
 SIZES = [(1, 1), (1, 4), (2, 1), (2, 2), (3, 5), (4, 3), (4, 8), (8, 20)]
 
 
-def units(schedule: Schedule, scale: float = 1.0) -> dict[Kind, list[float]]:
-    """F, I and W of one unit, a whole backward of two."""
-    return {kind: [scale * (2.0 if kind is B else 1.0)] * schedule.stages for kind in Kind}
-
-
 def run(schedule: Schedule) -> Timeline:
-    """Stages that share a rank are smaller, so that every schedule has the same work."""
-    return simulate(schedule, units(schedule, len(schedule.actions) / schedule.stages))
+    """F, I and W take one unit and B two, divided by the number of stages per rank, so that each rank's work is 3m."""
+    unit = len(schedule.actions) / schedule.stages
+    return simulate(schedule, {kind: [unit * (2.0 if kind is B else 1.0)] * schedule.stages for kind in ActionKind})
+
+
+def text(schedule: Schedule) -> list[str]:
+    return [" ".join(map(str, actions)) for actions in schedule.actions]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @settings(deadline=None, max_examples=30)
 @given(ranks=st.integers(1, 9), microbatches=st.integers(1, 30))
-def test_every_size_can_be_run(name, ranks, microbatches):
+def test_every_size_is_valid_and_matches_its_spec(name, ranks, microbatches):
     spec = SCHEDULES[name]
     schedule = spec.builder(ranks, microbatches)
-    assert schedule.name == name
+    assert (schedule.name, schedule.microbatches) == (name, microbatches)
     assert schedule.placement == spec.placement(ranks)
     assert schedule.stages == ranks * spec.stages_per_rank
     kinds = {action.kind for actions in schedule.actions for action in actions}
-    assert kinds == ({F, Kind.INPUT, Kind.WEIGHT} if spec.splits_backward else {F, B})
+    assert kinds == ({F, I, W} if spec.splits_backward else {F, B})
     assert run(schedule).length >= 3 * microbatches
-    assert simulate(forward_only(schedule.placement, microbatches), units(schedule)).length > 0
+
+
+def test_placements():
+    assert round_robin(3) == (0, 1, 2)
+    assert round_robin(2, 3) == (0, 1, 0, 1, 0, 1)
+    assert v_shape(3) == (0, 1, 2, 2, 1, 0)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "zb-2p"])
+def test_diagram_in_docstring(name):
+    """The diagrams show two ranks, three micro-batches and actions of equal length."""
+    spec = SCHEDULES[name]
+    timeline = simulate(spec.builder(2, 3), {kind: [1.0, 1.0] for kind in ActionKind})
+    lines = [line.split()[2:] for line in (spec.builder.__doc__ or "").splitlines() if line.strip().startswith("rank")]
+    assert len(lines) == 2
+    for cells, spans in zip(lines, timeline.spans, strict=True):
+        expected = [(cell, time) for time, cell in enumerate(cells) if cell != "."]
+        assert [(f"{action.kind}{action.microbatch}", start) for action, start, _ in spans] == expected
 
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
-@pytest.mark.parametrize(("stages", "microbatches"), SIZES)
-def test_bubble_is_the_one_of_the_papers(name, stages, microbatches):
-    """(p − 1) / (m + p − 1) for stages of equal cost, and a backward twice a forward (Narayanan et al. 2021, §2.2)."""
-    timeline = run(SCHEDULES[name].builder(stages, microbatches))
-    assert timeline.bubble == pytest.approx((stages - 1) / (microbatches + stages - 1))
-    assert timeline.length == pytest.approx(3 * (microbatches + stages - 1))
+@pytest.mark.parametrize(("ranks", "microbatches"), SIZES)
+def test_bubble_of_gpipe_and_1f1b(name, ranks, microbatches):
+    """(p − 1) / (m + p − 1) for stages of equal cost (Narayanan et al. 2021, arXiv 2104.04473, §2.2)."""
+    timeline = run(SCHEDULES[name].builder(ranks, microbatches))
+    assert timeline.bubble == pytest.approx((ranks - 1) / (microbatches + ranks - 1))
+    assert timeline.length == pytest.approx(3 * (microbatches + ranks - 1))
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), SIZES)
+def test_memory_of_gpipe_and_1f1b(ranks, microbatches):
+    assert run(SCHEDULES["gpipe"].builder(ranks, microbatches)).peak_activations == (microbatches,) * ranks
+    peaks = run(SCHEDULES["1f1b"].builder(ranks, microbatches)).peak_activations
+    assert peaks == tuple(min(microbatches, ranks - r) for r in range(ranks))
 
 
 @pytest.mark.parametrize("chunks", [2, 3])
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 4), (2, 2), (2, 4), (3, 9), (4, 8), (8, 16)])
-def test_interleaving_divides_the_bubble(ranks, microbatches, chunks):
-    """(p − 1) / v forwards and backwards (Narayanan et al. 2021, §2.2); whole groups of micro-batches."""
-    assert run(interleaved(ranks, microbatches, chunks)).length == pytest.approx(
-        3 * (microbatches + (ranks - 1) / chunks)
-    )
+def test_bubble_of_interleaved(ranks, microbatches, chunks):
+    """(p − 1)(F + B) / v where p divides m (Narayanan et al. 2021, arXiv 2104.04473, §2.2)."""
+    timeline = run(interleaved(ranks, microbatches, chunks))
+    assert timeline.length == pytest.approx(3 * (microbatches + (ranks - 1) / chunks))
+
+
+@given(ranks=st.integers(1, 6), microbatches=st.integers(1, 20), chunks=st.integers(1, 3))
+def test_memory_of_interleaved(ranks, microbatches, chunks):
+    first_group = -(-microbatches // max(1, microbatches // ranks))
+    limits = [2 * (ranks - 1 - r) + (chunks - 1) * first_group + 1 for r in range(ranks)]
+    peaks = run(interleaved(ranks, microbatches, chunks)).peak_activations
+    assert peaks == tuple(min(chunks * microbatches, limit) for limit in limits)
+
+
+def test_interleaved_with_an_uneven_number_of_microbatches():
+    """Two ranks, five micro-batches: groups of three and two pass through stages 0 and 1, then 2 and 3."""
+    assert text(interleaved(2, 5)) == [
+        "F0.0 F0.1 F0.2 F2.0 F2.1 F2.2 B2.0 F0.3 B2.1 F0.4 B2.2 F2.3 B0.0 F2.4 B0.1 B0.2 B2.3 B2.4 B0.3 B0.4",
+        "F1.0 F1.1 F1.2 F3.0 B3.0 F3.1 B3.1 F3.2 B3.2 F1.3 B1.0 F1.4 B1.1 F3.3 B1.2 F3.4 B3.3 B3.4 B1.3 B1.4",
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 4), (2, 4), (3, 6), (4, 8), (4, 16), (8, 16), (8, 32)])
-def test_zero_bubbles(ranks, microbatches):
+def test_bubble_and_memory_of_zero_bubble_schedules(ranks, microbatches):
     """Qi et al. 2023, table 2 with F = I = W: p − 1 for ZB-H1, none between a rank's first and last action for ZB-2p;
-    1F1B's memory for ZB-H1 and ZB-V, at most twice that for ZB-2p."""
-    h1, twice, v = (run(SCHEDULES[name].builder(ranks, microbatches)) for name in ("zb-h1", "zb-2p", "zb-v"))
-    assert h1.length == twice.length == pytest.approx(3 * microbatches + ranks - 1)
-    for spans in twice.spans:
+    memory as 1F1B for ZB-H1 and ZB-V, at most twice that for ZB-2p."""
+    h1, zb_2p, zb_v = (run(SCHEDULES[name].builder(ranks, microbatches)) for name in ("zb-h1", "zb-2p", "zb-v"))
+    assert h1.length == zb_2p.length == pytest.approx(3 * microbatches + ranks - 1)
+    for spans in zb_2p.spans:
         assert spans[-1][2] - spans[0][1] == pytest.approx(3 * microbatches)
-    # Rank 0 of ZB-V could wait for the last rank's first forward only; the greedy lists come within a unit of that.
-    assert v.length <= 3 * microbatches + (ranks - 1) / 2 + 1
+    assert zb_v.length <= 3 * microbatches + (ranks - 1) / 2 + 1  # the greedy lists exceed the start-up by at most F
     assert max(h1.peak_activations) <= ranks
-    assert max(twice.peak_activations) <= 2 * ranks - 1
-    assert max(v.peak_activations) <= 2 * ranks  # of stages half the size
+    assert max(zb_2p.peak_activations) == min(microbatches, 2 * ranks - 1)
+    assert max(zb_v.peak_activations) <= 2 * ranks  # each of half the layers
 
 
-@pytest.mark.parametrize(("stages", "microbatches"), SIZES)
-def test_what_must_be_kept(stages, microbatches):
-    assert run(gpipe(stages, microbatches)).peak_activations == (microbatches,) * stages
-    kept = run(one_forward_one_backward(stages, microbatches)).peak_activations
-    assert kept == tuple(min(microbatches, stages - s) for s in range(stages))
+@pytest.mark.parametrize("name", ["zb-h1", "zb-2p"])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(3, 2), (3, 4), (4, 9)])
+def test_warmup_and_delay_of_weight_gradients(name, ranks, microbatches):
+    """Rank r starts with p − r or 2(p − r) − 1 forwards, and delays W by r or 2r micro-batches."""
+    twice = name == "zb-2p"
+    for r, actions in enumerate(SCHEDULES[name].builder(ranks, microbatches).actions):
+        warmup = [action.kind for action in actions].index(I)
+        assert warmup == min(microbatches, 2 * (ranks - r) - 1 if twice else ranks - r)
+        for i in range(microbatches):
+            before = {a.microbatch for a in actions[: actions.index(Action(W, r, i))] if a.kind is I}
+            assert before == set(range(min(microbatches, i + (2 * r if twice else r) + 1)))
 
 
-def test_forward_only_has_no_backward():
-    schedule = forward_only((0, 1, 2), 4)
-    assert run(schedule).length == 6
-    assert {action.kind for actions in schedule.actions for action in actions} == {F}
+@given(ranks=st.integers(1, 5), microbatches=st.integers(1, 12))
+@settings(deadline=None, max_examples=40)
+def test_zb_v_starts_the_best_action_that_is_ready(ranks, microbatches):
+    """I before F before W, then the later stage; a rank that keeps 2p activations runs no forward."""
+    schedule = SCHEDULES["zb-v"].builder(ranks, microbatches)
+    timeline = simulate(schedule, {kind: [1.0] * schedule.stages for kind in ActionKind})
+    end = {action: stop for spans in timeline.spans for action, _, stop in spans}
+    for spans in timeline.spans:
+        free, kept = 0.0, 0
+        remaining = [action for action, _, _ in spans]
+        for action, started, ended in spans:
+            ready = [
+                (
+                    max([free, *(end[needed] for needed in dependencies(a, schedule.stages))]),
+                    "IFW".index(a.kind),
+                    -a.stage,
+                )
+                for a in {(a.kind, a.stage): a for a in reversed(remaining)}.values()
+                if a.kind is not F or kept < 2 * ranks
+            ]
+            assert (started, "IFW".index(action.kind), -action.stage) == min(ready)
+            kept += {F: 1, W: -1}.get(action.kind, 0)
+            remaining.remove(action)
+            free = ended
 
 
-def lists(*ranks: str) -> Schedule:
-    """A schedule of two stages from words such as "F0 B0"."""
-    actions = tuple(tuple(Action(Kind(w[0]), s, int(w[1])) for w in words.split()) for s, words in enumerate(ranks))
-    return Schedule("hand-made", 2, (0, 1), actions)
+@pytest.mark.parametrize("placement", [(0,), (0, 1, 2), (0, 1, 0, 1), (0, 1, 1, 0)])
+@pytest.mark.parametrize("microbatches", [1, 2, 5])
+def test_forward_only(placement, microbatches):
+    """Each rank runs its forwards in the order in which they can start."""
+    schedule = forward_only(placement, microbatches)
+    simulate(schedule, {F: [1.0] * len(placement)})  # valid
+    for rank, actions in enumerate(schedule.actions):
+        stages = [s for s, r in enumerate(placement) if r == rank]
+        expected = sorted((s + i, s, Action(F, s, i)) for s in stages for i in range(microbatches))
+        assert list(actions) == [action for _, _, action in expected]
 
 
-@pytest.mark.parametrize(
-    ("schedule", "words"),
-    [
-        (lists("F0 F1 B0", "F0 B0 F1 B1"), "missing, foreign or doubled: B0.1"),
-        (lists("F0 F1 B0 B1 B1", "F0 B0 F1 B1"), "doubled: B0.1"),
-        (lists("F0 F1 B1 B0", "F0 B0 F1 B1"), "»B0.0«"),
-        (lists("F0 B0 F1 B1", "F0 F1 B0 B1"), "»B0.0«"),
-        (lists("B0 F0 F1 B1", "F0 B0 F1 B1"), "»B0.0«"),
-        (lists("F0 F1 I0 I1", "F0 I0 F1 I1"), "missing, foreign or doubled: W0.0"),
-        (lists("F0 F1 W0 I0 I1 W1", "F0 I0 W0 F1 I1 W1"), "»W0.0«"),
-    ],
-)
-def test_a_bad_schedule_is_refused_and_the_cell_marked(schedule, words):
-    with pytest.raises(ScheduleError, match=words):
-        run(schedule)
-
-
-def test_an_action_on_the_wrong_rank_is_refused():
-    good = gpipe(2, 1)
-    swapped = Schedule("swapped", 1, (1, 0), good.actions)
-    with pytest.raises(ScheduleError, match="wrong rank"):
-        run(swapped)
-
-
-def test_the_picture():
-    assert draw(run(gpipe(2, 2)), width=9) == "01···aabb\n·01aabb··"
-    assert draw(run(zero_bubble_h1(2, 2)), width=7) == "01·aAbB\n·0a1bAB"
-
-
-def worst(costs: list[float], cuts: tuple[int, ...]) -> float:
-    edges = [0, *cuts, len(costs)]
-    return max(sum(costs[a:b]) for a, b in pairwise(edges))
-
-
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.data())
-def test_partition_is_as_good_as_brute_force(costs, data):
-    stages = data.draw(st.integers(1, len(costs)))
-    parts = partition(costs, stages)
-    assert [i for part in parts for i in part] == list(range(len(costs)))
-    assert len(parts) == stages
-    assert all(parts)
-    best = min(worst(costs, cuts) for cuts in combinations(range(1, len(costs)), stages - 1))
-    assert max(sum(costs[i] for i in part) for part in parts) == best
-
-
-def test_spare_room_is_spread_evenly():
-    assert partition([5, 1, 1, 1, 1], 3) == [range(1), range(1, 3), range(3, 5)]
-
-
-def test_more_stages_than_layers():
-    with pytest.raises(ValueError, match="2 layers cannot be cut into 3 stages"):
-        partition([1.0, 1.0], 3)
+def test_dependencies():
+    assert dependencies(Action(F, 0, 1), 3) == []
+    assert dependencies(Action(F, 2, 1), 3) == [Action(F, 1, 1)]
+    assert dependencies(Action(B, 2, 1), 3) == [Action(F, 2, 1)]
+    assert dependencies(Action(B, 1, 1), 3) == [Action(F, 1, 1), Action(B, 2, 1)]
+    assert dependencies(Action(I, 0, 1), 3) == [Action(F, 0, 1), Action(I, 1, 1)]
+    assert dependencies(Action(W, 1, 1), 3) == [Action(I, 1, 1)]

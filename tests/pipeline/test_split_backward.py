@@ -1,4 +1,4 @@
-"""The two halves of a backward against the whole one: the same bits, and no product of matrices done twice."""
+"""The two parts of a split backward against the whole one: bitwise identical, and no matrix product computed twice."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten._grouped_mm, aten.embedding_dense_backward}
 
 
-class Count(TorchDispatchMode):
-    """Counts the products of matrices."""
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,31 +27,37 @@ class Count(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def halves(f: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-    """Compare the halves with the whole; the gradients of the parameters after the first half alone."""
+def compare(f: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    """Compare the split backward of f with the whole one; return the parameters' gradients after the first part."""
+    for p in parameters:
+        p.grad = None
     leaf = x.clone().requires_grad_()
     y = f(leaf)
-    gradient = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    with Count() as once:
-        y.backward(gradient)
-    whole = [p.grad for p in parameters]
+    grad_output = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    with CountProducts() as whole:
+        y.backward(grad_output)
+    expected_grads = [p.grad for p in parameters]
     for p in parameters:
         p.grad = None
     split = SplitBackward(f(other := x.clone().requires_grad_()), other)
-    with Count() as twice:
-        of_input = split.input_gradient(gradient)
-        early = [p.grad for p in parameters]
-        split.weight_gradients()
-    assert torch.equal(of_input, leaf.grad)
-    for p, expected in zip(parameters, whole, strict=True):
+    assert split.saved_bytes() == 0
+    with CountProducts() as parts:
+        grad_input = split.backward_input(grad_output)
+        early = [None if p.grad is None else p.grad.clone() for p in parameters]
+        split.backward_weight()
+    assert torch.equal(grad_input, leaf.grad)
+    assert other.grad is None
+    for p, expected in zip(parameters, expected_grads, strict=True):
         assert (p.grad is None) == (expected is None)
         assert expected is None or torch.equal(p.grad, expected)
-    assert twice.products == once.products
+    assert parts.products == whole.products
+    assert not split.junctions
+    assert split.saved_bytes() == 0
     return early
 
 
 @pytest.mark.parametrize("family", ["fira", "rish", "mooshak", "blues", "microrwkv"])
-def test_every_family(family):
+def test_blocks_of_every_family(family):
     config = make_config(f"{family}-tiny", {"vocab_size": 50, "seq_len": 16})
     model = build(config)
     tokens = torch.arange(24).view(2, 12) % 50
@@ -59,24 +65,51 @@ def test_every_family(family):
     blocks = model.layers[1:3]
     x = model.layers[0](tokens, context).detach()
     parameters = list(blocks.parameters())
-    early = halves(lambda x: blocks[1](blocks[0](x, context), context), x, parameters)
+    early = compare(lambda x: blocks[1](blocks[0](x, context), context), x, parameters)
     late = sum(p.numel() for p, gradient in zip(parameters, early, strict=True) if gradient is None)
-    assert late > 0.9 * sum(p.numel() for p in parameters)  # what the first half leaves
+    assert late > 0.9 * sum(p.numel() for p in parameters)  # most gradients are left to the second part
 
 
-def test_a_weight_that_is_used_twice_and_one_that_is_not_used():
+def test_vectors_first_and_matrices_later():
+    torch.manual_seed(0)
+    linear, norm = nn.Linear(5, 5), nn.LayerNorm(5)
+    early = compare(lambda x: linear(norm(x)), torch.randn(4, 5), [*linear.parameters(), *norm.parameters()])
+    assert [gradient is None for gradient in early] == [True, False, False, False]  # weight, bias, gain, bias
+
+
+def test_vectors_on_both_sides_of_a_product():
+    """A gain that scales a matrix is reached through a node with a matrix, so it waits; one used in two places sums."""
+    torch.manual_seed(0)
+    weight, gain = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5))
+    early = compare(lambda x: torch.tanh((x * gain) @ weight) * gain, torch.randn(4, 5), [weight, gain])
+    assert [gradient is None for gradient in early] == [True, False]
+    scale = nn.Parameter(torch.randn(5))
+    early = compare(lambda x: x @ (weight * scale), torch.randn(4, 5), [weight, scale])
+    assert [gradient is None for gradient in early] == [True, True]
+
+
+def test_junction_with_two_outputs_and_one_gradient():
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(6, 5))
+    compare(lambda x: torch.tanh((x @ weight.T).chunk(2, dim=1)[1]), torch.randn(4, 5), [weight])
+    gate = nn.Parameter(torch.randn(4, 5))
+    compare(lambda x: torch.tanh(torch.stack([x, x * gate]).unbind()[1]), torch.randn(4, 5), [gate])
+
+
+def test_weight_used_twice_and_unused_weight():
     torch.manual_seed(0)
     linear, unused, table = nn.Linear(5, 5), nn.Linear(5, 5), nn.Embedding(7, 5)
-    direct = nn.Parameter(torch.randn(5, 5))  # its products lead straight to it, both of them
+    direct = nn.Parameter(torch.randn(5, 5))  # an operand of two products, without a node in between: in the first part
 
     def f(x: Tensor) -> Tensor:
         y = linear(torch.tanh(linear(x))) @ direct
         return (y @ direct).sigmoid() + table(torch.tensor([1, 1, 3, 6]))
 
-    halves(f, torch.randn(4, 5), [*linear.parameters(), *unused.parameters(), *table.parameters(), direct])
+    early = compare(f, torch.randn(4, 5), [*linear.parameters(), *unused.parameters(), *table.parameters(), direct])
+    assert [gradient is None for gradient in early] == [True, False, True, True, True, False]
 
 
-def test_a_tensor_that_several_products_share():
+def test_computed_weight_that_two_products_share_is_in_the_first_part():
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(5, 5))
 
@@ -84,4 +117,29 @@ def test_a_tensor_that_several_products_share():
         scaled = weight * 2
         return torch.tanh(x @ scaled) @ scaled + x
 
-    halves(f, torch.randn(4, 5), [weight])
+    assert compare(f, torch.randn(4, 5), [weight])[0] is not None
+
+
+def test_gradients_are_added_to_those_of_earlier_microbatches():
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 5)
+    x = torch.randn(4, 5, requires_grad=True)
+    for _ in range(2):
+        split = SplitBackward(linear(x), x)
+        split.backward_input(torch.ones(4, 5))
+        split.backward_weight()
+    assert torch.equal(linear.bias.grad, torch.full((5,), 8.0))
+    assert torch.allclose(linear.weight.grad, 2 * x.sum(0).expand(5, 5))
+
+
+def test_saved_bytes_count_each_storage_once():
+    torch.manual_seed(0)
+    first, second = nn.Linear(5, 5, bias=False), nn.Linear(5, 5, bias=False)
+    x = torch.randn(4, 5, requires_grad=True)
+    split = SplitBackward(first(x) + second(x), x)
+    split.backward_input(torch.ones(4, 5))
+    assert len(split.junctions) == 2
+    assert split.saved_bytes() == 4 * 5 * 4  # both get the same gradient
+    split = SplitBackward(second(torch.tanh(first(x))), x)
+    split.backward_input(torch.ones(4, 5))
+    assert split.saved_bytes() == 2 * 4 * 5 * 4

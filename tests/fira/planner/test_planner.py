@@ -26,15 +26,15 @@ from fira.planner.step_time import Predictor
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig
 from pipeline.mesh import Layout
-from pipeline.schedule import SCHEDULES, Kind, gpipe, one_forward_one_backward, zero_bubble_h1
-from pipeline.simulate import peak_held, simulate, soonest_ends
+from pipeline.schedule import SCHEDULES, ActionKind, gpipe, one_forward_one_backward, zero_bubble_h1
+from pipeline.simulate import earliest_ends, peak_memory, simulate
 from pipeline.timeline import read_trace
 
 COSTS = st.lists(st.integers(1, 9), min_size=12, max_size=12)
 
 
-def unit(stages: int, backward: float = 2.0) -> dict[Kind, list[float]]:
-    return {kind: [backward if kind is Kind.BACKWARD else 1.0] * stages for kind in Kind}
+def unit(stages: int, backward: float = 2.0) -> dict[ActionKind, list[float]]:
+    return {kind: [backward if kind is ActionKind.BACKWARD else 1.0] * stages for kind in ActionKind}
 
 
 def test_transfers_by_hand():
@@ -58,10 +58,10 @@ def test_nothing_travels_inside_a_rank():
 
 
 def test_what_is_held_weighs_what_its_stage_keeps():
-    assert peak_held(gpipe(2, 3), [10, 1]) == (30, 3)
-    assert peak_held(zero_bubble_h1(2, 4), [10, 1]) == (20, 2)
-    assert peak_held(gpipe(2, 3), [10, 1], [5, 5]) == (30, 3)  # its backwards are whole
-    assert peak_held(zero_bubble_h1(2, 4), [10, 10], [5, 5]) == (25, 30)  # rank 1 keeps two halves for the end
+    assert peak_memory(gpipe(2, 3), [10, 1]) == (30, 3)
+    assert peak_memory(zero_bubble_h1(2, 4), [10, 1]) == (20, 2)
+    assert peak_memory(gpipe(2, 3), [10, 1], [5, 5]) == (30, 3)  # its backwards are whole
+    assert peak_memory(zero_bubble_h1(2, 4), [10, 10], [5, 5]) == (25, 30)  # rank 1 keeps two halves for the end
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -70,12 +70,12 @@ def test_what_is_held_weighs_what_its_stage_keeps():
 def test_no_schedule_ends_sooner_than_the_bound(name, ranks, microbatches, costs, transfer):
     schedule = SCHEDULES[name].builder(ranks, microbatches)
     forward, back, weight = (costs[i::3][: schedule.stages] * 3 for i in range(3))
-    split = {Kind.FORWARD: forward, Kind.INPUT: back, Kind.WEIGHT: weight}
+    split = {ActionKind.FORWARD: forward, ActionKind.BACKWARD_INPUT: back, ActionKind.BACKWARD_WEIGHT: weight}
     whole = [b + w for b, w in zip(back, weight, strict=True)]
-    timeline = simulate(schedule, {**split, Kind.BACKWARD: whole}, transfer)
-    if not any(action.kind is Kind.WEIGHT for action in schedule.actions[0]):
-        split |= {Kind.INPUT: whole, Kind.WEIGHT: [0] * len(whole)}
-    bound = soonest_ends(schedule.placement, microbatches, split, transfer)
+    timeline = simulate(schedule, {**split, ActionKind.BACKWARD: whole}, transfer)
+    if not any(action.kind is ActionKind.BACKWARD_WEIGHT for action in schedule.actions[0]):
+        split |= {ActionKind.BACKWARD_INPUT: whole, ActionKind.BACKWARD_WEIGHT: [0] * len(whole)}
+    bound = earliest_ends(schedule.placement, microbatches, split, transfer)
     assert all(b <= spans[-1][2] for b, spans in zip(bound, timeline.spans, strict=True))
 
 
@@ -84,10 +84,9 @@ def test_no_schedule_ends_sooner_than_the_bound(name, ranks, microbatches, costs
 def test_the_bound_is_reached_where_stages_are_equal(name, chunks, ranks, microbatches):
     schedule = SCHEDULES[name].builder(ranks, microbatches)
     costs = unit(schedule.stages)
-    bound = (
-        costs if name == "zb-2p" else costs | {Kind.INPUT: costs[Kind.BACKWARD], Kind.WEIGHT: [0.0] * schedule.stages}
-    )
-    assert max(soonest_ends(schedule.placement, microbatches, bound)) == pytest.approx(simulate(schedule, costs).length)
+    whole = {ActionKind.BACKWARD_INPUT: costs[ActionKind.BACKWARD], ActionKind.BACKWARD_WEIGHT: [0.0] * schedule.stages}
+    ends = earliest_ends(schedule.placement, microbatches, costs if name == "zb-2p" else costs | whole)
+    assert max(ends) == pytest.approx(simulate(schedule, costs).length)
 
 
 HARDWARE = Hardware(

@@ -1,0 +1,30 @@
+"""The axes of the mesh."""
+
+import pytest
+
+from pipeline.mesh import Layout, Mesh
+
+
+def test_groups_of_every_axis():
+    """The example of pipeline/mesh.py: pp 2, dp 4, ep 2."""
+    layout = Layout(2, 4, 2)
+    assert layout.world == 8
+    assert str(layout) == "pp 2 × dp 4 (ep 2)"
+    assert layout.groups("pp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert layout.groups("dp") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert layout.groups("ep") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.groups("edp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+
+
+def test_coordinates_of_every_rank():
+    layout = Layout(2, 4, 2)
+    meshes = [Mesh(layout, rank, {}, []) for rank in range(8)]
+    assert [(m.pp_rank, m.dp_rank, m.edp_rank, m.ep_rank) for m in meshes] == [
+        (pp, 2 * edp + ep, edp, ep) for pp in range(2) for edp in range(2) for ep in range(2)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 3, 2)])
+def test_invalid_layout_raises(sizes):
+    with pytest.raises(ValueError, match="each must be at least 1, and ep must divide dp"):
+        Layout(*sizes)

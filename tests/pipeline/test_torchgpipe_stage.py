@@ -1,0 +1,62 @@
+"""A stage over several local devices, by torchgpipe, against plain autograd."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.engine import Engine
+from pipeline.schedule import SCHEDULES, forward_only, gpipe
+from pipeline.stage import Stage
+from pipeline.torchgpipe_stage import LocalPipeline
+from tests.pipeline.toy_layers import (
+    CPU,
+    MICROBATCHES,
+    ROWS,
+    WIDTH,
+    ToyLayer,
+    make,
+    objective,
+    reference,
+    take_gradients,
+)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("chunks", [1, 3, 8])
+def test_each_chunk_has_its_context(devices, chunks, recompute):
+    """With all micro-batches in flight at once, recomputation must find the context of the right one."""
+    layers, batches = make(torch.float64)
+    losses, gradients = reference(layers, batches)
+    balance = [2, 4] if devices == 2 else [1, 1, 1, 3]
+    module = LocalPipeline(layers, balance, ["cpu"] * devices, chunks=chunks, recompute=recompute)
+    engine = Engine({0: Stage(module, CPU)}, objective, dtype=torch.float64)
+    reports = engine.run(gpipe(1, MICROBATCHES), batches)
+    assert [float(report) for report in reports] == pytest.approx(losses, rel=1e-13)
+    torch.testing.assert_close(take_gradients(layers), gradients, rtol=1e-12, atol=1e-12)
+    assert len(engine.run(forward_only((0,), MICROBATCHES), batches)) == MICROBATCHES
+
+
+def test_schedule_that_splits_the_backward():
+    layers, batches = make(torch.float64)
+    _, gradients = reference(layers, batches)
+    module = LocalPipeline(layers, [3, 3], ["cpu"] * 2)
+    assert module.gpipe.chunks == 8
+    Engine({0: Stage(module, CPU)}, objective).run(SCHEDULES["zb-h1"].builder(1, MICROBATCHES), batches)
+    torch.testing.assert_close(take_gradients(layers), gradients, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast_in_torchgpipe_threads():
+    dtypes = []
+
+    class Probe(ToyLayer):
+        def forward(self, x: Tensor, context: Any) -> Tensor:
+            y = self.linear(x)
+            dtypes.append(y.dtype)
+            return y.float()
+
+    module = LocalPipeline([Probe() for _ in range(2)], [1, 1], ["cpu", "cpu"], chunks=2, autocast=torch.bfloat16)
+    module(torch.randn(ROWS, WIDTH))
+    assert dtypes == [torch.bfloat16] * 4

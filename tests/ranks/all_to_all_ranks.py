@@ -1,0 +1,30 @@
+"""What each rank of the all-to-all tests runs."""
+
+import torch
+import torch.distributed as dist
+
+from pipeline.all_to_all import all_to_all
+
+
+def exchange(sizes: list[list[int]]) -> dict[str, list[list[float]]]:
+    """Exchange rows [source, destination, index], `sizes[r][s]` of them from rank r to rank s; weight the results.
+
+    Returns the received rows, and the gradients of the sum of the received rows times (1 + receiver).
+    """
+    rank = dist.get_rank()
+    group = dist.new_group()
+    sent = [[rank, to, i] for to, count in enumerate(sizes[rank]) for i in range(count)]
+    x = torch.tensor(sent, dtype=torch.float64).view(-1, 3).T.contiguous().T.requires_grad_()  # not contiguous
+    out = all_to_all(x, sizes[rank], [row[rank] for row in sizes], group)
+    (out * (1 + rank) * torch.arange(1, 4)).sum().backward()
+    assert x.grad is not None
+    return {"received": out.tolist(), "grad": x.grad.tolist()}
+
+
+def second_derivative() -> float:
+    """d²/dx² of x² sent to the next of two ranks, at x = 3."""
+    x = torch.tensor([[3.0]], requires_grad=True)
+    send, receive = ([0, 1], [0, 1]) if dist.get_rank() == 0 else ([1, 0], [1, 0])
+    y = all_to_all(x, send, receive, dist.new_group()) ** 2
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    return float(torch.autograd.grad(grad.sum(), x)[0])

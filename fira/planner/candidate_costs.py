@@ -15,12 +15,12 @@ from dataclasses import replace
 from functools import cache, cached_property
 from typing import Self
 
-from fira.planner.candidates import Candidate, placement_of, splits
+from fira.planner.candidates import Candidate
 from fira.planner.costs import BYTES_PER_ELEMENT, CostModel
 from fira.planner.device_specs import Hardware, Links
 from fira.planner.model_profile import ModelProfile
 from pipeline.partition import partition
-from pipeline.schedule import ActionKind
+from pipeline.schedule import SCHEDULES, ActionKind
 
 MAX_ZB_V_RANKS = 64  # from this number on ZB-V's action lists take long to build, and its lower bound is used instead
 
@@ -45,8 +45,9 @@ class CandidateCosts:
         self.layout = candidate.layout
         self.profile, self.hardware = inputs.profile, inputs.hardware
         self.element_size = inputs.element_size
-        self.placement = placement_of(candidate.schedule, self.layout.pp)
-        self.splits_backward = splits(candidate.schedule)
+        spec = SCHEDULES[candidate.schedule]
+        self.placement = spec.placement(self.layout.pp)
+        self.splits_backward = spec.splits_backward
         self.is_simulated = candidate.schedule != "zb-v" or self.layout.pp < MAX_ZB_V_RANKS
         self.stages = inputs.stages(len(self.placement))
         self.rank_stages = [[s for s, r in enumerate(self.placement) if r == rank] for rank in range(self.layout.pp)]

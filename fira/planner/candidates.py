@@ -50,7 +50,7 @@ def candidates(profile: ModelProfile, ranks: int, constraints: Constraints) -> I
         sizes = {share, *(2**n for n in range(share.bit_length()))}
         names = [constraints.schedule] if constraints.schedule else list(SCHEDULES) if pp > 1 else ["1f1b"]
         for name in names:
-            if len(placement_of(name, pp)) > len(profile.layers):
+            if pp * SCHEDULES[name].stages_per_rank > len(profile.layers):
                 continue
             for ep in _divisors(dp):
                 if profile.num_experts % ep or constraints.ep not in (None, ep):
@@ -63,14 +63,6 @@ def candidates(profile: ModelProfile, ranks: int, constraints: Constraints) -> I
 @cache
 def schedule_of(name: str, pp: int, microbatches: int) -> Schedule:
     return SCHEDULES[name].builder(pp, microbatches)
-
-
-def placement_of(schedule: str, pp: int) -> tuple[int, ...]:
-    return SCHEDULES[schedule].placement(pp)
-
-
-def splits(schedule: str) -> bool:
-    return SCHEDULES[schedule].splits_backward
 
 
 def _divisors(n: int) -> list[int]:

@@ -41,7 +41,7 @@ def with_least_recompute(costs: CandidateCosts) -> CandidateCosts:
 
 
 def _peak_activations(costs: CandidateCosts) -> list[float]:
-    """[rank] bytes saved for backward passes, at the time when they are most."""
+    """[rank] bytes saved for backward passes, at the peak of the schedule."""
     count, last = costs.candidate.count, len(costs.stages) - 1
     saved, saved_for_weight_grad = zip(*(_saved(costs, stage) for stage in range(last + 1)), strict=True)
     if not costs.is_simulated:
@@ -59,9 +59,9 @@ def _peak_activations(costs: CandidateCosts) -> list[float]:
 def _saved(costs: CandidateCosts, stage: int) -> tuple[int, int]:
     """Bytes that a stage saves of a micro-batch: from forward to backward, and between halves of a split backward."""
     recomputed = costs.recomputed(stage)
-    kept = [i for i in costs.stages[stage] if i not in recomputed]
-    saved = sum(costs.layer_costs[i].saved_for_backward for i in kept) + len(recomputed) * costs.boundary
+    regular = [i for i in costs.stages[stage] if i not in recomputed]
+    saved = sum(costs.layer_costs[i].saved_for_backward for i in regular) + len(recomputed) * costs.boundary
     output = costs.boundary if stage < len(costs.stages) - 1 else 0
     if stage == 0:  # the whole backward is in the second half, which keeps the output's gradient until then
         return saved + output, costs.boundary
-    return saved + output, sum(costs.layer_costs[i].saved_for_weight_grad for i in kept)
+    return saved + output, sum(costs.layer_costs[i].saved_for_weight_grad for i in regular)

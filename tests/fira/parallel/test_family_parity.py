@@ -1,6 +1,6 @@
-"""All families are trained alike on every layout, as `test_parity.py` shows of fira in more detail.
+"""Training of every family does not depend on the layout; `test_parity.py` tests fira in more detail.
 
-fira is here with what it can do beside: noise, a limit to what experts take, and balance by a bias.
+Here fira has routing noise, a capacity limit and load balancing by a bias.
 """
 
 import functools
@@ -30,14 +30,14 @@ MODELS = {
     ),
     "microrwkv": MicroRWKVConfig(**SMALL, n_head=3, n_group=2, window=5, d_moe=10, top_k=2, aux_coefficient=0.1),
 }
-MOVED = ["blues", "fira"]  # saved on one layout and taken up by others: a tied weight, and a bias
+MOVED = ["blues", "fira"]  # saved on one layout and resumed on others: a tied weight, and a router bias
 ONE = [1, 1, 1]
 OTHER_SCHEDULES = ["gpipe", "interleaved", "zb-h1", "zb-v"]
 EXACT = {"microbatch": 2, "dtype": "float64"}
 
 
-def spread(name: str, pp: int, dp: int) -> list[int]:
-    """A layout, with as many ranks for the experts as there are replicas."""
+def sharded(name: str, pp: int, dp: int) -> list[int]:
+    """A layout in which ep is dp if the family has experts."""
     return [pp, dp, dp if hasattr(MODELS[name], "num_experts") else 1]
 
 
@@ -46,7 +46,7 @@ def case(name: str, layout: list[int], **settings: Any) -> str:
 
 
 def cases(name: str) -> list[str]:
-    """Every training of a family."""
+    """All trainings of a family."""
     return [
         case(name, ONE),
         case(name, ONE, recompute=99),
@@ -55,22 +55,22 @@ def cases(name: str) -> list[str]:
         case(name, [2, 1, 1]),
         *(case(name, [2, 1, 1], schedule=schedule) for schedule in OTHER_SCHEDULES),
         case(name, [1, 2, 1], **EXACT),
-        case(name, spread(name, 1, 2), **EXACT),
-        case(name, spread(name, 2, 2), **EXACT, schedule="zb-v"),
+        case(name, sharded(name, 1, 2), **EXACT),
+        case(name, sharded(name, 2, 2), **EXACT, schedule="zb-v"),
         case(name, [2, 1, 1], **EXACT, devices=2),
     ]
 
 
 @functools.cache
 def job(ranks: int) -> list[Any]:
-    """All that needs this many ranks, in one job; on two ranks, models are saved and moved as well."""
-    needed = [json.loads(n) for name in MODELS for n in cases(name) if np.prod(json.loads(n)["layout"][:2]) == ranks]
+    """All cases with this number of ranks, in one job; on two ranks, models are also saved and resumed."""
+    selected = [json.loads(n) for name in MODELS for n in cases(name) if np.prod(json.loads(n)["layout"][:2]) == ranks]
     if ranks != 2:
-        return run_function(ranks, "tests.ranks.family_ranks", "train_all", timeout=170, cases=needed)
+        return run_function(ranks, "tests.ranks.family_ranks", "train_all", timeout=170, cases=selected)
     with tempfile.TemporaryDirectory() as folder:
         models = {f"{folder}/{name}": to_document(MODELS[name]) for name in MOVED}
         moved = {"models": models, "layouts": [[2, 1, 1], [1, 2, 2]]}
-        by_rank = run_function(2, "tests.ranks.family_ranks", "train_and_move", timeout=170, cases=needed, **moved)
+        by_rank = run_function(2, "tests.ranks.family_ranks", "train_and_move", timeout=170, cases=selected, **moved)
         for name, one in zip(MOVED, by_rank[0]["moved"], strict=True):
             one["loaded"] = load_model(f"{folder}/{name}")
         return by_rank
@@ -78,7 +78,7 @@ def job(ranks: int) -> list[Any]:
 
 @functools.cache
 def results(ranks: int) -> dict[str, Any]:
-    """What each case that needs this many ranks gives, the same on all of them."""
+    """The results of all cases with this number of ranks, which must be equal on all of them."""
     names = [n for name in MODELS for n in cases(name) if np.prod(json.loads(n)["layout"][:2]) == ranks]
     merged = {}
     for name, *ranks_results in zip(names, *(one["trained"] for one in job(ranks)), strict=True):
@@ -100,7 +100,7 @@ def distance(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pipelines_and_recompute_give_the_same_bits(name: str) -> None:
+def test_pipelines_and_recompute_are_bitwise_identical(name: str) -> None:
     plain = result(case(name, ONE))
     assert result(case(name, [2, 1, 1])) == plain
     for schedule in OTHER_SCHEDULES:
@@ -109,13 +109,13 @@ def test_pipelines_and_recompute_give_the_same_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_replicas_expert_shards_and_torchgpipe_agree_with_one_rank(name: str) -> None:
+def test_replicas_expert_shards_and_torchgpipe_equal_one_rank(name: str) -> None:
     plain = case(name, ONE, **EXACT)
-    assert distance(plain, case(name, ONE)) > 1e-12  # fp32 does differ
+    assert distance(plain, case(name, ONE)) > 1e-12  # the comparison detects the precision of fp32
     for layout, settings in (
         ([1, 2, 1], {}),
-        (spread(name, 1, 2), {}),
-        (spread(name, 2, 2), {"schedule": "zb-v"}),
+        (sharded(name, 1, 2), {}),
+        (sharded(name, 2, 2), {"schedule": "zb-v"}),
         (ONE, {"devices": 2, "recompute": 99}),
         ([2, 1, 1], {"devices": 2}),
     ):
@@ -127,17 +127,17 @@ def test_replicas_expert_shards_and_torchgpipe_agree_with_one_rank(name: str) ->
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_every_layout_takes_up_what_another_saved(name: str) -> None:
+def test_checkpoint_resumes_on_every_layout(name: str) -> None:
     moved = dict(zip(MOVED, job(2)[0]["moved"], strict=True))[name]
-    whole, same, other = moved["continued"]
-    assert same == whole
-    np.testing.assert_allclose(other, whole, rtol=1e-12)
+    uninterrupted, same, other = moved["continued"]
+    assert same == uninterrupted
+    np.testing.assert_allclose(other, uninterrupted, rtol=1e-12)
     weights = [name for name in moved["names"] if not name.startswith("exp_avg")]
     assert sorted(moved["loaded"].weights()) == weights
     assert not any(tensor.is_meta for tensor in moved["loaded"].parameters())
 
 
-def test_a_tied_weight_is_saved_once_and_a_bias_as_it_was() -> None:
+def test_tied_weight_is_saved_once_and_bias_is_kept() -> None:
     tied, biased = (one["loaded"] for one in job(2)[0]["moved"])
     assert "layers.3.project.weight" not in tied.weights()
     assert tied.layers[-1].project.weight is tied.layers[0].token.weight

@@ -1,4 +1,4 @@
-"""The loss, the auxiliary loss, the gradient norm and the weights do not depend on how the work is spread.
+"""Loss, auxiliary loss, gradient norm and weights do not depend on the layout.
 
 A case is the keyword arguments of `parity_ranks.train`, as JSON. All cases of one number of ranks run in one job.
 """
@@ -23,13 +23,13 @@ def case(layout: list[int], **settings: Any) -> str:
     return json.dumps({"layout": layout, **settings}, sort_keys=True)
 
 
-def alone(name: str) -> str:
-    """The same training on one rank and one device, whose schedule is of no account, without recomputing."""
+def single_rank(name: str) -> str:
+    """The same training on one rank and one device, without recomputation."""
     kept = ("dropout", "dtype", "microbatch", "layers", "d_ff", "steps")
     return case(ONE, **{key: value for key, value in json.loads(name).items() if key in kept})
 
 
-# 5 sequences of 13 tokens: micro-batches of 1 make 5, of 2 make 3 with the last not full; neither divides over dp.
+# 5 sequences of 13 tokens: 5 micro-batches of 1, or 3 of 2 with the last one padded; neither number is divisible by dp.
 PIPELINES = [
     case([stages, 1, 1], schedule=schedule, dropout=dropout, microbatch=microbatch)
     for stages, schedule, (dropout, microbatch) in product([2, 4], ["gpipe", "1f1b"], [(0.0, 1), (0.1, 1), (0.1, 2)])
@@ -68,10 +68,10 @@ ALL = [*PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED]
 
 @functools.cache
 def results(ranks: int) -> dict[str, dict[str, Any]]:
-    """Every case that needs this many ranks; its results must be the same on all of them."""
+    """The results of all cases with this number of ranks, which must be equal on all of them."""
     cases = {name for name in ALL if np.prod(json.loads(name)["layout"][:2]) == ranks}
     if ranks == 1:
-        cases |= {alone(name) for name in ALL}
+        cases |= {single_rank(name) for name in ALL}
     names = sorted(cases)
     by_rank = run_function(
         ranks, "tests.ranks.parity_ranks", "train_all", timeout=400, cases=[json.loads(name) for name in names]
@@ -99,36 +99,36 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
     return float((abs(a - b) / abs(b)).max())
 
 
-def test_training_learns():
-    losses = np.array(result(alone(PIPELINES[0]))["steps"])[:, 0]
+def test_training_reduces_the_loss():
+    losses = np.array(result(single_rank(PIPELINES[0]))["steps"])[:, 0]
     assert losses[-1] < losses[0] - 0.3
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_gives_the_same_bits(name):
-    assert result(name) == result(alone(name))
+def test_pipeline_is_bitwise_identical_to_one_rank(name):
+    assert result(name) == result(single_rank(name))
 
 
 @pytest.mark.parametrize("name", SPREAD)
-def test_replicas_and_expert_shards_agree_with_one_rank(name):
+def test_replicas_and_expert_shards_equal_one_rank(name):
     tolerance = {"float32": 1e-6, "float64": 1e-12}[json.loads(name)["dtype"]]
-    assert distance(result(name), result(alone(name))) < tolerance
+    assert distance(result(name), result(single_rank(name))) < tolerance
 
 
 @pytest.mark.parametrize("name", LOCAL)
-def test_torchgpipe_agrees_with_one_device(name):
-    assert distance(result(name), result(alone(name))) < 1e-12
+def test_torchgpipe_equals_one_device(name):
+    assert distance(result(name), result(single_rank(name))) < 1e-12
 
 
 @pytest.mark.parametrize("name", RECOMPUTED)
-def test_recompute_changes_no_bit(name):
-    plain = alone(name)
+def test_recompute_is_bitwise_identical(name):
+    plain = single_rank(name)
     if json.loads(name)["layout"][1] == 1:
         assert result(name) == result(plain)
     else:
         assert distance(result(name), result(plain)) < 1e-6
 
 
-def test_the_tests_can_fail():
-    """Dropout, the micro-batches' own sums and the seed do change the numbers that are compared."""
+def test_compared_numbers_depend_on_dropout():
+    """The comparisons above would fail if dropout were missing."""
     assert distance(result(PIPELINES[0]), result(RECOMPUTED[0])) > 1e-3

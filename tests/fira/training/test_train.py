@@ -227,7 +227,7 @@ MISTAKES = {
 
 def test_a_mistake_is_one_line_and_status_2_on_every_rank(settings, tmp_path):
     result = train(settings, 4, "--out", tmp_path / "run", "--pp", 3, status=2)
-    assert result.stderr.splitlines() == ["--pp 3 does not make 4 ranks; choose pp × dp = 4, or leave one out"]
+    assert result.stderr.splitlines() == ["--pp 3 does not make 4 ranks; choose pp × dp = 4, or omit one of them"]
     assert not (tmp_path / "run").exists()
 
 

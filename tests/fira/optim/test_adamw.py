@@ -1,0 +1,55 @@
+"""AdamW against torch.optim.AdamW."""
+
+import subprocess
+import sys
+
+import torch
+from torch import nn
+
+from fira.optim.adamw import AdamW
+from fira.parallel.parallelize import ParamShard
+from tests.launch import ROOT
+
+
+def test_adamw_equals_torch_and_decays_matrices_only():
+    torch.manual_seed(0)
+    shapes = {"weight": (3, 4), "bias": (4,), "experts.w1": (2, 3, 4), "experts.b1": (2, 3)}
+    ours = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    theirs = {name: nn.Parameter(value.detach().clone()) for name, value in ours.items()}
+    shards = [ParamShard(name, ours[name], 0, shape, name.startswith("experts")) for name, shape in shapes.items()]
+    optimizer = AdamW(ours, {shard.name for shard in shards if shard.is_matrix}, weight_decay=0.3)
+    groups = [
+        {"params": [theirs["weight"], theirs["experts.w1"]], "weight_decay": 0.3},
+        {"params": [theirs["bias"], theirs["experts.b1"]], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for step in range(5):
+        for name in shapes:
+            ours[name].grad = torch.randn(shapes[name]) * 1e-6  # small enough for eps = 1e-8 to matter
+            theirs[name].grad = ours[name].grad.clone()
+        reference.param_groups[0]["lr"] = reference.param_groups[1]["lr"] = 0.1 / (step + 1)
+        optimizer.step(0.1 / (step + 1))
+        reference.step()
+    assert optimizer.updates == 5
+    for name in shapes:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-6)
+        exp_avg, exp_avg_sq = optimizer.moments[name]
+        torch.testing.assert_close(exp_avg, reference.state[theirs[name]]["exp_avg"], rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(exp_avg_sq, reference.state[theirs[name]]["exp_avg_sq"], rtol=1e-6, atol=1e-18)
+
+
+def test_only_matrices_without_bias_do_not_raise():
+    parameter = nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.zeros(2, 2)
+    AdamW({"w": parameter}, {"w"}, weight_decay=0.5).step(0.1)
+    torch.testing.assert_close(parameter, torch.full((2, 2), 0.95))
+
+
+def test_training_does_not_import_torchs_compiler():
+    """torch._dynamo and sympy take up to two seconds to import on every rank."""
+    code = (
+        "import sys, pipeline; from tests.ranks.parity_ranks import train\n"
+        "pipeline.init(); train([1, 1, 1], steps=1)\n"
+        "assert not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,68 @@
+"""Reduction of gradients, their norm, clipping, and tied gradients, on one rank and on four."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from fira.parallel import gradients
+from fira.parallel.gradients import BUCKET, LARGE
+from tests.launch import run_function
+
+
+@functools.cache
+def results(layout: tuple[int, int, int]) -> list[dict]:
+    return run_function(layout[0] * layout[1], "tests.ranks.gradient_ranks", "check_all", layout=list(layout))
+
+
+def test_gradients_are_summed_over_the_replicas_of_each_parameter():
+    """Rank r contributes r + 1. In dp 4 × ep 2 experts are replicated on ranks 0 and 2, and on ranks 1 and 3."""
+    for rank, result in enumerate(results((1, 4, 2))):
+        expert_sum = {0: 1 + 3, 1: 2 + 4}[rank % 2]
+        for name, values in result["reduced"].items():
+            assert values == [(expert_sum if "expert" in name else 10) * factor for factor in (1, 2)], name
+
+
+def test_norm_vector_has_one_entry_per_parameter_and_expert():
+    (single,) = results((1, 1, 1))
+    assert single["norms"] == pytest.approx(single["expected_norms"], rel=1e-12)
+    assert "layers.1.moe.experts.w1[3]" in single["names"]
+    assert len(set(single["names"])) == len(single["names"]) == len(single["norms"])
+    for result in results((1, 4, 2)):
+        assert result["names"] == single["names"]
+        assert result["norms"] == pytest.approx(single["norms"], rel=1e-12)
+
+
+def test_clipping_scales_gradients_to_the_given_norm():
+    """The factor is min(1, clip / (norm + 1e-6)); without clipping it is 1."""
+    norms = {}
+    for clip, (grad_norm, after) in results((1, 1, 1))[0]["clipped"].items():
+        factor = min(1.0, float(clip) / (grad_norm + 1e-6)) if float(clip) else 1.0
+        assert after == pytest.approx(grad_norm * factor, rel=1e-10), clip
+        norms[clip] = grad_norm
+    assert float(np.ptp(list(norms.values()))) == 0
+    assert 0.3 < norms["0.3"] < 1e3
+
+
+def test_tied_gradients_are_summed_once():
+    """On one rank and over a pipeline: the embedding's gradient is the sum of both, the copy's is removed."""
+    for layout in ((1, 1, 1), (2, 1, 1)):
+        first, last = results(layout)[0], results(layout)[-1]
+        assert first["tied"]["grad"] == [5.0, 5.0]
+        assert last["tied"]["copy_grad"] is None
+        assert last["tied"]["copy"] == [3.0, 3.0]
+
+
+def test_buckets_keep_order_and_are_complete_at_their_size():
+    tensors = [torch.empty(size // 4) for size in (BUCKET // 2, BUCKET // 4, BUCKET // 4, 4, BUCKET, 8)]
+    buckets = gradients._buckets(tensors)
+    assert [len(bucket) for bucket in buckets] == [3, 2, 1]
+    assert [id(tensor) for bucket in buckets for tensor in bucket] == [id(tensor) for tensor in tensors]
+    assert gradients._buckets([]) == []
+    assert LARGE < BUCKET
+
+
+def test_buckets_are_split_by_device():
+    tensors = [torch.empty(2), torch.empty(2, device="meta"), torch.empty(2, device="meta"), torch.empty(2)]
+    assert [len(bucket) for bucket in gradients._buckets(tensors)] == [1, 2, 1]

@@ -1,0 +1,61 @@
+"""Estimates of memory, and the least recomputation that fits."""
+
+from dataclasses import replace
+
+import pytest
+
+from fira.planner.candidate_costs import CandidateCosts, PlanInputs
+from fira.planner.candidates import Candidate, Constraints
+from fira.planner.costs import LayerCost, roofline_costs
+from fira.planner.memory import rank_memory, with_least_recompute
+from fira.planner.search import search
+from pipeline.mesh import Layout
+
+BOUNDARY = 128 * 128 * 4  # bytes of one sequence between stages
+
+
+def saved_costs(microbatch: int) -> list[LayerCost]:
+    return [LayerCost(1, 1, 1, 2, saved, 1, workspace, 10**7) for saved, workspace in [(10**6, 0), (10**8, 0), (0, 5)]]
+
+
+def activations(profile, hardware, schedule, count, recompute=0):
+    """Bytes of each rank beyond weights, gradients, moments and the largest gradient."""
+    costs = CandidateCosts(
+        PlanInputs(profile, hardware, saved_costs, "fp32"), Candidate(Layout(2, 1, 1), schedule, 1, count, recompute)
+    )
+    largest = [4 * max(costs.layer_kinds[i].largest for i in layers) for layers in costs.rank_layers]
+    weights = [4 * sum(costs.parameters(rank)) for rank in range(2)]
+    return [m - 4 * w - g for m, w, g in zip(rank_memory(costs), weights, largest, strict=True)]
+
+
+def test_activations_by_schedule(tiny, hardware):
+    first, last = 3 * 10**8 + 10**6 + BOUNDARY, 10**8  # embedding and three blocks; a block and the head
+    assert activations(tiny, hardware, "gpipe", 5) == [5 * first, 5 * last]
+    assert activations(tiny, hardware, "gpipe", 50) == [50 * first, 50 * last]
+    assert activations(tiny, hardware, "1f1b", 50) == [2 * first, last]
+    assert activations(tiny, hardware, "1f1b", 1) == [first, last]
+    # Under ZB-H1 rank 1 delays weight gradients: two micro-batches, with 10 MB for each of two layers' halves.
+    assert activations(tiny, hardware, "zb-h1", 4)[1] == 2 * last + 2 * 2 * 10**7
+
+
+def test_recomputed_block_saves_its_input_only(tiny, hardware):
+    first = 2 * 10**8 + 10**6 + 2 * BOUNDARY
+    assert activations(tiny, hardware, "1f1b", 50, recompute=1)[0] == 2 * first + 10**8  # one is recomputed at a time
+
+
+def test_fewest_blocks_are_recomputed_that_make_a_candidate_fit(tiny, hardware):
+    cost_model = roofline_costs(tiny, hardware, "fp32")
+    inputs = PlanInputs(tiny, hardware, cost_model, "fp32")
+    assert not search(inputs, 1, Constraints(64)).best[0].candidate.recompute
+    constraints = Constraints(64, microbatch=64)
+    plain = search(inputs, 1, constraints).best[0]
+    costs = CandidateCosts(inputs, plain.candidate)
+    sizes = [max(rank_memory(costs.with_recompute(blocks))) for blocks in range(5)]
+    assert sizes[0] > sizes[2] > sizes[3]
+    small = PlanInputs(tiny, replace(hardware, memory=(sizes[2] + sizes[3]) / 2), cost_model, "fp32")
+    best = search(small, 1, constraints).best[0]
+    assert best.candidate == replace(plain.candidate, recompute=3)
+    assert max(best.memory) == sizes[3]
+    assert best.seconds == pytest.approx(plain.seconds + 3 * cost_model(64)[1].forward)
+    tiny_memory = PlanInputs(tiny, replace(hardware, memory=1.0), cost_model, "fp32")
+    assert with_least_recompute(CandidateCosts(tiny_memory, plain.candidate)).candidate.recompute == 4

@@ -1,0 +1,37 @@
+"""The search against an exhaustive one."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fira.planner.candidate_costs import CandidateCosts, PlanInputs
+from fira.planner.candidates import Constraints, candidates
+from fira.planner.costs import LayerCost
+from fira.planner.device_specs import Link
+from fira.planner.memory import rank_memory, with_least_recompute
+from fira.planner.search import search
+from fira.planner.step_time import least_seconds, predict
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    flops=st.sampled_from([1e11, 1e12, 1e13]),
+    memory=st.sampled_from([3e7, 5e7, 1e9]),
+    bandwidth=st.sampled_from([1e8, 1e10]),
+)
+def test_search_equals_exhaustive_search(tiny, hardware, flops, memory, bandwidth):
+    hardware = replace(hardware, memory=memory, inside=dict.fromkeys(hardware.inside, Link(1e-5, bandwidth)))
+
+    def cost_model(microbatch: int) -> list[LayerCost]:
+        seconds = [kind.layer.flops_per_token(128) * microbatch * 128 / flops + 1e-4 for kind in tiny.kinds]
+        return [LayerCost(s, s, s, 2 * s, 2_000_000 * microbatch, 1e-4) for s in seconds]
+
+    inputs = PlanInputs(tiny, hardware, cost_model, "fp32")
+    every = [CandidateCosts(inputs, candidate) for candidate in candidates(tiny, 4, Constraints(16))]
+    every = [c if max(rank_memory(c)) <= memory else with_least_recompute(c) for c in every]
+    assert all(least_seconds(c) <= predict(c).seconds * (1 + 1e-9) for c in every)
+    fitting = sorted(predict(c).seconds for c in every if max(rank_memory(c)) <= memory)
+    best = search(inputs, 4, Constraints(16), limit=5).best
+    assert [estimate.seconds for estimate in best] == pytest.approx(fitting[:5])

@@ -44,6 +44,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run([sys.executable, "-m", "pip", "--python", folder / "venv", "install", "--no-deps", "-q", wheel], folder)
     # sys.path only: an editable installation is a .pth file, which is not read in a folder added in this way.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    for library in Path(sys.prefix, "lib").glob("lib*.so*"):  # mpi4py loads an MPI library from the environment's lib/
+        (folder / "venv" / "lib" / library.name).symlink_to(library)
     return folder / "venv" / "bin"
 
 

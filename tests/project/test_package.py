@@ -56,6 +56,7 @@ def empty(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_modules_and_data_come_from_the_wheel(installed, empty):
     code = "import fira, pipeline; print(fira.__file__, pipeline.__file__)"
     files = [Path(path) for path in run([installed / "python", "-c", code], empty).split()]
@@ -63,10 +64,12 @@ def test_modules_and_data_come_from_the_wheel(installed, empty):
     assert all((path.parent / "py.typed").exists() for path in files)
 
 
+@pytest.mark.slow
 def test_version_is_the_one_of_the_metadata(installed, empty):
     assert run([installed / "fira", "--version"], empty) == f"fira {PROJECT['version']}\n"
 
 
+@pytest.mark.slow
 def test_two_ranks_train_two_steps_in_an_empty_folder(installed, empty, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "README.md").read_text())
@@ -80,6 +83,7 @@ def test_two_ranks_train_two_steps_in_an_empty_folder(installed, empty, tmp_path
     assert run([*generate, "--max-new-tokens", 2], empty).startswith("def ")
 
 
+@pytest.mark.slow
 def test_plan_finds_the_device_descriptions(installed, empty):
     output = run([installed / "fira", "plan", "--device", "t4", "--ranks", 4], empty)
     assert "mpirun -np 4 fira train" in output

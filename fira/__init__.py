@@ -1,7 +1,7 @@
 """Fira: pipeline-parallel training of Mixture-of-Experts language models over MPI.
 
-`from fira import FIRA, encode, decode, load_model, create_pipeline_model`. Each name is loaded when it is first asked
-for, so that `import fira` costs nothing where torch is not needed.
+`from fira import FIRA, encode, decode, load_model, create_pipeline_model`. Each name is imported at its first use, so
+that `import fira` does not import torch.
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ __all__ = [
     "sample_text",
 ]
 
-_HOMES = {
+_MODULES = {
     "FIRA": "fira.models.fira",
     "create_pipeline_model": "fira.parallel.pipeline_model",
     "decode": "fira.generation.text",
@@ -37,6 +37,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'fira' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import pipeline
 from fira.errors import UserError
+from pipeline.mpi import fail
 
 SCRIPTS = {"prepare": "prepare_data"}  # commands whose script in scripts/ has another name
 
@@ -87,7 +87,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        pipeline.fail(str(error), 2)
+        fail(str(error), 2)
     except BrokenPipeError:  # as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # the status that a shell reports for a program that SIGPIPE ended

@@ -1,4 +1,4 @@
-"""What the machine can do: the devices of a rank, and the peak that MFU is measured against."""
+"""Devices of a rank, dtypes by precision, and the measured peak FLOP/s that MFU refers to."""
 
 import ctypes
 import time
@@ -8,12 +8,15 @@ import torch.distributed as dist
 
 from fira.errors import UserError
 
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision; the others do not autocast
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision; fp32 and fp64 do not use autocast
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # constants of <malloc.h>
 
 
 def choose_devices(device: str, local_devices: str | None, local_rank: int) -> list[torch.device]:
-    """This rank's devices: those named, or one; on CUDA machines the local ranks take turns."""
+    """Devices of this rank: those of `local_devices`, else the CPU or, with CUDA, one device by local rank.
+
+    Raises UserError if a name is invalid, a device does not exist, or the devices are of several types.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
     if local_devices:
@@ -22,7 +25,7 @@ def choose_devices(device: str, local_devices: str | None, local_rank: int) -> l
         except RuntimeError:
             raise UserError(f"--local-devices {local_devices}: give devices such as cuda:0,cuda:1 or cpu,cpu") from None
         if len({d.type for d in devices}) > 1:
-            raise UserError(f"--local-devices {local_devices}: all of one kind, please")
+            raise UserError(f"--local-devices {local_devices}: give devices of one type")
         if any(d.type == "cuda" and (d.index or 0) >= torch.cuda.device_count() for d in devices):
             raise UserError(f"--local-devices {local_devices}: there are {torch.cuda.device_count()} CUDA devices")
         return devices
@@ -32,10 +35,10 @@ def choose_devices(device: str, local_devices: str | None, local_rank: int) -> l
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep memory that tensors gave back, so that the next micro-batch finds it mapped.
+    """Let glibc keep freed memory in the process, so that the tensors of the next micro-batch reuse mapped pages.
 
-    As glibc comes, a large tensor is mapped anew each time and its pages are cleared one by one as they are touched:
-    one to two tenths of a step on a CPU. Elsewhere than on glibc this does nothing.
+    By default glibc maps every large tensor again, and the kernel clears its pages at first access, which takes 10 to
+    20 % of a step on a CPU. Without glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -44,7 +47,7 @@ def keep_freed_memory() -> None:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of large matrix products, summed over all ranks, which measure at the same time (collective)."""
+    """FLOP/s of large matrix products, measured by all ranks at the same time and summed over them (collective)."""
     n = 4096 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = a @ b
@@ -61,5 +64,5 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
 
 
 def parameter_dtype(precision: str) -> torch.dtype:
-    """The dtype of parameters, and of the tensors between stages, under a `--precision`."""
+    """Dtype of the parameters and of the tensors between stages for a value of --precision."""
     return torch.float64 if precision == "fp64" else torch.float32

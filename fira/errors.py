@@ -1,8 +1,8 @@
-"""The one exception that is the user's to mend."""
+"""The exception for invalid input."""
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used. The message is one line: what, where, and what to do.
+    """Raised for invalid input. The message is one line that states what is wrong, where, and what to do.
 
-    Scripts print the line without a traceback and end every rank with status 2.
+    Commands print the line without a traceback and end all ranks with exit status 2.
     """

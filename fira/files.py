@@ -1,4 +1,4 @@
-"""Files that are on the disk when a call returns, and errors that name the file they concern."""
+"""Durable writes, and errors that name the file."""
 
 import os
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from fira.errors import UserError
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and flush it to the disk."""
     with naming(path):
         path.write_bytes(content)
     sync(path)
 
 
 def sync(path: Path) -> None:
-    """Wait until the file, or the names in the folder, at `path` are on the disk."""
+    """Flush a file, or the directory entries of a folder, to the disk (fsync)."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -29,7 +29,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """What fails inside concerns `path`: a full disk does not say of itself which file it could not take."""
+    """Raise OSError and SafetensorError of the block as a UserError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""A progress bar with the time that remains: drawn in place on a terminal, a line every few seconds in a log."""
+"""Progress bar with the remaining time: drawn in place on a terminal, printed every few seconds elsewhere."""
 
 import sys
 
@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 class _Lines:
-    """What tqdm would draw over the line before becomes a line of its own."""
+    """File object that prints each state of a tqdm bar as a separate line on stderr."""
 
     def write(self, text: str) -> None:
         if line := text.strip("\r\n "):
@@ -17,7 +17,7 @@ class _Lines:
 
 
 def progress_bar(total: int, label: str, shown: bool) -> tqdm:
-    """A bar over `total` bytes or tokens that appears when the work takes more than a few seconds."""
+    """A bar over `total` bytes or tokens, which appears after two seconds if `shown`."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,

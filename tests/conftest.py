@@ -1,7 +1,7 @@
-"""For all tests: one thread per process.
+"""Settings of all tests: one thread per process.
 
-Sums then have one order, so that what must be equal bit for bit is; and tests that share their cores with others do
-not wait for threads that spin.
+With one thread, sums have a fixed order, so that results can be compared bitwise, and processes that share cores do not
+spend time in spinning threads.
 """
 
 import os

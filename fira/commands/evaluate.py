@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from itertools import chain
 
 from fira import cli, encode, load_model
+from fira.checkpoint.load_model import own_tokenizer
 from fira.data.sources import documents
 from fira.data.tokenizer import eos_id, load_tokenizer
 from fira.devices import choose_devices
 from fira.errors import UserError
 from fira.generation.perplexity import TextLoss, perplexity
-from fira.generation.text import own_tokenizer
 from fira.generation.utilisation import counting_experts, shares
 from fira.models.language_model import LanguageModel
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fira import cli, encode, load_model
+from fira.checkpoint.load_model import own_tokenizer
 from fira.data.tokenizer import eos_id, load_tokenizer
 from fira.devices import choose_devices
 from fira.errors import UserError
 from fira.generation.options import add_sampling, sampling
 from fira.generation.perplexity import perplexity
-from fira.generation.text import continue_text, own_tokenizer, text_or_content
+from fira.generation.text import continue_text, text_or_content
 from fira.models.language_model import LanguageModel
 
 

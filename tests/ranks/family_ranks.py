@@ -29,7 +29,7 @@ class Training:
         self.loader = Loader(parity_ranks.Tokens(config.vocab_size), config.seq_len, seed=3)  # type: ignore[arg-type]
 
     def steps(self, count: int) -> list[list[float]]:
-        results = [self.trainer.step(self.loader, 4, 1e-2, seed=11, flags=[]) for _ in range(count)]
+        results = [self.trainer.step(self.loader, 4, 1e-2, seed=11) for _ in range(count)]
         return [[result.loss, result.aux_loss, result.grad_norm] for result in results]
 
 

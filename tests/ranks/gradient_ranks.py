@@ -67,7 +67,7 @@ def clipped(mesh: Mesh, clip: float) -> list[float]:
     split = BatchSplit(2, 1, 0, CONFIG.d_model)
     trainer = Trainer(model, mesh, split, "1f1b", weight_decay=0.1, clip=clip, fp16=False)
     loader = Loader(Tokens(CONFIG.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
-    grad_norm = trainer.step(loader, 4, 1e-3, seed=11, flags=[]).grad_norm
+    grad_norm = trainer.step(loader, 4, 1e-3, seed=11).grad_norm
     return [grad_norm, float(torch.cat([s.parameter.grad.flatten() for s in model.shards]).norm())]
 
 

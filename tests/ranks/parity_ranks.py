@@ -77,7 +77,7 @@ def train(
     loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
     results = []
     for step in range(1, steps + 1):
-        result = trainer.step(loader, batch, learning_rate(step, steps, 1e-2, 1e-3, 3), seed=11, flags=[])
+        result = trainer.step(loader, batch, learning_rate(step, steps, 1e-2, 1e-3, 3), seed=11)
         results.append([result.loss, result.aux_loss, result.grad_norm])
     weights = {s.name: float(s.parameter.detach().double().sum()) for s in built.shards if not s.expert}
     experts = {"load": result.expert_load, "dropped": result.expert_dropped, "entropy": [result.router_entropy]}

@@ -9,7 +9,7 @@ from fira.data.loader import Loader, ValidationSequences
 from fira.models.registry import from_document
 from fira.optim.lr_schedule import learning_rate
 from fira.parallel.batch_split import BatchSplit
-from fira.parallel.parallelize import Distributed, parallelize
+from fira.parallel.parallelize import DistributedModel, parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
 from tests.reference_training import Settings, token_ids
@@ -53,7 +53,7 @@ def train(
     return {"initial": initial, "steps": steps, "val_loss": loss, "weights": _weights(built)}
 
 
-def _weights(built: Distributed) -> dict[str, Any]:
+def _weights(built: DistributedModel) -> dict[str, Any]:
     return {part.name: (part.start, part.parameter.tolist()) for part in built.parts}
 
 

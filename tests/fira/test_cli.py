@@ -1,0 +1,43 @@
+"""Log messages of the commands: streams, prefixes and levels."""
+
+import logging
+
+import pytest
+
+from fira import cli
+
+MESSAGES = [(logging.DEBUG, "detail"), (logging.INFO, "event"), (logging.WARNING, "problem")]
+
+
+@pytest.fixture
+def restored():
+    yield
+    for name in ("fira", "pipeline"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.level = [], logging.NOTSET
+
+
+@pytest.mark.parametrize(
+    ("quiet", "verbose", "rank", "out"),
+    [
+        (False, False, 0, "event\n"),
+        (False, False, 1, ""),
+        (True, False, 0, ""),
+        (False, True, 1, "rank 1 DEBUG fira.x: detail\nrank 1 INFO fira.x: event\n"),
+    ],
+)
+@pytest.mark.usefixtures("restored")
+def test_information_goes_to_stdout_and_warnings_to_stderr(capsys, quiet, verbose, rank, out):
+    cli.start_logging(quiet, verbose, rank)
+    for level, message in MESSAGES:
+        logging.getLogger("fira.x").log(level, message)
+    captured = capsys.readouterr()
+    assert captured.out == out
+    assert captured.err == f"rank {rank} WARNING fira.x: problem\n"
+
+
+def test_quiet_and_verbose_exclude_each_other():
+    parser = cli.Parser("test")
+    parser.add_verbosity()
+    with pytest.raises(cli.UserError, match="not allowed with"):
+        parser.parse_args(["--quiet", "--verbose"])

@@ -12,7 +12,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """In it autocast does nothing on a device."""
+    """Context manager that disables autocast on one type of device."""
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 

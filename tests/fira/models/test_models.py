@@ -18,7 +18,7 @@ from fira.models.registry import PRESETS, build, from_document, to_document
 from fira.nn.context import Context, TrainingContext
 from fira.nn.cross_entropy import LOGITS, linear_cross_entropy
 from fira.nn.moe.dispatcher import TokenDispatcher
-from fira.nn.moe.grouped_linear import RowGroups, _one_kernel, grouped_linear
+from fira.nn.moe.grouped_linear import RowGroups, _grouped_mm, grouped_linear
 from fira.nn.moe.layer import MoE, Router
 from fira.nn.moe.permutation import gather_rows, sort_by_expert, weighted_sum
 from tests import reference
@@ -336,7 +336,7 @@ def test_rows_of_no_expert_are_zero_and_have_no_gradient() -> None:
     """By a product for each expert, and by the kernel for all, which leaves what it likes in such rows."""
     counts, weight, bias = torch.tensor([3, 0, 2]), torch.randn(3, 8, 4), torch.randn(3, 8)
     results = []
-    for product in (grouped_linear, _one_kernel):
+    for product in (grouped_linear, _grouped_mm):
         x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
         y = product(x, RowGroups(counts, ragged=True), weight, bias)
         results.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))

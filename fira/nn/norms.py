@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 class UnitRMS(nn.Module):
-    """x / (‖x‖ / √d + 1e-8): no gain to learn."""
+    """x / (‖x‖ / √d + 1e-8), without a learned gain."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = _wide(x)

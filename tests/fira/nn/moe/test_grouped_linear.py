@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fira import FIRA
 from fira.models.registry import PRESETS
 from fira.nn.context import Context
+from fira.nn.moe.grouped_linear import RowGroups, _grouped_mm, grouped_linear
 from fira.nn.moe.layer import MoE
 
 

@@ -1,4 +1,4 @@
-"""Causal self-attention, with the variants that the families are made of."""
+"""Causal self-attention with the options of all model families."""
 
 from collections.abc import Callable
 
@@ -14,8 +14,8 @@ from fira.nn.rotary import Rotary
 class SelfAttention(nn.Module):
     """softmax(q kᵀ / √hd) v per head, each token attending to itself and earlier ones (Vaswani et al. 2017).
 
-    name: global; under it a cache keeps the keys and values.
-    linear: makes the projections q, k, v, o from (width in, width out, bias=).
+    name: the module's global name, the key of its keys and values in a cache.
+    linear: constructor of the projections q, k, v, o, called as linear(in, out, bias=).
     n_kv_head: each key and value head serves n_head / n_kv_head query heads (Ainslie et al. 2023, arXiv 2305.13245).
     qk_norm_eps: RMS-normalise q and k over their full width, before they are split into heads.
     window: token t attends to (t − window, t].
@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """x: [B, T, d] → [B, T, d]. With a cache, x are the tokens that follow those in it."""
+        """x: [B, T, d] → [B, T, d]. With a cache, x holds the tokens that follow the cached ones."""
         cache = context.decoding.cache
         length = x.shape[1] + (cache.length if cache is not None else 0)
         q, k, v = (
@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
                 q, k = self.rotary(length, q, k)
         if cache is not None:
             k, v = cache.extend(self.name, k, v, self.window)
-        if self.rotary is not None and self.rotary.grows:  # then the angles of all keys are new
+        if self.rotary is not None and self.rotary.grows:  # the angles of all keys depend on the length
             (k,) = self.rotary(length, k)
         mask = self._mask(q, k, length, context.starts)
         if context.decoding.attentions is not None:
@@ -83,9 +83,9 @@ class SelfAttention(nn.Module):
         return self.o(y if self.g is None else y * self.g(x))
 
     def _mask(self, q: Tensor, k: Tensor, length: int, starts: Tensor | None) -> Tensor | None:
-        """[new, seen] or [B, 1, new, seen] bool: which keys each query sees, both being the last of `length` tokens.
+        """[new, seen] or [B, 1, new, seen] bool: the keys that each query attends to; both end at token `length`.
 
-        None where that is all of them for one query, or what is called causal for as many queries as keys.
+        None if it is all keys for one query, or the causal mask for as many queries as keys.
         """
         new, seen = q.shape[2], k.shape[2]
         window = self.window or seen
@@ -95,16 +95,16 @@ class SelfAttention(nn.Module):
         mask = mask.tril(seen - new).triu(seen - new - window + 1)
         if starts is None:
             return mask
-        inside = torch.arange(length - seen, length, device=q.device) >= starts[:, None, None, None]
-        return mask & inside | mask.triu(seen - new)  # padding sees itself: a softmax over nothing is no number
+        unpadded = torch.arange(length - seen, length, device=q.device) >= starts[:, None, None, None]
+        return mask & unpadded | mask.triu(seen - new)  # padding attends to itself: a softmax over an empty set is NaN
 
     def own_flops_per_token(self, length: int) -> float:
-        """Scores and values, of which causality leaves half, and a window less."""
+        """FLOPs of scores and weighted values; the causal mask halves them, a window reduces them."""
         return 2.0 * self.o.in_features * min(length, 2 * (self.window or length))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What scaled_dot_product_attention computes, and the probabilities [B, H, new, seen], which it does not show."""
+    """scaled_dot_product_attention, and the probabilities [B, H, new, seen], which it does not return."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is None:

@@ -1,4 +1,4 @@
-"""What every layer of a language model is: a module called as `layer(x, context)` that can say what it costs."""
+"""Base class of the layers of a language model: a module called as `layer(x, context)` that reports its FLOPs."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ class Layer(nn.Module):
     """One entry of `LanguageModel.layers`."""
 
     def flops_per_token(self, length: int) -> float:
-        """Forward FLOPs per token in sequences of `length`: of all Linears, and what other modules add of their own."""
+        """Forward FLOPs per token in sequences of `length`: all Linears, and modules with `own_flops_per_token`."""
         total = 0.0
         for module in self.modules():
             if isinstance(module, nn.Linear):

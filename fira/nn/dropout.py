@@ -1,8 +1,8 @@
 """Dropout whose mask is a pure function of (sequence key, position, place in the model, channel).
 
-No generator, no state: the mask does not depend on the rank, the micro-batch, the device or the order of execution,
-recomputing a layer gives the same mask, and a checkpoint has no random state to keep. On a CPU it costs no
-more than drawing from a generator.
+There is no generator and no state: the mask does not depend on the rank, the micro-batch, the device or the order of
+execution, recomputing a layer gives the same mask, and checkpoints need no random state. On a CPU the cost is not
+higher than that of a generator.
 """
 
 import math
@@ -21,7 +21,7 @@ _FIRST, _SECOND, _GOLDEN = _signed(0x7FEB352D), _signed(0x846CA68B), _signed(0x9
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of int32 that spreads every bit over all."""
+    """Bijection of int32 in which every output bit depends on every input bit."""
     x = x * _FIRST
     x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
     x = x.mul_(_SECOND)
@@ -36,12 +36,12 @@ def token_keys(keys: Tensor, start: int, length: int) -> Tensor:
 
 
 def random_bits(rows: Tensor, columns: int) -> Tensor:
-    """[…] int32 row keys → […, columns] int32, uniform; the higher a bit the more random."""
+    """[…] int32 row keys → […, columns] int32, uniform; the high bits are of better quality than the low ones."""
     channel = _mix(torch.arange(1, columns + 1, dtype=torch.int32, device=rows.device))
     bits = rows[..., None] ^ channel
     bits.mul_(_FIRST)
     bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF))
-    return bits.mul_(_SECOND)  # its high bits, which comparisons read, depend on all bits of row and channel
+    return bits.mul_(_SECOND)  # the high bits, which decide comparisons, depend on all bits of row and channel
 
 
 def keep_mask(rows: Tensor, columns: int, p: float) -> Tensor:
@@ -57,19 +57,19 @@ def normal(rows: Tensor, columns: int) -> Tensor:
 
 
 def salt(name: str) -> int:
-    """A number for one place in the model, by its global name."""
+    """A number for a module, derived from its global name."""
     return _signed(zlib.crc32(name.encode()))
 
 
 def at_place(rows: Tensor, salt: int) -> Tensor:
-    """[…] int32 token keys → the row keys of one place in the model."""
+    """[…] int32 token keys → row keys for the module with this salt."""
     return _mix(rows ^ salt)
 
 
 class Dropout(nn.Module):
     """Zero a fraction p of the channels of each row and scale the rest by 1 / (1 − p).
 
-    name: the module's global name; two places in a model draw different masks because their names differ.
+    name: the module's global name; modules with different names draw different masks.
     """
 
     def __init__(self, p: float, name: str) -> None:

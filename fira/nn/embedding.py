@@ -1,4 +1,4 @@
-"""The first and the last layer: tokens to vectors, and vectors to logits."""
+"""The first and the last layer of a model: embedding of tokens, and projection to logits or loss."""
 
 import torch
 from torch import Tensor, nn
@@ -10,21 +10,21 @@ from fira.nn.dropout import Dropout
 
 
 class TokenTable(nn.Embedding):
-    """A vector per token, from N(0, std²)."""
+    """Embedding table initialised from N(0, std²)."""
 
     def __init__(self, vocab_size: int, d_model: int, std: float) -> None:
         super().__init__(vocab_size, d_model)
         self.std = std
 
     def reset_parameters(self) -> None:
-        """Left to `init_parameter`: on the meta device torch's own would import its compiler, two seconds a rank."""
+        """No-op, see `init_parameter`; on the meta device torch's version would import its compiler (two seconds)."""
 
     def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         value.normal_(std=self.std, generator=generator)
 
 
 class Embedding(Layer):
-    """scale · token + position. positions: how many are learned; 0: none. std: of the token vectors at the start."""
+    """scale · token + position. positions: number of learned positions; 0: none. std: of the initial vectors."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Embedding(Layer):
         self.dropout = Dropout(dropout, "layers.0.dropout")
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        """[B, T] int64, or their vectors [B, T, d] → [B, T, d]. ValueError: more tokens than learned positions."""
+        """Tokens [B, T] int64 or vectors [B, T, d] → [B, T, d]. Raises ValueError beyond the learned positions."""
         x = tokens if tokens.is_floating_point() else self.token(tokens)
         if self.scale != 1:
             x = x * self.scale
@@ -56,7 +56,7 @@ class Embedding(Layer):
 
 
 class Head(Layer):
-    """Final norm and projection to logits; where the context has targets, on to the loss."""
+    """Final norm and projection to logits, or with targets in the context to the summed loss."""
 
     def __init__(self, norm: nn.Module, project: nn.Linear) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Head(Layer):
         self.project = project
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → logits [B, T, vocab], of the last tokens if so wanted; or with targets their summed loss [1]."""
+        """[B, T, d] → logits [B, T or logits_to_keep, vocab]; with targets their summed loss [1]."""
         targets, kept = context.training.targets, context.decoding.logits_to_keep
         if targets is None:
             return self.project(self.norm(x if kept is None else x[:, -kept:]))

@@ -1,4 +1,4 @@
-"""Initial weights that do not depend on the layout: every tensor is drawn from a generator seeded by its name."""
+"""Initialisation that does not depend on the layout: each tensor has a generator seeded by its name."""
 
 import hashlib
 import math
@@ -13,10 +13,10 @@ from fira.nn.norms import RMSNorm
 
 @runtime_checkable
 class OwnInit(Protocol):
-    """A module that says itself how its own parameters start."""
+    """A module that initialises its own parameters."""
 
     def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
-        """Fill `value`, which has the parameter's shape; of an expert's parameter, one expert's slice."""
+        """Fill `value`, which has the shape of the parameter `name`."""
 
 
 class PerExpertInit:
@@ -27,7 +27,7 @@ class PerExpertInit:
 
 
 class Xavier(nn.Linear):
-    """A Linear whose weight starts xavier-uniform (Glorot & Bengio 2010)."""
+    """A Linear with Xavier-uniform initial weight (Glorot & Bengio 2010)."""
 
     def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         fans = (self.in_features + self.out_features) / 2 if name == "weight" else self.in_features
@@ -36,7 +36,7 @@ class Xavier(nn.Linear):
 
 
 class Normal(nn.Linear):
-    """A Linear that starts from N(0, 0.02²), its bias at zero, as GPT-2 and Llama have it."""
+    """A Linear with initial weight from N(0, 0.02²) and zero bias, as in GPT-2 and Llama."""
 
     def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         if name == "bias":
@@ -62,17 +62,17 @@ def initialise(layer: nn.Module, prefix: str, seed: int, first_expert: int = 0) 
 
 
 def initial_values(module: nn.Module, path: str, seed: int, first_expert: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """A module's own parameters, each with what it starts from as the module says, and its buffers with zeros.
+    """Pairs of a module's own parameters and their initial values, and of its buffers and zeros.
 
-    path: its global name. Each expert is drawn by its own name, so a rank draws only those it holds. Drawing happens
-    on the CPU in fp32.
+    path: the module's global name. Each expert has its own name, so a rank draws only its local experts. Values are
+    drawn on the CPU in fp32.
     """
     for name, parameter in module.named_parameters(recurse=False):
         full = f"{path}.{name}"
         value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
         if isinstance(module, PerExpertInit):
-            for i, one in enumerate(value):
-                module.init_parameter(name, one, _generator(seed, f"{full}.{first_expert + i}"))
+            for i, expert in enumerate(value):
+                module.init_parameter(name, expert, _generator(seed, f"{full}.{first_expert + i}"))
         elif isinstance(module, OwnInit):
             module.init_parameter(name, value, _generator(seed, full))
         else:
@@ -83,7 +83,7 @@ def initial_values(module: nn.Module, path: str, seed: int, first_expert: int = 
 
 
 def _fill(module: nn.Module, name: str, value: Tensor, generator: torch.Generator) -> None:
-    """torch's defaults."""
+    """Fill with the defaults of torch."""
     if isinstance(module, nn.LayerNorm | nn.GroupNorm | RMSNorm):
         value.fill_(1.0 if name == "weight" else 0.0)
     elif isinstance(module, nn.Embedding):
@@ -92,4 +92,4 @@ def _fill(module: nn.Module, name: str, value: Tensor, generator: torch.Generato
         bound = 1 / math.sqrt(module.in_features)
         value.uniform_(-bound, bound, generator=generator)
     else:
-        raise TypeError(f"no rule says how {type(module).__name__}.{name} starts")
+        raise TypeError(f"no initialisation is defined for {type(module).__name__}.{name}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class GatedMLP(nn.Module):
-    """W2 (silu(W1 x) ⊙ W3 x), without biases (Shazeer 2020, arXiv 2002.05202). linear: makes W1, W2 and W3."""
+    """W2 (silu(W1 x) ⊙ W3 x), without biases (Shazeer 2020, arXiv 2002.05202). linear: constructor of W1, W2 and W3."""
 
     def __init__(self, d_model: int, d_ff: int, linear: Callable[..., nn.Linear]) -> None:
         super().__init__()

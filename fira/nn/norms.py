@@ -12,7 +12,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """In it autocast does nothing on a device."""
+    """Context manager that disables autocast on one type of device."""
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
 
 class UnitRMS(nn.Module):
-    """x / (‖x‖ / √d + 1e-8): no gain to learn."""
+    """x / (‖x‖ / √d + 1e-8), without a learned gain."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = _wide(x)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in halves as Llama has it."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), with the pairing of halves that Llama uses."""
 
 import math
 from typing import NamedTuple
@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 class Stretch(NamedTuple):
-    """Llama 3.1's way to longer contexts: what makes few turns in the `original` context turns `factor` times slower.
+    """Llama 3.1's frequency scaling for longer contexts.
 
-    Few are fewer than `low`. What makes more than `high` turns stays as it was, and between them it is a blend.
+    Frequencies with fewer than `low` turns in the `original` context length are divided by `factor`, those with more
+    than `high` turns are unchanged, and those between are interpolated linearly.
     """
 
     factor: float
@@ -25,10 +26,10 @@ class Stretch(NamedTuple):
 
 
 class Rotary:
-    """Turns each pair (x_i, x_{i + hd/2}) of a head by position · θ^(−2i/hd).
+    """Rotates each pair (x_i, x_{i + hd/2}) of a head by the angle position · θ^(−2i/hd).
 
-    max_position: from there on θ grows with the length T, θ' = θ · (s·T/max − (s − 1))^(hd / (hd − 2)), which is
-    "dynamic NTK" scaling as transformers has it; s is `factor`. None: θ never changes. stretch: see Stretch.
+    max_position: for longer sequences θ grows with the length T, θ' = θ · (s·T/max − (s − 1))^(hd / (hd − 2)), the
+    "dynamic NTK" scaling of transformers; s is `factor`. None: θ is constant. stretch: see Stretch.
     """
 
     def __init__(
@@ -40,44 +41,44 @@ class Rotary:
         stretch: Stretch | None = None,
     ) -> None:
         if head_dim % 2:
-            raise ValueError(f"rotary embedding turns pairs; head_dim {head_dim} is odd")
+            raise ValueError(f"head_dim {head_dim} is odd; rotary embedding needs an even one")
         self.head_dim = head_dim
         self.theta = theta
         self.max_position = max_position
         self.factor = factor
         self.stretch = stretch
-        self._turns: tuple[Tensor, Tensor] | None = None  # of the first positions, where θ never changes
+        self._cached: tuple[Tensor, Tensor] | None = None  # cos and sin of the first positions, if θ is constant
 
     @property
     def grows(self) -> bool:
-        """Whether a token's angles depend on the length, so that it cannot be turned once and for all."""
+        """Whether a token's angles depend on the length of the sequence, so that rotated keys cannot be cached."""
         return self.max_position is not None
 
     def __call__(self, length: int, *heads: Tensor) -> list[Tensor]:
-        """Each [B, H, n, hd], the last n of `length` positions → the same, turned: x ⊙ cos + (−b, a) ⊙ sin."""
+        """heads [B, H, n, hd] at the last n of `length` positions → rotated: (a, b) ⊙ cos + (−b, a) ⊙ sin."""
         wide = torch.promote_types(heads[0].dtype, torch.float32)
-        cos, sin = self._turns_up_to(length, wide, heads[0].device)
+        cos, sin = self._cos_sin(length, wide, heads[0].device)
         first = length - heads[0].shape[2]
         cos, sin = cos[first:length], sin[first:length]
         half = self.head_dim // 2
         return [torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype) for x in heads]
 
-    def _turns_up_to(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin [length or more, hd] of every position's angles, each twice, the first time with −sin.
+    def _cos_sin(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(cos, cos) and (−sin, sin) [length or more, hd] of the angles of every position.
 
-        Angles are computed in float64: in fp32 the product loses a digit for every factor of ten in the position.
+        Angles are computed in float64: in fp32 the error of the product grows in proportion to the position.
         """
-        known = None if self.grows else self._turns
-        if known is None or len(known[0]) < length or known[0].dtype != dtype or known[0].device != device:
+        cached = None if self.grows else self._cached
+        if cached is None or len(cached[0]) < length or cached[0].dtype != dtype or cached[0].device != device:
             count = length if self.grows else max(256, 2 * length)
-            with torch.inference_mode(False):  # what is kept may be wanted for training later
+            with torch.inference_mode(False):  # the cached tensors may be used for training later
                 positions = torch.arange(count, dtype=torch.float64, device=device)
                 halves = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
                 frequencies = self._theta(length) ** -halves
                 angles = positions[:, None] * (self.stretch(frequencies) if self.stretch else frequencies)
                 cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-                known = self._turns = torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
-        return known
+                cached = self._cached = torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
+        return cached
 
     def _theta(self, length: int) -> float:
         if self.max_position is None or length <= self.max_position:

@@ -1,6 +1,7 @@
-"""RWKV-5's time mixing and channel mixing (Peng et al. 2024, arXiv 2404.05892), with one decay per head.
+"""Time mixing and channel mixing of RWKV-5 (Peng et al. 2024, arXiv 2404.05892), with one decay per head.
 
-Per head, with a matrix S as state, w = exp(−exp(decay)) and k_t v_tᵀ an outer product:
+Shapes: B sequences of T tokens, H heads of K channels, n chunks of C tokens; r, k, v [B, H, T, K].
+The state S of a head is a [K, K] matrix, w = exp(−exp(decay)), and k_t v_tᵀ is an outer product:
 
     y_t = r_tᵀ (S_t + u · k_t v_tᵀ)        S_{t+1} = w · S_t + k_t v_tᵀ
 """
@@ -16,10 +17,9 @@ CHUNK = 64
 
 
 def _decay(log_w: Tensor, distance: Tensor) -> Tensor:
-    """w^distance per head, zero where the distance is negative: [H] and any shape → [H, …].
+    """w^distance per head, zero if the distance is negative: log_w [H], distance […] → [H, …].
 
-    No power is taken of 1/w, whatever the chunk: exponents are never positive, so nothing overflows, and a decay so
-    strong that w underflows is a plain zero.
+    Exponents are never positive, so nothing overflows; if w underflows, the result is zero.
     """
     powers = (log_w.view(-1, *[1] * distance.dim()) * distance.clamp(min=0)).exp()
     return powers.masked_fill(distance < 0, 0.0)
@@ -30,13 +30,13 @@ def recurrence(
 ) -> tuple[Tensor, Tensor]:
     """r, k, v: [B, H, T, K]; log_w, u: [H]; state: [B, H, K, V] before the first token, None for zero → y, new state.
 
-    Tokens are cut into chunks. Inside a chunk, and then among the chunks' sums of k vᵀ, the recurrence is a product
-    with a triangular matrix of decays: no loop, and O(T · chunk + (T / chunk)²) instead of O(T²).
+    The tokens are split into chunks. Within a chunk, and between the chunks' sums of k vᵀ, the recurrence is a product
+    with a triangular matrix of decays, which costs O(T · chunk + (T / chunk)²) instead of O(T²) and needs no loop.
     """
     length = r.shape[2]
     chunk = min(chunk, length)
     missing = -length % chunk
-    # Zeros in front add nothing to a state that starts from zero; what comes from `state` is added apart.
+    # Leading zeros do not change a state that starts at zero; the contribution of `state` is added at the end.
     pieces = [nn.functional.pad(x, (0, 0, missing, 0)).unflatten(2, (-1, chunk)) for x in (r, k, v)]
     r_, k_, v_ = pieces  # [B, H, n, C, K]
     at = torch.arange(chunk, device=r.device)
@@ -65,14 +65,14 @@ def _previous(x: Tensor, cache: KVCache | None, name: str) -> Tensor:
 
 
 def _shift(width: int, power: float) -> Tensor:
-    """1 − a^power with a = i/d: how much of the token before each channel starts with."""
+    """[width] 1 − a^power with a = i/d: the initial weight of the previous token in each channel."""
     return 1 - (torch.arange(width) / width) ** power
 
 
 class TimeMix(nn.Module):
-    """W_o (GroupNorm_H(y) ⊙ g): r, k, v and g are linear in a mixture of each token with the one before, g in silu.
+    """W_o (GroupNorm_H(y) ⊙ silu(g)); r, k, v, g: linear in mixtures of each token and the one before.
 
-    layer of layers: its depth l of L, on which the initial mixtures and decays depend. ρ = l/(L−1), σ = 1 − l/L.
+    layer, layers: index l and number L of blocks; the initial values depend on ρ = l/(L−1) and σ = 1 − l/L.
     """
 
     def __init__(self, d_model: int, n_head: int, layer: int, layers: int) -> None:
@@ -88,7 +88,7 @@ class TimeMix(nn.Module):
         self.norm = nn.GroupNorm(n_head, d_model, eps=64e-5)
 
     def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
-        """Deterministic: early channels and late layers mix in more of the token before; heads forget at all speeds."""
+        """Deterministic initial mixtures, decays and bonuses as functions of layer, head and channel."""
         width, heads = len(self.maa_r), len(self.decay)
         head = torch.arange(heads) / max(1, heads - 1)
         start = {
@@ -102,7 +102,7 @@ class TimeMix(nn.Module):
         value.copy_(start[name])
 
     def forward(self, x: Tensor, cache: KVCache | None, name: str) -> Tensor:
-        """[B, T, d] → [B, T, d]. name: under which a cache keeps this call's last token and state."""
+        """[B, T, d] → [B, T, d]. name: key of this call's last token and state in a cache."""
         change = _previous(x, cache, f"{name}.x") - x
         mixed = (x + change * maa for maa in (self.maa_r, self.maa_k, self.maa_v, self.maa_g))
         r, k, v, g = (linear(m) for linear, m in zip((self.r, self.k, self.v, self.g), mixed, strict=True))
@@ -111,7 +111,7 @@ class TimeMix(nn.Module):
         return self.o(y * nn.functional.silu(g))
 
     def _recur(self, r: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, name: str) -> Tensor:
-        """[B, T, d] each → [B, T, d], in fp32 or better: states add up over a whole sequence."""
+        """[B, T, d] each → [B, T, d], computed in at least fp32, because states accumulate over a whole sequence."""
         wide = torch.promote_types(self.decay.dtype, torch.float32)
         with full_precision(r.device):
             r, k, v = (x.to(wide).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (r, k, v))
@@ -122,13 +122,13 @@ class TimeMix(nn.Module):
         return y.to(self.decay.dtype).transpose(1, 2).flatten(2)
 
     def own_flops_per_token(self, length: int) -> float:
-        """Products inside a chunk, and of r, k and v with states."""
+        """FLOPs of the products within a chunk, and of r, k and v with the states."""
         width = len(self.maa_r)
         return 4.0 * width * (min(CHUNK, length) + self.head_dim)
 
 
 class ChannelMix(nn.Module):
-    """sigmoid(W_r x_r) ⊙ W_v relu(W_k x_k)², with the same kind of mixtures as TimeMix."""
+    """sigmoid(W_r x_r) ⊙ W_v relu(W_k x_k)², with mixtures of tokens as in TimeMix."""
 
     def __init__(self, d_model: int, width: int, layer: int, layers: int) -> None:
         super().__init__()
@@ -139,11 +139,11 @@ class ChannelMix(nn.Module):
         self.r = Normal(d_model, d_model, bias=False)
 
     def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
-        """As TimeMix's maa_k."""
+        """Initial mixtures as TimeMix.maa_k."""
         value.copy_(_shift(len(value), self.sigma))
 
     def forward(self, x: Tensor, cache: KVCache | None, name: str) -> Tensor:
-        """[B, T, d] → [B, T, d]. name: under which a cache keeps the last token."""
+        """[B, T, d] → [B, T, d]. name: key of the last token in a cache."""
         change = _previous(x, cache, f"{name}.x") - x
         k = self.k(x + change * self.maa_k).relu().square()
         return self.r(x + change * self.maa_r).sigmoid() * self.v(k)

@@ -1,4 +1,4 @@
-"""How many of a sequence's assignments an expert takes, where that is limited."""
+"""Expert capacity: a limit on the assignments per expert and sequence."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def within_capacity(experts: Tensor, valid: Tensor, num_experts: int, factor: float) -> Tensor:
-    """experts [B, T, k], valid [B, T] → [B, T, k] bool: which assignments an expert takes; padding's are none.
+    """experts [B, T, k], valid [B, T] → [B, T, k] bool: the accepted assignments; false for padding.
 
-    In each sequence of n valid tokens an expert takes the first ⌈factor · k · n / E⌉ that come to it, in the order of
-    the tokens (Fedus et al. 2021, arXiv 2101.03961). Elsewhere the batch is what is counted, which makes a token's fate
-    depend on other sequences, on the micro-batch and on the rank.
+    In a sequence of n valid tokens an expert accepts the first ⌈factor · k · n / E⌉ assignments in the order of the
+    tokens (Fedus et al. 2021, arXiv 2101.03961). Other implementations count per batch, so that the result for a token
+    depends on the other sequences, on the micro-batch and on the rank.
     """
     batch, length, top_k = experts.shape
     chosen = F.one_hot(experts.flatten(1), num_experts) * valid.repeat_interleave(top_k, 1)[..., None]

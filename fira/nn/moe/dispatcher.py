@@ -1,6 +1,10 @@
-"""Dispatch of tokens to experts on the same rank.
+"""Dispatch of tokens to experts on the same rank, and combination of the experts' outputs.
 
-`fira.parallel.expert_parallel` has the dispatcher for experts on several ranks; it has the same three methods.
+Shapes: N tokens, k experts per token, n rows for the experts of this rank (here N·k).
+
+    rows of tokens [N, d] ── dispatch ─→ [n, d], sorted by expert ── experts ─→ [n, h] ── combine ─→ [N·k, h]
+
+`fira.parallel.expert_parallel` has the dispatcher with the same three methods for experts on several ranks.
 """
 
 from dataclasses import dataclass
@@ -14,29 +18,29 @@ from fira.nn.moe.permutation import count_by_expert, gather_rows, sort_by_expert
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Who goes where: `order` sorts the N·k assignments by expert, `inverse` puts them back."""
+    """Permutation of the N·k assignments: `order` sorts them by expert, `inverse` restores the order of the tokens."""
 
     order: Tensor
     inverse: Tensor
-    groups: RowGroups  # the rows of each expert that is computed here
+    groups: RowGroups  # numbers of rows of the experts on this rank
 
 
 class TokenDispatcher:
-    """Brings each token's row to its experts, and the results back. All experts are on this rank."""
+    """Moves the rows of tokens to their experts, and the outputs back. All experts are on this rank."""
 
     def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> DispatchPlan:
-        """experts: [N, k] chosen experts. dropped: some may be `num_experts`, which stands for none of them."""
+        """Plan of experts [N, k]. dropped: some entries may be `num_experts`, which means no expert."""
         flat = experts.flatten()
-        if len(experts) == 1 and not (dropped or flat.is_cuda):  # of one token nothing has to be sorted
+        if len(experts) == 1 and not (dropped or flat.is_cuda):  # one token: nothing to sort
             order = torch.arange(len(flat))
             return DispatchPlan(order, order, RowGroups(None, dict.fromkeys(flat.tolist(), 1)))
         counts = count_by_expert(flat, num_experts + 1)[:num_experts]
         return DispatchPlan(*sort_by_expert(flat), RowGroups(counts, ragged=dropped))
 
     def dispatch(self, rows: Tensor, plan: DispatchPlan, copies: int = 1) -> Tensor:
-        """[N·k / copies, …] → [n, …] for the experts here; copies = k sends one row to all k experts of its token."""
+        """[N·k / copies, …] → [n, …], sorted by expert; copies = k: one row per token, for all its experts."""
         return gather_rows(rows, plan.order, plan.inverse, copies)
 
     def combine(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
-        """[n, …] from the experts here → [N·k, …] from all experts, in `plan.order`; zero where it was none."""
+        """Outputs [n, …] of this rank's experts → those of all experts [N·k, …] in `plan.order`; zero for no expert."""
         return rows

@@ -1,4 +1,4 @@
-"""Experts of three kinds. Dim 0 of each parameter is the expert; rows come sorted by expert."""
+"""Three kinds of experts. Dim 0 of each parameter is the expert; input rows are sorted by expert."""
 
 import math
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from fira.nn.moe.grouped_linear import RowGroups, grouped_linear
 
 
 class ExpertBank(PerExpertInit, nn.Module):
-    """Several experts' weights `w1`, `w2`, … [E, out, in] and biases `b1`, `b2`, … [E, out].
+    """Weights `w1`, `w2`, … [E, out, in] and biases `b1`, `b2`, … [E, out] of several experts.
 
-    A subclass is called as `experts(x, groups, keys)`: x [n, d] sorted by expert, a group of rows for each, keys [n]
-    int32 for dropout or None. An expert without a row takes part with none, so that every parameter gets a gradient
+    A subclass is called as `experts(x, groups, keys)`: x [n, d] sorted by expert, `groups` with the number of rows of
+    each, keys [n] int32 for dropout or None. Experts without rows are included, so that every parameter has a gradient
     on every rank.
     """
 
     std: float | None = None
 
     def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:
-        """Fill one expert's slice: from N(0, std²), or as torch.nn.Linear does, uniform in ±1/√fan_in."""
+        """Fill one expert's slice from N(0, std²), or if std is None as torch.nn.Linear, uniform in ±1/√fan_in."""
         if self.std is None:
             bound = 1 / math.sqrt(self.get_parameter(f"w{name[1:]}").shape[2])
             value.uniform_(-bound, bound, generator=generator)
@@ -31,7 +31,7 @@ class ExpertBank(PerExpertInit, nn.Module):
             value.normal_(std=self.std, generator=generator)
 
     def own_numel(self) -> int:
-        """How many weights one expert multiplies a row with."""
+        """Number of weights, without biases, of one expert."""
         return sum(p[0].numel() for p in self.parameters() if p.dim() == 3)
 
 
@@ -76,7 +76,7 @@ class GatedExperts(ExpertBank):
 
 
 class LinearExperts(ExpertBank):
-    """W1 x + b1, of another width than x."""
+    """W1 x + b1 with output width `width`."""
 
     def __init__(self, num_experts: int, d_model: int, width: int) -> None:
         super().__init__()

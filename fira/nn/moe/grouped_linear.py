@@ -1,4 +1,20 @@
-"""Several linear layers at once: rows that stand in groups, each group with a weight of its own."""
+"""Linear layers of several experts at once: consecutive groups of rows, each multiplied by the weight of its expert.
+
+Shapes: n rows sorted by expert, E experts.
+
+    x       [n, in]       sizes   {e: number of rows of expert e}, Σ ≤ n; rows after the last group belong to no expert
+    weight  [E, out, in]  bias    [E, out]
+    y       [n, out]      rows of group e: x weight[e]ᵀ + bias[e]; rows of no expert: 0
+
+The product is three autograd nodes, so that either gradient can be computed without the other, as a split backward
+does. A single autograd.Function always computes all of its gradients.
+
+    x ────────────→ [rows] ── y ──┐
+                                  ├─→ [join] → y         grad_x      = grad_y weight     in [rows].backward
+    weight, bias ─→ [weights] ────┘                      grad_weight = grad_yᵀ x         in [weights].backward
+
+[weights] returns a placeholder of y's shape without memory. [join] returns y and passes grad_y to both branches.
+"""
 
 from functools import cached_property
 from typing import Any
@@ -9,10 +25,11 @@ from torch import Tensor
 
 
 class RowGroups:
-    """Consecutive groups of rows, each of which belongs to another weight.
+    """Sizes of consecutive groups of rows.
 
-    counts: [E] int64, the rows of each, group e being weight e's. sizes: the same on the host, where known; the rows of
-    weights in any order. ragged: behind the last group may stand rows that belong to none.
+    counts: [E] int64, the number of rows of each expert, in the order of the experts. sizes: the same on the host, by
+    expert, in the order of the groups; None: computed from counts when needed. ragged: there may be rows after the last
+    group, which belong to no expert.
     """
 
     def __init__(self, counts: Tensor | None, sizes: dict[int, int] | None = None, ragged: bool = False) -> None:
@@ -23,41 +40,40 @@ class RowGroups:
 
     @cached_property
     def sizes(self) -> dict[int, int]:
-        """The rows of each weight in the order of the groups, on the host; waits for the device they are on."""
+        """Rows by expert, in the order of the groups, on the host. Synchronises with the device of `counts`."""
         assert self.counts is not None
         return dict(enumerate(self.counts.tolist()))
 
     @cached_property
     def ends(self) -> Tensor:
-        """[E] int32, where each group ends."""
+        """[E] int32, the end of each group."""
         assert self.counts is not None
         return self.counts.cumsum(0, dtype=torch.int32)
 
 
 def grouped_linear(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Each row of group e times weight[e] plus bias[e]: x [N, in], weight [E, out, in], bias [E, out] → [N, out].
+    """x [n, in], weight [E, out, in], bias [E, out] → y [n, out]; see the shapes at the top of this file.
 
-    A group may be empty; its weight then has a gradient of zero. Rows of no group are zero in y. On CUDA in bf16 this
-    is one kernel that reads the sizes where they are. Elsewhere it is a product per group that writes into the whole,
-    in the backward as well: nothing is cut out, concatenated or stacked. On a CPU that is as fast as torch's
-    grouped_mm, or faster.
+    The gradient of an expert without rows is zero. On CUDA in bf16 this is one kernel that reads the sizes on the
+    device. Otherwise each group is a product that writes into a slice of the result, in the backward as well, without
+    copies. On a CPU that is at least as fast as torch's grouped_mm.
     """
-    if torch.is_autocast_enabled(x.device.type):  # which does not see into a Function
+    if torch.is_autocast_enabled(x.device.type):  # autocast does not apply inside an autograd.Function
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.is_cuda and x.dtype == torch.bfloat16:
-        return _one_kernel(x, groups, weight, bias)
+        return _grouped_mm(x, groups, weight, bias)
     if not torch.is_grad_enabled():
         return _product(x, weight, bias, groups.sizes)
-    y = _OfRows.apply(x, weight.detach(), None if bias is None else bias.detach(), groups.sizes)
-    return _Join.apply(y, _OfWeights.apply(weight, bias, x.detach(), groups.sizes))
+    y = _Rows.apply(x, weight.detach(), None if bias is None else bias.detach(), groups.sizes)
+    return _Join.apply(y, _Weights.apply(weight, bias, x.detach(), groups.sizes))
 
 
-def _one_kernel(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same without a look at the sizes from the host."""
+def _grouped_mm(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`grouped_linear` without copying the sizes to the host."""
     group = torch.searchsorted(groups.ends, torch.arange(len(x), device=x.device), right=True)
     inside = (group < len(weight))[:, None]
-    if groups.ragged:  # what the kernel leaves there must reach neither y nor the gradient of x
+    if groups.ragged:  # the kernel leaves these rows uninitialised in y and in the gradient of x
         x = x.where(inside, 0)
     y = F.grouped_mm(x, weight.transpose(1, 2), offs=groups.ends)
     if bias is not None:
@@ -66,31 +82,28 @@ def _one_kernel(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | Non
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[int, int]) -> Tensor:
+    """y of the shapes above; with grad_y and weightᵀ it is grad_x."""
     y = x.new_empty(len(x), weight.shape[1])
-    parts = _parts(sizes, len(x))
-    for e, rows, out in zip(sizes, x.split(parts), y.split(parts), strict=False):
+    spans = _spans(sizes, len(x))
+    for e, rows, out in zip(sizes, x.split(spans), y.split(spans), strict=False):
         if not len(rows):
             continue
         if bias is None:
             torch.mm(rows, weight[e].T, out=out)
         else:
             torch.addmm(bias[e], rows, weight[e].T, out=out)
-    if parts[-1]:
-        y[-parts[-1] :] = 0
+    if spans[-1]:
+        y[-spans[-1] :] = 0
     return y
 
 
-def _parts(sizes: dict[int, int], rows: int) -> list[int]:
-    """The groups' sizes, and how many rows are left."""
+def _spans(sizes: dict[int, int], rows: int) -> list[int]:
+    """The sizes of the groups, and the number of rows after the last one."""
     return [*sizes.values(), rows - sum(sizes.values())]
 
 
-class _OfRows(torch.autograd.Function):
-    """The product as a function of the rows alone.
-
-    That of the weights is a node of its own, so that autograd can be asked for either gradient without the other, as a
-    backward in two halves does; of a Function it always computes all.
-    """
+class _Rows(torch.autograd.Function):
+    """[rows]: the product as a function of x; its backward is grad_x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[int, int]) -> Tensor:
@@ -99,13 +112,13 @@ class _OfRows(torch.autograd.Function):
         return _product(x, weight, bias, sizes)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return _product(grad, weight.transpose(1, 2), None, ctx.sizes), None, None, None
+        return _product(grad_y, weight.transpose(1, 2), None, ctx.sizes), None, None, None
 
 
-class _OfWeights(torch.autograd.Function):
-    """Stands for the product as a function of the weights: the gradient that comes to it is that of the product."""
+class _Weights(torch.autograd.Function):
+    """[weights]: placeholder for the product; its backward is grad_weight and grad_bias."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, x: Tensor, sizes: dict[int, int]) -> Tensor:
@@ -114,26 +127,27 @@ class _OfWeights(torch.autograd.Function):
         return weight.new_empty(()).expand(len(x), weight.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
-        new = grad.new_empty if len(ctx.sizes) == ctx.shape[0] else grad.new_zeros  # weights that no group names
-        of_weight = new(ctx.shape)
-        of_bias = new(ctx.shape[:2]) if ctx.biased else None
-        parts = _parts(ctx.sizes, len(x))
-        for e, rows, ins in zip(ctx.sizes, grad.split(parts), x.split(parts), strict=False):
-            torch.mm(rows.T, ins, out=of_weight[e])
-            if of_bias is not None:
-                torch.sum(rows, 0, out=of_bias[e])
-        return of_weight, of_bias, None, None
+        # Experts that are missing in sizes have no product below that would write their gradient.
+        new = grad_y.new_empty if len(ctx.sizes) == ctx.shape[0] else grad_y.new_zeros
+        grad_weight = new(ctx.shape)
+        grad_bias = new(ctx.shape[:2]) if ctx.biased else None
+        spans = _spans(ctx.sizes, len(x))
+        for e, grad_rows, rows in zip(ctx.sizes, grad_y.split(spans), x.split(spans), strict=False):
+            torch.mm(grad_rows.T, rows, out=grad_weight[e])
+            if grad_bias is not None:
+                torch.sum(grad_rows, 0, out=grad_bias[e])
+        return grad_weight, grad_bias, None, None
 
 
 class _Join(torch.autograd.Function):
-    """y, which both of its functions share: each is given its gradient."""
+    """[join]: y, connected to both branches; its backward passes grad_y to each."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, stand_in: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, placeholder: Tensor) -> Tensor:
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+        return grad_y, grad_y

@@ -1,7 +1,16 @@
-"""Mixture of experts: router → dispatch → experts → combine (Shazeer et al. 2017; dropless as in MegaBlocks, 2022).
+"""Mixture-of-Experts layer: router → dispatch → experts → combine (Shazeer et al. 2017), dropless as in MegaBlocks.
 
-Router, dispatcher and experts are siblings that know nothing of one another. The dispatcher here keeps tokens on
-their rank; the one that sends them to other ranks has the same three methods and is put in by `parallelize`.
+Shapes: B sequences of T tokens, N = B·T, d model width, E experts, k experts per token, h the experts' output width.
+
+    x        [B, T, d]  input
+    experts  [N, k]     chosen experts; the number E stands for an assignment that exceeds the capacity
+    weights  [N, k]     weights of their outputs
+    rows     [n, d]     rows of the experts on this rank, sorted by expert; n = N·k if all experts are on this rank
+    outputs  [N·k, h]   expert outputs for this rank's tokens, in the plan's order
+    y        [B, T, h]  output
+
+The dispatcher here keeps tokens on their rank. `parallelize` replaces it by one with the same methods that exchanges
+tokens with other ranks.
 """
 
 from collections.abc import Sequence
@@ -20,9 +29,9 @@ from fira.nn.moe.router import Routed, Router
 
 
 class _AddToObjective(torch.autograd.Function):
-    """Identity in x whose backward gives `loss` the gradient one, as if it had been added to the training loss.
+    """Identity in x whose backward gives `loss` a gradient of one, as if it had been added to the training loss.
 
-    So the auxiliary loss needs no way to the last stage: it is trained where it arises.
+    The auxiliary loss is thus trained in its own layer and is not sent to the last pipeline stage.
     """
 
     @staticmethod
@@ -36,12 +45,12 @@ class _AddToObjective(torch.autograd.Function):
 
 
 class MoE(nn.Module):
-    """y = Σ_e p_e · norm(expert_e(x)) over the chosen experts; adds its losses to the objective and notes the load.
+    """y = Σ_e p_e · norm(expert_e(x)) over the chosen experts.
 
-    index: the layer's number, under which its statistics are found. losses: each with its coefficient.
-    norm: of each chosen expert's output, before it is weighted.
-    capacity_factor: how many times its even share of a sequence an expert takes at most while training; what is more
-    has an output of zero. 0: every expert takes all that come.
+    index: the layer's index in the model, the key of its statistics. losses: auxiliary losses with their coefficients.
+    norm: applied to each expert's output before it is weighted.
+    capacity_factor: in training an expert accepts at most this multiple of its equal share of a sequence; the output of
+    assignments beyond that is zero. 0: no limit.
     """
 
     def __init__(
@@ -65,26 +74,34 @@ class MoE(nn.Module):
         self.capacity_factor = capacity_factor
 
     def forward(self, x: Tensor, context: Context, keys: Tensor | None) -> Tensor:
-        """x: [B, T, d], keys: [B, T] int32 for dropout inside the experts and for noise → [B, T, width of experts]."""
+        """x [B, T, d], keys [B, T] int32 for dropout inside the experts and for routing noise → [B, T, h]."""
         tokens, flat_keys = x.flatten(0, 1), None if keys is None else keys.flatten()
+        # 1. Router: choose k experts per token, and drop assignments beyond the capacity.
         routed = self.router(tokens, flat_keys)
-        experts, taken = routed.experts, None
+        experts, accepted = routed.experts, None
         if self.capacity_factor and self.training and context.training.aux_weights is not None:
             chosen = experts.unflatten(0, x.shape[:2])
-            taken = within_capacity(chosen, context.valid(x), self.num_experts, self.capacity_factor)
-            experts = experts.where(taken.flatten(0, 1), self.num_experts)
-        plan = self.dispatcher.plan(experts, self.num_experts, dropped=taken is not None)
-        if flat_keys is not None:  # a token has another mask in each of its experts
+            accepted = within_capacity(chosen, context.valid(x), self.num_experts, self.capacity_factor)
+            experts = experts.where(accepted.flatten(0, 1), self.num_experts)
+        # 2. Dispatch: bring the rows, and their dropout keys, to the experts.
+        plan = self.dispatcher.plan(experts, self.num_experts, dropped=accepted is not None)
+        if flat_keys is not None:  # the dropout mask of a token differs between its experts
             flat_keys = self.dispatcher.dispatch((flat_keys[:, None] + experts.to(torch.int32)).flatten(), plan)
         rows = self.dispatcher.dispatch(tokens, plan, experts.shape[1])
-        rows = self.norm(self.dispatcher.combine(self.experts(rows, plan.groups, flat_keys), plan))
-        y = weighted_sum(rows, routed.weights, plan.order, plan.inverse).view(*x.shape[:2], -1)
-        return y if context.training.aux_weights is None else self._note(y, routed, rows, plan, taken, context)
+        # 3. Experts.
+        rows = self.experts(rows, plan.groups, flat_keys)
+        # 4. Combine: bring the outputs back and add those of each token by their weights.
+        outputs = self.norm(self.dispatcher.combine(rows, plan))
+        y = weighted_sum(outputs, routed.weights, plan.order, plan.inverse).view(*x.shape[:2], -1)
+        if context.training.aux_weights is None:
+            return y
+        # 5. Training: auxiliary losses and statistics.
+        return self._add_losses(y, routed, outputs, plan, accepted, context)
 
-    def _note(
-        self, y: Tensor, flat: Routed, rows: Tensor, plan: DispatchPlan, taken: Tensor | None, context: Context
+    def _add_losses(
+        self, y: Tensor, flat: Routed, rows: Tensor, plan: DispatchPlan, accepted: Tensor | None, context: Context
     ) -> Tensor:
-        """y, whose backward trains the losses too unless the caller does; the statistics go into the context."""
+        """Store the statistics in the context; return y, whose backward also trains the auxiliary losses."""
         training = context.training
         assert training.aux_weights is not None
         routed, valid = Routed(*(part.unflatten(0, y.shape[:2]) for part in flat)), context.valid(y)
@@ -97,17 +114,17 @@ class MoE(nn.Module):
             aux = aux + coefficient * (loss(routed, outputs, valid) * training.aux_weights).sum()
         assigned = valid[..., None].expand_as(routed.experts)
         load = self._count(routed.experts, assigned)
-        dropped = torch.zeros_like(load) if taken is None else self._count(routed.experts, assigned & ~taken)
-        chance = routed.logits.detach().log_softmax(dim=-1)
-        entropy = -(chance.exp() * chance * valid[..., None]).sum()
-        note = MoEStats(load, dropped, entropy, aux if training.caller_adds_aux else aux.detach())
-        training.stats[self.index, context.chunk] = note
+        dropped = torch.zeros_like(load) if accepted is None else self._count(routed.experts, assigned & ~accepted)
+        log_p = routed.logits.detach().log_softmax(dim=-1)
+        entropy = -(log_p.exp() * log_p * valid[..., None]).sum()
+        stats = MoEStats(load, dropped, entropy, aux if training.caller_adds_aux else aux.detach())
+        training.stats[self.index, context.chunk] = stats
         return y if training.caller_adds_aux else _AddToObjective.apply(y, aux)
 
-    def _count(self, experts: Tensor, counted: Tensor) -> Tensor:
-        """experts, counted: [B, T, k] → [E], how many of those counted are each expert's."""
-        return count_by_expert(experts.flatten(), self.num_experts, counted.flatten().long())
+    def _count(self, experts: Tensor, mask: Tensor) -> Tensor:
+        """experts, mask [B, T, k] → [E], the number of assignments to each expert where the mask is true."""
+        return count_by_expert(experts.flatten(), self.num_experts, mask.flatten().long())
 
     def own_flops_per_token(self, length: int) -> float:
-        """The chosen experts; the router is a Linear and counts as such."""
+        """FLOPs of the chosen experts. The router is a Linear, which `Layer.flops_per_token` counts."""
         return 2.0 * self.router.top_k * self.experts.own_numel()

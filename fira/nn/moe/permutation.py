@@ -13,19 +13,21 @@ from torch import Tensor
 
 
 def sort_by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Expert numbers [n] → a stable order that sorts them, and its inverse."""
+    """Expert numbers [n] int64 → the stable `order` that sorts them, and its `inverse`."""
     order = experts.argsort(stable=True)
     return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def count_by_expert(experts: Tensor, num_experts: int, weights: Tensor | None = None) -> Tensor:
-    """Expert numbers [n] → [E] int64, how often each stands there, or the sum of its weights [n] int64."""
+    """Expert numbers [n] → [E] int64, the count of each expert, or the sum of its weights [n] int64."""
     weights = torch.ones_like(experts) if weights is None else weights
-    return weights.new_zeros(num_experts).scatter_add_(0, experts, weights)  # bincount would wait for the device
+    return weights.new_zeros(num_experts).scatter_add_(
+        0, experts, weights
+    )  # bincount would synchronise with the device
 
 
 def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:
-    """Rows of x, each standing `copies` times in a row, in the given order. Differentiable in x."""
+    """x [n, …] with each row repeated `copies` times, permuted by `order` [n·copies]. Differentiable in x."""
     if len(x) == 1:
         return x.expand(copies, *x.shape[1:])
     if not torch.is_grad_enabled():
@@ -34,23 +36,23 @@ def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, copies: int = 1) -> T
 
 
 def weighted_sum(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """rows [N·k, h] sorted by expert, weights [N, k] of each token's → [N, h]. Differentiable in both."""
+    """rows [N·k, h] sorted by expert, weights [N, k] of each token's rows → [N, h]. Differentiable in both."""
     dtype = torch.promote_types(rows.dtype, weights.dtype)
     if not torch.is_grad_enabled():
         return _sum_rows(rows.to(dtype), inverse, weights.shape[1], weights.to(dtype).flatten())
     return _WeightedSum.apply(rows.to(dtype), weights.to(dtype), order, inverse)
 
 
-def _sum_rows(rows: Tensor, places: Tensor, copies: int, weights: Tensor | None = None) -> Tensor:
-    """Row i is the sum of rows[places[i·copies + j]] over j, each times weights[i·copies + j], in one pass."""
+def _sum_rows(rows: Tensor, positions: Tensor, copies: int, weights: Tensor | None = None) -> Tensor:
+    """Row i of the result is Σ_j weights[i·copies + j] · rows[positions[i·copies + j]], in one kernel."""
     if copies == 1 and weights is None:
-        return rows.index_select(0, places)
-    starts = torch.arange(0, len(places), copies, device=places.device)
-    return torch.embedding_bag(rows, places, starts, per_sample_weights=weights)[0]
+        return rows.index_select(0, positions)
+    starts = torch.arange(0, len(positions), copies, device=positions.device)
+    return torch.embedding_bag(rows, positions, starts, per_sample_weights=weights)[0]
 
 
 class _Gather(torch.autograd.Function):
-    """Rows x[order // copies]. Given the inverse of `order`, the backward reads rows as well, and scatters none."""
+    """Rows x[order // copies]. With the inverse of `order` the backward is a gather as well, instead of a scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
@@ -65,7 +67,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Row i is Σ_j weights[i, j] · rows[inverse[i·k + j]]; no weighted row is written down."""
+    """Row i is Σ_j weights[i, j] · rows[inverse[i·k + j]], without storing the weighted rows."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -75,6 +77,6 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, weights, order, inverse = ctx.saved_tensors
-        of_rows = grad.index_select(0, order // weights.shape[1])
-        of_weights = (of_rows * rows).sum(1)[inverse].view_as(weights)
-        return of_rows.mul_(weights.flatten()[order][:, None]), of_weights, None, None
+        grad_rows = grad.index_select(0, order // weights.shape[1])
+        grad_weights = (grad_rows * rows).sum(1)[inverse].view_as(weights)
+        return grad_rows.mul_(weights.flatten()[order][:, None]), grad_weights, None, None

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weights."""
+"""Router: the choice of k of E experts for each token, and the weights of their outputs."""
 
 from typing import NamedTuple
 
@@ -10,30 +10,29 @@ from fira.nn.norms import full_precision
 
 
 class Routed(NamedTuple):
-    """A router's decision for tokens […]."""
+    """Routing of tokens […]."""
 
-    experts: Tensor  # […, k] int64, the chosen ones
-    weights: Tensor  # […, k], of their outputs
+    experts: Tensor  # […, k] int64, the chosen experts
+    weights: Tensor  # […, k], weights of their outputs
     logits: Tensor  # […, E]
 
 
 def number_chosen(top_k: int | float, num_experts: int) -> int:
-    """Experts per token. top_k: that number, or a fraction of all, rounded down: 0.8 of 4 are 3."""
-    # a little is added because 15/22 of 22 is just below 15 in floating point
+    """Number of experts per token. top_k: that number, or a fraction of all experts, rounded down: 0.8 of 4 is 3."""
+    # 1e-9 compensates rounding: 15/22 of 22 is slightly less than 15 in floating point
     return top_k if isinstance(top_k, int) else max(1, int(top_k * num_experts + 1e-9))
 
 
 class Router(nn.Module):
     """Token-choice top-k of the logits (W x + b) / temperature.
 
-    renormalise: softmax over the kept logits, so that the weights sum to one; which is the same as a softmax over all,
-    of which the kept are divided by their sum. Otherwise the weights are the kept part of a softmax over all, and
-    say how sure the router is.
-    noise: deviation of Gaussian noise on the logits while training, a function of sequence, position and `name`.
-    balance_rate: what an expert's bias changes by in a step, up where it had less than its share and down where more.
-    The bias decides who is chosen and has no part in the weights, so that no loss has to balance (Wang et al. 2024,
-    arXiv 2408.15664).
-    top_k: a number of experts, or a fraction of them.
+    renormalise: the weights are the softmax over the k chosen logits and sum to one. Otherwise they are the chosen
+    entries of the softmax over all E logits.
+    noise: standard deviation of Gaussian noise on the logits in training, determined by sequence, position and `name`.
+    balance_rate: change of an expert's bias per step, upwards if its load was below the mean and downwards if above.
+    The bias affects which experts are chosen but not their weights; it balances the load without an auxiliary loss
+    (Wang et al. 2024, arXiv 2408.15664).
+    top_k: number of experts per token, or a fraction of E.
     """
 
     balance: Tensor  # [E], the bias
@@ -62,11 +61,11 @@ class Router(nn.Module):
             self.register_buffer("balance", torch.zeros(num_experts))
         self.top_k = number_chosen(top_k, num_experts)
         if not 1 <= self.top_k <= num_experts:
-            raise ValueError(f"top_k {top_k} does not choose between 1 and {num_experts} experts")
+            raise ValueError(f"top_k {top_k} must choose between 1 and {num_experts} experts")
 
     def forward(self, x: Tensor, keys: Tensor | None = None) -> Routed:
-        """x: [N, d], keys: [N] int32 token keys for noise, None for none."""
-        # Routing is decided in full precision: a rounding error here sends a token elsewhere.
+        """x [N, d], keys [N] int32 token keys for noise; None: no noise."""
+        # In full precision, because a rounding error could change the chosen experts.
         with full_precision(x.device):
             logits = self.gate(x.to(self.gate.weight.dtype))
             if self.temperature != 1:
@@ -83,6 +82,6 @@ class Router(nn.Module):
             return Routed(experts, logits.softmax(dim=-1).gather(-1, experts), logits)
 
     def rebalance(self, load: Tensor) -> None:
-        """load: [E] assignments of a whole step, the same on all ranks that hold this router."""
+        """Update the bias. load: [E] assignments of a whole step, summed over all ranks."""
         if self.balance_rate:
             self.balance += self.balance_rate * (load.mean() - load).sign().to(self.balance)

@@ -1,6 +1,5 @@
 """rish, mooshak, blues and microrwkv: their sizes, what they compute, what they must never do, and decoding."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,10 +17,9 @@ from fira.models.mooshak import MooshakConfig
 from fira.models.registry import PRESETS, build, from_document, to_document
 from fira.models.rish import RishConfig
 from fira.nn.context import Context, DecodingContext, TrainingContext
-from fira.nn.dropout import normal, token_keys
+from fira.nn.dropout import token_keys
 from fira.nn.kv_cache import KVCache
 from fira.nn.moe.router import Router
-from fira.nn.rwkv import TimeMix, recurrence
 from tests import family_reference as reference
 
 SMALL: dict[str, Any] = {"vocab_size": 31, "seq_len": 24, "d_model": 24, "num_layers": 2}
@@ -224,95 +222,6 @@ def test_noise_is_for_training_and_follows_from_the_sequence() -> None:
     difference = (noisy.logits - plain.logits).detach() / 0.5
     torch.testing.assert_close(difference, there(x, keys).logits.detach() * 0 + difference)
     assert 0.3 < difference.std() < 2
-
-
-def test_normal_numbers_are_normal() -> None:
-    """The first four moments, and no correlation between columns or rows, each within five deviations."""
-    x = normal(token_keys(torch.arange(2000) * 2**40 + 7, 0, 50).flatten(), 4)
-    n = x.numel()
-    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert abs(float(x.pow(power).mean()) - mean) < 5 * math.sqrt(variance / n), power
-    for a, b in ((x[:, 0], x[:, 1]), (x[:-1, 2], x[1:, 2]), (x[:-50, 3], x[50:, 3])):
-        assert abs(float((a * b).mean())) < 5 / math.sqrt(len(a))
-
-
-@pytest.mark.parametrize("decay", [-8.0, -1.0, 2.0, 6.0])
-@pytest.mark.parametrize("chunk", [1, 4, 7, 64])
-def test_chunked_recurrence_equals_the_naive_one(decay: float, chunk: int) -> None:
-    """Values and gradients, from a given state, in float64 and fp32; w is 0.9997 to exp(−403)."""
-    torch.manual_seed(0)
-    length, heads = 18, 2
-    r, k, v = (torch.randn(1, heads, length, 3, dtype=torch.float64) for _ in range(3))
-    decays = torch.tensor([decay, decay - 0.5], dtype=torch.float64)
-    u = torch.tensor([0.7, -0.3], dtype=torch.float64)
-    state = torch.randn(1, heads, 3, 3, dtype=torch.float64)
-    inputs = [x.requires_grad_() for x in (r, k, v, decays, u, state)]
-
-    def naive(r: Tensor, k: Tensor, v: Tensor, decays: Tensor, u: Tensor, state: Tensor) -> list[Tensor]:
-        w = torch.exp(-torch.exp(decays))
-        pairs = [reference.recurrence(r[0, h], k[0, h], v[0, h], w[h], u[h], state[0, h]) for h in range(heads)]
-        return [torch.stack([pair[i] for pair in pairs])[None] for i in (0, 1)]
-
-    def results(function: Callable[..., Any], values: list[Tensor]) -> list[Tensor]:
-        outputs = list(function(*values))
-        return outputs + list(torch.autograd.grad(sum(out.sin().sum() for out in outputs), values))
-
-    def chunked(r: Tensor, k: Tensor, v: Tensor, decays: Tensor, u: Tensor, state: Tensor) -> Any:
-        return recurrence(r, k, v, -decays.exp(), u, state, chunk)
-
-    expected = results(naive, inputs)
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
-        ours = results(chunked, [x.detach().to(dtype).requires_grad_() for x in inputs])
-        for one, other in zip(ours, expected, strict=True):
-            assert one.isfinite().all()
-            assert (one - other).abs().max() <= tolerance * max(1.0, other.abs().max())
-
-
-def test_a_state_is_taken_up_where_it_was_left() -> None:
-    torch.manual_seed(0)
-    r, k, v = (torch.randn(2, 3, 30, 4, dtype=torch.float64) for _ in range(3))
-    settings = torch.tensor([-0.1, -2.0, -0.01], dtype=torch.float64), torch.rand(3, dtype=torch.float64)
-    whole, last = recurrence(r, k, v, *settings, chunk=8)
-    pieces, state = [], None
-    for part in (slice(0, 11), slice(11, 12), slice(12, 30)):
-        y, state = recurrence(r[:, :, part], k[:, :, part], v[:, :, part], *settings, state, chunk=8)
-        pieces.append(y)
-    torch.testing.assert_close(torch.cat(pieces, 2), whole, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-12)
-
-
-def test_time_mixing_under_bf16_is_near_fp32_and_finite() -> None:
-    """Over a thousand tokens, at decays from none to at once."""
-    torch.manual_seed(0)
-    mix = TimeMix(16, 4, 1, 2)
-    with torch.no_grad():
-        for name, parameter in mix.named_parameters():
-            parameter.normal_(std=0.3) if "weight" in name else parameter.uniform_(0, 1)
-        mix.decay.copy_(torch.tensor([-12.0, -3.0, 1.0, 9.0]))
-    x = torch.randn(1, 1000, 16)
-    exact = mix(x, None, "")
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = mix(x, None, "")
-    rounded.float().square().sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in mix.parameters())
-    assert (rounded - exact).abs().mean() < 0.02 * exact.abs().mean()
-
-
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (3, 4)])
-def test_time_mixing_starts_as_its_formula_says(layers: int, heads: int) -> None:
-    model = build(replace(MICRORWKV, num_layers=layers, n_head=heads, n_group=1))
-    for layer in range(layers):
-        mix = model.layers[layer + 1].time_mix
-        rho, sigma = layer / max(1, layers - 1), 1 - layer / layers
-        for i in (0, 5, 23):
-            a = i / 24
-            assert mix.maa_k[i].item() == pytest.approx(1 - a**sigma, abs=1e-6)
-            assert mix.maa_v[i].item() == pytest.approx(1 - (a**sigma + 0.3 * rho), abs=1e-6)
-            assert mix.maa_r[i].item() == mix.maa_g[i].item() == pytest.approx(1 - a ** (sigma / 2), abs=1e-6)
-        for h in range(heads):
-            place = h / max(1, heads - 1)
-            assert mix.decay[h].item() == pytest.approx(-6 + 5 * place ** (0.7 + 1.3 * rho), abs=1e-5)
-            assert mix.bonus[h].item() == pytest.approx(rho * (1 - place), abs=1e-6)
 
 
 def test_wrong_shapes_are_refused() -> None:

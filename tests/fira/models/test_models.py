@@ -5,8 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import functional_call
@@ -17,10 +15,7 @@ from fira.models.fira import FiraConfig
 from fira.models.registry import PRESETS, build, from_document, to_document
 from fira.nn.context import Context, TrainingContext
 from fira.nn.cross_entropy import LOGITS, linear_cross_entropy
-from fira.nn.moe.dispatcher import TokenDispatcher
-from fira.nn.moe.grouped_linear import RowGroups, _one_kernel, grouped_linear
 from fira.nn.moe.layer import MoE, Router
-from fira.nn.moe.permutation import gather_rows, sort_by_expert, weighted_sum
 from tests import reference
 
 CONFIG = FiraConfig(vocab_size=13, seq_len=9, d_model=8, n_head=2, num_layers=2, d_ff=12, dropout=0.0)
@@ -167,36 +162,6 @@ def test_expert_gradients_equal_a_loop_and_are_zero_without_tokens() -> None:
             assert bool((grad[e] == 0).all()) == (e == 3)
 
 
-def test_one_token_gives_experts_that_it_did_not_choose_no_gradient() -> None:
-    """As it stands beside others, too: the sum of one-token backwards is the backward of all."""
-    model = FIRA(replace(PRESETS["fira-tiny"], dropout=0.0)).double()
-    block = next(module for module in model.modules() if isinstance(module, MoE))
-    x = torch.randn(1, 3, block.router.gate.in_features, dtype=torch.float64)
-    block(x, Context(), None).sum().backward()
-    together = [p.grad.clone() for p in block.parameters()]
-    block.zero_grad()
-    for token in x.unbind(1):
-        junk = [torch.full_like(p, 7.0) for p in block.parameters()]  # what memory that is not cleared would show
-        del junk
-        block(token[:, None], Context(), None).sum().backward()
-    for parameter, expected in zip(block.parameters(), together, strict=True):
-        torch.testing.assert_close(parameter.grad, expected, rtol=1e-10, atol=1e-12)
-
-
-def test_either_gradient_of_a_grouped_product_is_computed_without_the_other() -> None:
-    torch.manual_seed(0)
-    groups = RowGroups(torch.tensor([3, 0, 5]))
-    x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda *inputs: grouped_linear(inputs[0], groups, *inputs[1:]), (x, weight, bias))
-    y = grouped_linear(x, groups, weight, bias)
-    for wanted in ([x], [weight, bias]):
-        with FlopCounterMode(display=False) as flops:
-            torch.autograd.grad(y, wanted, torch.ones_like(y), retain_graph=True)
-        assert flops.get_total_flops() == 2 * 8 * 4 * 6
-
-
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_experts_are_computed_only_for_tokens_that_chose_them(top_k: int) -> None:
     moe = make_moe(top_k)
@@ -283,67 +248,6 @@ def test_auxiliary_loss_does_not_depend_on_the_split(sizes: list[int]) -> None:
         assert torch.equal(sum(s.load for s in shares), context.training.stats[layer, 0].load)
     for (name, parameter), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-10, atol=1e-12, msg=name)
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=40))
-def test_sorting_by_expert_is_stable_and_has_its_inverse(experts: list[int]) -> None:
-    order, inverse = sort_by_expert(torch.tensor(experts, dtype=torch.int64))
-    assert order.tolist() == sorted(range(len(experts)), key=lambda i: experts[i])
-    assert order[inverse].tolist() == list(range(len(experts)))
-
-
-@settings(deadline=None)
-@given(st.integers(1, 4), st.integers(0, 12), st.integers(0, 2**31))
-def test_dispatch_then_collect_is_the_identity(top_k: int, tokens: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    experts = torch.rand(tokens, 5, generator=generator).topk(top_k).indices
-    x = torch.randn(tokens, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    dispatcher = TokenDispatcher()
-    plan = dispatcher.plan(experts, 5)
-    order = list(plan.groups.sizes)  # of experts
-    assert plan.groups.sizes == {e: n for e in order if (n := int((experts == e).sum())) or tokens != 1}
-    rows = dispatcher.dispatch(x, plan, top_k)
-    at = [(order.index(e), n) for n, chosen in enumerate(experts.tolist()) for e in chosen]  # who wants which row
-    assert torch.equal(rows, x[[n for _, n in sorted(at, key=lambda pair: pair[0])]])
-    combined = gather_rows(dispatcher.combine(rows, plan), plan.inverse, plan.order)
-    assert torch.equal(combined, x.repeat_interleave(top_k, 0))
-
-    factor = torch.randn(combined.shape, generator=generator, dtype=torch.float64)
-    (combined * factor).sum().backward()
-    torch.testing.assert_close(x.grad, factor.unflatten(0, (tokens, top_k)).sum(1))
-
-
-def test_gathered_rows_have_the_gradient_of_indexing() -> None:
-    order, inverse = sort_by_expert(torch.tensor([2, 0, 1, 0, 2, 2]))
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: gather_rows(x, order, inverse, 2), (x,))
-
-
-def test_a_weighted_sum_is_that_of_a_loop() -> None:
-    """Of rows in the order of their experts, with the gradients of both; also where a weight is of less precision."""
-    plan = TokenDispatcher().plan(torch.tensor([[2, 0], [1, 0], [2, 1]]), 3)
-    rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
-    at = [(4, 0), (2, 1), (5, 3)]  # where each token's rows are, expert 0's before expert 1's before expert 2's
-    expected = torch.stack([sum(weights[n, j] * rows[at[n][j]] for j in range(2)) for n in range(3)])
-    torch.testing.assert_close(weighted_sum(rows, weights, plan.order, plan.inverse), expected)
-    assert gradcheck(lambda *inputs: weighted_sum(*inputs, plan.order, plan.inverse), (rows, weights))
-    assert weighted_sum(rows.bfloat16(), weights.float(), plan.order, plan.inverse).dtype == torch.float32
-
-
-def test_rows_of_no_expert_are_zero_and_have_no_gradient() -> None:
-    """By a product for each expert, and by the kernel for all, which leaves what it likes in such rows."""
-    counts, weight, bias = torch.tensor([3, 0, 2]), torch.randn(3, 8, 4), torch.randn(3, 8)
-    results = []
-    for product in (grouped_linear, _one_kernel):
-        x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        y = product(x, RowGroups(counts, ragged=True), weight, bias)
-        results.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
-        assert one[:5].abs().min() > 0
-        assert not one[5:].any()
 
 
 @pytest.mark.parametrize(("top_k", "active"), [(1, 162_771_504), (2, 219_440_688), (3, 276_109_872)])

@@ -1,0 +1,108 @@
+"""Sampling compared with transformers' logits processors on random logits, and exactly at the boundaries."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from fira.decoding.sampling import Sampler, Sampling
+
+# In the order in which `generate` of transformers applies them.
+PROCESSORS = {
+    "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+    "no_repeat_ngram": NoRepeatNGramLogitsProcessor,
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+}
+EXACT = [0.5, 0.25, 0.125, 0.0625, 0.0625]  # their sums are exact in floating point
+
+
+def kept(probabilities: list[float], **options: Any) -> list[int]:
+    """Tokens with a probability above zero."""
+    [row] = Sampler(Sampling(**options)).probabilities(torch.empty(1, 0), torch.tensor([probabilities]).log2() * LN2)
+    return row.nonzero().flatten().tolist()
+
+
+LN2 = torch.tensor(2.0).log()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.6},
+        {"temperature": 1.7},
+        *({"top_k": k} for k in (1, 2, 7, 40, 64)),
+        *({"top_p": p} for p in (1e-9, 0.1, 0.5, 0.9, 0.97, 0.999)),
+        *({"min_p": p} for p in (0.0, 0.01, 0.2, 1.0)),
+        *({"typical_p": p} for p in (0.2, 0.9)),
+        {"repetition_penalty": 1.4},
+        {"repetition_penalty": 0.7},
+        {"no_repeat_ngram": 2},
+        {"repetition_penalty": 1.3, "no_repeat_ngram": 1, "temperature": 0.8, "top_k": 30, "top_p": 0.8, "min_p": 0.03},
+    ],
+    ids=str,
+)
+def test_probabilities_equal_those_of_transformers(options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(400, 64, generator=generator)
+    ids = torch.randint(64, (400, 20), generator=generator)
+    reference = LogitsProcessorList(make(options[name]) for name, make in PROCESSORS.items() if name in options)
+    expected = reference(ids, logits.clone()).softmax(-1)
+    probabilities = Sampler(Sampling(**options)).probabilities(ids, logits)
+    assert torch.equal(probabilities > 0, expected > 0)
+    torch.testing.assert_close(probabilities, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_presence_penalty_is_subtracted_once_from_each_earlier_token() -> None:
+    ids, logits = torch.tensor([[3, 1, 3]]), torch.randn(1, 6, generator=torch.Generator().manual_seed(0))
+    expected = logits.clone()
+    expected[0, [1, 3]] -= 0.75
+    probabilities = Sampler(Sampling(presence_penalty=0.75)).probabilities(ids, logits)
+    torch.testing.assert_close(probabilities, expected.softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("p", "count"),
+    [(1e-12, 1), (0.49, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.751, 3), (0.875, 3), (0.9375, 4), (1.0, 5)],
+)
+def test_top_p_stops_at_the_token_that_reaches_p(p: float, count: int) -> None:
+    """A cumulative probability exactly equal to p is sufficient."""
+    logits = torch.tensor(EXACT).log2() * LN2
+    assert logits.softmax(-1).tolist() == EXACT  # otherwise the boundary is not tested
+    for order in (slice(None), [4, 2, 0, 3, 1]):
+        assert len(kept(torch.tensor(EXACT)[order].tolist(), top_p=p)) == count
+
+
+def test_ties() -> None:
+    tied = [0.25, 0.25, 0.25, 0.125, 0.125]
+    assert kept(tied, top_k=2) == [0, 1, 2]  # as in transformers, all tokens that equal the k-th largest logit stay
+    assert len(kept(tied, top_p=0.5)) == 2
+    assert len(kept(tied, top_p=1e-6)) == 1
+    assert kept(tied, min_p=0.5) == [0, 1, 2, 3, 4]
+    assert kept(tied, min_p=0.51) == [0, 1, 2]
+    assert kept(tied, temperature=0.0) == [0]
+
+
+def test_nucleus_is_the_smallest_set_that_reaches_p() -> None:
+    logits: Tensor = 2 * torch.randn(500, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for p in (0.3, 0.8, 0.95):
+        mask = Sampler(Sampling(top_p=p)).probabilities(torch.empty(500, 0), logits) > 0
+        chances = logits.softmax(-1)
+        totals = (chances * mask).sum(1)
+        least = chances.where(mask, 1.0).amin(1)
+        assert (totals >= p - 1e-6).all()
+        assert (totals - least < p + 1e-6).all()

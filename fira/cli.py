@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fira.errors import UserError
+from pipeline.mpi.failure import abort_on_failure
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +42,7 @@ def _exit(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+@abort_on_failure()
 def run(main: Callable[[], None], fail: Callable[[str, int], NoReturn] = _exit) -> None:
     """Call main; a UserError becomes its one line on stderr and exit status 2. Who stops reading is not told so.
 

@@ -31,7 +31,7 @@ def run_ranks(
         subprocess.TimeoutExpired: after ``timeout`` seconds; every process of the job is killed first.
     """
     command = [*within, mpirun(), "-np", n, sys.executable, script, *args]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "FIRA_HANG_DIR": tempfile.gettempdir()} | (env or {})
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PIPELINE_MPI_HANG_DIR": tempfile.gettempdir()} | (env or {})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         # Files, not pipes: a process that outlives mpirun cannot hold up the reader.
         process = subprocess.Popen(

@@ -69,7 +69,8 @@ class TrainConfig:
     trace: str | None = _option(None, "file for when each rank did what in the third step, to see in ui.perfetto.dev")
     seed: int = _option(42, "of weights, data order and dropout")
     timeout: float | None = _option(
-        None, "seconds a rank waits for another before the job ends with a report; default: $FIRA_TIMEOUT_S, or 600"
+        None,
+        "seconds a rank waits for another before the job ends with a report; default: $PIPELINE_MPI_TIMEOUT_S, or 600",
     )
 
     def __post_init__(self) -> None:

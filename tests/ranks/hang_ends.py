@@ -74,5 +74,5 @@ def _sum(rank: int) -> torch.Tensor:
 if __name__ == "__main__":
     assert not {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} & set(os.environ)
     if sys.argv[1] == "badly_timed" and "1" in {os.environ.get(name) for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")}:
-        os.environ["FIRA_TIMEOUT_S"] = "abc"
+        os.environ["PIPELINE_MPI_TIMEOUT_S"] = "abc"
     globals()[sys.argv[1]](pipeline.init().rank)

@@ -55,7 +55,7 @@ class Job:
     def __init__(
         self, way: str, folder: Path, timeout_s: float = TIMEOUT_S, within: Sequence[str] = (), **env: str
     ) -> None:
-        env |= {"FIRA_TIMEOUT_S": str(timeout_s), "FIRA_HANG_DIR": str(folder)}
+        env |= {"PIPELINE_MPI_TIMEOUT_S": str(timeout_s), "PIPELINE_MPI_HANG_DIR": str(folder)}
         result = run_ranks(2, ROOT / "tests/ranks/hang_ranks.py", way, timeout=90, env=env, within=within)
         self.status, self.error = result.returncode, result.stderr
         self.files = {file.name: file for file in folder.glob("*/*")}
@@ -86,14 +86,14 @@ def test_the_report_says_what_is_wrong_and_the_job_ends(way: str, jobs: dict[str
 
 def test_every_rank_that_answers_leaves_its_trace(jobs: dict[str, Future[Job]]) -> None:
     files = jobs["skipped_collective"].result().files
-    here, there = (json.loads(files[f"fira-hang-{rank}.json"].read_text()) for rank in (0, 1))
+    here, there = (json.loads(files[f"rank-{rank}.json"].read_text()) for rank in (0, 1))
     waiting = here["operations"][-1]
     assert (waiting["operation"], waiting["shape"], waiting["finished"]) == ("all_to_all_single", [4, 1024], None)
     assert waiting["waited_s"] >= TIMEOUT_S
     assert files["report.txt"].stat().st_mtime - waiting["started"] < TIMEOUT_S + 10
     assert there["operations"][-1]["operation"] == "recv"
     assert any("hang_ranks.py:20" in call for call in there["stacks"]["MainThread"])
-    assert "fira-hang-1.json" not in jobs["stopped"].result().files
+    assert "rank-1.json" not in jobs["stopped"].result().files
 
 
 def test_a_killed_rank_ends_the_job_though_mpirun_leaves_no_time_for_a_report(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_death_is_noticed_where_mpirun_does_nothing_about_it(tmp_path: Path) -
     if "-disable-auto-cleanup" not in subprocess.run([mpirun(), "--help"], capture_output=True, text=True).stdout:
         pytest.skip("an option of MPICH's mpirun")
     job = Job("gone", tmp_path, timeout_s=600, within=lenient)
-    assert ") died without a word; the job ends\n  rank 0 waits in barrier #2 " in job.error
+    assert ") died without a message; the job ends\n  rank 0 waits in barrier #2 " in job.error
     assert job.status != 0
 
 
@@ -120,6 +120,6 @@ def test_what_does_not_match_is_named_before_it_adds_up_to_something_wrong(tmp_p
 
 def test_a_report_on_demand_disturbs_nothing(tmp_path: Path) -> None:
     job = Job("asked", tmp_path, timeout_s=60)
-    job.expect("asked for by SIGUSR2", "rank 1 waits in barrier #2", "rank 0 never entered barrier #2")
+    job.expect("report requested by SIGUSR2", "rank 1 waits in barrier #2", "rank 0 never entered barrier #2")
     assert job.status == 0
-    assert set(job.files) == {"report.txt", "fira-hang-0.json", "fira-hang-1.json"}
+    assert set(job.files) == {"report.txt", "rank-0.json", "rank-1.json"}

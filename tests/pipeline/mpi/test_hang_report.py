@@ -120,14 +120,14 @@ def test_a_receive_without_a_send() -> None:
     other.done("send", 3, peer=0, detail=6)
     lines = report(job)
     assert lines[0].startswith("rank 0 waits in recv #1 from rank 1, tag 5 (group ep of ranks 0, 1; 3 float32)")
-    assert lines[1].startswith("rank 1 never sent it, only such with tag 6; its last operation was send #1 to rank 0")
+    assert lines[1].startswith("rank 1 never sent it, only messages with tag 6; its last operation was send #1 to ")
     assert lines[2] == "look first at rank 1"
 
 
 def test_a_send_nobody_takes_and_a_message_of_another_size() -> None:
     one, other = job = ranks(2)
     one.waits("send", 3, peer=1, detail=0)
-    assert report(job)[1].startswith("rank 1 never took it; it has done no operation yet")
+    assert report(job)[1].startswith("rank 1 never received it; it has not begun any operation yet")
     other.waits("recv", 4, peer=0, detail=0)
     assert report(job)[0].startswith("message #1 from rank 0 to rank 1 is sent as 3 float32, ")
 

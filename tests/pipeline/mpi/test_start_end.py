@@ -20,7 +20,7 @@ WAYS = {  # a function of hang_ends.py: the job's status, and what it prints
     "returned": ([0], ""),
     "destroyed": ([0], ""),
     "thread": ([1], "rank 1 failed:"),
-    "badly_timed": ([2], "FIRA_TIMEOUT_S must be a positive number of seconds, not abc\n"),
+    "badly_timed": ([2], "PIPELINE_MPI_TIMEOUT_S must be a positive number of seconds, not abc\n"),
     "exited": ([3], ""),
     "hard_exited": (FAILURE, ""),
     "hard_exited_with_0": ([0, *FAILURE], ""),  # MPICH's mpirun kills the others, and may call that a success
@@ -39,7 +39,7 @@ class Job:
             tempfile.TemporaryFile("w+") as err,
             tempfile.TemporaryDirectory() as folder,
         ):
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "FIRA_HANG_DIR": folder}
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "PIPELINE_MPI_HANG_DIR": folder}
             process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
             try:
                 self.status = process.wait(60)

@@ -36,7 +36,7 @@ def run_ranks(
         subprocess.TimeoutExpired: after ``timeout`` seconds, when every process of the job has been killed.
     """
     command = [*within, mpirun(), "-np", n, sys.executable, script, *args]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PIPELINE_MPI_HANG_DIR": tempfile.gettempdir()} | (env or {})
+    environment = inherited() | {"PIPELINE_MPI_HANG_DIR": tempfile.gettempdir()} | (env or {})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         # Files instead of pipes: a process that outlives mpirun cannot block the reader.
         process = subprocess.Popen(
@@ -69,6 +69,15 @@ def run_function(
         result = run_ranks(n, __file__, module, function, json.dumps(kwargs), folder, timeout=timeout, env=env)
         assert result.returncode == 0, f"{module}.{function} on {n} ranks: {result.stdout}\n{result.stderr}"
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(n)]
+
+
+def inherited() -> dict[str, str]:
+    """Return this process's environment with the checkout on PYTHONPATH.
+
+    ``os.environ.copy()`` may fail in a thread, because pytest sets and deletes a variable for every test.
+    """
+    variables = {name: os.environ.get(name) for name in list(os.environ)}
+    return {name: value for name, value in variables.items() if value is not None} | {"PYTHONPATH": str(ROOT)}
 
 
 def mpirun() -> str:

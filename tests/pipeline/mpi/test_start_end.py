@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.launch import ROOT, members, mpirun
+from tests.launch import ROOT, inherited, members, mpirun
 
 ENDS = ROOT / "tests/ranks/hang_ends.py"
 FAILURE = range(1, 256)
@@ -42,7 +42,7 @@ class Job:
             tempfile.TemporaryFile("w+") as err,
             tempfile.TemporaryDirectory() as folder,
         ):
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "PIPELINE_MPI_HANG_DIR": folder}
+            environment = inherited() | {"PIPELINE_MPI_HANG_DIR": folder}
             process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
             try:
                 self.status = process.wait(60)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fira.errors import UserError
-from pipeline.mpi import fail
+from pipeline.mpi.failure import abort_on_failure, fail
 
 SCRIPTS = {"prepare": "prepare_data"}  # commands whose script in scripts/ has another name
 
@@ -82,6 +82,7 @@ def command_line(command: str) -> list[str]:
     return ["python", f"scripts/{SCRIPTS.get(command, command)}.py"]
 
 
+@abort_on_failure()
 def run(main: Callable[[], None]) -> None:
     """Call main. A UserError ends all ranks with its one line on stderr and exit status 2, a closed stdout quietly."""
     try:

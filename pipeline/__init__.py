@@ -1,8 +1,9 @@
-"""Layers, tensors and ranks: pipeline parallelism over MPI.
+"""Pipeline parallelism over MPI for arbitrary layers.
 
-``init()`` gives every rank of ``mpirun`` an ordinary ``torch.distributed`` world; ``fail()`` ends all of them at once.
+``init()`` creates an ordinary ``torch.distributed`` process group on the ranks of ``mpirun``, ``fail()`` ends all ranks
+with one message, and ``abort_on_failure()`` is the context manager for the entry point of a program.
 """
 
-from pipeline.mpi import World, fail, init
+from pipeline.mpi import World, abort_on_failure, fail, init
 
-__all__ = ["World", "fail", "init"]
+__all__ = ["World", "abort_on_failure", "fail", "init"]

@@ -1,4 +1,4 @@
-"""Run a script, or a function of a test module, on several ranks; nothing survives the call."""
+"""Run a script or a function of a test module on several ranks. No process survives the call."""
 
 import json
 import os
@@ -22,18 +22,23 @@ def run_ranks(
     env: dict[str, str] | None = None,
     within: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``mpirun -np n python script args`` with one thread per rank and return status, stdout and stderr.
+    """Run ``mpirun -np n python script args`` and return its exit status, stdout and stderr.
 
     Args:
-        within: a command that runs mpirun, somewhere else or in another way.
+        n: number of ranks.
+        script: path of the program.
+        *args: arguments of the program.
+        timeout: limit in seconds.
+        env: environment variables in addition to those of this process.
+        within: command that is prepended to ``mpirun``, for example ``ip netns exec NAME``.
 
     Raises:
-        subprocess.TimeoutExpired: after ``timeout`` seconds; every process of the job is killed first.
+        subprocess.TimeoutExpired: after ``timeout`` seconds, when every process of the job has been killed.
     """
     command = [*within, mpirun(), "-np", n, sys.executable, script, *args]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "FIRA_HANG_DIR": tempfile.gettempdir()} | (env or {})
+    environment = inherited() | {"PIPELINE_MPI_HANG_DIR": tempfile.gettempdir()} | (env or {})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        # Files, not pipes: a process that outlives mpirun cannot hold up the reader.
+        # Files instead of pipes: a process that outlives mpirun cannot block the reader.
         process = subprocess.Popen(
             [str(part) for part in command], stdout=out, stderr=err, env=environment, cwd=ROOT, start_new_session=True
         )
@@ -52,13 +57,13 @@ def run_ranks(
 def run_function(
     n: int, module: str, function: str, timeout: float = 60, env: dict[str, str] | None = None, **kwargs: Any
 ) -> list[Any]:
-    """Call ``module.function(**kwargs)`` on ``n`` ranks after ``pipeline.init()``; arguments and results are JSON.
+    """Call ``module.function(**kwargs)`` on ``n`` ranks after ``pipeline.init()``. Arguments and results are JSON.
 
     Returns:
-        Each rank's result, by rank.
+        The results by rank.
 
     Raises:
-        AssertionError: a rank failed; the message is what the job printed.
+        AssertionError: if a rank fails. The message contains the output of the job.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = run_ranks(n, __file__, module, function, json.dumps(kwargs), folder, timeout=timeout, env=env)
@@ -66,20 +71,29 @@ def run_function(
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(n)]
 
 
+def inherited() -> dict[str, str]:
+    """Return this process's environment with the checkout on PYTHONPATH.
+
+    ``os.environ.copy()`` may fail in a thread, because pytest sets and deletes a variable for every test.
+    """
+    variables = {name: os.environ.get(name) for name in list(os.environ)}
+    return {name: value for name, value in variables.items() if value is not None} | {"PYTHONPATH": str(ROOT)}
+
+
 def mpirun() -> str:
-    """The wheel's mpirun, beside this Python, which not every test runner has on its PATH; else the system's."""
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else "mpirun"
+    """Return the ``mpirun`` of a wheel in this environment, which may not be on the PATH, or the system's."""
+    installed = Path(sys.executable).with_name("mpirun")
+    return str(installed) if installed.exists() else "mpirun"
 
 
 def members(session: int) -> list[int]:
-    """The processes of a session that live: mpirun gives its children process groups of their own."""
+    """Return the running processes of a session. mpirun puts its children in separate process groups."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
         except (FileNotFoundError, ProcessLookupError):
-            continue  # it has ended meanwhile
+            continue  # the process has ended in the meantime
         if int(its_session) == session and state not in "XZ":
             found.append(int(stat.parent.name))
     return found

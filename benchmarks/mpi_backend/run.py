@@ -1,11 +1,10 @@
-"""Compare the MPI backend with gloo and with raw mpi4py: measure, then a table and a plot.
+"""Benchmark the MPI backend against gloo and plain mpi4py; print tables and draw a plot.
 
-    python -m benchmarks.mpi_backend.run                                      # with this environment's MPI library
-    python -m benchmarks.mpi_backend.run --python .venv-openmpi/bin/python    # with that of another one
-    python -m benchmarks.mpi_backend.run --ranks 4 --operations ring          # only some rows
+    python -m benchmarks.mpi_backend.run                                      # the MPI library of this environment
+    python -m benchmarks.mpi_backend.run --python .venv-openmpi/bin/python    # of another environment
+    python -m benchmarks.mpi_backend.run --ranks 4 --operations ring          # selected rows
 
-What is measured takes the place of its rows in results.csv beside this file; then results.png is drawn and the tables
-of README.md are printed.
+New measurements replace their rows in results.csv. Then results.png is drawn and the tables of README.md are printed.
 """
 
 import argparse
@@ -28,7 +27,7 @@ ROUNDS = 11
 OPERATIONS = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
 KEYS = ["library", "ranks", "operation", "bytes"]
 SIZES = [4**k * 1024 for k in range(9)]  # 1 KB to 64 MB
-# Open MPI asks before it runs as root, or more ranks than cores
+# Open MPI requires these to run as root and with more ranks than cores
 ALLOWED = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -38,9 +37,13 @@ ALLOWED = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", default=sys.executable, help="of the environment to measure (default: this one)")
+    parser.add_argument(
+        "--python", default=sys.executable, help="Python of the environment to measure (default: this one)"
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
-    parser.add_argument("--operations", nargs="*", choices=OPERATIONS, default=OPERATIONS, help="none: only the report")
+    parser.add_argument(
+        "--operations", nargs="*", choices=OPERATIONS, default=OPERATIONS, help="empty: only the report"
+    )
     arguments = parser.parse_args()
     measured = [
         row
@@ -55,7 +58,7 @@ def main() -> None:
 
 
 def measure(python: str, ranks: int, operation: str) -> Iterable[dict]:
-    """One job: an operation with all sizes."""
+    """Run one job that measures an operation for all sizes."""
     mpirun = Path(python).with_name("mpirun")
     library = "Open MPI" if mpirun.with_name("ompi_info").exists() else "MPICH"
     command = [str(mpirun), "-np", str(ranks), python, str(HERE / "ranks.py"), str(ROUNDS), operation]
@@ -67,7 +70,7 @@ def measure(python: str, ranks: int, operation: str) -> Iterable[dict]:
 
 
 def report(frame: pd.DataFrame) -> None:
-    """Print the tables, draw the plot."""
+    """Print the tables and draw the plot."""
     wide = frame.pivot_table(index=KEYS, columns="who", values="seconds").reset_index()
     wide["times_gloo"] = wide["gloo"] / wide["ours"]
     wide["of_raw"] = wide["mpi4py"] / wide["ours"]
@@ -111,7 +114,7 @@ def draw(wide: pd.DataFrame) -> None:
 
 
 def mean(values: pd.Series) -> float:
-    """The geometric mean."""
+    """Return the geometric mean."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
 

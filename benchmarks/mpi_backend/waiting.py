@@ -1,9 +1,9 @@
-"""What waiting costs: a lone message, and those who compute meanwhile.
+"""Benchmark of waiting: latency of a single message, and slowdown of ranks that compute while others wait.
 
-    mpirun -np 2 python benchmarks/mpi_backend/waiting.py    # a message of 8 bytes to and fro
-    mpirun -np 4 python benchmarks/mpi_backend/waiting.py    # on two cores: two ranks compute, two wait for them
+    mpirun -np 2 python benchmarks/mpi_backend/waiting.py    # a round trip of 8 bytes
+    mpirun -np 4 python benchmarks/mpi_backend/waiting.py    # on two cores: two ranks compute, two wait
 
-Prints medians over rounds in which the contenders take turns.
+Prints medians over rounds, each of which measures every backend.
 """
 
 import statistics
@@ -26,26 +26,26 @@ def main() -> None:
     torch.set_num_threads(1)
     gloo = dist.new_group(backend="gloo")
     if world.size == 2:
-        contenders = {"ours": trips(trip(None)), "gloo": trips(trip(gloo)), "mpi4py": trips(trip_mpi4py)}
-        unit = "µs for a message one way"
+        backends = {"ours": trips(trip(None)), "gloo": trips(trip(gloo)), "mpi4py": trips(trip_mpi4py)}
+        unit = "µs per message, one way"
     else:
         calls = {"ours": collective(None), "gloo": collective(gloo), "mpi4py": MPI.COMM_WORLD.Barrier}
-        contenders = {name: products(call, call) for name, call in calls.items()}
-        contenders["nobody waits"] = products(lambda: None, lambda: time.sleep(COMPUTE_S))
-        unit = "products of two matrices in a millisecond, all ranks together"
-    samples = torch.empty(len(contenders), ROUNDS, dtype=torch.float64)
+        backends = {name: products(call, call) for name, call in calls.items()}
+        backends["no waiting"] = products(lambda: None, lambda: time.sleep(COMPUTE_S))
+        unit = "matrix products per millisecond, all ranks together"
+    samples = torch.empty(len(backends), ROUNDS, dtype=torch.float64)
     for number in range(ROUNDS):
-        for row, contender in zip(samples, contenders.values(), strict=True):
+        for row, backend in zip(samples, backends.values(), strict=True):
             dist.barrier()
-            row[number] = contender()
+            row[number] = backend()
     dist.all_reduce(samples, dist.ReduceOp.AVG if world.size == 2 else dist.ReduceOp.SUM)
     if world.rank == 0:
-        for name, row in zip(contenders, samples.tolist(), strict=True):
+        for name, row in zip(backends, samples.tolist(), strict=True):
             print(f"{name}: {statistics.median(row):.2f} {unit}")
 
 
 def products(meet: Callable[[], object], wait: Callable[[], object]) -> Callable[[], float]:
-    """The first half of the ranks computes, then calls ``meet``; the second half calls ``wait`` at once."""
+    """The first half of the ranks computes, then calls ``meet``. The second half calls ``wait`` immediately."""
 
     def measure() -> float:
         if dist.get_rank() >= dist.get_world_size() // 2:
@@ -69,7 +69,7 @@ def collective(group: dist.ProcessGroup | None) -> Callable[[], object]:
 
 
 def trips(call: Callable[[bool], object]) -> Callable[[], float]:
-    """``call`` sends if its argument is True, else receives."""
+    """Measure round trips. ``call`` sends if its argument is True, otherwise it receives."""
 
     def measure() -> float:
         first = dist.get_rank() == 0
@@ -83,13 +83,13 @@ def trips(call: Callable[[bool], object]) -> Callable[[], float]:
 
 
 def trip(group: dist.ProcessGroup | None) -> Callable[[bool], object]:
-    numbers, other = torch.ones(2), 1 - dist.get_rank()
-    return lambda send: (dist.send if send else dist.recv)(numbers, other, group=group)
+    message, peer = torch.ones(2), 1 - dist.get_rank()
+    return lambda send: (dist.send if send else dist.recv)(message, peer, group=group)
 
 
 def trip_mpi4py(send: bool) -> None:
-    numbers, other, world = bytearray(8), 1 - MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD
-    (world.Send if send else world.Recv)(numbers, other)
+    message, peer, world = bytearray(8), 1 - MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD
+    (world.Send if send else world.Recv)(message, peer)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ class TrainConfig:
     trace: str | None = _option(None, "write a trace of the third step to this file, for ui.perfetto.dev")
     seed: int = _option(42, "seed of weights, data order and dropout")
     timeout: float | None = _option(
-        None, "seconds a rank waits for another before the job ends with a report; default: $FIRA_TIMEOUT_S, or 600"
+        None,
+        "seconds a rank waits for another before the job ends with a report; default: $PIPELINE_MPI_TIMEOUT_S, or 600",
     )
 
     def __post_init__(self) -> None:

@@ -1,9 +1,9 @@
-"""A ``torch.distributed`` backend over mpi4py. See README.md beside this file.
+"""A ``torch.distributed`` backend over mpi4py. See README.md in this folder.
 
-Nothing here loads MPI or torch before ``init()`` is called, so that pure modules of ``pipeline`` stay cheap to import.
+MPI and torch are not imported before ``init()`` is called, so that importing ``pipeline`` stays cheap.
 """
 
-from pipeline.mpi.failure import fail
+from pipeline.mpi.failure import abort_on_failure, fail
 from pipeline.mpi.world import World, init
 
-__all__ = ["World", "fail", "init"]
+__all__ = ["World", "abort_on_failure", "fail", "init"]

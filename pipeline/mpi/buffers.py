@@ -1,4 +1,4 @@
-"""Tensors as MPI sees them: an address, a count and a datatype."""
+"""Conversion of tensors to MPI buffers: address, count and datatype."""
 
 import ctypes
 import functools
@@ -27,40 +27,43 @@ _NUMBER_TYPES = {
     torch.bool: MPI.C_BOOL,
 }
 
-BLOCK = 2**30  # bytes MPI is given one by one; more go in blocks
-UNLOCKED = 64 * 1024  # bytes from which a copy lets other threads run
-NOTHING = MPI.memory.allocate(0)
+BLOCK = 2**30  # bytes per block of a larger message, whose count would not fit 31 bits
+UNLOCKED = 64 * 1024  # bytes from which a copy releases the global interpreter lock
+EMPTY = MPI.memory.allocate(0)
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.uint16)
-_ONLY_MPI = (torch.uint16, torch.uint32, torch.uint64)  # torch has next to no arithmetic for them
+_REDUCED_BY_MPI_ONLY = (torch.uint16, torch.uint32, torch.uint64)  # torch implements almost no arithmetic for them
 
 
 def memory(tensor: Tensor) -> MPI.memory:
-    """A contiguous tensor's bytes; cutting them costs a tenth of cutting tensors. The caller keeps the tensor alive."""
+    """Return the memory of a contiguous tensor. Slicing it is ten times as fast as slicing the tensor.
+
+    The caller keeps the tensor alive.
+    """
     return MPI.memory.fromaddress(tensor.data_ptr(), tensor.nbytes)
 
 
 def memories(tensors: list[Tensor]) -> list[MPI.memory]:
-    """``memory`` of each."""
+    """Return the memory of each contiguous tensor."""
     return [memory(tensor) for tensor in tensors]
 
 
-def cut(whole: MPI.memory, sizes: list[int]) -> list[MPI.memory]:
-    """Memory in parts of these numbers of bytes, one after the other."""
-    return [whole[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+def split(buffer: MPI.memory, sizes: list[int]) -> list[MPI.memory]:
+    """Split memory into consecutive parts of these sizes in bytes."""
+    return [buffer[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def message(part: MPI.memory) -> list:
-    """Memory as raw bytes to send or receive: any dtype crosses this way."""
+    """Return an MPI buffer that sends or receives memory as raw bytes, independent of the dtype."""
     return [part, MPI.BYTE] if part.nbytes < BLOCK else [part, 1, _huge(part.nbytes)]
 
 
 def as_bytes(tensor: Tensor) -> list:
-    """A contiguous tensor as raw bytes to send or receive. The caller keeps the tensor alive."""
+    """Return an MPI buffer of a contiguous tensor's raw bytes. The caller keeps the tensor alive."""
     return message(memory(tensor))
 
 
 def copy(target: MPI.memory, source: MPI.memory) -> None:
-    """Copy bytes, without Python's lock where that pays."""
+    """Copy bytes; large copies release the global interpreter lock."""
     if source.nbytes < UNLOCKED:
         target[:] = source
     else:
@@ -69,21 +72,24 @@ def copy(target: MPI.memory, source: MPI.memory) -> None:
 
 @functools.cache
 def _huge(size: int) -> MPI.Datatype:
-    """A type of ``size`` bytes: before MPI 4 (Open MPI 5) a count ends at 2³¹."""
+    """Return a datatype of ``size`` bytes. Before MPI 4, as in Open MPI 5, a count is less than 2³¹."""
     blocks, rest = divmod(size, BLOCK)
     block = MPI.BYTE.Create_contiguous(BLOCK)
     return MPI.Datatype.Create_struct([blocks, rest], [0, blocks * BLOCK], [block, MPI.BYTE]).Commit()
 
 
 def as_numbers(tensor: Tensor) -> list:
-    """A contiguous tensor as numbers to reduce. The caller keeps the tensor alive."""
+    """Return an MPI buffer of a contiguous tensor's elements for a reduction. The caller keeps the tensor alive."""
     return [memory(tensor), _NUMBER_TYPES[tensor.dtype]]
 
 
 def reducible(tensor: Tensor) -> Tensor:
-    """A contiguous tensor MPI can reduce: the tensor itself, or a wider copy for 16 and 8 bits.
+    """Return a contiguous tensor that MPI can reduce: the tensor itself, or a wider copy of 8- and 16-bit elements.
 
-    Such floats have no MPI type; sums of such integers end at the largest one in Open MPI, and do not go round.
+    MPI has no type for floats of these widths, and Open MPI saturates sums of such integers instead of wrapping around.
+
+    Raises:
+        TypeError: if the dtype cannot be reduced.
     """
     if tensor.dtype not in _NUMBER_TYPES:
         if not tensor.dtype.is_floating_point:
@@ -93,33 +99,33 @@ def reducible(tensor: Tensor) -> Tensor:
 
 
 class Reduction(NamedTuple):
-    """How one value is made of one from each rank."""
+    """Implementation of a ``ReduceOp``."""
 
-    of_numbers: MPI.Op
-    of_bools: MPI.Op
-    of_tensors: Callable[..., Tensor]
+    mpi_op: MPI.Op
+    mpi_bool_op: MPI.Op
+    torch_op: Callable[..., Tensor]
     averages: bool = False
-    factor: Any = None  # every rank's values are multiplied by it first
+    factor: Any = None  # PREMUL_SUM: the inputs are multiplied by it
 
     def by_mpi(self, dtype: torch.dtype) -> MPI.Op:
-        """MPI's operation; what AVG and PREMUL_SUM do to a sum is done before and after it."""
-        return self.of_bools if dtype == torch.bool else self.of_numbers
+        """Return the MPI operation. ``prepare`` and ``finish`` add what AVG and PREMUL_SUM do beyond a sum."""
+        return self.mpi_bool_op if dtype == torch.bool else self.mpi_op
 
     def prepare(self, tensor: Tensor) -> Tensor:
-        """The tensor, or a new one, multiplied by the factor."""
+        """Return the tensor multiplied by the factor; without a factor, the tensor itself."""
         return tensor if self.factor is None else tensor * self.factor
 
     def finish(self, total: Tensor, size: int) -> None:
-        """Divide a sum over ``size`` ranks in place if that is asked for; integers are truncated, as NCCL does."""
+        """For AVG, divide the sum over ``size`` ranks in place. Integers are truncated as in NCCL."""
         if self.averages:
             total.div_(size, rounding_mode=None if total.is_floating_point() or total.is_complex() else "trunc")
 
     def combine(self, parts: list[Tensor], result: Tensor, scratch: Tensor) -> None:
-        """Reduce ``parts`` from the first to the last; 16- and 8-bit floats as float32.
+        """Reduce ``parts`` from the first to the last; 8- and 16-bit floats are accumulated in float32.
 
         Args:
-            result: where to; it may be one of the parts.
-            scratch: may be overwritten meanwhile; it may be the first or the second part.
+            result: the output; may be one of the parts.
+            scratch: temporary memory; may be the first or the second part.
         """
         if result.dtype not in _NUMBER_TYPES:
             parts = [part.float() for part in parts]
@@ -127,13 +133,13 @@ class Reduction(NamedTuple):
         total = parts[0]
         for part in parts[1:]:
             last = part is parts[-1] and scratch.dtype == result.dtype
-            total = self.of_tensors(total, part, out=result if last else scratch)
+            total = self.torch_op(total, part, out=result if last else scratch)
         self.finish(total, len(parts))
         if total is not result:
             result.copy_(total)
 
 
-_REDUCTIONS = {  # by the value of torch's constant: a ReduceOp does not hash in every torch, and is slow to compare
+_REDUCTIONS = {  # keyed by value: a ReduceOp is not hashable in every version of torch and slow to compare
     ReduceOp.SUM.value: Reduction(MPI.SUM, MPI.LOR, torch.add),
     ReduceOp.AVG.value: Reduction(MPI.SUM, MPI.LOR, torch.add, averages=True),
     ReduceOp.PREMUL_SUM.value: Reduction(MPI.SUM, MPI.LOR, torch.add),
@@ -147,7 +153,11 @@ _REDUCTIONS = {  # by the value of torch's constant: a ReduceOp does not hash in
 
 
 def reduction(op: ReduceOp) -> Reduction:
-    """What ``op`` asks for."""
+    """Return the implementation of ``op``.
+
+    Raises:
+        ValueError: if it is not supported.
+    """
     kind = cast(Any, op).op.value
     found = _REDUCTIONS.get(kind)
     if found is None:
@@ -159,5 +169,5 @@ def reduction(op: ReduceOp) -> Reduction:
 
 
 def combines(dtype: torch.dtype) -> bool:
-    """Can ``Reduction.combine`` reduce this dtype?"""
-    return dtype not in _ONLY_MPI
+    """Return whether ``Reduction.combine`` supports this dtype."""
+    return dtype not in _REDUCED_BY_MPI_ONLY

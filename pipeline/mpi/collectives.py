@@ -1,11 +1,15 @@
-"""The operations on one communicator, as steps: generators that ``work.py`` drives without ever blocking.
+"""The operations of one communicator as steps: generators that ``work.py`` advances without blocking.
 
-Small collectives are MPI's own. From ``LARGE`` bytes up they are pairwise exchanges, with the sums done here: on both
-MPICH and Open MPI that is up to twice as fast (benchmarks/mpi_backend), 16-bit floats travel as such but add up in
-float32, and the order of a sum does not depend on the library.
+Small collectives use MPI's own implementation. From ``LARGE`` bytes on, they are pairwise exchanges with the reduction
+computed here. This is up to twice as fast on MPICH and Open MPI (benchmarks/mpi_backend), sends 16-bit floats as such
+but accumulates them in float32, and makes the order of a sum independent of the library. For R ranks:
 
-Tensors come detached and on the CPU. One that is not contiguous is copied first, and its result copied back. Buffers
-live in a generator's frame until its requests are done.
+    exchange          rank i sends part j of its parts to rank j
+    reduce-scatter    exchange the R parts of every input; rank j reduces the R versions of part j       [1]
+    all-reduce        reduce-scatter [1], then all-gather the reduced parts                              [2]
+
+Tensors are detached and on the CPU. A tensor that is not contiguous is copied, and its result is copied back. Local
+variables of a generator keep the buffers alive until its requests have completed.
 """
 
 from collections.abc import Generator, Sequence
@@ -17,35 +21,35 @@ from mpi4py import MPI
 from torch import Tensor
 
 from pipeline.mpi.buffers import (
-    NOTHING,
+    EMPTY,
     Reduction,
     as_bytes,
     as_numbers,
     combines,
     copy,
-    cut,
     memories,
     memory,
     message,
     reducible,
+    split,
 )
 from pipeline.mpi.work import Steps
 
-LARGE = 256 * 1024
-PIECE = 2**21  # bytes of a rank reduced at a time: they stay in the processor's cache
-SCRATCH = 2**24  # bytes kept for what arrives
-TAGS = 32767  # MPI guarantees tags up to this one, which ``token`` has for itself
+LARGE = 256 * 1024  # bytes
+PIECE = 2**21  # bytes per rank that are reduced at a time, so that they stay in the processor's cache
+SCRATCH = 2**24  # bytes of the receive buffer
+TAGS = 32767  # the largest tag that MPI guarantees; reserved for ``token``
 Exchange = Generator[list[MPI.Request], list[MPI.Status], Any]
 
 
 class Collectives:
-    """A communicator's collectives and messages. Ranks are the communicator's own."""
+    """Collectives and messages of one communicator. Ranks are relative to it."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm = comm
-        self._inner = comm.Dup()  # exchanges, apart from the user's messages
+        self._inner = comm.Dup()  # for exchanges, separate from the user's messages
         self._tags = count()
-        self._kept = torch.empty(0, dtype=torch.uint8)
+        self._scratch_bytes = torch.empty(0, dtype=torch.uint8)
         self.rank = comm.Get_rank()
         self.size = comm.Get_size()
 
@@ -68,29 +72,28 @@ class Collectives:
                 yield from self._exchange_all_reduce(tensor, how)
 
     def _exchange_all_reduce(self, tensor: Tensor, how: Reduction) -> Exchange:
-        """Every rank adds up one part, and the parts are gathered."""
         buffer = how.prepare(tensor).contiguous()
         parts = list(buffer.view(-1).tensor_split(self.size))
-        yield from self._exchange_reduce(parts, parts[self.rank], how)
-        yield from self._share(parts[self.rank], parts)
+        yield from self._exchange_reduce(parts, parts[self.rank], how)  # [1]
+        yield from self._share(parts[self.rank], parts)  # [2]
         write(tensor, buffer)
 
     def all_reduce_sparse(self, tensor: Tensor, how: Reduction) -> Steps:
-        """Gather everyone's indices and values, whose numbers differ, and add up what falls on one index."""
-        summed = how.of_tensors is torch.add and how.factor is None
+        """Gather the indices and values of all ranks, whose counts differ, and sum the values of equal indices."""
+        summed = how.torch_op is torch.add and how.factor is None
         expect("all_reduce", summed, "sparse tensors can only be summed or averaged")
         own = tensor.detach().coalesce()
         number, numbers = torch.tensor([own._nnz()]), torch.empty(self.size, dtype=torch.int64)
         yield [self._comm.Iallgather(as_bytes(number), as_bytes(numbers))]
-        whole = []
+        gathered = []
         for part in (own.indices().t().contiguous(), own.values().contiguous()):
             rows = [part.new_empty(n, *part.shape[1:]) for n in numbers.tolist()]
             yield from self._share(part, rows)
-            whole.append(torch.cat(rows))
-        total = torch.sparse_coo_tensor(whole[0].t(), whole[1], tensor.shape).coalesce()
+            gathered.append(torch.cat(rows))
+        total = torch.sparse_coo_tensor(gathered[0].t(), gathered[1], tensor.shape).coalesce()
         how.finish(total, self.size)
         with torch.no_grad():
-            tensor.copy_(total)  # (a detached sparse tensor would keep the result to itself)
+            tensor.copy_(total)  # a detached sparse tensor would not pass the result on to the original
 
     def reduce(self, tensor: Tensor, how: Reduction, root: int) -> Steps:
         part = reducible(how.prepare(tensor))
@@ -102,7 +105,7 @@ class Collectives:
             write(tensor, total)
 
     def reduce_scatter(self, pairs: list[tuple[Tensor, list[Tensor]]], how: Reduction) -> Steps:
-        """For each pair (output, inputs): the sum of everyone's input number ``rank``; or one input, to be cut."""
+        """Reduce-scatter each (output, inputs). Inputs are one tensor per rank or one of group size × output."""
         for output, given in pairs:
             nbytes = sum([tensor.nbytes for tensor in given])
             expect("reduce_scatter", given[0].dtype == output.dtype, "output and input must have one dtype")
@@ -113,7 +116,7 @@ class Collectives:
             direct = output.is_contiguous() and output.dtype == part.dtype and not _share_memory([output], inputs)
             result = output if direct else torch.empty(output.shape, dtype=part.dtype)
             if exchanges:
-                yield from self._exchange_reduce(self._cut(inputs), result.view(-1), how)
+                yield from self._exchange_reduce(self._parts(inputs), result.view(-1), how)
             else:
                 mpi_op = how.by_mpi(part.dtype)
                 yield [self._comm.Ireduce_scatter_block(as_numbers(part), as_numbers(result), mpi_op)]
@@ -121,26 +124,26 @@ class Collectives:
             write(output, result)
 
     def _exchange_reduce(self, parts: list[Tensor], result: Tensor, how: Reduction) -> Exchange:
-        """Send part number i to rank i, and reduce what arrives here into ``result``, which may be this rank's part."""
+        """Send part i to rank i and reduce the received parts into ``result``, which may be this rank's own part."""
         others = self.size - 1
         length = max(1, min(PIECE, SCRATCH // others) // result.element_size())
         scratch = list(self._scratch(others, min(length, len(result)), result.dtype))
-        scratch.insert(self.rank, result)  # a placeholder: this rank's own part stays where it is
+        scratch.insert(self.rank, result)  # a placeholder: this rank's own part is not copied
         for start in range(0, max(map(len, parts)), length):
             sent, target = [part[start : start + length] for part in parts], result[start : start + length]
-            received = [some[: len(target)] for some in scratch]
+            received = [row[: len(target)] for row in scratch]
             received[self.rank] = sent[self.rank]
             yield from self._exchange(memories(sent), memories(received))
             how.combine(received, target, received[self.rank == 0])
 
     def _scratch(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Memory for the collective that is under way; the next one gets the same, for new pages are slow."""
+        """Return temporary memory for the current collective. It is reused, because touching new pages is slow."""
         nbytes = rows * columns * dtype.itemsize
-        if self._kept.nbytes < nbytes:
-            self._kept = torch.empty(nbytes, dtype=torch.uint8)
-        return self._kept[:nbytes].view(dtype).view(rows, columns)
+        if self._scratch_bytes.nbytes < nbytes:
+            self._scratch_bytes = torch.empty(nbytes, dtype=torch.uint8)
+        return self._scratch_bytes[:nbytes].view(dtype).view(rows, columns)
 
-    # Movement, as bytes
+    # Data movement, as bytes
 
     def broadcast(self, tensor: Tensor, root: int) -> Steps:
         buffer = tensor.contiguous()
@@ -149,18 +152,18 @@ class Collectives:
             write(tensor, buffer)
 
     def all_gather(self, pairs: list[tuple[list[Tensor], Tensor]]) -> Steps:
-        """For each pair (outputs, input): everyone's input, in an output each, or one after the other in one output."""
+        """Gather each (outputs, input). Outputs are one tensor per rank or one of group size × input."""
         for outputs, part in pairs:
             nbytes = sum([output.nbytes for output in outputs])
             expect("all_gather", outputs[0].dtype == part.dtype, "output and input must have one dtype")
             expect("all_gather", nbytes == part.nbytes * self.size, "output must be group size × input")
             buffers, part = [output.contiguous() for output in outputs], part.contiguous()
-            slots = memories(buffers) if len(buffers) > 1 else cut(memory(buffers[0]), [part.nbytes] * self.size)
+            slots = memories(buffers) if len(buffers) > 1 else split(memory(buffers[0]), [part.nbytes] * self.size)
             in_place = slots[self.rank].address == part.data_ptr()
             if not in_place and _share_memory(buffers, [part]):
                 part = part.clone()
             if nbytes < LARGE and len(buffers) == 1:
-                # FSDP2 gathers in place; MPI forbids aliases but for this one
+                # FSDP2 gathers in place; MPI forbids aliased buffers except for IN_PLACE
                 sent = MPI.IN_PLACE if in_place else as_bytes(part)
                 yield [self._comm.Iallgather(sent, as_bytes(buffers[0]))]
             else:
@@ -170,15 +173,15 @@ class Collectives:
 
     def gather(self, outputs: list[Tensor], part: Tensor, root: int) -> Steps:
         slots, part = [output.contiguous() for output in outputs], part.contiguous()
-        sent = [memory(part) if peer == root else NOTHING for peer in range(self.size)]
-        yield from self._exchange(sent, memories(slots) or [NOTHING] * self.size)
+        sent = [memory(part) if peer == root else EMPTY for peer in range(self.size)]
+        yield from self._exchange(sent, memories(slots) or [EMPTY] * self.size)
         for output, slot in zip(outputs, slots, strict=True):
             write(output, slot)
 
     def scatter(self, output: Tensor, parts: list[Tensor], root: int) -> Steps:
         slot, parts = output.contiguous(), [part.contiguous() for part in parts]
-        sent = memories(parts) or [NOTHING] * self.size
-        yield from self._exchange(sent, [memory(slot) if peer == root else NOTHING for peer in range(self.size)])
+        sent = memories(parts) or [EMPTY] * self.size
+        yield from self._exchange(sent, [memory(slot) if peer == root else EMPTY for peer in range(self.size)])
         write(output, slot)
 
     def all_to_all(self, outputs: list[Tensor], inputs: list[Tensor]) -> Steps:
@@ -192,7 +195,7 @@ class Collectives:
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]
     ) -> Steps:
-        """Rows of ``input`` to each rank, as many as ``input_splits`` says; without splits, everybody the same."""
+        """Send ``input_splits[i]`` rows of ``input`` to rank i; without splits, the same number to every rank."""
         shared, received = _share_memory([output], [input]), output.contiguous()
         sent = _copied(input) if shared else input.contiguous()
         parts = self._rows("input", sent, input_splits)
@@ -200,7 +203,7 @@ class Collectives:
         write(output, received)
 
     def _rows(self, name: str, tensor: Tensor, sizes: Sequence[int]) -> list[MPI.memory]:
-        """``tensor`` cut along its first dimension, a part per rank."""
+        """Split ``tensor`` along its first dimension into one part per rank."""
         rows = tensor.shape[0]
         sizes = sizes or [rows // self.size] * self.size
         if sum(sizes) != rows or len(sizes) != self.size:
@@ -209,20 +212,20 @@ class Collectives:
                 f"or add up to the split sizes, one per rank; these are {list(sizes)}"
             )
         row = tensor.nbytes // max(rows, 1)
-        return cut(memory(tensor), [size * row for size in sizes])
+        return split(memory(tensor), [size * row for size in sizes])
 
     def _share(self, part: Tensor, slots: list[Tensor]) -> Exchange:
-        """``part`` to everybody, and everybody's into the slots."""
+        """All-gather ``part`` into ``slots``."""
         yield from self._exchange([memory(part)] * self.size, memories(slots))
 
     def _exchange(self, sent: list[MPI.memory], received: list[MPI.memory]) -> Exchange:
-        """Part number i of ``sent`` to rank i, and what rank i sent here into ``received``; nothing for empty parts."""
+        """Send ``sent[i]`` to rank i and receive ``received[i]`` from it. Empty parts cause no message."""
         tag = next(self._tags) % TAGS
-        own, kept = sent[self.rank], received[self.rank]
-        if own.nbytes != kept.nbytes:
-            raise ValueError(f"own part: {kept.nbytes} bytes expected, {own.nbytes} given")
-        if own.address != kept.address:
-            copy(kept, own)
+        own, target = sent[self.rank], received[self.rank]
+        if own.nbytes != target.nbytes:
+            raise ValueError(f"this rank's own part: expected {target.nbytes} bytes, got {own.nbytes}")
+        if own.address != target.address:
+            copy(target, own)
         sources = [peer for peer, part in enumerate(received) if peer != self.rank and part.nbytes]
         requests = [self._inner.Irecv(message(received[peer]), peer, tag) for peer in sources]
         for peer, part in enumerate(sent):
@@ -235,8 +238,8 @@ class Collectives:
     def _exchanges(self, nbytes: int, dtype: torch.dtype) -> bool:
         return nbytes >= LARGE and self.size > 1 and combines(dtype)
 
-    def _cut(self, tensors: list[Tensor]) -> list[Tensor]:
-        """A flat part per rank: of one tensor its cuts, else the tensors themselves."""
+    def _parts(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return one flat part per rank: the tensors themselves, or the parts of a single tensor."""
         if len(tensors) == self.size:
             return [tensor.contiguous().view(-1) for tensor in tensors]
         return list(tensors[0].contiguous().view(-1).tensor_split(self.size))
@@ -254,7 +257,7 @@ class Collectives:
         write(tensor, buffer)
 
     def token(self, call: str, peer: int) -> Steps:
-        """An empty message to (``Isend``) or from (``Irecv``) another rank."""
+        """Send (``Isend``) or receive (``Irecv``) an empty message."""
         yield [getattr(self._inner, call)([bytearray(), MPI.BYTE], peer, TAGS)]
 
     def barrier(self) -> Steps:
@@ -266,24 +269,24 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
-    """Tensors one after the other as one vector; a single one as it is."""
+    """Concatenate tensors to one vector. A single tensor is returned unchanged."""
     return tensors[0] if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _share_memory(some: list[Tensor], others: list[Tensor]) -> bool:
-    storages = [{tensor.untyped_storage().data_ptr() for tensor in tensors} for tensors in (some, others)]
+def _share_memory(outputs: list[Tensor], inputs: list[Tensor]) -> bool:
+    storages = [{tensor.untyped_storage().data_ptr() for tensor in tensors} for tensors in (outputs, inputs)]
     return not storages[0].isdisjoint(storages[1] - {0})
 
 
 def _complete(expected: int, status: MPI.Status, peer: int) -> None:
-    """MPI reports a message that is too long; one that is too short is for us to see."""
+    """Raise ValueError if a message is too short. MPI itself reports one that is too long."""
     got = status.Get_elements(MPI.BYTE)
     if got != expected:
         raise ValueError(f"recv: expected {expected} bytes from rank {peer}, got {got}")
 
 
 def write(target: Tensor, result: Tensor) -> None:
-    """Copy a result to where it belongs, unless it is there already."""
+    """Copy ``result`` to ``target`` unless it is the same tensor."""
     if target is not result:
         target.copy_(result.view(target.shape))
 

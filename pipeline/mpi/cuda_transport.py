@@ -1,4 +1,4 @@
-"""Which way CUDA tensors go: by NCCL where it can, else by MPI. Nothing here is asked on machines without CUDA."""
+"""Selection of the transport for CUDA tensors: NCCL if possible, otherwise MPI."""
 
 import ctypes
 from collections.abc import Sequence
@@ -8,10 +8,13 @@ import torch.distributed as dist
 from mpi4py import MPI
 
 
-def ways(local_rank: int) -> tuple[str | None, bool]:
-    """The backend for CUDA in the default group, None without CUDA, and whether MPI may see device memory. Collective.
+def choose_transport(local_rank: int) -> tuple[str | None, bool]:
+    """Choose how CUDA tensors are transported in the default group. Collective over the world.
 
-    The local ranks take the machine's devices in turn.
+    The local ranks use the machine's devices in round-robin order.
+
+    Returns:
+        The backend for CUDA tensors, None without CUDA; and whether MPI may access device memory.
     """
     count = torch.cuda.device_count()
     if not any(MPI.COMM_WORLD.allgather(count)):
@@ -21,20 +24,26 @@ def ways(local_rank: int) -> tuple[str | None, bool]:
 
 
 def cuda_backend(devices: Sequence[torch.device]) -> str:
-    """The backend for groups whose ranks use these devices, "nccl" or "mpi". Collective over the world.
+    """Return the backend for groups whose ranks use these devices, "nccl" or "mpi". Collective over the world.
 
-    NCCL refuses a device that two of its ranks share, and there are machines without NCCL.
+    NCCL rejects a device that two of its ranks share, and not every build of PyTorch has NCCL.
+
+    Args:
+        devices: the devices of this rank.
     """
     own = [str(torch.cuda.get_device_properties(device).uuid) for device in devices if device.type == "cuda"]
-    everyone = MPI.COMM_WORLD.allgather(own if dist.is_nccl_available() else [])
-    used = [device for rank in everyone for device in rank]
-    return "nccl" if all(everyone) and len(set(used)) == len(used) else "mpi"
+    by_rank = MPI.COMM_WORLD.allgather(own if dist.is_nccl_available() else [])
+    used = [device for rank in by_rank for device in rank]
+    return "nccl" if all(by_rank) and len(set(used)) == len(used) else "mpi"
 
 
 def is_cuda_aware(devices: Sequence[torch.device]) -> bool:
-    """Does MPI read and write device memory, on every rank? Collective over the world; ``devices``: this rank's.
+    """Return whether MPI can read and write device memory on every rank. Collective over the world.
 
-    The library is asked first, because one that does not would crash; then a message has to arrive as it was sent.
+    The library is queried first, because a library without support would crash. Then a test message must arrive intact.
+
+    Args:
+        devices: the devices of this rank.
     """
     comm = MPI.COMM_WORLD
     if not all(comm.allgather(bool(devices) and _claims_cuda())):
@@ -49,6 +58,6 @@ def is_cuda_aware(devices: Sequence[torch.device]) -> bool:
 
 
 def _claims_cuda() -> bool:
-    """What the MPI library says of itself: MPICH and Open MPI have the same call for it."""
+    """Return whether the MPI library reports CUDA support. MPICH and Open MPI share the function for this query."""
     query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
     return query is not None and query() == 1

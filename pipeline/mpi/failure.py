@@ -1,14 +1,19 @@
-"""The end: one rank's failure ends all ranks, and the user reads one message.
+"""Job termination: the failure of one rank ends all ranks, and the user reads one message.
 
-With ``MPI_Abort`` alone every rank would print its copy of an error that all have in common (a bad flag, a bug). So a
-failing rank first tells the others and listens for a second. If all ranks fail, the lowest prints its message and each
-exits by itself; otherwise the lowest that failed prints and the job is aborted, whatever the other ranks wait for.
+With ``MPI_Abort`` alone, every rank would print its copy of an error that all ranks have in common, such as a bad flag.
+A failing rank therefore notifies the others and collects their notifications for ``NOTIFY_S`` seconds. If all ranks
+fail, the lowest one prints its message and every rank exits on its own. Otherwise the lowest failing rank prints its
+message and aborts the job, whatever the other ranks are waiting for.
+
+| failure | detected by |
+|---|---|
+| uncaught exception | ``sys.excepthook``, ``threading.excepthook`` |
+| non-zero ``SystemExit`` inside ``abort_on_failure()`` | the context manager |
+| any other exit of one rank | ``atexit``: the exiting rank announces its exit, see ``watch.py`` |
 """
 
 import atexit
-import ctypes
 import fcntl
-import gc
 import os
 import stat
 import sys
@@ -16,15 +21,24 @@ import termios
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn
 
-LISTEN_S = 1.0
-EXIT_S = 5.0  # a rank that exits by itself and is not gone by then is aborted
+NOTIFY_S = 1.0
+EXIT_S = 5.0  # a rank that has not exited on its own by then is aborted
+ANNOUNCE_S = 0.5  # a rank that waits longer than this for the others to exit announces its own exit
 
 
 def fail(message: str, status: int = 1) -> NoReturn:
-    """Print ``message`` once and end all ranks with ``status``. Before ``init()`` it ends this process alone."""
+    """Print ``message`` once and end all ranks with exit status ``status``.
+
+    Before ``init()`` only this process ends.
+
+    Raises:
+        SystemExit: if every rank fails, or before ``init()``. Otherwise the job is aborted.
+    """
     if _job is None:
         print(message, file=sys.stderr)
     else:
@@ -32,46 +46,87 @@ def fail(message: str, status: int = 1) -> NoReturn:
     raise SystemExit(status)
 
 
+@contextmanager
+def abort_on_failure() -> Iterator[None]:
+    """Context manager for the entry point of a program: if the block exits with a non-zero status, all ranks end.
+
+    ``init()`` may be called inside the block. Uncaught exceptions end all ranks without this context manager as well.
+    Python has no hook for ``SystemExit``: outside the block, a rank that exits with a non-zero status ends the job only
+    when another rank waits for it.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        if _job is None or error.code in (None, 0):
+            raise
+        if isinstance(error.code, int):
+            fail("", error.code)
+        fail(str(error.code))
+
+
 def abort(status: int) -> NoReturn:
-    """End every rank at once. What this rank has written to stderr arrives, and nothing is added to it."""
+    """End every rank at once. Output that this rank has already written to stderr is not lost."""
     from mpi4py import MPI
 
     _wait_until_read(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # MPICH would add a line that says less than ours
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # suppresses the line that MPICH adds, which has less information
     MPI.COMM_WORLD.Abort(status)
     raise AssertionError("MPI_Abort returned")
 
 
 def install(comm: Any, watch: Any) -> None:
-    """From now on an uncaught exception, in any thread, and a non-zero ``SystemExit`` end all ranks of ``comm``."""
+    """Install the hooks by which the failure of this rank ends all ranks of ``comm``.
+
+    Args:
+        comm: a communicator of all ranks, an ``MPI.Intracomm``.
+        watch: this rank's ``Watch``, which has the state of the other ranks.
+    """
     global _job
     _job = _Job(comm, watch)
     sys.excepthook = _job.on_exception
-    threading.excepthook = lambda args: _job.on_exception(args.exc_type, args.exc_value, args.exc_traceback)
-    _watch_exit_status(_job)
+    threading.excepthook = _job.on_thread_exception
+    sys.exit = _job.exit
     atexit.register(_job.leave)
 
 
 class _Job:
-    """All ranks, as seen from one that ends."""
+    """All ranks of the job, from the point of view of one rank."""
 
     def __init__(self, comm: Any, watch: Any) -> None:
-        self._watch = watch  # knows what the other ranks are doing
-        self._comm = comm.Dup()  # of its own: nothing else can be in the way
+        self._watch = watch
+        self._comm = comm.Dup()  # a private communicator: no other message can interfere
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._ending = threading.Lock()
+        self._exit_status = 0
 
     def on_exception(self, kind: type[BaseException], value: BaseException | None, trace: TracebackType | None) -> None:
-        """For ``sys.excepthook`` and ``threading.excepthook``."""
+        """Replacement for ``sys.excepthook``."""
         if issubclass(kind, KeyboardInterrupt):
             self.end("", 130)
         else:
             lines = "".join(traceback.format_exception(kind, value, trace))
             self.end(f"rank {self._rank} failed:\n{lines}", 1, explain=True)
 
+    def on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
+        """Replacement for ``threading.excepthook``, which ignores ``SystemExit`` as Python's own hook does."""
+        if not issubclass(args.exc_type, SystemExit):
+            self.on_exception(args.exc_type, args.exc_value, args.exc_traceback)
+
+    def exit(self, status: Any = None, /) -> NoReturn:
+        """Replacement for ``sys.exit`` that records the status, since ``atexit`` functions do not receive it."""
+        if threading.current_thread() is threading.main_thread():
+            self._exit_status = status if isinstance(status, int) else int(status is not None)
+        raise SystemExit(status)
+
     def end(self, message: str, status: int, explain: bool = False) -> None:
-        """Return if every rank fails and can exit by itself; abort the job otherwise. The message is printed once."""
+        """End all ranks. Return only if every rank fails and can exit on its own; otherwise abort the job.
+
+        Args:
+            message: printed by the lowest failing rank; may be empty.
+            status: exit status of the job.
+            explain: whether to print what the other ranks were doing.
+        """
         if not self._ending.acquire(blocking=False):
             return
         failing = self._failing_ranks()
@@ -87,11 +142,11 @@ class _Job:
             timer.start()
             return
         if self._rank != min(failing):
-            time.sleep(EXIT_S)  # the one that prints comes first
+            time.sleep(EXIT_S)  # the rank that prints aborts the job first
         abort(status)
 
     def _failing_ranks(self) -> set[int]:
-        """This rank and those that say within ``LISTEN_S`` that they fail, too."""
+        """Return this rank and the ranks whose notification of failure arrives within ``NOTIFY_S``."""
         from mpi4py import MPI
 
         failing = {self._rank}
@@ -99,7 +154,7 @@ class _Job:
             if peer != self._rank:
                 self._comm.Isend([b"", 0, MPI.BYTE], peer)
         status = MPI.Status()
-        deadline = time.monotonic() + LISTEN_S
+        deadline = time.monotonic() + NOTIFY_S
         while len(failing) < self._size and time.monotonic() < deadline:
             if self._comm.Iprobe(status=status):
                 self._comm.Recv([bytearray(), 0, MPI.BYTE], status.Get_source())
@@ -109,20 +164,22 @@ class _Job:
         return failing
 
     def leave(self) -> None:
-        """Wait for the other ranks before MPI's finalisation does: that would spin on a core they need."""
-        self._barrier()
+        """Wait for the other ranks before ``MPI_Finalize`` does, because it would spin on a core that they need."""
+        barrier, deadline = self._comm.Ibarrier(), time.monotonic() + ANNOUNCE_S
+        while not barrier.Test():
+            if time.monotonic() > deadline:
+                self._watch.announce_exit(self._exit_status)
+                deadline = float("inf")
+            time.sleep(0.001)
         self._watch.stop()
-        self._barrier()  # a rank that has gone before another's watch stopped would be taken for dead
-
-    def _barrier(self) -> None:
-        everyone = self._comm.Ibarrier()
-        while not everyone.Test():
+        barrier = self._comm.Ibarrier()  # a rank that exits while another rank's watch runs would be reported as dead
+        while not barrier.Test():
             time.sleep(0.001)
 
 
 def _wait_until_read(descriptor: int) -> None:
-    """Wait, at most ``LISTEN_S``, until the launcher has read what was written: an abort would make it forget that."""
-    deadline = time.monotonic() + LISTEN_S
+    """Wait at most ``NOTIFY_S`` until the launcher has read the pipe, because an abort discards unread output."""
+    deadline = time.monotonic() + NOTIFY_S
     while stat.S_ISFIFO(os.fstat(descriptor).st_mode) and time.monotonic() < deadline:
         unread = int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
         if unread == 0:
@@ -131,31 +188,3 @@ def _wait_until_read(descriptor: int) -> None:
 
 
 _job: _Job | None = None
-
-
-def _watch_exit_status(job: _Job) -> None:
-    """Call ``job.end`` when the interpreter is about to exit with a status other than 0.
-
-    Python has no hook for an uncaught ``SystemExit``, and ``atexit`` is not told the status. But the interpreter reads
-    the exception's ``code``, and only it reads it without a Python frame beneath. A wrapper of ``sys.exit`` would miss
-    ``raise SystemExit``, and would see the ones that are caught.
-    """
-    attributes = gc.get_referents(SystemExit.__dict__)[0]  # the dictionary behind the read-only view
-    original = attributes["code"]
-
-    def code(error: SystemExit) -> Any:
-        value = original.__get__(error)
-        if value in (None, 0) or sys._getframe(0).f_back is not None:
-            return value
-        status = value if isinstance(value, int) else 1
-        job.end("" if isinstance(value, int) else str(value), status)
-        return status
-
-    attributes["code"] = property(code, original.__set__, original.__delete__)
-    ctypes.pythonapi.PyType_Modified(ctypes.py_object(SystemExit))
-    sys.exit = _exit  # up to Python 3.11 the built-in one raises a bare status, never asked for its ``code``
-
-
-def _exit(status: object = None, /) -> NoReturn:
-    """``sys.exit``, which see."""
-    raise SystemExit(status)

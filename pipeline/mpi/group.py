@@ -1,5 +1,5 @@
 # mypy: disable-error-code="override, assignment, misc"
-"""Process groups: what ``torch.distributed`` makes of a communicator, and how it comes to make ours."""
+"""Process groups of ``torch.distributed`` over MPI communicators, and their registration as the backend "mpi"."""
 
 import functools
 import math
@@ -22,21 +22,28 @@ from pipeline.mpi.trace import GroupTrace
 from pipeline.mpi.watch import Watch
 from pipeline.mpi.work import ProgressEngine
 
-TAKES_BACKENDS = torch.__version__ >= "2.14"  # made in Python, for one device of a group
+SUPPORTS_PYTHON_BACKENDS = torch.__version__ >= "2.14"  # a backend for one device type of a group, in Python
 
 
 def start(comm: MPI.Intracomm, progress: ProgressEngine, watch: Watch, cuda: str | None, cuda_aware: bool) -> None:
-    """Make ``comm`` the default process group of ``torch.distributed``: "mpi" for the CPU, ``cuda`` for CUDA.
+    """Create the default process group of ``torch.distributed`` over ``comm``.
 
-    PyTorch knows the name "mpi", but its wheels are built without the class behind it. Ours takes that place, so
-    ``new_group``, ``DeviceMesh`` and everything else make MPI groups by PyTorch's own path.
+    PyTorch recognizes the backend name "mpi", but its wheels lack the class ``ProcessGroupMPI``. A ``GroupFactory``
+    takes its place, so that ``new_group``, ``DeviceMesh`` and all other functions create MPI groups.
+
+    Args:
+        comm: a communicator of all ranks.
+        progress: engine that advances the operations of all groups.
+        watch: this rank's watch, whose timeout applies.
+        cuda: backend for CUDA tensors; None without CUDA.
+        cuda_aware: whether MPI may access device memory.
     """
     groups = GroupFactory(comm, progress, watch, cuda_aware)
     distributed_c10d.ProcessGroupMPI = groups
     distributed_c10d._MPI_AVAILABLE = True
     dist.init_process_group(
-        # by device: for plain "mpi" PyTorch would ignore the store. Up to 2.13 our group takes CUDA's tensors, too
-        f"cpu:mpi,cuda:{cuda}" if cuda and TAKES_BACKENDS else "cpu:mpi",
+        # With plain "mpi", PyTorch would ignore the store. Up to torch 2.13 the MPI group handles CUDA tensors as well.
+        f"cpu:mpi,cuda:{cuda}" if cuda and SUPPORTS_PYTHON_BACKENDS else "cpu:mpi",
         store=groups.store,
         rank=comm.Get_rank(),
         world_size=comm.Get_size(),
@@ -45,7 +52,7 @@ def start(comm: MPI.Intracomm, progress: ProgressEngine, watch: Watch, cuda: str
 
 
 class GroupFactory:
-    """Makes groups of the world's ranks. PyTorch calls ``create`` on a group's members only, with the same ranks."""
+    """Factory of process groups. PyTorch calls ``create`` on the members of a group only, with equal arguments."""
 
     def __init__(self, world: MPI.Intracomm, progress: ProgressEngine, watch: Watch, cuda_aware: bool) -> None:
         self._progress = progress
@@ -53,15 +60,17 @@ class GroupFactory:
         self._world = world
         self._watch = watch
         self._creations: dict[tuple[int, ...], GroupTrace] = {}
-        self.store = MPIStore(world, watch.timeout_s)  # torch keeps but its C++ half alive
+        self.store = MPIStore(world, watch.timeout_s)  # referenced here, because torch keeps only its C++ part alive
 
     def create(self, ranks: list[int]) -> Operations:
-        """A group of these ranks, or of all."""
-        asked = _asked_for()
+        """Create a group of these global ranks; of all ranks if the list is empty."""
+        arguments = _arguments_of_new_group()
         ranks = ranks or list(range(self._world.Get_size()))
-        mixed = TAKES_BACKENDS and _mixed(asked.get("backend_config"))
+        mixed = SUPPORTS_PYTHON_BACKENDS and _mixed(arguments.get("backend_config"))
         kind = functools.partial(MPIBackend, self) if mixed else MPIProcessGroup
-        return self.make(kind, ranks, asked.get("timeout"), asked.get("group_name", ""), asked.get("group_desc"))
+        return self.make(
+            kind, ranks, arguments.get("timeout"), arguments.get("group_name", ""), arguments.get("group_desc")
+        )
 
     def make(
         self,
@@ -71,8 +80,16 @@ class GroupFactory:
         name: str,
         description: str | None,
     ) -> Operations:
-        """A group with a name. Collective over ``ranks``."""
-        tag = zlib.crc32(repr(ranks).encode()) % 32768  # groups made at the same time by several threads stay apart
+        """Create a group. Collective over ``ranks``.
+
+        Args:
+            kind: called with the arguments of ``Operations``.
+            ranks: global ranks of the members.
+            timeout: limit of the group's operations; None for the timeout of the job.
+            name: name of the group in reports.
+            description: ``group_desc`` of ``new_group``.
+        """
+        tag = zlib.crc32(repr(ranks).encode()) % 32768  # separates groups that several threads create concurrently
         entry = self._creations.setdefault(tuple(ranks), self._watch.group(ranks)).begin("new_group", [])
         with entry:
             comm = self._world.Create_group(self._world.Get_group().Incl(ranks), tag)
@@ -81,12 +98,12 @@ class GroupFactory:
         given = timeout not in (None, distributed_c10d.default_pg_timeout, timedelta(seconds=self._watch.timeout_s))
         limit_s = timeout.total_seconds() if timeout and given else math.inf
         group = kind(comm, self._progress, self._watch.group(ranks), limit_s, self._cuda_aware)
-        group.called(name, description)
+        group.set_names(name, description)
         return group
 
 
-def _asked_for() -> dict[str, Any]:
-    """What ``new_group`` was asked for: PyTorch passes on no more than the ranks, but the rest stands in its frame."""
+def _arguments_of_new_group() -> dict[str, Any]:
+    """Return the arguments of ``new_group`` from PyTorch's stack frame, because PyTorch passes on the ranks only."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name != "_new_process_group_helper":
         frame = frame.f_back
@@ -94,12 +111,12 @@ def _asked_for() -> dict[str, Any]:
 
 
 def _mixed(config: Any) -> bool:
-    """Does another backend serve other devices of the group that is asked for?"""
+    """Return whether the requested group uses another backend for another device type."""
     return config is not None and set(config.get_device_backend_map().values()) != {"mpi"}
 
 
 class MPIProcessGroup(Operations, ProcessGroup):
-    """A whole group, for every device. Getters and setters are looked up by name from C++."""
+    """Process group for all device types. C++ code looks up its getters and setters by name."""
 
     def getSize(self) -> int:
         return self._size
@@ -118,7 +135,7 @@ class MPIProcessGroup(Operations, ProcessGroup):
         return self._trace.name
 
     def _set_group_desc(self, description: str) -> None:
-        self.called(self._trace.name, description)
+        self.set_names(self._trace.name, description)
         super()._set_group_desc(description)
 
     def _get_backend(self, device: torch.device) -> "MPIProcessGroup":
@@ -126,9 +143,9 @@ class MPIProcessGroup(Operations, ProcessGroup):
 
 
 class MPIBackend(Operations, Backend):
-    """What a group has for one of its devices, as in ``cpu:mpi,cuda:nccl``, from torch 2.14 on.
+    """Backend for one device type of a group such as ``cpu:mpi,cuda:nccl``, from torch 2.14 on.
 
-    Of its operations PyTorch passes on ``wait`` and ``get_future`` only, so it is not what all groups are made of.
+    PyTorch exposes only ``wait`` and ``get_future`` of its operations, so ``MPIProcessGroup`` is used where possible.
     """
 
     def __init__(self, factory: GroupFactory, *args: Any) -> None:
@@ -144,13 +161,13 @@ class MPIBackend(Operations, Backend):
         return True
 
     def split(self, store: dist.Store, ranks: list[int], opts: Backend.Options) -> Operations:
-        """For ``split_group``, from torch 2.15 on: the group of some of this group's ranks that this one is in.
+        """Create a subgroup that contains this rank, for ``split_group`` from torch 2.15 on.
 
         Raises:
-            RuntimeError: it is in none; PyTorch would crash there.
+            RuntimeError: if this rank is in no subgroup, which would crash PyTorch.
         """
         if self._rank not in ranks:
-            raise RuntimeError("split_group needs every rank to be in one of the parts; new_group leaves ranks out")
+            raise RuntimeError("split_group requires every rank to be in a subgroup; use new_group to leave ranks out")
         members = [self._trace.ranks[rank] for rank in ranks]
         kind = functools.partial(MPIBackend, self._factory)
         return self._factory.make(kind, members, opts._timeout, opts.group_name, None)

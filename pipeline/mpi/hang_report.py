@@ -1,6 +1,11 @@
-"""From what every rank did last to plain words: who waits for what, and who never came.
+"""Analysis of the ranks' traces: which ranks wait for which operation, and which ranks never began it.
 
-Pure functions of what ``trace.py`` wrote: no MPI, no torch in this file.
+Input are the snapshots that ``trace.py`` writes. This file uses neither MPI nor torch. Terms:
+
+    record      one operation of one rank, as ``Entry.as_json`` returns it
+    snapshot    the last records of one rank, its stacks and the time, as ``Trace.as_json`` returns them
+    group key   (name, global ranks) of a process group
+    number      position of a collective in its group, or of a message between two ranks with one tag, from 1
 """
 
 from collections import defaultdict
@@ -9,27 +14,33 @@ from math import prod
 from pathlib import PurePath
 from typing import Any
 
-Record = dict[str, Any]  # as trace.py writes it
+Record = dict[str, Any]
 Snapshot = dict[str, Any]
 
 POINT_TO_POINT = ("send", "recv", "recvAnySource")
 
 
 class HangReport:
-    """What the snapshots of the ranks that answered say.
+    """Mismatches and waits in the snapshots of the ranks.
 
     Args:
-        snapshots: by rank, as ``Trace.as_json`` made them.
-        silent: the ranks that did not answer, and why.
+        snapshots: snapshot of every rank that answered.
+        silent: reason for every rank that did not answer.
+
+    Attributes:
+        mismatches: one line per operation that differs between ranks.
+        waits: the lines that describe the waiting ranks and the ranks that they wait for.
+        never_began: for each waiting rank, the ranks that answered and never began the operation it waits for.
     """
 
     def __init__(self, snapshots: dict[int, Snapshot], silent: dict[int, str]) -> None:
         self._snapshots = snapshots
         self._silent = silent
+        self.never_began: dict[int, set[int]] = defaultdict(set)
         self._awaited: dict[int, set[int]] = defaultdict(set)  # rank → the ranks it waits for
-        self._collectives: dict[Any, dict[int, Record]] = defaultdict(dict)  # (group, number) → by rank
-        self._reached: dict[Any, int] = defaultdict(int)  # (group, rank) → its last collective's number
-        self._messages: dict[Any, list[Record]] = defaultdict(list)  # (group, from, to, tag) → in order
+        self._collectives: dict[Any, dict[int, Record]] = defaultdict(dict)  # (group key, number) → record by rank
+        self._reached: dict[Any, int] = defaultdict(int)  # (group key, rank) → number of its last collective
+        self._messages: dict[Any, list[Record]] = defaultdict(list)  # (name, group key, source, target, tag) → records
         for rank, snapshot in snapshots.items():
             for record in snapshot["operations"]:
                 self._index(rank, record)
@@ -37,7 +48,7 @@ class HangReport:
         self.waits = self._waits()
 
     def text(self) -> list[str]:
-        """The report, a finding per line: what does not match, who waits, who is silent, where to look first."""
+        """Return the lines of the report: mismatches, waiting ranks, silent ranks, and the ranks to look at first."""
         silent = [f"rank {rank} did not answer: {reason}" for rank, reason in sorted(self._silent.items())]
         if not (self.mismatches or self.waits or silent):
             return ["no rank waits for another"]
@@ -52,28 +63,30 @@ class HangReport:
             self._collectives[group, record["number"]][rank] = record
             self._reached[group, rank] = max(self._reached[group, rank], record["number"])
 
-    # What does not match
+    # Mismatches
 
     def _mismatched_collectives(self) -> list[str]:
-        """The first collective of each group that its ranks do not agree on; what follows it follows from it."""
+        """Describe the first mismatched collective of each group; later mismatches are consequences of it."""
         found: dict[Any, str] = {}
         for (group, number), records in sorted(self._collectives.items()):
-            if group not in found and (line := self._disagreement(records) or _uneven(records)):
+            if group not in found and (line := self._disagreement(records) or _mismatched_sizes(records)):
                 following = self._collectives.get((group, number + 1), {}).values()
                 swapped = {r["operation"] for r in records.values()} & {r["operation"] for r in following}
                 found[group] = line + (" (the order differs)" if line.startswith("the operations") and swapped else "")
         return list(found.values())
 
     def _disagreement(self, records: dict[int, Record]) -> str:
-        for what, value_of in AGREED.items():
+        for attribute, value_of in EQUAL_ON_ALL_RANKS.items():
             ranks: dict[Any, list[int]] = defaultdict(list)
             for rank, record in sorted(records.items()):
                 if (value := value_of(record)) is not None:
                     ranks[value].append(rank)
             if len(ranks) > 1:
-                one = next(iter(records.values()))
-                sides = "; ".join(f"{_ranks(some)} called {_call(records[some[0]])}" for some in ranks.values())
-                return f"the {what}s of #{one['number']} in group {_group(one)} differ: {sides}"
+                record = next(iter(records.values()))
+                calls = "; ".join(
+                    f"{_ranks(callers)} called {_call(records[callers[0]])}" for callers in ranks.values()
+                )
+                return f"the {attribute}s of #{record['number']} in group {_group(record)} differ: {calls}"
         return ""
 
     def _mismatched_messages(self) -> list[str]:
@@ -92,22 +105,22 @@ class HangReport:
                     break
         return found
 
-    # Who waits
+    # Waits
 
     def _waits(self) -> list[str]:
-        together: dict[Any, dict[int, Record]] = defaultdict(dict)
+        """Describe the operations that ranks wait for, one group of lines for all ranks that wait for the same one."""
+        waiting_by_operation: dict[Any, dict[int, Record]] = defaultdict(dict)
         for rank, snapshot in sorted(self._snapshots.items()):
             for record in snapshot["operations"]:
                 if record["waited_s"] is not None:
-                    alone = rank if record["operation"] in (*POINT_TO_POINT, "monitored_barrier") else None
-                    together[_group_key(record), record["operation"], record["number"], record["peer"], alone][rank] = (
-                        record
-                    )
+                    single = rank if record["operation"] in (*POINT_TO_POINT, "monitored_barrier") else None
+                    operation = _group_key(record), record["operation"], record["number"], record["peer"], single
+                    waiting_by_operation[operation][rank] = record
         lines = []
-        for waiting in together.values():
+        for waiting in waiting_by_operation.values():
             rank, record = next(iter(waiting.items()))
-            waits = "waits" if len(waiting) == 1 else "wait"
-            lines.append(f"{_ranks(waiting)} {waits} in {_described(record)}, {_where(record)}")
+            verb = "waits" if len(waiting) == 1 else "wait"
+            lines.append(f"{_ranks(waiting)} {verb} in {_described(record)}, {_where(record)}")
             if record["operation"] in POINT_TO_POINT:
                 lines += self._missing_message(rank, record)
             elif record["operation"] != "monitored_barrier":
@@ -115,49 +128,52 @@ class HangReport:
         return lines
 
     def _missing_ranks(self, waiting: set[int], record: Record) -> list[str]:
-        """The ranks that a collective waits for, a line for each that answered."""
+        """Describe each rank that answered and that a collective waits for."""
         group, number = _group_key(record), record["number"]
         lines = []
         for rank in sorted(set(record["ranks"]) - waiting):
-            theirs = self._collectives[group, number].get(rank)
-            if theirs["finished"] if theirs else self._reached[group, rank] > number:  # the trace forgets in time
+            other = self._collectives[group, number].get(rank)
+            if other["finished"] if other else self._reached[group, rank] > number:  # no longer in the trace
                 continue
             for waiter in waiting:
                 self._awaited[waiter].add(rank)
             if rank in self._silent:
                 continue
-            if theirs is None:
-                lines.append(f"rank {rank} never entered {_described(record)}; {self._doing(rank)}")
-            elif theirs["operation"] == record["operation"]:
-                lines.append(f"rank {rank} has entered it, but does not wait for it; {self._doing(rank)}")
+            if other is None:
+                for waiter in waiting:
+                    self.never_began[waiter].add(rank)
+                lines.append(f"rank {rank} never entered {_described(record)}; {self._state(rank)}")
+            elif other["operation"] == record["operation"]:
+                lines.append(f"rank {rank} has entered it, but does not wait for it; {self._state(rank)}")
         return lines
 
     def _missing_message(self, rank: int, record: Record) -> list[str]:
-        """Why a message does not cross."""
+        """Describe the other end of a message if it never began to send or receive it."""
         peer, group, tag = record["peer"], _group_key(record), record["detail"]
         if peer is None:
             return []
         if record["operation"] == "recv":
-            wanted, never, ends = "send", "sent", (peer, rank)
+            counterpart, verb, ends = "send", "sent", (peer, rank)
         else:
-            wanted, never, ends = "recv", "took", (rank, peer)
-        tags = {key[-1]: records for key, records in self._messages.items() if key[:-1] == (wanted, group, *ends)}
-        from_any = self._messages.get((wanted, group, None, peer, tag), [])
-        if any(theirs["number"] >= record["number"] for theirs in tags.pop(tag, [])) or from_any:
+            counterpart, verb, ends = "recv", "received", (rank, peer)
+        tags = {key[-1]: records for key, records in self._messages.items() if key[:-1] == (counterpart, group, *ends)}
+        from_any = self._messages.get((counterpart, group, None, peer, tag), [])
+        if any(other["number"] >= record["number"] for other in tags.pop(tag, [])) or from_any:
             return []
         self._awaited[rank].add(peer)
         if peer in self._silent:
             return []
-        others = f", only such with tag {', '.join(map(str, sorted(tags)))}" if tags else ""
-        return [f"rank {peer} never {never} it{others}; {self._doing(peer)}"]
+        self.never_began[rank].add(peer)
+        other_tags = f", only messages with tag {', '.join(map(str, sorted(tags)))}" if tags else ""
+        return [f"rank {peer} never {verb} it{other_tags}; {self._state(peer)}"]
 
-    def _doing(self, rank: int) -> str:
-        """A rank's last operation, and where it is now."""
+    def _state(self, rank: int) -> str:
+        """Describe a rank's last operation and the line that it executes now."""
         snapshot = self._snapshots[rank]
         operations = snapshot["operations"]
         last = max(operations, key=lambda record: record["started"], default=None)
         if last is None:
-            text = "it has done no operation yet"
+            text = "it has not begun any operation yet"
         elif last["waited_s"] is not None:
             text = f"it waits in {_name(last)}, {_where(last)}"
         else:
@@ -169,16 +185,16 @@ class HangReport:
         return text
 
     def _look_first(self) -> list[str]:
-        """The ranks that others wait for and that wait for nobody; or those that wait in a circle."""
-        wanted = set().union(*self._awaited.values()) if self._awaited else set()
-        idle = sorted(rank for rank in wanted if not self._awaited.get(rank))
+        """Name the ranks that others wait for and that wait for no rank themselves, or those that form a cycle."""
+        awaited = set().union(*self._awaited.values()) if self._awaited else set()
+        idle = sorted(rank for rank in awaited if not self._awaited.get(rank))
         if idle:
             return [f"look first at {_ranks(idle)}"]
-        return [f"{_ranks(sorted(wanted))} wait for each other"] if wanted else []
+        return [f"{_ranks(sorted(awaited))} wait for each other"] if awaited else []
 
 
-def _uneven(records: dict[int, Record]) -> str:
-    """In an uneven all-to-all, what one rank sends to another must be what that one expects."""
+def _mismatched_sizes(records: dict[int, Record]) -> str:
+    """Describe the first pair of ranks of an uneven all-to-all whose sent and expected rows differ, if any."""
     exchanges = {rank: record for rank, record in records.items() if record["detail"] and all(record["detail"])}
     for rank, record in exchanges.items():
         for peer, other in exchanges.items():
@@ -193,12 +209,12 @@ def _uneven(records: dict[int, Record]) -> str:
 
 
 def _size(record: Record) -> int | None:
-    """Elements; shapes may differ, as [4] and [4, 1] do."""
+    """Number of elements. Shapes may differ as [4] and [4, 1] do."""
     return None if record["shape"] is None else prod(record["shape"])
 
 
-# What all ranks of a collective must have in common; None where there is nothing to compare
-AGREED: dict[str, Callable[[Record], Any]] = {
+# What must be equal on all ranks of a collective; None is not compared
+EQUAL_ON_ALL_RANKS: dict[str, Callable[[Record], Any]] = {
     "operation": lambda record: record["operation"],
     "root": lambda record: record["peer"],
     "dtype": lambda record: record["dtype"],
@@ -228,11 +244,8 @@ def _call(record: Record) -> str:
 def _name(record: Record) -> str:
     text = f"{record['operation']} #{record['number']}"
     if record["operation"] in POINT_TO_POINT:
-        end = (
-            ""
-            if record["peer"] is None
-            else f" {'to' if record['operation'] == 'send' else 'from'} rank {record['peer']}"
-        )
+        direction = "to" if record["operation"] == "send" else "from"
+        end = "" if record["peer"] is None else f" {direction} rank {record['peer']}"
         text += f"{end}, tag {record['detail']}"
     elif record["peer"] is not None:
         text += f" with root {record['peer']}"
@@ -250,13 +263,13 @@ def _where(record: Record) -> str:
 
 
 def _short(place: str) -> str:
-    """`train.py:88`: the file without its folder."""
+    """Strip the folder: ``train.py:88``."""
     path, colon, rest = place.partition(":")
     return PurePath(path).name + colon + rest
 
 
 def _ranks(ranks: Iterable[int]) -> str:
-    """`rank 2`, `ranks 0–3, 6`."""
+    """Format ranks: ``rank 2``, ``ranks 0–3, 6``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:

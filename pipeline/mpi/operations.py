@@ -1,8 +1,8 @@
 # mypy: disable-error-code="override, assignment, misc"
-# (torch's stub declares overloads for callers of a group; one that implements it is only ever called with the first)
-"""``torch.distributed``'s calls as MPI's.
+# (torch's stubs declare overloads for the callers of a group; an implementation is only called with the first one)
+"""The methods that ``torch.distributed`` calls on a process group.
 
-Every method makes an ``Operation`` (``work.py``) of the steps that ``collectives.py`` has for it.
+Every method creates an ``Operation`` (``work.py``) from the steps that ``collectives.py`` defines for it.
 """
 
 import time
@@ -20,15 +20,20 @@ from torch.distributed import ReduceOp
 from pipeline.mpi.agreement import Agreement
 from pipeline.mpi.buffers import Reduction, reduction
 from pipeline.mpi.collectives import Collectives
-from pipeline.mpi.staging import Moves, on_device, staged, straight
+from pipeline.mpi.staging import Moves, direct, on_device, staged
 from pipeline.mpi.trace import POINT_TO_POINT, GroupTrace
 from pipeline.mpi.work import Operation, ProgressEngine, Steps
 
 
 class Operations:
-    """One communicator's operations, as PyTorch calls them. Ranks are the group's own.
+    """Operations of one communicator under the names that PyTorch calls. Ranks are relative to the group.
 
-    ``timeout_s``: an operation that takes longer raises in the rank that waits. Without, the job's own timeout holds.
+    Args:
+        comm: communicator of the group.
+        progress: engine that advances the operations of all groups.
+        trace: record of the group's operations.
+        timeout_s: longest wait for an operation before the waiting rank raises; ``math.inf`` for no limit.
+        cuda_aware: whether MPI may access device memory.
     """
 
     def __init__(
@@ -49,8 +54,8 @@ class Operations:
     def supports_coalescing(self) -> bool:
         return False
 
-    def called(self, name: str, description: str | None) -> None:
-        """How reports call the group."""
+    def set_names(self, name: str, description: str | None) -> None:
+        """Set the name and description of the group in reports."""
         self._trace.name = name
         self._trace.description = "" if description in (None, "undefined") else str(description)
 
@@ -66,38 +71,43 @@ class Operations:
         peer: int = -1,
         detail: Any = None,
     ) -> Operation:
-        """Begin an operation on tensors.
+        """Start an operation on tensors.
 
         Args:
-            moves: its steps, given the inputs and the outputs where MPI can read them.
-            outputs: left out, it works in place.
-            peer: the other rank, or the root.
-            detail: what the trace notes besides: a message's tag, an all-to-all's sizes.
+            name: name of the operation in reports.
+            moves: returns the steps for inputs and outputs in memory that MPI can access.
+            inputs: input tensors.
+            outputs: output tensors; None if the operation works in place.
+            peer: the other rank or the root; -1 for none.
+            detail: for the trace: tag of a message or sizes of an all-to-all.
         """
         outputs = inputs if outputs is None else outputs
-        some = (inputs or outputs)[:1]
-        if some and on_device(some[0]):
+        first = (inputs or outputs)[:1]
+        if first and on_device(first[0]):
             message = name in POINT_TO_POINT
             aware = message and self._cuda_aware
-            steps = straight(moves, inputs, outputs) if aware else staged(moves, inputs, outputs, at_once=message)
+            steps = direct(moves, inputs, outputs) if aware else staged(moves, inputs, outputs, send_now=message)
         else:
-            local = _locals(inputs)
-            steps = moves(local, local if outputs is inputs else _locals(outputs))
+            detached = _detached(inputs)
+            steps = moves(detached, detached if outputs is inputs else _detached(outputs))
         return self._begin(name, steps, inputs, outputs, peer, detail)
 
     def _begin(
         self, name: str, steps: Steps, inputs: list[Tensor], outputs: list[Tensor], peer: int = -1, detail: Any = None
     ) -> Operation:
-        """The one place where an operation begins. A group's collectives run one after the other, as they are called:
-        the next one's messages could else overtake the later rounds of this one, on some ranks and not on others."""
+        """Create and start an operation.
+
+        The collectives of a group run one after the other in the order of their calls. Otherwise, the messages of one
+        collective could overtake later rounds of the previous one on some of the ranks.
+        """
         entry = self._trace.begin(name, inputs or outputs, peer, detail)
         if name in POINT_TO_POINT:
             return Operation(entry, self._progress, steps, inputs, outputs, self._timeout_s)
         if self._agree is not None:
             steps = self._agree.before(steps, entry)
-        before = None if self._last is None else self._last()
-        if before is not None and not before.advance():
-            steps = _behind(before, steps)
+        previous = None if self._last is None else self._last()
+        if previous is not None and not previous.advance():
+            steps = _after(previous, steps)
         operation = Operation(entry, self._progress, steps, inputs, outputs, self._timeout_s)
         self._last = weakref.ref(operation)
         return operation
@@ -139,7 +149,7 @@ class Operations:
 
         return self._start(name, steps, inputs, outputs)
 
-    # Movement
+    # Data movement
 
     def broadcast(self, tensors: list[Tensor], opts: Any) -> Operation:
         root = opts.rootRank
@@ -153,7 +163,7 @@ class Operations:
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
         def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            count = len(inputs)  # torch gives the outputs by rank, then by tensor
+            count = len(inputs)  # torch orders the outputs by rank, then by tensor
             return self._steps.all_gather([(outputs[number::count], part) for number, part in enumerate(inputs)])
 
         return self._start("all_gather_coalesced", steps, inputs, [output for row in outputs for output in row])
@@ -214,7 +224,7 @@ class Operations:
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> Operation:
         return self._receive("recvAnySource", tensors, -1, tag)
 
-    recvAnysource = recv_anysource  # a Backend's name for it
+    recvAnysource = recv_anysource  # the name in class Backend
 
     def _receive(self, name: str, tensors: list[Tensor], peer: int, tag: int) -> Operation:
         def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
@@ -226,10 +236,10 @@ class Operations:
         return self._begin("barrier", self._steps.barrier(), [], [])
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        """A barrier of which rank 0 says who did not come within ``timeout``.
+        """Barrier in which rank 0 reports the ranks that do not arrive within ``timeout``.
 
         Raises:
-            RuntimeError: on rank 0 if a rank did not come; on the others if rank 0 did not answer.
+            RuntimeError: on rank 0 if a rank does not arrive; on the other ranks if rank 0 does not answer.
         """
         limit_s = self._timeout_s if timeout is None else timeout.total_seconds()
         deadline = time.monotonic() + limit_s
@@ -256,7 +266,7 @@ class Operations:
     def _token(self, call: str, peer: int) -> Operation:
         return self._begin("monitored_barrier", self._steps.token(call, peer), [], [], peer)
 
-    # The names torch used before 2.13
+    # The names before torch 2.13
     _allgather_base = all_gather_single
     allgather_into_tensor_coalesced = all_gather_single_coalesced
     _reduce_scatter_base = reduce_scatter_single
@@ -264,9 +274,9 @@ class Operations:
     alltoall_base = all_to_all_single
 
 
-def _behind(before: Operation, steps: Steps) -> Steps:
-    """Begin when ``before`` is over, well or badly."""
-    yield before.advance
+def _after(previous: Operation, steps: Steps) -> Steps:
+    """Start ``steps`` when ``previous`` has ended, with or without an error."""
+    yield previous.advance
     yield from steps
 
 
@@ -274,12 +284,16 @@ def _reduction(opts: Any) -> Reduction:
     return reduction(ReduceOp(ReduceOp.SUM) if opts is None else opts.reduceOp)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The tensor as plain memory, without autograd."""
+def _detach(tensor: Tensor) -> Tensor:
+    """Detach a dense CPU tensor from autograd.
+
+    Raises:
+        ValueError: if the tensor has another layout or device.
+    """
     if not tensor.is_cpu or tensor.layout != torch.strided:
-        raise ValueError(f"the mpi backend moves dense CPU and CUDA tensors, not {tensor.layout} on {tensor.device}")
+        raise ValueError(f"the mpi backend supports dense CPU and CUDA tensors, not {tensor.layout} on {tensor.device}")
     return tensor.detach() if tensor.requires_grad else tensor
 
 
-def _locals(tensors: list[Tensor]) -> list[Tensor]:
-    return [_local(tensor) for tensor in tensors]
+def _detached(tensors: list[Tensor]) -> list[Tensor]:
+    return [_detach(tensor) for tensor in tensors]

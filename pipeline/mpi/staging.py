@@ -1,11 +1,15 @@
-"""CUDA tensors over MPI where NCCL cannot: straight from the device if MPI reads it, else by way of the host.
+"""CUDA tensors over MPI where NCCL is not available: directly if MPI can access device memory, otherwise via the host.
 
-Staged, an operation's inputs are copied to pinned host memory, moved there as ever, and its outputs copied back. The
-copies run on streams of their own, one for each direction. What works in place treats every element alike, so it goes
-in pieces: while MPI moves one, the next comes from the device, and the one before returns to it.
+A staged operation copies its inputs to pinned host memory, runs there, and copies its outputs back. The copies run on
+two streams, one per direction. An in-place operation treats all elements alike, so it is split into pieces whose copies
+and messages overlap:
 
-Copies begin behind what the caller's stream has been given at the time of the call. An operation is over when its
-outputs are on the device, so from then on any stream may use them, and any memory may be reused.
+    to host      piece 1 | piece 2 | piece 3 |
+    MPI                  | piece 1 | piece 2 | piece 3 |
+    to device            |         | piece 1 | piece 2 | piece 3
+
+Copies start after the work that the caller's stream contains at the time of the call. An operation ends when its
+outputs are on the device; from then on, any stream may use them and all memory may be reused.
 """
 
 import functools
@@ -18,47 +22,50 @@ from torch import Tensor
 from pipeline.mpi.work import Steps
 
 PIECE_BYTES = 4 * 2**20
-Moves = Callable[[list[Tensor], list[Tensor]], Steps]  # inputs, outputs → an operation's steps
+Moves = Callable[[list[Tensor], list[Tensor]], Steps]  # (inputs, outputs) → steps of an operation
 Done = Callable[[], bool]
 
 
 def on_device(tensor: Tensor) -> bool:
-    """Is this memory that the CPU does not read?"""
+    """Return whether the CPU cannot read the tensor's memory."""
     return tensor.is_cuda and tensor.layout == torch.strided
 
 
 class Lane:
-    """Copies of one direction, one after the other, on a stream of their own."""
+    """Copies of one direction in order on a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
     def follow(self) -> None:
-        """Let what is copied from now on wait for what the caller's stream has been given so far."""
+        """Make subsequent copies wait for the work that the caller's stream contains now."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def copy(self, target: Tensor, source: Tensor) -> Done:
-        """Begin a copy. Returns a function that says whether it is done."""
+        """Start a copy. Return a function that returns whether the copy has finished."""
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
             for tensor in (target, source):
                 if tensor.is_cuda:
-                    tensor.record_stream(self._stream)  # its memory is not reused before
+                    tensor.record_stream(self._stream)  # its memory is not reused before the copy has finished
             return self._stream.record_event().query
 
 
 @functools.cache
 def lanes(device: torch.device) -> tuple[Lane, Lane]:
-    """From a device to the host, and back."""
+    """Return the lanes from a device to the host and back."""
     return Lane(device), Lane(device)
 
 
-def staged(moves: Moves, inputs: list[Tensor], outputs: list[Tensor], at_once: bool = False) -> Steps:
-    """The steps of an operation on tensors of one device. It works in place if both lists are the same one.
+def staged(moves: Moves, inputs: list[Tensor], outputs: list[Tensor], send_now: bool = False) -> Steps:
+    """Return the steps of an operation on tensors of one device via the host.
 
     Args:
-        at_once: its messages have to leave before the call returns, because they are told apart by their order.
+        moves: returns the steps on host tensors.
+        inputs: input tensors.
+        outputs: output tensors; the same list as ``inputs`` if the operation works in place.
+        send_now: whether the messages must be sent before the call returns, because their order identifies them.
     """
     to_host, to_device = lanes((inputs or outputs)[0].device)
     sources, targets = [tensor.detach() for tensor in inputs], [tensor.detach() for tensor in outputs]
@@ -78,7 +85,7 @@ def staged(moves: Moves, inputs: list[Tensor], outputs: list[Tensor], at_once: b
     else:
         sent, received = [_host(tensor) for tensor in sources], [_host(tensor) for tensor in targets]
         arrivals = _copies(to_host, sent, sources)
-        if at_once:
+        if send_now:
             _await(arrivals)
         yield from arrivals
         yield from moves(sent, received)
@@ -86,10 +93,10 @@ def staged(moves: Moves, inputs: list[Tensor], outputs: list[Tensor], at_once: b
     yield from returned
 
 
-def straight(moves: Moves, inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-    """The steps of a message that MPI reads from, or writes to, device memory itself."""
+def direct(moves: Moves, inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+    """Return the steps of a message that MPI reads from, or writes to, device memory."""
     if not all(tensor.is_contiguous() for tensor in (*inputs, *outputs)):
-        return staged(moves, inputs, outputs, at_once=True)
+        return staged(moves, inputs, outputs, send_now=True)
     device = (inputs or outputs)[0].device
     _await([torch.cuda.current_stream(device).record_event().query])
     return moves([tensor.detach() for tensor in inputs], [tensor.detach() for tensor in outputs])

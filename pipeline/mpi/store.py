@@ -1,4 +1,4 @@
-"""The store: how ``torch.distributed``'s other backends (NCCL, gloo) find each other, without a port or a host name."""
+"""Key-value store over MPI, by which other backends (NCCL, gloo) connect without a port or a host name."""
 
 import atexit
 import json
@@ -14,13 +14,18 @@ POLL_S = 0.005
 
 
 class MPIStore(Store):
-    """Keys and values kept by rank 0, whose thread answers requests over MPI. MPI groups themselves do not need it."""
+    """Store whose keys and values are on rank 0, where a thread answers requests. MPI groups do not need it.
+
+    Args:
+        comm: a communicator of all ranks.
+        timeout_s: limit in seconds for an answer and for ``wait``.
+    """
 
     def __init__(self, comm: MPI.Intracomm, timeout_s: float) -> None:
         super().__init__()
         self._comm = comm.Dup()
         self._limit = timedelta(seconds=timeout_s)
-        self._asking = threading.Lock()  # one request at a time; none of them blocks
+        self._request_lock = threading.Lock()  # one request at a time; none of them blocks
         self._number = 0
         if comm.Get_rank() == 0:
             self._closing = threading.Event()
@@ -29,7 +34,7 @@ class MPIStore(Store):
             atexit.register(self._close)
 
     def _close(self) -> None:
-        """End the thread: MPI must not be called once it is finalised."""
+        """Stop the thread, because MPI must not be called after its finalization."""
         self._closing.set()
         self._server.join()
 
@@ -45,20 +50,20 @@ class MPIStore(Store):
             number, *call = json.loads(request)
             self._comm.Send(json.dumps([number, _answer(values, *call)]).encode(), status.Get_source(), REPLY)
 
-    def _ask(self, *call: object) -> str | int | None:
-        """Rank 0's answer.
+    def _request(self, *call: object) -> str | int | None:
+        """Send a request to rank 0 and return its answer.
 
         Raises:
-            RuntimeError: none came within the store's timeout.
+            RuntimeError: if there is no answer within the store's timeout.
         """
-        with self._asking:
+        with self._request_lock:
             self._number += 1
             request = json.dumps([self._number, *call]).encode()
-            self._sent = self._comm.Isend(request, 0, REQUEST), request  # kept until the answer to it is there
+            self._sent = self._comm.Isend(request, 0, REQUEST), request  # kept alive until its answer arrives
             status = MPI.Status()
             deadline = time.monotonic() + self._limit.total_seconds()
             number = 0
-            while number != self._number:  # an answer that came too late for its question is dropped
+            while number != self._number:  # late answers to earlier requests are dropped
                 while not self._comm.Iprobe(0, REPLY, status):
                     if time.monotonic() > deadline:
                         raise RuntimeError(f"Timed out after {self._limit.total_seconds():g} s: no answer from rank 0")
@@ -70,36 +75,36 @@ class MPIStore(Store):
             return answer
 
     def set(self, key: str, value: str | bytes) -> None:
-        self._ask("set", key, _text(value))
+        self._request("set", key, _text(value))
 
     def get(self, key: str) -> bytes:
-        """The value of ``key``, waited for."""
+        """Wait for ``key`` and return its value."""
         self.wait([key])
-        return str(self._ask("get", key)).encode("latin-1")
+        return str(self._request("get", key)).encode("latin-1")
 
     def add(self, key: str, value: int) -> int:
-        return int(self._ask("add", key, value) or 0)
+        return int(self._request("add", key, value) or 0)
 
     def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
-        return str(self._ask("compare_set", key, _text(expected_value), _text(desired_value))).encode("latin-1")
+        return str(self._request("compare_set", key, _text(expected_value), _text(desired_value))).encode("latin-1")
 
     def check(self, keys: list[str]) -> bool:
-        return all(self._ask("get", key) is not None for key in keys)
+        return all(self._request("get", key) is not None for key in keys)
 
     def delete_key(self, key: str) -> bool:
-        return bool(self._ask("delete", key))
+        return bool(self._request("delete", key))
 
     def num_keys(self) -> int:
-        return int(self._ask("count", "") or 0)
+        return int(self._request("count", "") or 0)
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._limit = timeout
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        """Return when all keys are set.
+        """Wait until all keys are set.
 
         Raises:
-            RuntimeError: they are not within ``timeout``.
+            RuntimeError: if they are not set within ``timeout``.
         """
         limit = timeout or self._limit
         deadline = time.monotonic() + limit.total_seconds()
@@ -110,7 +115,7 @@ class MPIStore(Store):
 
 
 def _answer(values: dict[str, str], call: str, key: str, *args: str) -> str | int | None:
-    """Serve one request. Bytes travel as latin-1 text, counters as decimal text, as in PyTorch's own stores."""
+    """Execute one request. Bytes are encoded as latin-1, counters as decimal text as in PyTorch's own stores."""
     match call:
         case "set":
             values[key] = args[0]

@@ -1,4 +1,4 @@
-"""What a rank did last: a ring buffer of its operations, cheap to write and only read when something is wrong."""
+"""Trace of a rank: a ring buffer of its last operations that is cheap to write and read only for a report."""
 
 import math
 import os
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 LAST = 256  # operations kept per rank
-# numbered per peer and tag, not per group
+# operations that are numbered per peer and tag instead of per group
 POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})
 
 
-class _Inside(dict[str, bool]):
-    """Is a file part of torch or of this folder, which is not where a user looks for the cause?"""
+class _IsInternal(dict[str, bool]):
+    """Cache of whether a file belongs to torch or to this folder, and is skipped when a caller is looked up."""
 
     _folders = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
 
@@ -27,20 +27,20 @@ class _Inside(dict[str, bool]):
         return self[file]
 
 
-_inside = _Inside()
+_is_internal = _IsInternal()
 
 
 class Entry:
-    """One operation. As a context: this thread waits for it."""
+    """One operation. As a context manager: the operation is waited for in the block."""
 
-    deadline = math.inf  # when the one who waits gives up by itself
+    deadline = math.inf  # time at which the waiting caller raises
     error: str | None = None
     finished: float | None = None
-    waited_s = 0.0  # while the process was not stopped
+    waited_s = 0.0  # without time in which the process was stopped
     shape: torch.Size | None = None
     dtype: torch.dtype | None = None
-    code: CodeType | None = None  # where it was called: a place in a function,
-    at = -1  # whose line is looked up only when somebody asks
+    code: CodeType | None = None  # the calling function and
+    at = -1  # the position in it, whose line number is looked up only for a report
 
     def __init__(self, group: "GroupTrace", operation: str, number: int, peer: int, detail: Any) -> None:
         self.group = group
@@ -51,7 +51,7 @@ class Entry:
         self.started = time.time()
 
     def end(self, error: BaseException | None) -> None:
-        """Note that the operation is over, well or badly."""
+        """Record that the operation has ended, with or without an error."""
         self.finished = time.time()
         if waiting := self.group.trace.waiting:
             waiting.discard(self)
@@ -59,7 +59,7 @@ class Entry:
             self.error = str(error)  # the exception itself would keep its frames, and their tensors, alive
 
     def awaited(self) -> None:
-        """Note that somebody waits for the end of the operation."""
+        """Record that a thread waits for the end of the operation."""
         self.waited_s = 0.0
         self.group.trace.waiting.add(self)
 
@@ -69,7 +69,11 @@ class Entry:
         self.group.trace.waiting.discard(self)
 
     def as_json(self, waiting: bool) -> dict[str, Any]:
-        """The entry in words and numbers; ranks are global."""
+        """Return the entry as a JSON object with global ranks.
+
+        Args:
+            waiting: whether a thread waits for the operation.
+        """
         ranks = self.group.ranks
         return {
             "operation": self.operation,
@@ -90,7 +94,10 @@ class Entry:
 
 
 class GroupTrace:
-    """A process group as the trace knows it. It holds no communicator, so a destroyed group stays destroyed."""
+    """Names, ranks and operation counts of a process group.
+
+    It does not refer to the communicator, so that the trace does not keep a destroyed group alive.
+    """
 
     def __init__(self, trace: "Trace", ranks: list[int]) -> None:
         self.trace = trace
@@ -99,20 +106,21 @@ class GroupTrace:
         self._numbers: dict[Any, int] = {}
 
     def begin(self, operation: str, tensors: list[Tensor], peer: int = -1, detail: Any = None) -> Entry:
-        """Note that an operation starts.
+        """Record the start of an operation.
 
         Args:
-            tensors: what is moved; the first one's shape and dtype are noted.
-            peer: the other rank, or the root, in the group's own numbers; -1: none, or any.
-            detail: a message's tag, or the sizes (sent, received) of an uneven all-to-all.
+            operation: its name.
+            tensors: its tensors; shape and dtype of the first one are recorded.
+            peer: the other rank or the root, relative to the group; -1 for none or any.
+            detail: tag of a message, or (input sizes, output sizes) of an uneven all-to-all.
         """
         key = (operation, peer, detail) if operation in POINT_TO_POINT else None
         self._numbers[key] = number = self._numbers.get(key, 0) + 1
         entry = Entry(self, operation, number, peer, detail)
         if tensors:
             entry.shape, entry.dtype = tensors[0].shape, tensors[0].dtype
-        frame: FrameType | None = sys._getframe(2)  # that of the group's own method
-        while frame is not None and _inside[frame.f_code.co_filename]:
+        frame: FrameType | None = sys._getframe(2)  # the caller's frame
+        while frame is not None and _is_internal[frame.f_code.co_filename]:
             frame = frame.f_back
         if frame is not None:
             entry.code, entry.at = frame.f_code, frame.f_lasti
@@ -121,14 +129,14 @@ class GroupTrace:
 
 
 class Trace:
-    """The last operations of this process, and those that a thread of it waits for."""
+    """The last operations of this process, and the operations that its threads wait for."""
 
     def __init__(self) -> None:
         self.waiting: set[Entry] = set()
         self.last: deque[Entry] = deque(maxlen=LAST)
 
     def as_json(self) -> dict[str, Any]:
-        """All that this process knows about itself."""
+        """Return the snapshot of this process: operations, stacks of all threads and time."""
         waiting, last = self.waiting.copy(), list(self.last)
         entries = sorted(waiting.difference(last), key=lambda entry: entry.started) + last
         names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -148,7 +156,7 @@ def _line(code: CodeType, at: int) -> int:
 
 
 def _stack(frame: FrameType | None) -> list[str]:
-    """The calls that lead to ``frame``, innermost first."""
+    """Return the calls that lead to ``frame``, innermost first."""
     places = []
     while frame is not None:
         places.append(_describe(frame))
@@ -157,8 +165,8 @@ def _stack(frame: FrameType | None) -> list[str]:
 
 
 def _place(frame: FrameType | None) -> str | None:
-    """Where in the user's code a thread is; None if no such code is running."""
-    while frame is not None and _inside[frame.f_code.co_filename]:
+    """Return the line of user code that a thread executes; None if it executes no user code."""
+    while frame is not None and _is_internal[frame.f_code.co_filename]:
         frame = frame.f_back
     return None if frame is None else _describe(frame)
 

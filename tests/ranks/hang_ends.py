@@ -1,4 +1,4 @@
-"""Jobs that end in different ways. Only rank 1 fails: `mpirun -np 2 python tests/ranks/hang_ends.py killed`."""
+"""Jobs in which only rank 1 fails, in different ways: `mpirun -np 2 python tests/ranks/hang_ends.py killed`."""
 
 import os
 import signal
@@ -13,13 +13,13 @@ import pipeline
 
 
 def returned(rank: int) -> None:
-    _say_sum(rank)
+    _print_sum(rank)
     if rank != 1:
-        time.sleep(1)  # rank 1 is through long before the others
+        time.sleep(1)  # rank 1 ends long before the others
 
 
 def destroyed(rank: int) -> None:
-    _say_sum(rank)
+    _print_sum(rank)
     dist.destroy_process_group()
 
 
@@ -34,12 +34,33 @@ def thread(rank: int) -> None:
 
 
 def badly_timed(rank: int) -> None:
-    _sum(rank)  # rank 1's environment keeps it from getting here
+    _sum(rank)  # not reached by rank 1, whose environment is invalid
 
 
 def exited(rank: int) -> None:
     if rank == 1:
         sys.exit(3)
+    _sum(rank)
+
+
+def exited_without_hook(rank: int) -> None:
+    if rank == 1:
+        raise SystemExit(3)
+    _sum(rank)
+
+
+@pipeline.abort_on_failure()
+def exited_in_context(rank: int) -> None:
+    if rank == 1:
+        raise SystemExit(3)
+    time.sleep(60)  # does not wait for rank 1
+
+
+def exited_in_thread(rank: int) -> None:
+    if rank == 1:
+        thread = threading.Thread(target=sys.exit, args=[3])  # ends the thread only
+        thread.start()
+        thread.join()
     _sum(rank)
 
 
@@ -61,8 +82,8 @@ def killed(rank: int) -> None:
     _sum(rank)
 
 
-def _say_sum(rank: int) -> None:
-    os.write(1, f"sum {int(_sum(rank))}\n".encode())  # in one piece
+def _print_sum(rank: int) -> None:
+    os.write(1, f"sum {int(_sum(rank))}\n".encode())  # one write, so that the ranks' lines do not mix
 
 
 def _sum(rank: int) -> torch.Tensor:
@@ -74,5 +95,5 @@ def _sum(rank: int) -> torch.Tensor:
 if __name__ == "__main__":
     assert not {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} & set(os.environ)
     if sys.argv[1] == "badly_timed" and "1" in {os.environ.get(name) for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")}:
-        os.environ["FIRA_TIMEOUT_S"] = "abc"
+        os.environ["PIPELINE_MPI_TIMEOUT_S"] = "abc"
     globals()[sys.argv[1]](pipeline.init().rank)

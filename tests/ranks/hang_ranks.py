@@ -1,4 +1,4 @@
-"""Jobs that come to a standstill, each in a way of its own: `mpirun -np 2 python tests/ranks/hang_ranks.py stopped`."""
+"""Jobs that hang, for one reason per function: `mpirun -np 2 python tests/ranks/hang_ranks.py stopped`."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ def skipped_collective(rank: int) -> None:
         dist.send(torch.zeros(7), dst=1, group=ep)
     else:
         dist.recv(torch.zeros(7), src=0, group=ep)
-        time.sleep(60)  # comes too late
+        time.sleep(60)  # arrives too late
     dist.all_to_all_single(torch.zeros(4, 1024), torch.zeros(4, 1024), group=ep)
 
 
@@ -33,7 +33,7 @@ def finished(rank: int) -> None:
 
 
 def wrong_shape(rank: int) -> None:
-    dist.all_reduce(torch.zeros(4 if rank else 8))  # MPICH may let it pass, with a wrong result
+    dist.all_reduce(torch.zeros(4 if rank else 8))  # MPICH may compute a wrong result without an error
     dist.recv(torch.zeros(1), src=1 - rank)
 
 
@@ -58,8 +58,8 @@ def no_new_group(rank: int) -> None:
         dist.new_group()
 
 
-def future_nobody_completes(rank: int) -> None:
-    """As DistributedDataParallel waits: not in Python."""
+def incomplete_future(rank: int) -> None:
+    """Wait in C++ as DistributedDataParallel does."""
     if rank == 0:
         dist.all_reduce(torch.zeros(4), async_op=True).get_future().wait()
 
@@ -91,14 +91,14 @@ def killed(rank: int) -> None:
 
 
 def raised(rank: int) -> None:
-    dist.all_reduce(torch.zeros(1))  # both are there
+    dist.all_reduce(torch.zeros(1))  # both ranks have started
     if rank == 1:
-        time.sleep(1.5)  # and rank 0 waits by now
+        time.sleep(1.5)  # rank 0 waits in the barrier by then
         raise RuntimeError("no more data")
     dist.barrier()
 
 
-def asked(rank: int) -> None:
+def requested(rank: int) -> None:
     dist.barrier()
     if rank == 0:
         os.kill(os.getpid(), signal.SIGUSR2)

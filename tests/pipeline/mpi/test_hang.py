@@ -1,4 +1,4 @@
-"""What a job does that does not get on: one report in plain words, every rank's last operations, and then it ends."""
+"""Hanging jobs: one report is printed, every rank's last operations are written, and the job ends."""
 
 import json
 import subprocess
@@ -13,8 +13,7 @@ from tests.launch import ROOT, mpirun, run_ranks
 TIMEOUT_S = 3.0
 pytestmark = pytest.mark.timeout(180)
 
-
-WAYS = {  # a function of hang_ranks.py: what the report must say, in this order
+JOBS = {  # function of hang_ranks.py: texts that the report must contain, in this order
     "skipped_collective": [
         "rank 0 has waited 3 s in all_to_all_single and ends the job",
         "rank 0 waits in all_to_all_single #1 (group ep of ranks 0, 1; 4×1024 float32), hang_ranks.py:21",
@@ -42,7 +41,7 @@ WAYS = {  # a function of hang_ranks.py: what the report must say, in this order
         "rank 1 never sent it; it waits in barrier #1",
     ],
     "no_new_group": ["rank 0 waits in new_group #2", "rank 1 never entered new_group #2"],
-    "future_nobody_completes": ["rank 0 waits in all_reduce #1", "rank 1 never entered all_reduce #1"],
+    "incomplete_future": ["rank 0 waits in all_reduce #1", "rank 1 never entered all_reduce #1"],
     "stopped": ["rank 0 waits in barrier #1", "rank 1 did not answer: its process", "is stopped (SIGSTOP)"],
     "stopped_first": ["rank 1 waits in barrier #1", "rank 0 did not answer: its process", "is stopped (SIGSTOP)"],
     "raised": ["rank 1 failed:", "no more data", "rank 0 waits in barrier #2"],
@@ -50,18 +49,18 @@ WAYS = {  # a function of hang_ranks.py: what the report must say, in this order
 
 
 class Job:
-    """A job of ``hang_ranks.py`` that has ended, and what it left."""
+    """A finished job of ``hang_ranks.py``: exit status, stderr and the files of its report."""
 
     def __init__(
-        self, way: str, folder: Path, timeout_s: float = TIMEOUT_S, within: Sequence[str] = (), **env: str
+        self, name: str, folder: Path, timeout_s: float = TIMEOUT_S, within: Sequence[str] = (), **env: str
     ) -> None:
-        env |= {"FIRA_TIMEOUT_S": str(timeout_s), "FIRA_HANG_DIR": str(folder)}
-        result = run_ranks(2, ROOT / "tests/ranks/hang_ranks.py", way, timeout=90, env=env, within=within)
+        env |= {"PIPELINE_MPI_TIMEOUT_S": str(timeout_s), "PIPELINE_MPI_HANG_DIR": str(folder)}
+        result = run_ranks(2, ROOT / "tests/ranks/hang_ranks.py", name, timeout=90, env=env, within=within)
         self.status, self.error = result.returncode, result.stderr
         self.files = {file.name: file for file in folder.glob("*/*")}
 
     def expect(self, *texts: str) -> None:
-        """There is one report, and it has all texts in this order."""
+        """Assert that there is one report and that it contains all texts in this order."""
         assert self.error.count("pipeline: ") == 1, self.error
         position = 0
         for text in texts:
@@ -71,55 +70,55 @@ class Job:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Job]]]:
-    """Several at a time: they mostly wait."""
+    """Run several jobs at a time, because they mostly wait."""
     pool = ThreadPoolExecutor(3)
-    yield {way: pool.submit(Job, way, tmp_path_factory.mktemp(way)) for way in WAYS}
+    yield {name: pool.submit(Job, name, tmp_path_factory.mktemp(name)) for name in JOBS}
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_report_says_what_is_wrong_and_the_job_ends(way: str, jobs: dict[str, Future[Job]]) -> None:
-    job = jobs[way].result()
-    job.expect(*WAYS[way])
+@pytest.mark.parametrize("name", JOBS)
+def test_report_describes_the_cause_and_job_ends(name: str, jobs: dict[str, Future[Job]]) -> None:
+    job = jobs[name].result()
+    job.expect(*JOBS[name])
     assert job.status == 1
 
 
-def test_every_rank_that_answers_leaves_its_trace(jobs: dict[str, Future[Job]]) -> None:
+def test_every_answering_rank_writes_its_trace(jobs: dict[str, Future[Job]]) -> None:
     files = jobs["skipped_collective"].result().files
-    here, there = (json.loads(files[f"fira-hang-{rank}.json"].read_text()) for rank in (0, 1))
-    waiting = here["operations"][-1]
+    trace_0, trace_1 = (json.loads(files[f"rank-{rank}.json"].read_text()) for rank in (0, 1))
+    waiting = trace_0["operations"][-1]
     assert (waiting["operation"], waiting["shape"], waiting["finished"]) == ("all_to_all_single", [4, 1024], None)
     assert waiting["waited_s"] >= TIMEOUT_S
     assert files["report.txt"].stat().st_mtime - waiting["started"] < TIMEOUT_S + 10
-    assert there["operations"][-1]["operation"] == "recv"
-    assert any("hang_ranks.py:20" in call for call in there["stacks"]["MainThread"])
-    assert "fira-hang-1.json" not in jobs["stopped"].result().files
+    assert trace_1["operations"][-1]["operation"] == "recv"
+    assert any("hang_ranks.py:20" in call for call in trace_1["stacks"]["MainThread"])
+    assert "rank-1.json" not in jobs["stopped"].result().files
 
 
-def test_a_killed_rank_ends_the_job_though_mpirun_leaves_no_time_for_a_report(tmp_path: Path) -> None:
+def test_killed_rank_ends_job_without_report(tmp_path: Path) -> None:
     job = Job("killed", tmp_path)
     assert job.status != 0
     assert "pipeline: " not in job.error
 
 
-def test_a_death_is_noticed_where_mpirun_does_nothing_about_it(tmp_path: Path) -> None:
+def test_dead_rank_is_reported_if_mpirun_ignores_it(tmp_path: Path) -> None:
     lenient = ["sh", "-c", 'mpirun=$1; shift; exec "$mpirun" -disable-auto-cleanup "$@"', "-"]
     if "-disable-auto-cleanup" not in subprocess.run([mpirun(), "--help"], capture_output=True, text=True).stdout:
-        pytest.skip("an option of MPICH's mpirun")
+        pytest.skip("only MPICH's mpirun has this option")
     job = Job("gone", tmp_path, timeout_s=600, within=lenient)
-    assert ") died without a word; the job ends\n  rank 0 waits in barrier #2 " in job.error
+    assert ") died without a message; the job ends\n  rank 0 waits in barrier #2 " in job.error
     assert job.status != 0
 
 
-def test_what_does_not_match_is_named_before_it_adds_up_to_something_wrong(tmp_path: Path) -> None:
+def test_debug_detail_raises_before_mismatched_collective(tmp_path: Path) -> None:
     job = Job("wrong_shape", tmp_path, timeout_s=60, TORCH_DISTRIBUTED_DEBUG="DETAIL")
     assert job.error.count("ValueError: the sizes of #1 in group default_pg of ranks 0, 1 differ: ") == 1, job.error
     assert "rank 0 called all_reduce of 8 float32, hang_ranks.py:" in job.error
     assert job.status == 1
 
 
-def test_a_report_on_demand_disturbs_nothing(tmp_path: Path) -> None:
-    job = Job("asked", tmp_path, timeout_s=60)
-    job.expect("asked for by SIGUSR2", "rank 1 waits in barrier #2", "rank 0 never entered barrier #2")
+def test_report_on_request_does_not_affect_the_job(tmp_path: Path) -> None:
+    job = Job("requested", tmp_path, timeout_s=60)
+    job.expect("report requested by SIGUSR2", "rank 1 waits in barrier #2", "rank 0 never entered barrier #2")
     assert job.status == 0
-    assert set(job.files) == {"report.txt", "fira-hang-0.json", "fira-hang-1.json"}
+    assert set(job.files) == {"report.txt", "rank-0.json", "rank-1.json"}

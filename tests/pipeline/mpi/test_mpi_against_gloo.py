@@ -1,4 +1,4 @@
-"""Random sequences of operations on random groups: ours and gloo's results are the same."""
+"""Random sequences of operations on random groups: the results of the MPI backend and gloo agree."""
 
 import functools
 from typing import Any
@@ -13,23 +13,13 @@ from torch import Tensor
 from tests.launch import run_function
 
 GROUPS = [[0, 1, 2], [0, 2], [2, 1]]
+OPERATIONS = ["all_reduce", "reduce", "broadcast", "all_gather", "gather", "scatter"]
+OPERATIONS += ["reduce_scatter", "all_to_all", "ring"]
 Group = dist.ProcessGroup
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8, torch.int8])
 steps = st.fixed_dictionaries(
     {
-        "operation": st.sampled_from(
-            [
-                "all_reduce",
-                "reduce",
-                "broadcast",
-                "all_gather",
-                "gather",
-                "scatter",
-                "reduce_scatter",
-                "all_to_all",
-                "ring",
-            ]
-        ),
+        "operation": st.sampled_from(OPERATIONS),
         "group": st.integers(0, len(GROUPS) - 1),
         "dtype": dtypes,
         "rows": st.sampled_from([0, 1, 2, 7, 64, 9001]),
@@ -44,8 +34,8 @@ steps = st.fixed_dictionaries(
 
 
 def compare(examples: int) -> int:
-    """Run on every rank: the examples are the same everywhere. Returns the number of operations compared."""
-    ours = [dist.new_group(ranks, sort_ranks=False) for ranks in GROUPS]
+    """Run equal examples on every rank. Return the number of compared operations."""
+    mpi = [dist.new_group(ranks, sort_ranks=False) for ranks in GROUPS]
     gloo = [dist.new_group(ranks, backend="gloo", sort_ranks=False) for ranks in GROUPS]
     compared = 0
 
@@ -54,15 +44,15 @@ def compare(examples: int) -> int:
         deadline=None,
         database=None,
         derandomize=True,
-        phases=[Phase.generate],  # shrinking would part the ranks
+        phases=[Phase.generate],  # shrinking would differ between ranks
         suppress_health_check=list(HealthCheck),
     )
     @given(st.lists(steps, min_size=1, max_size=6))
     def check(sequence: list[dict[str, Any]]) -> None:
         nonlocal compared
-        mine = [run(step, ours[step["group"]]) for step in sequence]
-        theirs = [run(step, gloo[step["group"]]) for step in sequence]
-        for step, results, expected in zip(sequence, finished(mine), finished(theirs), strict=True):
+        mpi_runs = [run(step, mpi[step["group"]]) for step in sequence]
+        gloo_runs = [run(step, gloo[step["group"]]) for step in sequence]
+        for step, results, expected in zip(sequence, finished(mpi_runs), finished(gloo_runs), strict=True):
             compared += len(results)
             for a, b in zip(results, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=0, msg=lambda text, step=step: f"{step}\n{text}")
@@ -79,35 +69,35 @@ def finished(runs: list[tuple[list[Tensor], list[dist.Work]]]) -> list[list[Tens
 
 
 def run(step: dict[str, Any], group: Group) -> tuple[list[Tensor], list[dist.Work]]:
-    """Start one operation; its output tensors, and what is to be waited for."""
+    """Start one operation. Return its output tensors and its works."""
     if dist.get_rank(group) < 0:
         return [], []
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     generator = torch.Generator().manual_seed(step["seed"] + rank)
     make = functools.partial(random, step, generator)
-    one, empty, root = make(), torch.zeros(step["rows"], step["columns"], dtype=step["dtype"]), step["root"]
+    own, empty, root = make(), torch.zeros(step["rows"], step["columns"], dtype=step["dtype"]), step["root"]
     op = getattr(dist.ReduceOp, step["reduction"])
     keywords = {"group": group, "async_op": step["asynchronous"]}
-    many = [torch.zeros_like(empty) for _ in range(size)]
+    outputs = [torch.zeros_like(empty) for _ in range(size)]
     match step["operation"]:
         case "all_reduce":
-            return [one], works(dist.all_reduce(one, op, **keywords))
+            return [own], works(dist.all_reduce(own, op, **keywords))
         case "reduce":
-            started = works(dist.reduce(one, group_dst=root, op=op, **keywords))
-            return [one] if rank == root else [], started  # elsewhere gloo leaves partial sums
+            started = works(dist.reduce(own, group_dst=root, op=op, **keywords))
+            return [own] if rank == root else [], started  # elsewhere gloo leaves partial sums
         case "broadcast":
-            return [one], works(dist.broadcast(one, group_src=root, **keywords))
+            return [own], works(dist.broadcast(own, group_src=root, **keywords))
         case "all_gather":
-            return many, works(dist.all_gather(many, one, **keywords))
+            return outputs, works(dist.all_gather(outputs, own, **keywords))
         case "gather":
-            started = works(dist.gather(one, many if rank == root else None, group_dst=root, **keywords))
-            return many, started
+            started = works(dist.gather(own, outputs if rank == root else None, group_dst=root, **keywords))
+            return outputs, started
         case "scatter":
             parts = [make() for _ in range(size)] if rank == root else None
             return [empty], works(dist.scatter(empty, parts, group_src=root, **keywords))
         case "reduce_scatter":
-            whole = torch.cat([make() for _ in range(size)])
-            return [empty], works(dist.reduce_scatter_tensor(empty, whole, op, **keywords))
+            inputs = torch.cat([make() for _ in range(size)])
+            return [empty], works(dist.reduce_scatter_tensor(empty, inputs, op, **keywords))
         case "all_to_all":
             table = torch.tensor(step["splits"]).view(3, 3)[:size, :size]
             sent, received = table[rank].tolist(), table[:, rank].tolist()
@@ -115,7 +105,7 @@ def run(step: dict[str, Any], group: Group) -> tuple[list[Tensor], list[dist.Wor
             given = torch.cat([random({**step, "rows": rows}, generator) for rows in sent])
             return [output], works(dist.all_to_all_single(output, given, received, sent, **keywords))
         case "ring":
-            right = dist.P2POp(dist.isend, one, group=group, tag=5, group_peer=(rank + 1) % size)
+            right = dist.P2POp(dist.isend, own, group=group, tag=5, group_peer=(rank + 1) % size)
             left = dist.P2POp(dist.irecv, empty, group=group, tag=5, group_peer=(rank - 1) % size)
             return [empty], dist.batch_isend_irecv([right, left])
     raise AssertionError(step)

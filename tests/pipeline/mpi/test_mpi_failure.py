@@ -1,4 +1,4 @@
-"""``pipeline.fail``: one message, one status, whoever fails."""
+"""``pipeline.fail`` and ``abort_on_failure``: one message and one status, whichever ranks fail."""
 
 import os
 import subprocess
@@ -15,8 +15,16 @@ import torch.distributed as dist
 import pipeline
 world = pipeline.init()
 if sys.argv[1] == "all" or world.rank == 1:
-    pipeline.fail(f"bad flag, says rank {world.rank}", 2)
+    pipeline.fail(f"bad flag on rank {world.rank}", 2)
 dist.barrier()
+"""
+
+EXIT = """
+import sys
+import pipeline
+with pipeline.abort_on_failure():
+    pipeline.init()
+    sys.exit("no such file")
 """
 
 EARLY = """
@@ -35,24 +43,40 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("who", "speaker"), [("all", 0), ("one", 1)])
-def test_the_message_is_printed_once(script: Path, who: str, speaker: int) -> None:
-    result = run_ranks(3, script, who)
+@pytest.mark.parametrize(("failing", "reporter"), [("all", 0), ("one", 1)])
+def test_message_is_printed_once(script: Path, failing: str, reporter: int) -> None:
+    result = run_ranks(3, script, failing)
     assert result.returncode == 2
     first, *rest = result.stderr.strip().splitlines()
-    assert first == f"bad flag, says rank {speaker}"
-    assert not rest or set(rest[0]) == {"-"}, result.stderr  # Open MPI's mpirun adds a box of its own
+    assert first == f"bad flag on rank {reporter}"
+    assert not rest or set(rest[0]) == {"-"}, result.stderr  # Open MPI's mpirun adds its own message
     assert not result.stdout.strip()
 
 
-def test_a_rank_that_fails_inside_init_ends_the_job(tmp_path: Path) -> None:
+def test_failure_inside_init_ends_the_job(tmp_path: Path) -> None:
     (tmp_path / "early.py").write_text(EARLY)
     result = run_ranks(2, tmp_path / "early.py")
     assert result.returncode == 1
     assert result.stderr.count("ModuleNotFoundError: import of torch halted") == 1
 
 
-def test_without_init_it_ends_the_process() -> None:
+def test_exit_message_is_printed_once(tmp_path: Path) -> None:
+    (tmp_path / "exit.py").write_text(EXIT)
+    result = run_ranks(3, tmp_path / "exit.py")
+    assert result.returncode == 1
+    assert result.stderr.count("no such file") == 1
+
+
+def test_deprecated_environment_variable_is_reported_once(tmp_path: Path) -> None:
+    (tmp_path / "start.py").write_text("import pipeline; pipeline.init()")
+    result = run_ranks(3, tmp_path / "start.py", env={"FIRA_TIMEOUT_S": "abc"})
+    assert result.returncode == 2
+    lines = result.stderr.splitlines()
+    assert lines.count("pipeline: deprecated environment variables: FIRA_TIMEOUT_S (use PIPELINE_MPI_TIMEOUT_S)") == 1
+    assert lines.count("PIPELINE_MPI_TIMEOUT_S must be a positive number of seconds, not abc") == 1
+
+
+def test_fail_without_init_ends_the_process() -> None:
     command = [sys.executable, "-c", "import pipeline; pipeline.fail('no such file', 2)"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert (result.returncode, result.stderr) == (2, "no such file\n")
@@ -62,8 +86,8 @@ def test_without_init_it_ends_the_process() -> None:
     ("launcher", "size", "rank"),
     [("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")],
 )
-def test_a_launcher_that_does_not_know_the_library_is_named(script: Path, launcher: str, size: str, rank: str) -> None:
-    """Its ranks find themselves alone, but their environment says how many were started."""
+def test_unsupported_launcher_is_reported(script: Path, launcher: str, size: str, rank: str) -> None:
+    """MPI finds one rank, but the environment contains the number of started ranks."""
     alone = {size: "4", rank: "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(script), "all"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | alone)

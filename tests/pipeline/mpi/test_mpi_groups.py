@@ -1,4 +1,4 @@
-"""Several groups, threads and operations at once; the store and the other backends beside ours."""
+"""Concurrent groups, threads and operations; the store and other backends next to the MPI backend."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ LARGE = 200_000  # floats: exchanged pairwise, in several rounds
 
 
 def threads() -> None:
-    """Each of three threads works on a group of its own, all at the same time."""
+    """Three threads use separate groups at the same time."""
     groups = [dist.new_group() for _ in range(3)]
     failures: list[BaseException] = []
 
@@ -40,12 +40,12 @@ def threads() -> None:
 
 
 def orders() -> None:
-    """A rank waits for a message that is sent only after an operation it has not waited for yet."""
+    """A rank waits for a message that is sent only after an operation that it has not waited for yet."""
     rank, one = dist.get_rank(), torch.ones(1)
     started = torch.ones(LARGE)
     reduced = dist.all_reduce(started, async_op=True)
     if rank == 0:
-        dist.recv(one, 1)  # rank 1 sends when the sum is there, which takes rank 0's second round
+        dist.recv(one, 1)  # rank 1 sends when it has the sum, which needs rank 0's second round
         reduced.wait()
     else:
         reduced.wait()
@@ -55,7 +55,7 @@ def orders() -> None:
 
 
 def overtaking() -> None:
-    """An operation begins here before the second round of another one, and there after it."""
+    """An operation starts before the second round of another one on some ranks and after it on others."""
     for _ in range(3):
         first, second = torch.ones(LARGE), torch.full((LARGE,), 2.0)
         one = dist.all_reduce(first, async_op=True)
@@ -70,7 +70,7 @@ def overtaking() -> None:
 
 
 def futures() -> None:
-    """Futures are completed though nobody calls ``wait`` on the work."""
+    """Futures are completed without a call of ``wait`` on the work."""
     works = [dist.all_reduce(torch.full((count,), 2.0), async_op=True) for count in (3, LARGE, 5)]
     for work in works:
         (tensor,) = work.get_future().wait()
@@ -87,7 +87,7 @@ def futures() -> None:
 
 
 def other_threads_run() -> int:
-    """How far another thread counts while this one waits: the wait gives the interpreter away."""
+    """Return how far another thread counts during a wait, which must release the global interpreter lock."""
     counted = 0
     waiting = True
 
@@ -109,8 +109,8 @@ def other_threads_run() -> int:
     return counted
 
 
-def neighbours() -> None:
-    """The store is one for all ranks; gloo groups are made by it beside ours."""
+def other_backends() -> None:
+    """All ranks share one store, by which gloo groups are created."""
     rank, size = dist.get_rank(), dist.get_world_size()
     store = dist.distributed_c10d._get_default_store()
     store.set(f"key {rank}", bytes([rank, 0, 255]))
@@ -132,7 +132,7 @@ def neighbours() -> None:
 
 
 def stopped() -> None:
-    """The store gives up on a rank 0 that is stopped, and works again once it goes on."""
+    """A store request times out while rank 0 is stopped; later requests succeed after it continues."""
     pids: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(pids, os.getpid())
     if dist.get_rank() == 1:
@@ -168,8 +168,8 @@ def profiled() -> None:
     assert any(event.name == "mpi:all_reduce" for event in profiler.events())
 
 
-def again() -> None:
-    """A world can be ended and begun again, under the plain name, too."""
+def reinitialized() -> None:
+    """The default group can be destroyed and created again, also with the plain backend name."""
     dist.destroy_process_group()
     dist.init_process_group("mpi")
     tensor = torch.ones(2)
@@ -178,13 +178,13 @@ def again() -> None:
 
 
 def everything() -> int:
-    for part in (threads, orders, overtaking, futures, neighbours, stopped, any_source, profiled):
+    for part in (threads, orders, overtaking, futures, other_backends, stopped, any_source, profiled):
         part()
     counted = other_threads_run()
-    again()
+    reinitialized()
     return counted
 
 
-def test_groups_threads_and_neighbours() -> None:
+def test_groups_threads_and_other_backends() -> None:
     counted = run_function(3, __name__, "everything", timeout=120)
     assert counted[1] > 1000

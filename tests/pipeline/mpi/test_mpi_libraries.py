@@ -1,4 +1,4 @@
-"""PyTorch's own parallel libraries on the MPI backend, each against the same training on one process."""
+"""PyTorch's parallel libraries on the MPI backend, compared with the same training in one process."""
 
 import copy
 import tempfile
@@ -30,7 +30,7 @@ def model() -> nn.Sequential:
 
 
 def batch(step: int, ranks: range) -> Tensor:
-    """The rows of some ranks, one after the other."""
+    """Return the concatenated rows of several ranks."""
     rows = [torch.randn(ROWS, 16, generator=torch.Generator().manual_seed(100 * step + rank)) for rank in ranks]
     return torch.cat(rows).double()
 
@@ -46,10 +46,10 @@ def train(
         optimizer.zero_grad()
 
 
-def close(net: nn.Module, reference: nn.Module, rtol: float = 1e-12) -> None:
+def assert_close(net: nn.Module, reference: nn.Module, rtol: float = 1e-12) -> None:
     for got, expected in zip(net.parameters(), reference.parameters(), strict=True):
-        whole = got.full_tensor() if isinstance(got, DTensor) else got
-        torch.testing.assert_close(whole, expected, rtol=rtol, atol=rtol)
+        full = got.full_tensor() if isinstance(got, DTensor) else got
+        torch.testing.assert_close(full, expected, rtol=rtol, atol=rtol)
 
 
 def reference(**options: object) -> nn.Module:
@@ -59,22 +59,22 @@ def reference(**options: object) -> nn.Module:
 
 
 def data_parallel() -> None:
-    """DDP: several buckets, hooks that use futures, accumulation without synchronisation, uneven numbers of batches."""
+    """DDP: several buckets, hooks with futures, gradient accumulation with ``no_sync``, uneven numbers of batches."""
     here = range(dist.get_rank(), dist.get_rank() + 1)
     net = DistributedDataParallel(model(), bucket_cap_mb=0.01)
     train(net, here)
-    close(net, reference())
+    assert_close(net, reference())
 
     for hook, rtol in ((default_hooks.allreduce_hook, 1e-12), (default_hooks.fp16_compress_hook, 1e-2)):
         net = DistributedDataParallel(model(), bucket_cap_mb=0.01)
         net.register_comm_hook(None, hook)
         train(net, here)
-        close(net, reference(), rtol)
+        assert_close(net, reference(), rtol)
     net = DistributedDataParallel(model().float())
     state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
     net.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     for step in range(4):
-        net(batch(step, here).float()).square().mean().backward()  # collectives from within a future's callback
+        net(batch(step, here).float()).square().mean().backward()  # calls collectives in a future's callback
 
     net = DistributedDataParallel(model())
     with net.no_sync():
@@ -96,7 +96,7 @@ def sharded() -> None:
     """FSDP2 with gradient clipping."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     here = range(dist.get_rank(), dist.get_rank() + 1)
-    norms: dict[str, list[float]] = {"sharded": [], "whole": []}
+    norms: dict[str, list[float]] = {"sharded": [], "reference": []}
 
     def clip(name: str) -> Callable[[nn.Module], object]:
         def call(net: nn.Module) -> None:
@@ -109,8 +109,8 @@ def sharded() -> None:
     for layer in (net[0], net[2], net[4], net):
         fully_shard(layer, mesh=mesh)
     train(net, here, after=clip("sharded"))
-    close(net, reference(after=clip("whole")))
-    torch.testing.assert_close(norms["sharded"], norms["whole"], rtol=1e-12, atol=0)
+    assert_close(net, reference(after=clip("reference")))
+    torch.testing.assert_close(norms["sharded"], norms["reference"], rtol=1e-12, atol=0)
 
 
 def tensors() -> None:
@@ -128,30 +128,30 @@ def tensors() -> None:
     x = torch.full((size,), float(rank), requires_grad=True)
     functional.all_reduce(x * 2, "sum", mesh["b"]).wait()
     y = functional.all_to_all_single_autograd(x * x, [1] * size, [1] * size, dist.group.WORLD)
-    (y * torch.arange(1.0, size + 1)).sum().backward()  # rank s scales what it got from rank r by r + 1
+    (y * torch.arange(1.0, size + 1)).sum().backward()  # rank s scales the part from rank r by r + 1
     torch.testing.assert_close(x.grad, 2.0 * rank * (rank + 1) * torch.ones(size))
 
 
 def pipelined() -> None:
-    """PyTorch's own 1F1B over all ranks, a layer each."""
+    """PyTorch's 1F1B schedule over all ranks, with one layer per rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(1)
     layers = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(size)]
-    whole = nn.Sequential(*copy.deepcopy(layers))
+    reference_net = nn.Sequential(*copy.deepcopy(layers))
     stage = PipelineStage(layers[rank], rank, size, torch.device("cpu"))
     schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=lambda out, target: (out - target).square().mean())
     x, target = torch.randn(8, 16), torch.randn(8, 16)
     losses: list[Tensor] = []
     schedule.step(*((x,) if rank == 0 else ()), **({"target": target, "losses": losses} if rank == size - 1 else {}))
-    loss = (whole(x) - target).square().mean()
+    loss = (reference_net(x) - target).square().mean()
     loss.backward()
-    torch.testing.assert_close(layers[rank][0].weight.grad, whole[rank][0].weight.grad)
+    torch.testing.assert_close(layers[rank][0].weight.grad, reference_net[rank][0].weight.grad)
     if rank == size - 1:
         torch.testing.assert_close(torch.stack(losses).mean(), loss.detach())
 
 
 def save(folder: str) -> None:
-    """FSDP2's shards by torch.distributed.checkpoint."""
+    """Save FSDP2's shards with torch.distributed.checkpoint."""
     net = model()
     fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     dcp.save({"model": net.state_dict()}, checkpoint_id=folder)
@@ -166,11 +166,11 @@ def load(folder: str) -> None:
     state = {"model": net.state_dict()}
     dcp.load(state, checkpoint_id=folder)
     net.load_state_dict(state["model"])
-    close(net, model())
+    assert_close(net, model())
 
 
 def accelerated() -> None:
-    """Hugging Face's Accelerate, on which its Trainer stands: its own loader, accumulation, clipping and gathering."""
+    """Hugging Face Accelerate, the basis of its Trainer: loader, accumulation, clipping and gathering."""
     from accelerate import Accelerator
 
     size = dist.get_world_size()
@@ -178,7 +178,7 @@ def accelerated() -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     assert (accelerator.num_processes, accelerator.process_index) == (size, dist.get_rank())
     net = model()
-    loader = DataLoader(TensorDataset(rows), batch_size=ROWS)  # a batch of it to each rank
+    loader = DataLoader(TensorDataset(rows), batch_size=ROWS)  # one batch per rank
     wrapped, optimizer, loader = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1), loader)
     assert isinstance(wrapped, DistributedDataParallel)
     losses: list[Tensor] = []
@@ -192,16 +192,16 @@ def accelerated() -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    whole, expected = model(), []
-    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    reference_net, expected = model(), []
+    optimizer = torch.optim.SGD(reference_net.parameters(), lr=0.1)
     for step in rows.split(2 * ROWS * size):
-        expected += [whole(part).square().mean().detach() for part in step.split(ROWS * size)]
-        whole(step).square().mean().backward()
-        nn.utils.clip_grad_norm_(whole.parameters(), 0.05)
+        expected += [reference_net(part).square().mean().detach() for part in step.split(ROWS * size)]
+        reference_net(step).square().mean().backward()
+        nn.utils.clip_grad_norm_(reference_net.parameters(), 0.05)
         optimizer.step()
         optimizer.zero_grad()
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
-    close(net, whole)
+    assert_close(net, reference_net)
 
 
 def everything() -> None:
@@ -214,7 +214,7 @@ def test_libraries_on_four_ranks() -> None:
     run_function(4, __name__, "everything", timeout=150)
 
 
-def test_distributed_checkpoint_at_another_world_size() -> None:
+def test_distributed_checkpoint_loads_at_another_world_size() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_function(3, __name__, "save", folder=str(Path(folder, "saved")))
         run_function(2, __name__, "load", folder=str(Path(folder, "saved")))

@@ -1,4 +1,4 @@
-"""CUDA tensors by way of the host: on the CPU as if some tensors could not be read, and on a GPU where there is one."""
+"""CUDA tensors staged through the host: simulated on the CPU, and on a GPU if there is one."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from tests.pipeline.mpi import test_mpi_operations as operations
 
 
 class SlowLane:
-    """Stands in for copies on a stream: in order, and not done at once."""
+    """Simulation of copies on a stream: ordered and asynchronous."""
 
     def __init__(self) -> None:
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -37,8 +37,8 @@ class SlowLane:
         return self._done
 
 
-def pretend() -> None:
-    """All operations with float32 staged, several pieces to a tensor, and others in between that are not."""
+def simulate() -> None:
+    """Run all operations with staged float32 tensors of several pieces, mixed with tensors that are not staged."""
     from pipeline.mpi import operations as calls
     from pipeline.mpi import staging
 
@@ -46,17 +46,17 @@ def pretend() -> None:
     staging.lanes = lambda device: lanes  # type: ignore[assignment]
     staging.PIECE_BYTES = 100_000
     calls.on_device = lambda tensor: tensor.dtype == torch.float32
-    operations.FLOATS, operations.WHOLES, operations.OTHERS = [torch.float32], [torch.int64], []
+    operations.FLOATS, operations.INTEGERS, operations.OTHERS = [torch.float32], [torch.int64], []
     operations.SHAPES, operations.OPS = [(0,), (2, 3), (300, 301)], {"AVG": operations.OPS["AVG"]}
     operations.reductions()
     operations.movements()
     operations.aliases()
     operations.uneven()
-    together()
+    concurrently()
 
 
-def together(device: str = "cpu") -> None:
-    """Several at once; the messages keep their order, the receives know who sent."""
+def concurrently(device: str = "cpu") -> None:
+    """Run several operations at once: messages keep their order, and receives return the sender."""
     rank, size = dist.get_rank(), dist.get_world_size()
     many = [torch.full((50_000,), float(number), device=device, dtype=torch.float32) for number in range(6)]
     many.insert(3, torch.ones(7, dtype=torch.float64))
@@ -84,7 +84,7 @@ def together(device: str = "cpu") -> None:
 
 
 def on_gpu() -> list[str]:
-    """Three ranks, one GPU or more: kernels before and after an operation, on the current stream and on another."""
+    """Three ranks on one or more GPUs: kernels before and after an operation, on the current and another stream."""
     from pipeline.mpi.cuda_transport import cuda_backend
 
     device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
@@ -94,18 +94,18 @@ def on_gpu() -> list[str]:
         with torch.cuda.stream(stream):
             x = torch.randn(4096, 4096, device=device)
             for _ in range(10):
-                x = x @ x / 4096  # still computing when the operation is called
+                x = x @ x / 4096  # still running when the operation is called
             total = x.clone()
             dist.all_reduce(total)
-            everyone = torch.empty(size, *x.shape, device=device)
-            dist.all_gather_into_tensor(everyone, x)
-            torch.testing.assert_close(total, everyone.sum(0))
-    together("cuda")
+            gathered = torch.empty(size, *x.shape, device=device)
+            dist.all_gather_into_tensor(gathered, x)
+            torch.testing.assert_close(total, gathered.sum(0))
+    concurrently("cuda")
     return [cuda_backend([device])]
 
 
-def test_operations_as_if_on_a_device() -> None:
-    run_function(operations.SIZE, __name__, "pretend", timeout=120)
+def test_operations_on_a_simulated_device() -> None:
+    run_function(operations.SIZE, __name__, "simulate", timeout=120)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

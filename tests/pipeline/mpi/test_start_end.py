@@ -1,4 +1,4 @@
-"""Jobs start without a port, a host name or an environment, and end without leaving anything behind."""
+"""Start and end of jobs: no port, host name or environment variable is needed, and no process is left behind."""
 
 import os
 import shutil
@@ -12,38 +12,41 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from tests.launch import ROOT, members, mpirun
+from tests.launch import ROOT, inherited, members, mpirun
 
 ENDS = ROOT / "tests/ranks/hang_ends.py"
 FAILURE = range(1, 256)
-WAYS = {  # a function of hang_ends.py: the job's status, and what it prints
+JOBS = {  # function of hang_ends.py: (allowed exit statuses, expected message)
     "returned": ([0], ""),
     "destroyed": ([0], ""),
     "thread": ([1], "rank 1 failed:"),
-    "badly_timed": ([2], "FIRA_TIMEOUT_S must be a positive number of seconds, not abc\n"),
+    "badly_timed": ([2], "PIPELINE_MPI_TIMEOUT_S must be a positive number of seconds, not abc\n"),
     "exited": ([3], ""),
+    "exited_without_hook": ([1], "pipeline: rank 1 has ended its script while rank "),
+    "exited_in_context": ([3], ""),
+    "exited_in_thread": ([0], ""),
     "hard_exited": (FAILURE, ""),
-    "hard_exited_with_0": ([0, *FAILURE], ""),  # MPICH's mpirun kills the others, and may call that a success
+    "hard_exited_with_0": ([0, *FAILURE], ""),  # MPICH's mpirun kills the others, but may exit with status 0
     "killed": (FAILURE, ""),
 }
 pytestmark = pytest.mark.timeout(180)
 
 
 class Job:
-    """A job that has ended by itself: its status, what it printed, and the processes that were left 5 s later."""
+    """A finished job: its exit status, its output, and the processes that are left after 5 s."""
 
-    def __init__(self, way: str, ranks: int, *within: str) -> None:
-        command = [*within, mpirun(), "-np", str(ranks), sys.executable, ENDS, way]
+    def __init__(self, name: str, ranks: int, *within: str) -> None:
+        command = [*within, mpirun(), "-np", str(ranks), sys.executable, ENDS, name]
         with (
             tempfile.TemporaryFile("w+") as out,
             tempfile.TemporaryFile("w+") as err,
             tempfile.TemporaryDirectory() as folder,
         ):
-            environment = os.environ | {"PYTHONPATH": str(ROOT), "FIRA_HANG_DIR": folder}
+            environment = inherited() | {"PIPELINE_MPI_HANG_DIR": folder}
             process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
             try:
                 self.status = process.wait(60)
-                self.left = _left_of(process.pid)
+                self.left = _remaining(process.pid)
             finally:
                 for pid in members(process.pid):
                     os.kill(pid, signal.SIGKILL)
@@ -51,7 +54,7 @@ class Job:
             self.output, self.error = [(file.seek(0), file.read())[1] for file in (out, err)]
 
 
-def _left_of(session: int) -> list[int]:
+def _remaining(session: int) -> list[int]:
     for _ in range(50):
         if not members(session):
             break
@@ -61,16 +64,16 @@ def _left_of(session: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[dict[tuple[str, int], Future[Job]]]:
-    """Several jobs at a time, on one host: they do not disturb each other."""
+    """Run several jobs at a time on one host, which must not interfere with each other."""
     pool = ThreadPoolExecutor(3)
-    yield {(way, ranks): pool.submit(Job, way, ranks) for way in WAYS for ranks in (2, 4)}
+    yield {(name, ranks): pool.submit(Job, name, ranks) for name in JOBS for ranks in (2, 4)}
     pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("way", WAYS)
-def test_end(way: str, ranks: int, jobs: dict[tuple[str, int], Future[Job]]) -> None:
-    job, (statuses, error) = jobs[way, ranks].result(), WAYS[way]
+@pytest.mark.parametrize("name", JOBS)
+def test_job_ends_with_status_and_message(name: str, ranks: int, jobs: dict[tuple[str, int], Future[Job]]) -> None:
+    job, (statuses, error) = jobs[name, ranks].result(), JOBS[name]
     assert not job.left
     assert job.status in statuses, job.error
     assert job.error.count(error) == 1 if error else "Traceback" not in job.error, job.error
@@ -78,23 +81,16 @@ def test_end(way: str, ranks: int, jobs: dict[tuple[str, int], Future[Job]]) -> 
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_each_job_has_a_world_of_its_own(ranks: int, jobs: dict[tuple[str, int], Future[Job]]) -> None:
-    for way in ("returned", "destroyed"):
-        assert jobs[way, ranks].result().output.split() == ["sum", str(sum(range(ranks)))] * ranks
+def test_concurrent_jobs_are_independent(ranks: int, jobs: dict[tuple[str, int], Future[Job]]) -> None:
+    for name in ("returned", "destroyed"):
+        assert jobs[name, ranks].result().output.split() == ["sum", str(sum(range(ranks)))] * ranks
 
 
-def test_without_any_network_and_with_a_name_nobody_knows() -> None:
-    isolated = [
-        "unshare",
-        "--net",
-        "--uts",
-        "sh",
-        "-c",
-        'echo nobody-knows > /proc/sys/kernel/hostname; exec "$@"',
-        "-",
-    ]
+def test_job_runs_without_network_and_with_unknown_host_name() -> None:
+    rename = 'echo unknown-host > /proc/sys/kernel/hostname; exec "$@"'
+    isolated = ["unshare", "--net", "--uts", "sh", "-c", rename, "-"]
     if not shutil.which("unshare") or subprocess.run([*isolated, "true"], capture_output=True).returncode:
-        pytest.skip("this user may not make namespaces")
+        pytest.skip("this user may not create namespaces")
     job = Job("returned", 2, *isolated)
     assert job.status == 0, job.error
     assert job.output.split() == ["sum", "1"] * 2

@@ -1,4 +1,4 @@
-"""Two hosts, as two network namespaces of this machine with a cable between them: only TCP connects their ranks."""
+"""Two hosts, simulated by two connected network namespaces: their ranks communicate by TCP only."""
 
 import json
 import os
@@ -12,10 +12,10 @@ import pytest
 from fira.metrics.csv_log import read_log
 from tests.launch import ROOT, run_ranks
 
-HOSTS = {"10.77.0.1": f"fira-a-{os.getpid()}", "10.77.0.2": f"fira-b-{os.getpid()}"}  # address: namespace
+HOSTS = {"10.77.0.1": f"mpi-a-{os.getpid()}", "10.77.0.2": f"mpi-b-{os.getpid()}"}  # address: namespace
 FIRST, SECOND = HOSTS.values()
 SSH = f"""#!/bin/sh
-# options, the second host's address, a command
+# arguments: options, address of the second host, command
 while [ "${{1#-}}" != "$1" ]; do shift; done
 shift
 exec ip netns exec {SECOND} sh -c "$*"
@@ -39,11 +39,11 @@ def ip(*words: str) -> str:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment in which mpirun finds both hosts: a host file, and what it uses in place of ssh."""
+    """Return the environment for mpirun with both hosts: a host file and a replacement of ssh."""
     if not shutil.which("ip"):
         pytest.skip("needs the ip command (Debian: iproute2)")
     if subprocess.run(["ip", "netns", "add", FIRST], capture_output=True).returncode:
-        pytest.skip("this user may not make network namespaces")
+        pytest.skip("this user may not create network namespaces")
     folder = tmp_path_factory.mktemp("hosts")
     try:
         ip("netns", "add", SECOND)
@@ -59,7 +59,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             "HYDRA_HOST_FILE": str(folder / "hosts"),
             "HYDRA_LAUNCHER": "ssh",
             "HYDRA_LAUNCHER_EXEC": str(folder / "ssh"),
-            "UCX_TLS": "tcp,self",  # one kernel: UCX would notice and take shared memory
+            "UCX_TLS": "tcp,self",  # both hosts share a kernel, and UCX would use shared memory
         }
     finally:
         for name in HOSTS.values():
@@ -67,18 +67,18 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def run(hosts: dict[str, str], script: str, *args: object) -> str:
-    """Two ranks on each host; returns what they print."""
+    """Run two ranks on each host and return their stdout."""
     result = run_ranks(4, ROOT / script, *args, timeout=120, env=hosts, within=["ip", "netns", "exec", FIRST])
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
 def received() -> int:
-    """Bytes that have come to the first host over the cable."""
+    """Return the number of bytes that the first host has received over the virtual cable."""
     return json.loads(ip("-n", FIRST, "-json", "-statistics", "link", "show", "cable"))[0]["stats64"]["rx"]["bytes"]
 
 
-def test_ranks_find_their_machine_and_their_sums_cross_the_cable(hosts: dict[str, str]) -> None:
+def test_local_ranks_and_sum_over_two_hosts(hosts: dict[str, str]) -> None:
     before = received()
     ranks = sorted(line.split() for line in run(hosts, "tests/ranks/hang_hosts.py").splitlines())
     machines = [rank.pop() for rank in ranks]
@@ -87,7 +87,7 @@ def test_ranks_find_their_machine_and_their_sums_cross_the_cable(hosts: dict[str
     assert received() - before > 4_000_000
 
 
-def test_two_hosts_train_as_one_rank_does(hosts: dict[str, str], tmp_path: Path) -> None:
+def test_training_on_two_hosts_matches_one_rank(hosts: dict[str, str], tmp_path: Path) -> None:
     shutil.copy(json.decoder.__file__, tmp_path / "text.txt")
     (tmp_path / "settings.toml").write_text(SETTINGS + f'data = "{tmp_path / "text.txt"}"\n')
     flags = ["--config", tmp_path / "settings.toml", "--out"]

@@ -1,10 +1,10 @@
-"""Run PyTorch's own suite for backends on ours, and on gloo beside it.
+"""Run PyTorch's test suite for backends on the MPI backend and, for comparison, on gloo.
 
-    python -m tests.pipeline.mpi.suite.run                     # every test, three runs, a few minutes
-    python -m tests.pipeline.mpi.suite.run test_all_gather ... # some
+    python -m tests.pipeline.mpi.suite.run                     # all tests, three runs, a few minutes
+    python -m tests.pipeline.mpi.suite.run test_all_gather ... # selected tests
 
-A test passes if it passes on every rank. The tests choose by name what a backend is asked: most run under the name
-"gloo", the all-to-all tests under "mpi" only; ours runs under both.
+A test passes if it passes on every rank. The suite selects tests by the name of the backend: most run for "gloo", the
+all-to-all tests for "mpi" only. The MPI backend therefore runs under both names.
 """
 
 import json
@@ -14,15 +14,15 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.launch import run_ranks
+from tests.launch import ROOT, run_ranks
 
 RANKS = 4
-RUNS = {"gloo": ("gloo", "gloo"), "ours as gloo": ("cpu:mpi", "gloo"), "ours as mpi": ("cpu:mpi", "mpi")}
-Outcome = tuple[str, str]  # pass, skip or fail; the reason
+RUNS = {"gloo": ("gloo", "gloo"), "mpi as gloo": ("cpu:mpi", "gloo"), "mpi": ("cpu:mpi", "mpi")}
+Outcome = tuple[str, str]  # (pass, skip or fail; reason)
 
 
 def suite_names() -> list[str]:
-    """Every test of the suite that ships with this PyTorch."""
+    """Return the names of all tests in the suite of this version of PyTorch."""
     os.environ |= {"BACKEND": "gloo", "WORLD_SIZE": str(RANKS), "TEMP_DIR": tempfile.gettempdir()}
     from torch.testing._internal.distributed.distributed_test import DistributedTest
 
@@ -30,23 +30,23 @@ def suite_names() -> list[str]:
 
 
 def outcomes(backend: str, mask: str, names: Iterable[str], timeout: float = 600) -> dict[str, Outcome]:
-    """Outcome of every test with ``backend`` under the name ``mask``. A job that dies goes on behind its last test."""
+    """Run the tests with ``backend`` under the name ``mask``. After a crash, a new job runs the remaining tests."""
     done: dict[str, Outcome] = {}
     left = list(names)
     while left:
         with tempfile.TemporaryDirectory() as out:
-            script = Path(__file__).with_name("ranks.py")
+            script = ROOT / "tests/ranks/backend_suite.py"
             result = run_ranks(RANKS, script, backend, mask, out, *left, timeout=timeout)
             done |= _merged(Path(out))
         left = [name for name in left if name not in done]
-        if left:  # the first of them took the job down, or hung
+        if left:  # the first of them crashed the job or exceeded its limit
             done[left[0]] = ("fail", result.stderr[-2000:])
             del left[0]
     return done
 
 
 def _merged(out: Path) -> dict[str, Outcome]:
-    """The ranks' outcomes as one: the worst, if every rank finished the test."""
+    """Merge the outcomes of the ranks: the worst one of each test that every rank has finished or any has failed."""
     records: dict[str, list[Outcome]] = {}
     for file in out.glob("*.jsonl"):
         for line in file.read_text().splitlines():
@@ -66,11 +66,11 @@ def main() -> None:
     for run, done in results.items():
         counts = {kind: sum(outcome == kind for outcome, _ in done.values()) for kind in ("pass", "skip", "fail")}
         print(f"{run:14}", counts)
-    ours = {name for run in ("ours as gloo", "ours as mpi") for name, (o, _) in results[run].items() if o == "pass"}
+    mpi = {name for run in ("mpi as gloo", "mpi") for name, (o, _) in results[run].items() if o == "pass"}
     gloo = {name for name, (outcome, _) in results["gloo"].items() if outcome == "pass"}
-    print(f"ours passes {len(ours)}, gloo {len(gloo)}; gloo alone: {len(gloo - ours)}, ours alone: {len(ours - gloo)}")
-    for name in sorted(gloo - ours):
-        print(f"\n{name}: {results['ours as gloo'][name][1]}")
+    print(f"mpi passes {len(mpi)}, gloo {len(gloo)}; only gloo: {len(gloo - mpi)}, only mpi: {len(mpi - gloo)}")
+    for name in sorted(gloo - mpi):
+        print(f"\n{name}: {results['mpi as gloo'][name][1]}")
 
 
 if __name__ == "__main__":

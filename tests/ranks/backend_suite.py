@@ -1,9 +1,9 @@
-"""PyTorch's own tests for backends, run inside the ranks of one job. Started by ``run.py``, see there.
+"""PyTorch's tests for backends, run by the ranks of one job that tests/pipeline/mpi/suite/run.py starts.
 
-Usage: mpirun -np 4 python ranks.py BACKEND MASK OUT NAME...
+Usage: mpirun -np 4 python backend_suite.py BACKEND MASK OUT NAME...
 
-BACKEND is the backend under test, MASK the name the tests see: many run for "gloo" alone, some for "mpi" alone.
-Each rank appends a JSON line per test to OUT/RANK.jsonl: name, outcome (pass, skip or fail), seconds, reason.
+BACKEND is the backend under test and MASK its name in the tests: many tests run for "gloo" only, some for "mpi" only.
+Each rank appends one JSON line per test to OUT/RANK.jsonl: name, outcome (pass, skip or fail), seconds, reason.
 """
 
 import functools
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-TEST_S = 60  # a test that takes longer hangs; the job ends and run.py goes on with the next test
+TEST_S = 60  # limit per test; then the job ends and run.py continues with the next test
 
 
 def main(backend: str, mask: str, out: str, names: list[str]) -> None:
@@ -36,16 +36,16 @@ def main(backend: str, mask: str, out: str, names: list[str]) -> None:
     DistTestCases.skip_collective["allgather_coalesced"].discard("mpi")
     from torch.testing._internal.distributed import distributed_test
 
-    # The profiler has our operations, but only C++ can mark an event as asynchronous.
+    # The profiler records the operations, but only C++ code can mark an event as asynchronous.
     FunctionEvent.is_async = property(lambda event: True, lambda event, value: None)
     if backend != mask:
-        wear(mask, backend)
-    if mask == "gloo" != backend:  # as "mpi" they find the profiler's events by our name
+        rename_backend(mask, backend)
+    if mask == "gloo" != backend:  # under "mpi", the tests find the profiler's events by their names
         distributed_test.PROFILING_SUPPORTED_BACKENDS.remove(mask)
         distributed_test.SEND_RECV_PROFILING_SUPPORTED_BACKENDS.remove(mask)
 
     class Suite(TestCase, distributed_test.DistributedTest._DistTestBase):
-        """The tests, on ranks that exist already."""
+        """The tests, on ranks that have already been started."""
 
         file_name = f"{out}/tmp/store"
         init_method = f"file://{file_name}"
@@ -71,29 +71,29 @@ def main(backend: str, mask: str, out: str, names: list[str]) -> None:
         with Path(out, f"{rank}.jsonl").open("a") as file:
             record = {"name": name, "outcome": outcome, "seconds": time.monotonic() - began, "reason": reason}
             file.write(json.dumps(record) + "\n")
-        signal.alarm(TEST_S)  # a rank that failed left others waiting for it
+        signal.alarm(TEST_S)  # other ranks may wait for a rank whose test failed
         distributed_test.Barrier.sync()
         dist.destroy_process_group()
         signal.alarm(0)
 
 
 def start(backend: str) -> tuple[int, int]:
-    """Rank and world size; makes our backend known if it is the one under test."""
+    """Return rank and world size. Register the MPI backend if it is under test."""
     if backend == "cpu:mpi":
         import torch.distributed as dist
 
         import pipeline
 
         world = pipeline.init()
-        dist.destroy_process_group()  # every test makes its own
+        dist.destroy_process_group()  # every test creates its own
         return world.rank, world.size
     from mpi4py import MPI
 
     return MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
 
 
-def wear(mask: str, backend: str) -> None:
-    """Let ``torch.distributed`` understand ``mask`` as ``backend``, and answer with it."""
+def rename_backend(mask: str, backend: str) -> None:
+    """Make ``torch.distributed`` accept and return the name ``mask`` for ``backend``."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
@@ -113,13 +113,13 @@ def wear(mask: str, backend: str) -> None:
 
 
 def run(suite: type[unittest.TestCase], name: str) -> tuple[str, str]:
-    """Outcome and reason of one test on this rank."""
+    """Run one test. Return its outcome and reason on this rank."""
     signal.alarm(TEST_S)
     try:
         suite(name).debug()
     except unittest.SkipTest as skip:
         return "skip", str(skip)
-    except SystemExit as end:  # the suite's way to skip from inside a test
+    except SystemExit as end:  # the suite skips a running test by its exit status
         return ("skip" if end.code in range(72, 90) else "fail"), f"exit status {end.code}"
     except Exception:
         return "fail", traceback.format_exc()

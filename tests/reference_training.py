@@ -87,9 +87,11 @@ def train(family: str, config: Any, initial: Parameters, ids: np.ndarray, s: Set
 
 
 def validate(family: str, config: Any, weights: Parameters, ids: np.ndarray) -> float:
-    """Mean loss in nats per token of all ids but the first; the last sequence may be shorter."""
+    """Mean loss in nats per token of all ids but the first; the last row is padded: rish's theta depends on T."""
     total = 0.0
     for start in range(0, len(ids) - 1, config.seq_len):
         row = torch.tensor(ids[start : start + config.seq_len + 1])
-        total += F.cross_entropy(FAMILIES[family](row[:-1], weights, config)[0], row[1:], reduction="sum").item()
+        padded = F.pad(row[:-1], (0, config.seq_len + 1 - len(row)))
+        logits, _ = FAMILIES[family](padded, weights, config)
+        total += F.cross_entropy(logits[: len(row) - 1], row[1:], reduction="sum").item()
     return total / (len(ids) - 1)

@@ -1,0 +1,122 @@
+"""Mutation testing: `python -m tests.mutation.run [target …] [--sample N] [--seed S]`.
+
+Each mutant of a target module (targets.toml) is written into a copy of the tree, where the target's tests run. A test
+that fails or exceeds the time limit catches the mutant. Survivors that equivalent.toml lists with a reason do not
+count. Cosmic Ray's operators make the mutants; its runner is not used because it mutates the working tree and
+identifies a mutant by its position in the file.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import NoReturn
+
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # before torch is imported
+
+import pytest
+import torch  # noqa: F401
+
+from tests.launch import members
+from tests.mutation.mutants import Mutant, mutants
+
+ROOT = Path(__file__).parents[2]
+TARGETS = tomllib.loads(Path(__file__).with_name("targets.toml").read_text(encoding="utf-8"))
+EQUIVALENT = tomllib.loads(Path(__file__).with_name("equivalent.toml").read_text(encoding="utf-8"))
+
+
+def is_equivalent(target: str, mutant: Mutant) -> bool:
+    key = (mutant.definition, mutant.before, mutant.after)
+    return any((e["definition"], e["before"], e["after"]) == key for e in EQUIVALENT.get(target, []))
+
+
+def passes(tree: Path, tests: list[str], timeout: float) -> bool:
+    """Whether the tests pass in the tree within the time limit; every process that they started is ended.
+
+    They run in a fork, which has torch imported already: that takes longer than most tests.
+    """
+    pid = os.fork()
+    if pid == 0:
+        _run_pytest(tree, tests)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.02)
+    for process in members(pid):  # the session also has the ranks that a test started
+        os.kill(process, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return False
+
+
+def _run_pytest(tree: Path, tests: list[str]) -> NoReturn:
+    """Run pytest in a tree, quietly, in a session of its own, and end this process with its status."""
+    os.setsid()
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = str(tree)
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]  # they belong to the working tree
+    sys.path[:] = [str(tree), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    silent = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(silent, stream)
+    os._exit(pytest.main(["-x", "-p", "no:cacheprovider", "--tb=no", *tests]))
+
+
+def test_files(tree: Path, patterns: list[str]) -> list[str]:
+    return sorted(str(path.relative_to(tree)) for pattern in patterns for path in tree.glob(pattern))
+
+
+def run_target(tree: Path, target: str, sample: int | None, seed: int) -> tuple[int, int, int, int]:
+    """Print the survivors and return the numbers of mutants, caught, survived and listed as equivalent."""
+    candidates = mutants(ROOT / target)
+    equivalent = [mutant for mutant in candidates if is_equivalent(target, mutant)]
+    tested = [mutant for mutant in candidates if mutant not in equivalent]
+    if sample is not None and sample < len(tested):
+        tested = sorted(random.Random(seed).sample(tested, sample), key=lambda mutant: mutant.line)
+    tests, timeout = test_files(tree, TARGETS[target]["tests"]), TARGETS[target]["timeout"]
+    if not passes(tree, tests, timeout):
+        raise SystemExit(f"{target}: its tests fail or take longer than {timeout} s without a mutation")
+    module, survived = tree / target, 0
+    original = module.read_text(encoding="utf-8")
+    for mutant in tested:
+        module.write_text(mutant.code, encoding="utf-8")
+        if passes(tree, tests, timeout):
+            survived += 1
+            print(f"survived: {target}:{mutant.line} in {mutant.definition or 'the module'} ({mutant.operator})")
+            print(f"    - {mutant.before}\n    + {mutant.after}", flush=True)
+    module.write_text(original, encoding="utf-8")
+    return len(tested) + len(equivalent), len(tested) - survived, survived, len(equivalent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Mutate modules in a copy of the tree and run their tests.")
+    parser.add_argument(
+        "targets", nargs="*", metavar="target", help="module, such as pipeline/schedule.py; default: all"
+    )
+    parser.add_argument("--sample", type=int, help="test at most this many mutants of each target, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample")
+    options = parser.parse_args()
+    if unknown := set(options.targets) - set(TARGETS):
+        parser.error(f"{', '.join(sorted(unknown))}: no such target in targets.toml")
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder, "tree")
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "runs", ".*_cache", "__pycache__", ".venv"))
+        for target in options.targets or TARGETS:
+            table.append((target, *run_target(tree, target, options.sample, options.seed)))
+    print(f"{'target':34}{'mutants':>9}{'caught':>9}{'survived':>9}{'equivalent':>11}{'caught %':>10}")
+    for target, count, caught, survived, equivalent in table:
+        share = 100 * caught / max(1, caught + survived)
+        print(f"{target:34}{count:9}{caught:9}{survived:9}{equivalent:11}{share:10.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -35,3 +35,9 @@ def test_defaults_are_a_softmax_over_the_kept_logits_without_noise() -> None:
     assert torch.equal(routed.experts, experts[:, :2])
     torch.testing.assert_close(routed.weights, kept[:, :2].softmax(1))
     assert not list(router.buffers())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_logits_are_divided_by_the_temperature(temperature: float) -> None:
+    router, x = Router(6, 4, 2, temperature=temperature), torch.ones(1, 6)
+    torch.testing.assert_close(router(x).logits, router.gate(x) / temperature)

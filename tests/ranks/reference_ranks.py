@@ -12,6 +12,7 @@ from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import DistributedModel, parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
+from tests.ranks.parity_ranks import meta_model
 from tests.reference_training import Settings, token_ids
 
 
@@ -38,7 +39,7 @@ def train(
     torch.set_num_threads(1)
     config, s = from_document(model), Settings(**settings)
     mesh = make_mesh(Layout(*layout), [CPU])
-    built = parallelize(config, mesh, config.seq_len, 7, [CPU], "1f1b", getattr(torch, dtype))
+    built = parallelize(meta_model(config), mesh, 7, [CPU], "1f1b", getattr(torch, dtype))
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, "1f1b", s.weight_decay, s.clip, fp16=False)
     ids = token_ids(config.vocab_size, s.windows * config.seq_len + 1)
@@ -54,7 +55,7 @@ def train(
 
 
 def _weights(built: DistributedModel) -> dict[str, Any]:
-    return {part.name: (part.start, part.parameter.tolist()) for part in built.parts}
+    return {part.name: (part.start, part.parameter.tolist()) for part in built.shards}
 
 
 def train_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

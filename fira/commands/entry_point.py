@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from fira import cli
 from fira.errors import UserError
+from pipeline.mpi.world import init, is_launched
 
 COMMANDS = {  # the first line of each module's docstring; a module is imported only to run its command
     "train": "Train a Mixture-of-Experts language model, split into pipeline stages over the ranks of mpirun.",
@@ -35,4 +36,6 @@ def run_command() -> None:
         print(f"fira {version('fira')}")
     else:
         found = f"unknown command {name}" if name else "no command given"
+        if is_launched():
+            init()  # so that the error is printed once
         raise UserError(f"fira: {found}; choose from {', '.join(COMMANDS)}, or see fira --help")

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ def total_size(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def content_key(cache: Path, files: list[Path], settings: list, progress: bool) -> str:
+def content_key(cache: Path, files: list[Path], settings: list[Any], progress: bool) -> str:
     """Return the SHA-256 of the settings and of every file's content and suffix, which determines its reader."""
     with progress_bar(total_size(files), "hashing the data", progress) as bar:
         contents = [(path.suffix, _content_hash(cache, path, bar)) for path in files]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fira.data.loader import IGNORE_INDEX
 from fira.nn.context import Context, TrainingContext
+from fira.nn.cross_entropy import IGNORE_INDEX
 from pipeline.engine import MicroBatch
 
 Read = Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # (first, count) → tokens, targets [count, T]

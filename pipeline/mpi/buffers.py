@@ -52,12 +52,12 @@ def split(buffer: MPI.memory, sizes: list[int]) -> list[MPI.memory]:
     return [buffer[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
-def message(part: MPI.memory) -> list:
+def message(part: MPI.memory) -> list[Any]:
     """Return an MPI buffer that sends or receives memory as raw bytes, independent of the dtype."""
     return [part, MPI.BYTE] if part.nbytes < BLOCK else [part, 1, _huge(part.nbytes)]
 
 
-def as_bytes(tensor: Tensor) -> list:
+def as_bytes(tensor: Tensor) -> list[Any]:
     """Return an MPI buffer of a contiguous tensor's raw bytes. The caller keeps the tensor alive."""
     return message(memory(tensor))
 
@@ -78,7 +78,7 @@ def _huge(size: int) -> MPI.Datatype:
     return MPI.Datatype.Create_struct([blocks, rest], [0, blocks * BLOCK], [block, MPI.BYTE]).Commit()
 
 
-def as_numbers(tensor: Tensor) -> list:
+def as_numbers(tensor: Tensor) -> list[Any]:
     """Return an MPI buffer of a contiguous tensor's elements for a reduction. The caller keeps the tensor alive."""
     return [memory(tensor), _NUMBER_TYPES[tensor.dtype]]
 

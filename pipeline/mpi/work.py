@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -118,7 +119,7 @@ class Operation(Work):
     _error: BaseException | None = None
     _finished = False
     _received: Sequence[MPI.Status] = ()  # of the last completed requests
-    _future: torch.futures.Future | None = None
+    _future: torch.futures.Future[Any] | None = None
     _record = None
 
     def __init__(
@@ -229,7 +230,7 @@ class Operation(Work):
 
     _source_rank = source_rank
 
-    def get_future(self) -> torch.futures.Future:
+    def get_future(self) -> torch.futures.Future[Any]:
         """Return a future of the outputs."""
         if self._future is None:
             self._future = torch.futures.Future()

@@ -128,11 +128,16 @@ _LAUNCHERS = [  # name, variables with the number of ranks and the rank, advice 
 ]
 
 
+def is_launched() -> bool:
+    """Return whether a launcher started several ranks. Unlike ``init()``, this loads neither MPI nor torch."""
+    return any(int(os.environ.get(ranks, 1)) > 1 for _, ranks, _, _ in _LAUNCHERS)
+
+
 def _refuse_foreign_launcher(size: int) -> None:
     """Exit with status 2 if the launcher does not support this MPI library and has started n jobs of one rank each."""
     for name, ranks, rank, advice in _LAUNCHERS:
-        started = int(os.environ.get(ranks, 1))
-        if size == 1 and started > 1:
+        if size == 1 and int(os.environ.get(ranks, 1)) > 1:
+            started = os.environ[ranks]
             if os.environ.get(rank) == "0":
                 print(f"{name} started {started} ranks but MPI sees one: {advice}", file=sys.stderr)
             raise SystemExit(2)

@@ -26,16 +26,16 @@ def test_each_sequence_is_in_one_microbatch_and_the_rest_is_padding():
     tokens, targets = read(7, 5)
     assert inputs[:5].tolist() == tokens.tolist()
     assert not inputs[5:].any()
-    assert torch.cat([m.context.targets for m in ordered])[:5].tolist() == targets.tolist()
-    assert (torch.cat([m.context.targets for m in ordered])[5:] == IGNORE_INDEX).all()
+    assert torch.cat([m.context.training.targets for m in ordered])[:5].tolist() == targets.tolist()
+    assert (torch.cat([m.context.training.targets for m in ordered])[5:] == IGNORE_INDEX).all()
     assert torch.cat([m.context.lengths for m in ordered]).tolist() == [2, 3, 2, 3, 2, 0, 0, 0]
     assert all(m.boundary == (2, 3, 5) for m in ordered)
 
 
 def test_weights_make_a_mean_over_the_targets_of_the_global_batch():
     (microbatch, *_) = BatchSplit(2, 2, 0, 5).microbatches(read, 7, 5, dropout_seed=3, loss_scale=8.0)
-    assert microbatch.context.loss_weight == 8 / 12
-    assert microbatch.context.aux_weights.tolist() == pytest.approx([2 * 8 / 12, 3 * 8 / 12])
+    assert microbatch.context.training.loss_weight == 8 / 12
+    assert microbatch.context.training.aux_weights.tolist() == pytest.approx([2 * 8 / 12, 3 * 8 / 12])
 
 
 def test_keys_are_a_hash_of_seed_and_sequence_number():
@@ -47,14 +47,14 @@ def test_keys_are_a_hash_of_seed_and_sequence_number():
 def test_evaluation_has_neither_keys_nor_auxiliary_weights():
     (microbatch,) = BatchSplit(2, 1, 0, 5).microbatches(read, 7, 2, dropout_seed=None)
     assert microbatch.context.keys is None
-    assert microbatch.context.aux_weights is None
+    assert microbatch.context.training.aux_weights is None
 
 
 def test_batch_without_targets_has_a_finite_weight():
     (microbatch,) = BatchSplit(1, 1, 0, 5).microbatches(
         lambda first, count: (np.zeros((1, 3), int), np.full((1, 3), IGNORE_INDEX)), 0, 1, dropout_seed=None
     )
-    assert microbatch.context.loss_weight == 1.0
+    assert microbatch.context.training.loss_weight == 1.0
 
 
 @pytest.mark.parametrize(("sequences", "count"), [(1, 1), (6, 1), (7, 2), (12, 2), (13, 3)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fira.models.registry import build, make_config
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from fira.nn.cross_entropy import LOGITS
 from fira.planner.model_profile import logits_bytes, profile_of, saved_bytes
 
@@ -29,7 +29,8 @@ def test_saved_bytes_equal_those_of_torch(family):
     tokens = torch.randint(profile.config.vocab_size, (2, profile.tokens))
     x = tokens
     for index in range(len(model.layers)):
-        context = Context(torch.full((2,), profile.tokens), None, tokens, torch.arange(2), torch.ones(2))
+        context = Context(torch.full((2,), profile.tokens), keys=torch.arange(2))
+        context.training = TrainingContext(tokens, aux_weights=torch.ones(2))
         saved: dict[int, torch.Tensor] = {}
         x = x.detach().requires_grad_(x.is_floating_point())
         with torch.autograd.graph.saved_tensors_hooks(

@@ -76,7 +76,7 @@ def start_logging(quiet: bool, verbose: bool, rank: int = 0) -> None:
 
 
 def command_line(command: str) -> list[str]:
-    """The words that start another command in the way in which this one was started: by `fira` or by a script."""
+    """The words that start another command in the same way as this one, by `fira` or by a script in scripts/."""
     if Path(sys.argv[0]).name == "fira":
         return ["fira", command]
     return ["python", f"scripts/{SCRIPTS.get(command, command)}.py"]
@@ -84,7 +84,10 @@ def command_line(command: str) -> list[str]:
 
 @abort_on_failure()
 def run(main: Callable[[], None]) -> None:
-    """Call main. A UserError ends all ranks with its one line on stderr and exit status 2, a closed stdout quietly."""
+    """Call main and handle its errors.
+
+    A UserError ends all ranks with one line on stderr and exit status 2. A closed stdout ends the program quietly.
+    """
     try:
         main()
     except UserError as error:

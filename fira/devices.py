@@ -1,4 +1,4 @@
-"""Devices of a rank, dtypes by precision, and the measured peak FLOP/s that MFU refers to."""
+"""Devices of a rank, dtypes by precision, and the measured peak FLOP/s, which is the reference of MFU."""
 
 import ctypes
 import time
@@ -13,7 +13,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # constants of <malloc.h>
 
 
 def choose_devices(device: str, local_devices: str | None, local_rank: int) -> list[torch.device]:
-    """Devices of this rank: those of `local_devices`, else the CPU or, with CUDA, one device by local rank.
+    """Devices of this rank: `local_devices` if given, else one CUDA device chosen by local rank, or the CPU.
 
     Raises UserError if a name is invalid, a device does not exist, or the devices are of several types.
     """

@@ -1,4 +1,4 @@
-"""Durable writes, and errors that name the file."""
+"""Writes that are flushed to the disk, and errors that name the file."""
 
 import os
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from fira.errors import UserError
 
 def write(path: Path, content: bytes) -> None:
     """Write a file and flush it to the disk."""
-    with naming(path):
+    with errors_naming(path):
         path.write_bytes(content)
     sync(path)
 
 
 def sync(path: Path) -> None:
     """Flush a file, or the directory entries of a folder, to the disk (fsync)."""
-    with naming(path):
+    with errors_naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -28,7 +28,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def errors_naming(path: Path) -> Iterator[None]:
     """Raise OSError and SafetensorError of the block as a UserError that names `path`."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Progress bar with the remaining time: drawn in place on a terminal, printed every few seconds elsewhere."""
+"""Progress bar with the remaining time: drawn in place on a terminal, otherwise printed every few seconds."""
 
 import sys
 

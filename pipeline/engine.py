@@ -1,13 +1,13 @@
-"""The engine executes a schedule on one rank: receive, compute, send. A pipeline of one stage is its simplest case.
+"""The engine executes a schedule on one rank: receive, compute, send.
 
 rank r − 1                              rank r (this engine)                              rank r + 1
 F(s − 1, i) ──► Message(FORWARD, s, i) ──► F(s, i) ──► Message(FORWARD, s + 1, i) ──► F(s + 1, i)
 B(s − 1, i) ◄── Message(BACKWARD, s − 1, i) ◄── B(s, i) ◄── Message(BACKWARD, s, i) ◄── B(s + 1, i)
 
 [1] Before an action, post the receives for this action and the next ones, in the order in which they are sent.
-[2] Take the action's message: wait for its receive, or find it where a stage of the same rank left it.
+[2] Take the action's message: wait for its receive, or use the tensor stored by another stage of the same rank.
 [3] Compute.
-[4] Deliver the result as a message to the stage that needs it. Sends are asynchronous and end after [5].
+[4] Deliver the result as a message to the stage that needs it. Sends are asynchronous.
 [5] At the end of the step, wait until all sends are complete.
 """
 
@@ -30,10 +30,10 @@ LOOK_AHEAD = 3  # number of actions whose receives are posted, so that messages 
 
 @dataclass
 class MicroBatch:
-    """inputs: for the first stage. context: for every layer and for the objective.
+    """One micro-batch. inputs: for the first stage. context: passed to every layer and to the objective.
 
-    boundary: the shape of the tensor that crosses from stage to stage. Every rank of the pipeline has the micro-batch,
-    so no shape is negotiated. Its leading size may be zero.
+    boundary: the shape of the tensor that is sent from stage to stage. Every rank of the pipeline has the micro-batch,
+    so that shapes are not exchanged. The first dim may have size zero.
     """
 
     inputs: Tensor
@@ -76,7 +76,7 @@ class Engine:
         self.groups = {Direction.FORWARD: forward_group, Direction.BACKWARD: backward_group}
         self.rank = 0 if forward_group is None else dist.get_rank(forward_group)
         self.waited = 0.0  # seconds of the last run spent waiting for other ranks
-        self.trace: list[tuple[Action, float, float]] | None = None  # a list records when each action starts and ends
+        self.trace: list[tuple[Action, float, float]] | None = None  # a list: append (action, start, end)
 
     def run(self, schedule: Schedule, microbatches: Sequence[MicroBatch]) -> list[Tensor]:
         """Execute this rank's actions. Gradients are added to the parameters' `.grad`.
@@ -128,9 +128,7 @@ class _ScheduleRun:
         self.last = schedule.stages - 1
         self.local: dict[Message, Tensor] = {}  # from this rank to itself
         self.receiving: dict[Message, tuple[dist.Work, Tensor]] = {}
-        self.sending: list[
-            tuple[dist.Work, Tensor]
-        ] = []  # with the tensors, whose memory must stay until they are sent
+        self.sending: list[tuple[dist.Work, Tensor]] = []  # tensors must not be freed before they are sent
         self.reports: list[Tensor] = []
         # For each neighbour and direction, the messages that it will send here, in its order. NCCL matches messages by
         # their order instead of a tag, so receives are posted in this order.
@@ -143,7 +141,7 @@ class _ScheduleRun:
                     self.expected[rank, message.direction].append(message)
 
     def post_receives(self, action: Action) -> None:
-        """[1] Post the receive of an action's message, if it comes from another rank and unless it is posted already.
+        """[1] Post the receive of an action's message, if it comes from another rank and is not posted yet.
 
         The receives of messages that the same rank sends earlier are posted first.
         """
@@ -154,7 +152,7 @@ class _ScheduleRun:
         waiting = self.expected[source, needed.direction]
         while needed in waiting:
             message = waiting.popleft()
-            # On the stage's input device also for a gradient: autograd moves it to the device of the output.
+            # Also for a gradient the input device is used: autograd moves the gradient to the device of the output.
             device = self.engine.stages[message.stage].input_device
             boundary = self.microbatches[message.microbatch].boundary
             buffer = torch.empty(boundary, dtype=self.engine.dtype, device=device)
@@ -193,7 +191,7 @@ class _ScheduleRun:
             (self.local[Message(Direction.BACKWARD, stage, i)],) = torch.autograd.grad(loss, y)
 
     def _backward(self, action: Action) -> None:
-        """A whole backward, or the first part of a split one."""
+        """Run a full backward, or the first part of a split one."""
         kind, stage, i = action
         module = self.engine.stages[stage]
         backward = module.backward if kind is ActionKind.BACKWARD else module.backward_input
@@ -204,7 +202,7 @@ class _ScheduleRun:
             self._deliver(message, grad_input)  # [4]
 
     def _message_from(self, action: Action) -> Message | None:
-        """The message to another stage that an action results in; None for the ends of the pipeline and for weights."""
+        """The message that an action sends to another stage; None at the ends of the pipeline and for weights."""
         kind, stage, i = action
         if kind is ActionKind.FORWARD:
             return Message(Direction.FORWARD, stage + 1, i) if stage < self.last else None
@@ -213,7 +211,7 @@ class _ScheduleRun:
         return Message(Direction.BACKWARD, stage - 1, i)
 
     def _source(self, message: Message) -> int | None:
-        """The other rank that sends a message; None where it comes from this rank, the inputs or the objective."""
+        """The rank that sends a message; None if it comes from this rank, the inputs or the objective."""
         sender = message.stage + (-1 if message.direction is Direction.FORWARD else 1)
         if not 0 <= sender <= self.last:
             return None
@@ -221,7 +219,7 @@ class _ScheduleRun:
         return None if rank == self.engine.rank else rank
 
     def _take(self, message: Message) -> Tensor:
-        """The tensor of a message; waits for its receive."""
+        """Wait for the receive of a message and return its tensor."""
         if message in self.local:
             return self.local.pop(message)
         work, buffer = self.receiving.pop(message)
@@ -231,7 +229,7 @@ class _ScheduleRun:
         return buffer
 
     def _deliver(self, message: Message, tensor: Tensor) -> None:
-        """Start sending a message to the rank of its stage, or store it where this is that rank."""
+        """Start sending a message to the rank of its stage, or store it if the stage is on this rank."""
         rank = self.schedule.placement[message.stage]
         if rank == self.engine.rank:
             self.local[message] = tensor.to(self.engine.stages[message.stage].input_device)
@@ -253,6 +251,6 @@ class _ScheduleRun:
 
 
 def _message_to(action: Action) -> Message:
-    """The message that an action takes; BACKWARD_WEIGHT shares the one of its BACKWARD_INPUT."""
+    """The message that an action needs; that of BACKWARD_WEIGHT is the message of its BACKWARD_INPUT."""
     direction = Direction.FORWARD if action.kind is ActionKind.FORWARD else Direction.BACKWARD
     return Message(direction, action.stage, action.microbatch)

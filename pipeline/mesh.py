@@ -4,11 +4,11 @@
     rank = pp_rank · dp + dp_rank          dp_rank = edp_rank · ep + ep_rank
 
     pp 2, dp 4, ep 2          edp_rank 0   edp_rank 1
-        pp_rank 0             ranks 0 1    ranks 2 3      groups of ep: the pairs shown
-        pp_rank 1             ranks 4 5    ranks 6 7      groups of edp: 0 2, 1 3, 4 6, 5 7
+        pp_rank 0             ranks 0 1    ranks 2 3      ep groups: 0 1, 2 3, 4 5, 6 7
+        pp_rank 1             ranks 4 5    ranks 6 7      edp groups: 0 2, 1 3, 4 6, 5 7
 
-Consecutive ranks share a node, so the heavier traffic of dp and ep stays inside nodes where possible, and the pipeline
-crosses them.
+Consecutive ranks share a node. The heavy traffic of dp and ep therefore stays inside nodes where possible, and only
+messages between pipeline stages cross nodes.
 """
 
 from collections.abc import Sequence

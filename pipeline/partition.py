@@ -8,8 +8,9 @@ def partition(costs: Sequence[float], stages: int) -> list[range]:
     """Contiguous, non-empty ranges of layer indices, one per stage, that minimise the largest sum of costs.
 
     costs: one non-negative number per layer, embedding and head included. The result is exact, by dynamic programming
-    over the number of stages and of layers. Partitions of the same layers with equal largest sums are ranked by their
-    sum of squares, which balances the other stages too, then by the position of their boundaries, the first ones first.
+    over the number of stages and of layers. Each step chooses, of the partitions with the same largest sum, the one
+    with the smallest sum of squares, which also balances the other stages, and then the one whose boundaries come first
+    in lexicographic order.
     Raises ValueError when there are fewer layers than stages.
     """
     layers = len(costs)

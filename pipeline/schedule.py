@@ -14,11 +14,11 @@ A rank's list has three phases. For 1F1B on two ranks with three micro-batches:
     rank 1  .  │ F0 B0 F1 B1 F2 B2             [2] steady state: forwards and backwards alternate
            [1]         [2]        [3]          [3] cool-down: the backwards that remain
 
-The engine executes these lists and the simulator predicts their timeline. Communication follows from the dependencies:
-an action whose input comes from a stage on another rank receives it from there. Every schedule runs the backwards of a
+The engine executes these lists and the simulator predicts their timeline. The dependencies determine communication:
+an action receives its input from the rank of the stage that computed it. Every schedule runs the backwards of a
 stage in ascending order of micro-batches, so gradients are summed in one order and are bitwise identical under all
-schedules. In the docstrings, F, B, I and W also stand for the time of an action of one rank's layers, with B = I + W;
-memory counts the micro-batches whose activations a rank keeps; the bubble is the idle time of a rank in one step.
+schedules. In the docstrings, F, B, I and W also denote the duration of an action of all layers of a rank, where
+B = I + W. "Memory" is the number of micro-batches whose activations a rank keeps, "Bubble" its idle time per step.
 """
 
 from collections.abc import Callable, Iterator
@@ -127,7 +127,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
     Bubble: (p − 1)(F + B) / v where p divides m; it sends v times the messages of 1F1B.
     """
     groups = max(1, microbatches // ranks)
-    edges = [-(-g * microbatches // groups) for g in range(groups + 1)]  # rounded up: no group is larger than the first
+    edges = [-(-g * microbatches // groups) for g in range(groups + 1)]  # rounded up: the first group is the largest
     units = [(c, range(a, b)) for a, b in pairwise(edges) for c in range(chunks)]
     mirrored = [(chunks - 1 - c, group) for c, group in units]
     lists = []
@@ -184,12 +184,12 @@ def zero_bubble_2p(ranks: int, microbatches: int) -> Schedule:
 def zero_bubble_v(ranks: int, microbatches: int) -> Schedule:
     """ZB-V: two stages on each rank, placed in a V (Qi et al. 2023, arXiv 2401.10241).
 
-    The lists are built greedily with all actions of equal cost: the action that can start first comes next. Among the
-    actions of one rank that can start at the same time, I comes before F, F before W, and a later stage before an
-    earlier one.
+    The lists are built greedily, with equal cost for all actions: the next action is the one that can start first.
+    Among the actions of one rank that can start at the same time, I comes before F, F before W, and a later stage
+    before an earlier one.
 
-    Memory: at most 2p micro-batches of one stage, which has half of a rank's layers, hence that of rank 0 of 1F1B.
-    Bubble: where F = I = W and m ≥ 2p, at most (p − 1)F / 2 at the start of a step and one F more.
+    Memory: at most 2p micro-batches of one stage, which has half of a rank's layers: as much as rank 0 of 1F1B.
+    Bubble: where F = I = W and m ≥ 2p, at most (p − 1)F / 2 at the start of a step plus one F.
     """
     placement = v_shape(ranks)
     stages = len(placement)
@@ -224,7 +224,7 @@ def zero_bubble_v(ranks: int, microbatches: int) -> Schedule:
 
 
 def dependencies(action: Action, stages: int) -> list[Action]:
-    """The actions whose results an action needs (see the legend), all split or all whole backwards like the action."""
+    """The actions whose results an action needs (see the legend). All backwards of a schedule are split, or none."""
     kind, stage, i = action
     if kind is ActionKind.FORWARD:
         return [Action(kind, stage - 1, i)] if stage > 0 else []

@@ -113,12 +113,12 @@ def earliest_ends(
 ) -> list[float]:
     """A lower bound, under any schedule, of the time at which each rank ends.
 
-    A rank waits for its first micro-batch and then has all its work to do; the rank of stage 0 also waits for the last
-    input gradient. For equal stages this is the length of GPipe and 1F1B, (m + p − 1)(F + B), of interleaved 1F1B and
-    of ZB-2p, so it ranks layouts before any is simulated.
+    A rank waits for its first micro-batch and then executes all its actions; the rank of stage 0 also waits for the
+    last input gradient. For equal stages the bound is reached by GPipe and 1F1B, (m + p − 1)(F + B), by interleaved
+    1F1B and by ZB-2p. It is therefore suitable for sorting layouts before they are simulated.
 
-    costs: as in `simulate`, for split backwards. Describe a backward that is not split by a BACKWARD_INPUT of its whole
-    cost and a BACKWARD_WEIGHT of zero.
+    costs: as in `simulate`, for split backwards. For a backward that is not split, give its full cost
+    as BACKWARD_INPUT and zero as BACKWARD_WEIGHT.
     """
     kinds = (ActionKind.FORWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
     forward, backward_input, backward_weight = (costs[kind] for kind in kinds)
@@ -151,8 +151,8 @@ def format_grid(schedule: Schedule, marks: Sequence[int] = ()) -> str:
 def format_timeline(timeline: Timeline, width: int = 100) -> str:
     """The timeline as text, one row of `width` characters per rank.
 
-    A digit is a forward, a lower-case letter a whole backward or the input gradient of a split one, a capital its
-    weight gradients, a dot a bubble. Digit or letter count the micro-batch.
+    A digit is a forward, a lower-case letter a full backward or the input gradient of a split one, a capital letter
+    its weight gradients, and a dot a bubble. The digit or letter identifies the micro-batch.
     """
     scale = width / timeline.length if timeline.length else 0.0
     rows = []

@@ -12,7 +12,8 @@ graph of y = f(x) = mm(mul(x, gain), weight), from outputs to inputs:
     backward_input   runs autograd along [1] and [4], and saves the gradients that arrive at every junction [2]
     backward_weight  runs autograd from these saved gradients along [3]
 
-[4] is in the first part because vectors are cheap, whereas their second part would need the activations again.
+[4] belongs to the first part because gradients of vectors are cheap, and computing them in the second part would
+require keeping more activations.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,9 +28,9 @@ Edges = Sequence[Tensor | GradientEdge]
 def run_backward(
     outputs: Edges, grad_outputs: Sequence[Tensor], inputs: Edges = (), retain_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
-    """Run autograd: add to the `.grad` of all parameters, or given inputs, return the gradients of these instead.
+    """Run autograd. Without inputs, add to the `.grad` of all parameters; with inputs, return their gradients instead.
 
-    The same as torch.autograd.backward and torch.autograd.grad. It calls the private function that both of them wrap,
+    Equivalent to torch.autograd.backward and torch.autograd.grad. It calls the private function that both of them wrap,
     because their check of the gradients' shapes imports sympy, which takes most of a second when a rank starts.
     """
     return _engine_run_backward(
@@ -79,7 +80,7 @@ class SplitBackward:
             saved = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.saved_for_weight_grad)]
             outputs, grad_outputs = zip(*((edge, g) for edge, g in saved if g is not None), strict=True)
             branch_grads = run_backward(outputs, grad_outputs, junction.branches, retain_graph=True)  # [3]
-            if self.shared:  # accumulate all at once, so that autograd sums them in the order of a whole backward
+            if self.shared:  # accumulate all at once, so that autograd sums them in the order of a full backward
                 edges += junction.branches
                 grads += branch_grads
             else:
@@ -87,7 +88,7 @@ class SplitBackward:
         _accumulate(edges, grads)
 
     def saved_bytes(self) -> int:
-        """Bytes kept from the first part to the second, in addition to what autograd saves for a whole backward."""
+        """Bytes kept from the first part to the second, in addition to what autograd saves for a full backward."""
         saved = [g for junction in self.junctions for g in junction.saved_for_weight_grad if g is not None]
         return sum({g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in saved}.values())
 
@@ -103,7 +104,8 @@ def _accumulate(edges: Sequence[GradientEdge], grads: Sequence[Tensor | None]) -
 def _find_branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junction], bool]:
     """Return the edges to vectors [4], the junctions [2] with their branches [3], and whether a matrix is shared.
 
-    A branch that several nodes share (a computed tensor that is used twice) counts as [4]: there autograd sums it.
+    A branch that several nodes share (a computed tensor that is used twice) counts as [4], so that autograd sums its
+    gradients.
     """
     target = get_gradient_edge(x).node
     order = list(_post_order(y.grad_fn))

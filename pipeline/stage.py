@@ -20,7 +20,7 @@ from pipeline.split_backward import SplitBackward, run_backward
 
 
 class Autocast(nn.Module):
-    """A layer under autocast to a dtype (None: without). Autocast is per thread, so it is entered around each call."""
+    """A layer that runs under autocast to a dtype (None: disabled). Autocast is per thread, so each call enters it."""
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class Autocast(nn.Module):
 class Segment(Protocol):
     """Consecutive layers that a stage calls as one.
 
-    splits_backward: whether their backward can be split, for which autograd must have their whole graph. Recomputation
-    and torchgpipe hide it.
+    splits_backward: whether their backward can be split. This requires the complete autograd graph, which is not
+    available with recomputation and with torchgpipe.
     """
 
     splits_backward: bool
@@ -68,16 +68,16 @@ class DeviceLayers(nn.Module):
 class Stage:
     """Run the forward and backward of a stage for several micro-batches in flight.
 
-    module: the layers. input_device: the device of the stage's input. before: layers that run before those of module,
-    as a segment of their own because one of the two splits its backward and the other does not; the whole backward of
-    a segment that does not split is part of `backward_input`.
+    module: the layers. input_device: the device of the stage's input. before: layers that run before those of module.
+    They form a separate segment if only one of the two can split its backward; the full backward of a segment that
+    cannot is part of `backward_input`.
     """
 
     def __init__(self, module: Segment, input_device: torch.device, before: Segment | None = None) -> None:
         self.segments = [module] if before is None else [before, module]
         self.input_device = input_device
         self._saved: dict[int, list[tuple[Tensor, Tensor]]] = {}  # micro-batch → (input, output) of each segment
-        self._weight_backwards: dict[int, list[Callable[[], object]]] = {}  # micro-batch → what backward_weight runs
+        self._weight_backwards: dict[int, list[Callable[[], object]]] = {}  # micro-batch → calls of backward_weight
 
     def forward(self, microbatch: int, x: Tensor, context: Any) -> Tensor:
         """Return the output; where gradients are enabled, keep the segments' inputs and outputs for the backward."""
@@ -122,7 +122,7 @@ class Stage:
             run()
 
     def clear(self) -> None:
-        """Drop what was kept for micro-batches whose backward did not run, as after an error."""
+        """Drop the tensors of micro-batches whose backward did not run, for example after an error."""
         self._saved.clear()
         self._weight_backwards.clear()
 

@@ -12,7 +12,7 @@ from pipeline.schedule import Action, ActionKind
 from pipeline.simulate import Timeline
 
 WAIT = "wait"
-COLOURS = (  # colour names that the format defines; a micro-batch has the same one in all stages
+EVENT_COLOURS = (  # colour names that the format defines; a micro-batch has the same colour in all stages
     "good",
     "bad",
     "terrible",
@@ -36,7 +36,7 @@ def write_trace(timeline: Timeline, path: Path, title: str = "pipeline") -> None
                 events.append(_event(rank, WAIT, clock, start, cname="grey"))
             kind, stage, microbatch = action
             arguments = {"kind": str(kind), "stage": stage, "microbatch": microbatch}
-            colour = COLOURS[microbatch % len(COLOURS)]
+            colour = EVENT_COLOURS[microbatch % len(EVENT_COLOURS)]
             events.append(_event(rank, str(action), start, end, cname=colour, args=arguments))
             clock = end
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")

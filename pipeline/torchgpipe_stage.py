@@ -1,7 +1,7 @@
 """A stage pipelined over the devices of one process by torchgpipe (Kim et al. 2020, arXiv 2004.09910).
 
-torchgpipe cuts a micro-batch into chunks and calls every layer with one argument, so a context per chunk is placed in
-a queue of each layer before the forward:
+torchgpipe splits a micro-batch into chunks and calls every layer with one argument. Before the forward, each layer
+therefore gets a queue with one context per chunk:
 
     contexts of the chunks ──► [1] pending ──► forward of chunk 0, 1, …             ──► [2] for_recompute
     [2] for_recompute ───────────────────────► recomputation of chunk …, 1, 0  [3]
@@ -54,7 +54,7 @@ class _QueuedContextLayer(nn.Module):
 class LocalPipeline(nn.Module):
     """Layers over several local devices, called as `module(x, context)` like a single layer.
 
-    balance: the number of layers on each device. chunks: the number of parts that a micro-batch is cut into (default:
+    balance: the number of layers on each device. chunks: the number of parts that a micro-batch is split into (default:
     four per device, with which the bubble is negligible according to the GPipe paper, arXiv 1811.06965, §2.3).
     recompute: keep only the inputs of each device's layers, and recompute the rest in the backward.
     """

@@ -4,7 +4,7 @@
     index.json      shape and dtype of every tensor, and the files that store its rows
     *.safetensors   the tensors
 
-With the hashes, any change of a checkpoint is detected.
+The hashes reveal any change of a checkpoint.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fira.errors import UserError
-from fira.files import naming
+from fira.files import errors_naming
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
@@ -40,9 +40,9 @@ class FileRecord:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> "FileRecord":
+    def from_file(cls, path: Path) -> "FileRecord":
         """Compute the record of the file at `path`."""
-        with naming(path), open(path, "rb") as file:
+        with errors_naming(path), open(path, "rb") as file:
             return cls(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
     def check(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class FileRecord:
         size = path.stat().st_size
         if size != self.size:
             raise UserError(f"{path} has {size} bytes, its manifest lists {self.size}; the file is damaged")
-        if FileRecord.of(path) != self:
+        if FileRecord.from_file(path) != self:
             raise UserError(f"{path} does not match its SHA-256; the file is damaged")
 
 
@@ -69,7 +69,7 @@ class StoredRows:
 class TensorEntry:
     """A tensor: global shape, dtype (such as `bfloat16`) and stored rows. A 0-d tensor counts as one row.
 
-    The names of these fields and of those of StoredRows are the keys of index.json.
+    The field names of this class and of StoredRows are the keys of index.json.
     """
 
     shape: tuple[int, ...]
@@ -118,7 +118,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}; give a step folder or a run folder")
-    with naming(path):
+    with errors_naming(path):
         raw = path.read_bytes()
     try:
         document = json.loads(raw)
@@ -154,7 +154,7 @@ def encode_index(entries: dict[str, TensorEntry]) -> bytes:
 def read_index(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
     """Read the tensor entries by name. Raises UserError where a row is not stored exactly once."""
     path = folder / INDEX
-    with naming(path):
+    with errors_naming(path):
         raw = path.read_bytes()
     try:
         entries = {

@@ -1,4 +1,4 @@
-"""Read folders of transformers through the interface of Checkpoint: exports, Llama and FlexOlmo."""
+"""Read folders written by transformers (exports, Llama, FlexOlmo) through the same interface as Checkpoint."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from fira.checkpoint.manifest import MANIFEST
 from fira.checkpoint.shards import Checkpoint, find
 from fira.checkpoint.transformers_mapping import expert_tensors, from_transformers
 from fira.errors import UserError
-from fira.files import naming
+from fira.files import errors_naming
 from fira.models.registry import to_document
 
 FIRA_TYPES = ("fira", "rish_ai")  # model_type of exports in the format fira
@@ -20,7 +20,7 @@ WEIGHTS = "model.safetensors"
 
 
 class Saved(Protocol):
-    """Interface from which a model is read; see Checkpoint."""
+    """The interface for reading a model; see Checkpoint."""
 
     folder: Path
 
@@ -32,7 +32,7 @@ class Saved(Protocol):
 
 
 def open_saved(path: str | Path) -> Saved:
-    """Open a folder of transformers, or else a checkpoint, all files of which are checked (collective).
+    """Open a folder of transformers, or a checkpoint, whose files are all checked (collective).
 
     Raises UserError where `path` is neither, where it is damaged, and where no family computes its model.
     """
@@ -49,7 +49,7 @@ class PretrainedFolder:
         self.folder = folder
         self._opened: dict[str, Any] = {}
         document = self._json("config.json")
-        self._names: dict[str, str] | None = None  # Fira's names to the stored ones; None: add the prefix `model.`
+        self._names: dict[str, str] | None = None  # Fira's name → stored name; None: add the prefix `model.`
         try:
             if document.get("model_type") in FIRA_TYPES:
                 self._document = document["shape"]
@@ -72,7 +72,7 @@ class PretrainedFolder:
         return (self.folder / name).is_file()
 
     def file(self, name: str) -> bytes:
-        with naming(self.folder / name):
+        with errors_naming(self.folder / name):
             return (self.folder / name).read_bytes()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ class PretrainedFolder:
         if name not in self._files:
             raise UserError(f"{self.folder} has no tensor {name}; it is a folder of another model")
         path = self.folder / self._files[name]
-        with naming(path):
+        with errors_naming(path):
             if path.name not in self._opened:
                 self._opened[path.name] = safe_open(path, framework="pt")
             return self._opened[path.name].get_slice(name)
@@ -116,7 +116,7 @@ class PretrainedFolder:
         path = self.folder / WEIGHTS
         if not path.is_file():
             raise UserError(f"{self.folder} has no {WEIGHTS}; save the model as safetensors")
-        with naming(path):
+        with errors_naming(path):
             self._opened[WEIGHTS] = safe_open(path, framework="pt")
         return dict.fromkeys(self._opened[WEIGHTS].keys(), WEIGHTS)
 

@@ -43,7 +43,7 @@ from fira.checkpoint.manifest import (
 )
 from fira.checkpoint.step_folders import find, partial_folder, publish, step_folders, step_name
 from fira.errors import UserError
-from fira.files import naming, sync, write
+from fira.files import errors_naming, sync, write
 
 __all__ = ["Checkpoint", "TensorShard", "find", "newest_valid", "save"]
 
@@ -104,13 +104,13 @@ def save(
                 if owned:
                     path = partial / names[kind][_rank()]
                     _write_tensors(path, owned)
-                    records[path.name] = FileRecord.of(path)
+                    records[path.name] = FileRecord.from_file(path)
         all_records = {name: record for rank_records in _gather(records) for name, record in rank_records.items()}
         with _collective_errors():
             if _rank() == 0:
                 for name, content in (contents | {INDEX: encode_index(entries)}).items():
                     write(partial / name, content)
-                    all_records[name] = FileRecord.of(partial / name)
+                    all_records[name] = FileRecord.from_file(partial / name)
                 write(partial / MANIFEST, encode_manifest(Manifest(step, layout, all_records), **_environment()))
                 sync(partial)
                 publish(root, step, keep)
@@ -158,20 +158,20 @@ def _index(described: list[dict[str, list[Any]]], names: dict[str, dict[int, str
 
 def _write_tensors(path: Path, shards: list[TensorShard]) -> None:
     tensors = {shard.name: shard.tensor.detach().cpu().contiguous() for shard in shards}
-    with naming(path):
+    with errors_naming(path):
         save_file(tensors, path, metadata={"format": "pt"})
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only the owner can read
     sync(path)
 
 
 def _environment() -> dict[str, Any]:
-    """Return the thread count and the versions, on which the numbers depend in addition to the layout."""
+    """Return the thread count and the versions of libraries, which influence results in addition to the layout."""
     versions = {name: version(name) for name in ("torch", "safetensors", "numpy", "mpi4py")}
     return {"threads": torch.get_num_threads(), "versions": {"python": platform.python_version(), **versions}}
 
 
 class Checkpoint:
-    """A checkpoint, all files of which match their SHA-256. Created by `Checkpoint.open`; reading is not collective."""
+    """A checkpoint in which all files match their SHA-256. Created by `Checkpoint.open`; reading is not collective."""
 
     def __init__(self, folder: Path, manifest: Manifest, index: dict[str, TensorEntry]) -> None:
         self.folder = folder
@@ -208,7 +208,7 @@ class Checkpoint:
         """Return the content of the file `name`. Raises UserError where there is none."""
         if name not in self._files:
             raise UserError(f"{self.folder} has no {name}")
-        with naming(self.folder / name):
+        with errors_naming(self.folder / name):
             return (self.folder / name).read_bytes()
 
     def names(self) -> list[str]:
@@ -240,7 +240,7 @@ class Checkpoint:
     def _read_rows(self, file: str, name: str, low: int, high: int) -> Tensor:
         """Read rows [low, high) of the rows of a tensor that one file stores."""
         path = self.folder / file
-        with naming(path):
+        with errors_naming(path):
             if file not in self._opened:
                 self._opened[file] = safe_open(path, framework="pt")
             stored = self._opened[file].get_slice(name)
@@ -255,7 +255,7 @@ class Checkpoint:
 def newest_valid(root: Path) -> Checkpoint | None:
     """Open the newest undamaged checkpoint in `root` (collective). Returns None where `root` has no checkpoint.
 
-    Rank 0 prints a line to stderr for each damaged checkpoint that is skipped. Raises UserError where all checkpoints
+    Rank 0 logs a warning for each damaged checkpoint that is skipped. Raises UserError where all checkpoints
     are damaged, because only the user can decide to start from the beginning.
     """
     damaged = []

@@ -69,7 +69,7 @@ def _prune(root: Path, step: int, keep: int) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint. It is renamed first, so that a kill leaves no incomplete checkpoint."""
+    """Remove a checkpoint. It is renamed first, so that a killed process leaves no incomplete checkpoint."""
     if folder.suffix != ".tmp":
         temporary = folder.with_name(f"{folder.name}.tmp")
         if temporary.exists():
@@ -82,8 +82,8 @@ def _remove(folder: Path) -> None:
 def find(path: str | Path, before: int | None = None) -> Path:
     """Return the checkpoint folder for a step folder, a `checkpoints` folder or a run folder.
 
-    Of several checkpoints, this is the one that `latest` names, or else the newest; with `before`, the newest of a step
-    less than `before`. Raises UserError where there is none. `Checkpoint.open` checks the content.
+    Of several checkpoints, return the one named in `latest`, or else the newest; with `before`, the newest before that
+    step. Raises UserError where there is none. `Checkpoint.open` checks the content.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():

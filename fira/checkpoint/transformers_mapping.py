@@ -1,4 +1,4 @@
-"""Mapping between families and the classes of transformers that compute the same: mooshak ↔ Llama, rish ↔ FlexOlmo.
+"""Mapping between families and equivalent classes of transformers: mooshak ↔ Llama, rish ↔ FlexOlmo.
 
 Configs are converted in both directions, with a UserError that names an option without an equivalent on the other side.
 Weights are identical tensors with different names. In mappings of names, Fira's name is the key or comes first, except
@@ -25,7 +25,7 @@ ROPE_SCALING = {  # Llama 3's
 
 @dataclass(frozen=True)
 class TransformersClass:
-    """A class of transformers and the family that computes the same."""
+    """A class of transformers and the equivalent family."""
 
     architecture: str  # the name of the class
     config: type[MooshakConfig] | type[RishConfig]  # of the family
@@ -61,7 +61,7 @@ def _mooshak_fields(document: dict[str, Any]) -> dict[str, Any]:
 def _flexolmo_fields(config: RishConfig) -> dict[str, Any]:
     return {
         "max_position_embeddings": config.max_position,
-        "seq_len": config.seq_len,  # has no key there: dynamic scaling does not limit the length
+        "seq_len": config.seq_len,  # not a key of FlexOlmo, whose dynamic scaling does not limit the length
         "tie_word_embeddings": False,
         "rope_parameters": {
             "rope_type": "dynamic",
@@ -82,9 +82,8 @@ def _rish_fields(document: dict[str, Any]) -> dict[str, Any]:
         _require(rope, rope_type="default")
     return {
         "rope_theta": rope["rope_theta"],
-        "rope_factor": rope.get(
-            "factor", 1.0
-        ),  # unused without scaling, because no sequence is longer than max_position
+        # Without scaling the factor is unused, because no sequence is longer than max_position.
+        "rope_factor": rope.get("factor", 1.0),
         "max_position": document["max_position_embeddings"],
         "num_experts": document["num_experts"],
         "top_k": document["num_experts_per_tok"],

@@ -8,7 +8,7 @@ from fira import cli
 from fira.errors import UserError
 from pipeline.mpi.world import init, is_launched
 
-COMMANDS = {  # the first line of each module's docstring; modules are imported only to run
+COMMANDS = {  # the first line of each module's docstring; a module is imported only to run its command
     "train": "Train a Mixture-of-Experts language model, split into pipeline stages over the ranks of mpirun.",
     "generate": "Continue a prompt with a trained model, or evaluate how well the model predicts a text.",
     "chat": "Chat with a trained model.",

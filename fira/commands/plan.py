@@ -1,7 +1,7 @@
 """Find the fastest layout of a model for a number of ranks before a run.
 
 With `--device this` the layers are measured on this machine, and under mpirun also the links between its ranks. For
-another device, costs follow from its description: `--model rish-base --ranks 16384 --device h200`.
+another device, costs are computed from its description: `--model rish-base --ranks 16384 --device h200`.
 """
 
 import dataclasses
@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--ranks", type=int, required=True, help="number of ranks of the run")
     parser.add_argument("--device", default="this", help="this, h200, a100, t4 or a TOML file (default: %(default)s)")
     parser.add_argument("--top", type=int, default=10, help="number of candidates shown (default: %(default)s)")
-    parser.add_argument("--timeline", metavar="JSON", help="write the schedule of the best one as trace events and PNG")
+    parser.add_argument(
+        "--timeline", metavar="JSON", help="write the timeline of the best candidate as trace events and PNG"
+    )
     parser.add_verbosity()
     options = parser.parse_args(arguments)
     if min(options.ranks, options.top) < 1:
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 
 def plan(options: Namespace, world: pipeline.World | None) -> None:
-    """Print the best candidates for a described device, or, with the ranks of `world`, for this machine."""
+    """Print the best candidates for a described device, or, if `world` is given, for this machine."""
     config = TrainConfig(**{key: getattr(options, key) for key in KEYS})
     with torch.device("meta"):
         model = build(make_config(config.model, config.model_changes()))
@@ -57,14 +59,14 @@ def plan(options: Namespace, world: pipeline.World | None) -> None:
     constraints = constraints_of(config, batch)
     if world:
         device = choose_devices("auto", None, world.local_rank)[0]
-        found, hardware = plan_here(model, constraints, config.precision, options.ranks, device, world, options.top)
+        result, hardware = plan_here(model, constraints, config.precision, options.ranks, device, world, options.top)
         if world.rank > 0:
             return
     else:
-        found, hardware = plan_for(model, constraints, config.precision, options.ranks, options.device, options.top)
-    print(describe(found, hardware, batch * model.config.seq_len, given_flags(config, without=PLANNED)))
+        result, hardware = plan_for(model, constraints, config.precision, options.ranks, options.device, options.top)
+    print(describe(result, hardware, batch * model.config.seq_len, given_flags(config, without=PLANNED)))
     if options.timeline:
-        best = found.best[0]
+        best = result.best[0]
         if best.timeline is None:
             raise UserError(
                 f"--timeline: {best.candidate.schedule} over {best.candidate.layout.pp} ranks is not simulated"

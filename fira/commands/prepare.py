@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--data", help=DATA)
     parser.add_argument("--text-column", default="text", help="column or key of the text (default: %(default)s)")
     parser.add_argument("--tokenizer", help="a tokenizer.json; default: one is trained on the text")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="of the model (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="vocabulary of the model (default: %(default)s)")
     parser.add_argument("--cache", help="folder for results; default: $FIRA_CACHE or ~/.cache/fira")
     parser.add_verbosity()
     options = parser.parse_args(arguments)
@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 
 def print_counts(counts: dict[str, int | float | None]) -> None:
+    """Print a line per count that is not None."""
     for name, value in counts.items():
         if value is not None:
             unit = " nats per token" if name in ("unigram", "trigram") else ""

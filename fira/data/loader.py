@@ -16,7 +16,7 @@ from fira.nn.cross_entropy import IGNORE_INDEX
 
 
 class Loader:
-    """Training batches: windows of `seq_len` tokens that do not overlap, in another seeded order in each epoch.
+    """Training batches: windows of `seq_len` tokens that do not overlap, in a new seeded order in each epoch.
 
     Raises UserError where there are fewer tokens than one window needs.
     """

@@ -1,8 +1,8 @@
 """Training sequences from several sources in fixed proportions.
 
-    number  →  period = number // PERIOD, turn = number % PERIOD
-    turn    →  source (`interleave`), rank of this turn among the source's turns in a period
-    sequence of the source = period · (turns of the source in a period) + rank of the turn
+    number  →  period = number // PERIOD, slot = number % PERIOD
+    slot    →  source (`interleave`), index of this slot among the source's slots in a period
+    sequence of the source = period · (slots of the source in a period) + index of the slot
 
 The source of a sequence, and the sequence of this source, are functions of the number.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from fira.data.loader import Loader, ValidationSequences
 from fira.errors import UserError
 
-PERIOD = 1000  # sequences after which the proportions are met; 1 / PERIOD is the smallest share
+PERIOD = 1000  # sequences after which the proportions are exact; 1 / PERIOD is the smallest share
 
 
 def parse_mixture(data: str | None) -> list[tuple[str | None, float]]:
@@ -39,18 +39,18 @@ def parse_mixture(data: str | None) -> list[tuple[str | None, float]]:
 
 
 def interleave(weights: Sequence[float]) -> np.ndarray:
-    """Return the source of each sequence of a period, int64 [PERIOD]: in proportion to the weights, evenly spread."""
+    """Return the source of each slot, int64 [PERIOD]: in proportion to the weights and evenly spread."""
     exact = np.array(weights) / sum(weights) * PERIOD
     counts = np.maximum(1, np.floor(exact).astype(int))
     for source in np.argsort(counts - exact, kind="stable")[: PERIOD - counts.sum()]:
         counts[source] += 1  # the sources with the largest remainders
     sources = np.repeat(np.arange(len(counts)), counts)
-    turns = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
-    return sources[np.argsort(turns, kind="stable")]
+    positions = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
+    return sources[np.argsort(positions, kind="stable")]
 
 
 class Mixture:
-    """Training batches of several loaders in the proportions of `weights`; the interface is that of Loader.
+    """Training batches of several loaders in the proportions of `weights`, with the interface of Loader.
 
     A source that is smaller than its share begins its next epoch earlier than the others.
     """
@@ -60,9 +60,9 @@ class Mixture:
         self._loaders = loaders
         self._source = interleave(weights)
         self._counts = np.bincount(self._source, minlength=len(loaders))
-        self._rank = np.empty(len(self._source), np.int64)  # earlier turns of the same source in this period
+        self._index = np.empty(len(self._source), np.int64)  # number of earlier slots of the source in a period
         for source, count in enumerate(self._counts):
-            self._rank[self._source == source] = np.arange(count)
+            self._index[self._source == source] = np.arange(count)
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each."""
@@ -70,9 +70,9 @@ class Mixture:
         inputs, targets = zip(*rows, strict=True)
         return np.concatenate(inputs), np.concatenate(targets)
 
-    def _read(self, period: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
-        source = self._source[turn]
-        return self._loaders[source].batch(int(period * self._counts[source] + self._rank[turn]), 1)
+    def _read(self, period: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        source = self._source[slot]
+        return self._loaders[source].batch(int(period * self._counts[source] + self._index[slot]), 1)
 
     def state_dict(self) -> dict[str, int]:
         return {"consumed": self.consumed}

@@ -16,7 +16,7 @@ CHUNK = 2**22  # tokens read at a time when a whole array is scanned
 
 
 class PackedTokens:
-    """The concatenated tokens of `.npy` files. The files are memory-mapped: only what is read is loaded."""
+    """The concatenated tokens of `.npy` files. The files are memory-mapped, so only requested tokens are loaded."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._arrays = [_map(path) for path in paths]

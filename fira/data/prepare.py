@@ -16,15 +16,15 @@ from fira.data.mixture import parse_mixture
 from fira.data.ngram import trigram_loss, unigram_loss
 from fira.data.packed import PackedTokens, TokenWriter, find_shards
 from fira.data.sources import documents, input_files
-from fira.data.tokenizer import eos_id, load_tokenizer, train_tokenizer, vocabulary
+from fira.data.tokenizer import TOKENIZER, eos_id, load_tokenizer, train_tokenizer, vocabulary
 from fira.errors import UserError
 from fira.progress_bar import progress_bar
 
 FORMAT = 2  # part of the cache key; increment it when the same input yields another result
 VALIDATION = 0.05  # fraction of the documents
-TOKENIZER_BYTES = 64e6  # size of the sample; merges learnt from more text hardly differ
+TOKENIZER_BYTES = 64e6  # size of the sample; more text hardly changes the merges
 BATCH = 2**20  # characters tokenized together
-BASELINE_TOKENS = 10_000_000  # training tokens counted for the n-gram baselines; of validation tokens, a tenth of it
+BASELINE_TOKENS = 10_000_000  # training tokens for the n-gram baselines; a tenth of this for validation tokens
 
 Summary = dict[str, Any]
 
@@ -86,9 +86,9 @@ def prepare(
         if not folder.is_dir():
             with atomic_folder(folder) as temporary:
                 if tokenizer_path:
-                    shutil.copy(tokenizer_path, temporary / "tokenizer.json")
+                    shutil.copy(tokenizer_path, temporary / TOKENIZER)
                 _Preparation(temporary, inputs, text_column, vocab_size, progress).run(given)
-        tokenizer = folder / "tokenizer.json"
+        tokenizer = folder / TOKENIZER
         summary = json.loads((folder / "summary.json").read_text())
         for entry, counts in zip(inputs, summary.get("sources", ()), strict=False):
             counts |= {"data": entry.data, "weight": entry.weight}  # not cached: equal content may have another name
@@ -121,7 +121,7 @@ class _Input:
         return cls(data, weight, input_files(data), None)
 
     def source(self, folder: Path, number: int) -> Source:
-        """Return the tokens: shards are read in place, those of text from `folder`."""
+        """Return the tokens. Shards are read in place, the tokens of text from `folder`."""
         train, val = self.files[: self.shards], self.files[self.shards :]
         if self.shards is None:
             train, val = ([folder / f"{split}-{number}.npy"] for split in ("train", "val"))
@@ -175,7 +175,7 @@ class _Preparation:
                         yield from [text] * max(1, round(repeat))
 
         tokenizer = train_tokenizer(sample(), self.vocab_size)
-        tokenizer.save(str(self.folder / "tokenizer.json"))
+        tokenizer.save(str(self.folder / TOKENIZER))
         return tokenizer
 
     def pack(self, entry: _Input, number: int, tokenizer: Tokenizer) -> Summary:
@@ -233,7 +233,7 @@ def _by_document(text: str, ids: list[int]) -> tuple[list[int], list[int]]:
 
 
 def _by_tail(_text: str, ids: list[int]) -> tuple[list[int], list[int]]:
-    """Use the end of each document for validation, for few or many equal documents."""
+    """Use the end of each document for validation; for corpora of few or of many equal documents."""
     cut = len(ids) - max(1, round(len(ids) * VALIDATION))
     return ids[:cut], ids[cut:]
 
@@ -251,7 +251,7 @@ def _check_ids(shards: list[Path], vocab_size: int, progress: bool) -> None:
 
 
 def _summarise(folder: Path, inputs: list[_Input], summaries: list[Summary]) -> None:
-    """Compute the n-gram baselines, on the sources in their proportions, and write summary.json."""
+    """Compute the n-gram baselines on a sample with the sources in their proportions, and write summary.json."""
     train_samples, val_samples = [], []
     for number, (entry, counts) in enumerate(zip(inputs, summaries, strict=True)):
         if min(counts["train_tokens"], counts["val_tokens"]) < 3:

@@ -111,7 +111,7 @@ def _hugging_face(name: str) -> list[Path]:
     return [Path(file["filename"]) for file in dataset.cache_files]
 
 
-# Readers: (path, text column) -> documents. pyarrow is imported only where a file needs it, because it is large.
+# Readers: (path, text column) -> documents. pyarrow is large, so it is imported only for files that require it.
 
 
 def _text(path: Path, _column: str) -> Iterator[str]:

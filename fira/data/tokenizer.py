@@ -36,11 +36,10 @@ MIN_VOCABULARY = len(SPECIAL_TOKENS) + 256  # a token for every byte
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) with at most `vocab_size` tokens.
 
-    Little text yields fewer tokens. Text is normalised to NFC, so that equivalent character sequences have equal
+    A small text yields fewer tokens. Text is normalised to NFC, so that equivalent character sequences have equal
     tokens; apart from this, `decode(encode(text).ids, skip_special_tokens=False) == text`. Names of special tokens
     inside a text are encoded as these tokens, so that chats marked with `<|prompter|>` and `<|assistant|>` need no
-    preprocessing.
-    Raises UserError where `vocab_size` is less than MIN_VOCABULARY.
+    preprocessing. Raises UserError where `vocab_size` is less than MIN_VOCABULARY.
     """
     if vocab_size < MIN_VOCABULARY:
         raise UserError(

@@ -17,7 +17,7 @@ from fira.models.language_model import LanguageModel
 
 
 class Conversation:
-    """The turns of a chat with a model. Raises UserError where the tokenizer lacks the special tokens."""
+    """The turns of a chat with a model. Raises UserError if the tokenizer lacks the special tokens."""
 
     def __init__(self, model: LanguageModel) -> None:
         tokenizer = Tokenizer.from_str(own_tokenizer(model).to_str())
@@ -35,8 +35,8 @@ class Conversation:
     def ask(self, question: str, max_new_tokens: int, stop: Sequence[str] = (), **sampling: Any) -> Iterator[str]:
         """Yield the answer in pieces. The pieces yielded before the iterator is closed become part of the chat.
 
-        The oldest turns are dropped where they do not fit the context together with the question and the answer; of a
-        question that is longer than the context, the model reads the end. sampling: as for `continue_text`.
+        The oldest turns are dropped if they do not fit into the context together with the question and the answer. If
+        the question is longer than the context, the model reads its end. sampling: as for `continue_text`.
         """
         request = [self._prompter, *self._encode(question), self._eos, self._assistant]
         room = self._model.config.seq_len - min(max_new_tokens, self._model.config.seq_len // 2)

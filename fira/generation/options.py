@@ -3,15 +3,13 @@
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-TEMPERATURE = 0.8
-
 
 def add_sampling(parser: ArgumentParser) -> None:
     """Add a flag for each field of `Sampling`, and `--stop`."""
     parser.add_argument(
         "--temperature",
         type=float,
-        default=TEMPERATURE,
+        default=0.8,
         help="0 selects the most probable token (default: %(default)s)",
     )
     parser.add_argument("--top-k", type=int, help="sample from the k most probable tokens")
@@ -28,8 +26,8 @@ def add_sampling(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--presence-penalty", type=float, default=0.0, help="above 0: the same by subtraction from the logits"
     )
-    parser.add_argument("--no-repeat-ngram", type=int, metavar="N", help="no sequence of N tokens occurs twice")
-    parser.add_argument("--seed", type=int, help="an equal seed generates an equal text")
+    parser.add_argument("--no-repeat-ngram", type=int, metavar="N", help="do not generate a sequence of N tokens twice")
+    parser.add_argument("--seed", type=int, help="seed of the sampling; equal seeds generate equal texts")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
 
 

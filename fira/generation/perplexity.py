@@ -3,7 +3,7 @@
 N:        tokens of the text, N − 1 of which are predicted
 length:   predictions per window, at most the model's context; consecutive windows overlap by half
 windows:  [W, length + 1] tokens
-fresh:    [W] predictions of a window that no earlier window contains, its last ones
+fresh:    [W] number of a window's last predictions, which no earlier window contains
 """
 
 import math
@@ -21,7 +21,7 @@ from fira.models.language_model import LanguageModel
 from fira.nn.context import Context
 from fira.progress_bar import progress_bar
 
-TOGETHER = 4  # windows per forward pass, limited by the memory of their logits
+WINDOWS_PER_FORWARD = 4  # limited by the memory of the logits
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor, progress: bool
     windows = ids.unfold(0, length + 1, 1)[torch.tensor(ends) - length]
     total = 0.0
     with progress_bar(count, "tokens", progress) as bar:
-        for some, new in zip(windows.split(TOGETHER), fresh.split(TOGETHER), strict=True):
-            logits, targets = model(some[:, :-1], Context()), some[:, 1:]
+        for batch, new in zip(windows.split(WINDOWS_PER_FORWARD), fresh.split(WINDOWS_PER_FORWARD), strict=True):
+            logits, targets = model(batch[:, :-1], Context()), batch[:, 1:]
             losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
             total += float(losses.cpu().double()[torch.arange(length) >= length - new[:, None]].sum())
             bar.update(int(new.sum()))

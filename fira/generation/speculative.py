@@ -18,7 +18,7 @@ from fira.decoding.sampling import Sampler, Sampling, draw
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 
-AHEAD = 4  # proposals per forward pass of the target model
+AHEAD = 4  # number of proposals per forward pass of the target model
 
 
 @torch.inference_mode()
@@ -41,17 +41,17 @@ def speculate(
             f"draft and model have different vocabularies ({sizes} tokens); give a draft with the same vocabulary"
         )
     check_prompt(model, prompt)
-    target, guesser = Reader(model), Reader(draft)
+    target, proposer = Reader(model), Reader(draft)
     device = next(model.parameters()).device
     sampler, generators = Sampler(sampling), sampling.generators(1, device)
     text, end = list(prompt), len(prompt) + max_new_tokens
     while len(text) < end:
-        room = min(end - 1, target.seq_len, guesser.seq_len) - len(text)  # the cache ends with the context
-        guesses, chances = _guess(guesser, text, min(ahead, max(0, room)), sampler, generators)
-        tokens = torch.tensor([text + guesses], device=device)
-        logits = target.logits(tokens, 1 + len(guesses))[0]
-        new = _check(tokens, guesses, chances, logits, sampler, generators)
-        for reader in (target, guesser):
+        room = min(end - 1, target.seq_len, proposer.seq_len) - len(text)  # positions that remain in the caches
+        proposals, draft_probabilities = _propose(proposer, text, min(ahead, max(0, room)), sampler, generators)
+        tokens = torch.tensor([text + proposals], device=device)
+        logits = target.logits(tokens, 1 + len(proposals))[0]
+        new = _verify(tokens, proposals, draft_probabilities, logits, sampler, generators)
+        for reader in (target, proposer):
             reader.keep(len(text) + len(new) - 1)  # neither model has read the last new token
         for token in new:
             text.append(token)
@@ -60,38 +60,38 @@ def speculate(
                 return
 
 
-def _guess(
+def _propose(
     reader: Reader, text: list[int], count: int, sampler: Sampler, generators: list[torch.Generator] | None
 ) -> tuple[list[int], list[Tensor]]:
     """Return the next `count` tokens of the draft model and the distributions q [V] from which they were drawn."""
-    guesses: list[int] = []
-    chances: list[Tensor] = []
+    proposals: list[int] = []
+    draft_probabilities: list[Tensor] = []
     for _ in range(count):
-        tokens = torch.tensor([text + guesses], device=next(reader.model.parameters()).device)
-        chances.append(sampler.probabilities(tokens, reader.logits(tokens)[:, -1])[0])
-        guesses.append(_draw(chances[-1], generators))
-    return guesses, chances
+        tokens = torch.tensor([text + proposals], device=next(reader.model.parameters()).device)
+        draft_probabilities.append(sampler.probabilities(tokens, reader.logits(tokens)[:, -1])[0])
+        proposals.append(_draw(draft_probabilities[-1], generators))
+    return proposals, draft_probabilities
 
 
-def _check(
+def _verify(
     tokens: Tensor,
-    guesses: list[int],
-    chances: list[Tensor],
+    proposals: list[int],
+    draft_probabilities: list[Tensor],
     logits: Tensor,
     sampler: Sampler,
     generators: list[torch.Generator] | None,
 ) -> list[int]:
-    """Return the accepted guesses and one further token.
+    """Return the accepted proposals and one further token.
 
-    tokens: [1, T], ending with the guesses. logits: [guesses + 1, V], of the target model.
+    tokens: [1, T], ending with the proposals. logits: [proposals + 1, V], of the target model.
     """
-    known = tokens.shape[1] - len(guesses)
-    for place, (guess, q) in enumerate(zip(guesses, chances, strict=True)):
-        p = sampler.probabilities(tokens[:, : known + place], logits[place : place + 1])[0]
+    known = tokens.shape[1] - len(proposals)
+    for i, (x, q) in enumerate(zip(proposals, draft_probabilities, strict=True)):
+        p = sampler.probabilities(tokens[:, : known + i], logits[i : i + 1])[0]
         q = q.to(p.device)
-        if torch.rand((), generator=generators[0] if generators else None, device=p.device) * q[guess] >= p[guess]:
-            return [*guesses[:place], _draw((p - q).clamp(min=0), generators)]
-    return [*guesses, _draw(sampler.probabilities(tokens, logits[-1:])[0], generators)]
+        if torch.rand((), generator=generators[0] if generators else None, device=p.device) * q[x] >= p[x]:
+            return [*proposals[:i], _draw((p - q).clamp(min=0), generators)]
+    return [*proposals, _draw(sampler.probabilities(tokens, logits[-1:])[0], generators)]
 
 
 def _draw(probabilities: Tensor, generators: list[torch.Generator] | None) -> int:

@@ -74,8 +74,8 @@ def continue_text(
 ) -> Iterator[str]:
     """Yield the continuation of a prompt up to the end of the document, one piece of text per token.
 
-    A piece is empty while a character is incomplete, or while it may be the beginning of a text in `stop`; the
-    continuation ends before the first of these texts. An empty prompt begins a new document. draft: a smaller model for
+    A piece is empty while a character is incomplete, or while the text may continue to one in `stop`. The continuation
+    ends before the first of these texts. An empty prompt begins a new document. draft: a smaller model for
     speculative decoding (see `speculate`). sampling: the fields of `Sampling`.
     """
     tokenizer = own_tokenizer(model)

@@ -14,7 +14,7 @@ from fira.checkpoint.load_model import load_model
 from fira.checkpoint.transformers_mapping import TRANSFORMERS, to_transformers, weight_names
 from fira.data.tokenizer import ASSISTANT, CHAT_TEMPLATE, PROMPTER, eos_id
 from fira.errors import UserError
-from fira.files import naming
+from fira.files import errors_naming
 from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, RishAIConfig
 from fira.models.language_model import LanguageModel
 from fira.models.registry import family_of, to_document
@@ -40,7 +40,7 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
     made = as_transformers(model) if form == "fira" else as_stock(model, form)
     made.generation_config = GenerationConfig(max_new_tokens=model.config.seq_len // 2)  # as much again as is read
     try:
-        with naming(partial):
+        with errors_naming(partial):
             if model.tokenizer is not None:
                 tokenizer = as_fast_tokenizer(model.tokenizer, model.config.seq_len)
                 made.generation_config.eos_token_id = made.generation_config.pad_token_id = tokenizer.eos_token_id

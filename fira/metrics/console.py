@@ -1,4 +1,4 @@
-"""Console output of a training run, as plain lines, since under mpirun the standard output is never a terminal."""
+"""Console output of a training run, as plain lines, because stdout is not a terminal under mpirun."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ class RunDescription:
     vocab_size: int
 
     def heading(self) -> str:
+        """The description as three lines."""
         stages = " | ".join(f"{layers.start}–{layers.stop - 1}" for layers in self.stages)
-        recomputed = f" · {self.recomputed} blocks of each recomputed" if self.recomputed else ""
+        recomputed = f" · {self.recomputed} blocks per stage recomputed" if self.recomputed else ""
         return (
             f"{self.name}: {self.parameters:,} parameters · {self.device} {self.precision} · {self.layout}\n"
-            f"{self.schedule} · micro-batches a replica: {self.microbatches}, each {self.microbatch_size} × "
+            f"{self.schedule} · micro-batches per replica: {self.microbatches}, each {self.microbatch_size} × "
             f"{self.seq_len} tokens · stages of layers {stages}{recomputed}\n"
             f"data: {self.train_tokens:,} training and {self.val_tokens:,} validation tokens, "
             f"vocabulary {self.vocab_size}"
@@ -102,7 +103,7 @@ class ConsoleProgress:
     def _time(self, step: int) -> str:
         if step == self._total:
             return f"took {_minutes(self._last_step - self._started)}"
-        # The mean, since future validations take time too; without the slowest step, which is often the first.
+        # The mean includes validations, which also take time; the slowest step, often the first, is left out.
         typical = sorted(self._durations)[:-1] or self._durations
         return f"ETA {_minutes((self._total - step) * statistics.fmean(typical))}"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 LOG_NAME = "training_log.csv"
-# Columns with a list of numbers per MoE layer: spaces between numbers, ';' between layers.
+# Columns with a list of numbers per MoE layer: numbers are separated by spaces, layers by ';'.
 PER_LAYER = {"expert_load", "expert_dropped", "layer_entropy"}
 
 
@@ -31,9 +31,7 @@ class Row:
     tokens_per_s: float  # over all ranks
     grad_norm: float  # global, before clipping
     aux_loss: float | None = None
-    load_imbalance: float | None = field(
-        init=False
-    )  # largest load × number of experts in the worst layer; 1 is balanced
+    load_imbalance: float | None = field(init=False)  # largest load × number of experts, worst layer; 1 is balanced
     expert_load: Sequence[Sequence[float]] = ()  # per MoE layer, each expert's fraction of the assignments
     bubble: float | None = None  # fraction of the step in which a stage is idle, 0 to 1
     dropped: float | None = None  # fraction of the assignments above the experts' capacity
@@ -53,15 +51,15 @@ _HEADER = ",".join(COLUMNS)
 class TrainingLog:
     """Appends rows to `path`; a row is in the file when `write` returns. Only one rank writes.
 
-    With `resume_step` 0 the file is replaced. Otherwise the rows up to this step are kept; later rows, whose steps are
-    repeated, and an incomplete last line are removed. Raises UserError where the file is not a training log.
+    With `resume_step` 0 the file is replaced. Otherwise the rows up to this step are kept; an incomplete last line and
+    later rows, whose steps will be repeated, are removed. Raises UserError where the file is not a training log.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = _rows_until(path, resume_step) if resume_step > 0 and path.exists() else []
         temporary = path.with_name(path.name + ".tmp")
         write(temporary, "".join(line + "\n" for line in [_HEADER, *kept]).encode())
-        temporary.replace(path)  # atomic: a kill leaves the old or the new file
+        temporary.replace(path)  # atomic: if the process is killed, the old or the new file remains
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:

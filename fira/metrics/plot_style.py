@@ -1,4 +1,4 @@
-"""Colours, axes and lines that the plots share."""
+"""Colours, axes and lines used by all plots."""
 
 from __future__ import annotations
 

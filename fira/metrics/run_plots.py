@@ -48,7 +48,7 @@ def plot_files(paths: Sequence[Path], out: Path | None = None) -> Path:
 
     `out` defaults to `training_progress.png` in the folder of a single log, and to `comparison.png` in the current
     folder for several. Baselines are read from `data.json` in the folder of a log, `{"baselines": {"unigram": 6.1}}`;
-    of several runs, the baselines that are equal in all of them are drawn.
+    with several runs, only baselines that are equal in all of them are drawn.
     """
     files = [path / LOG_NAME if path.is_dir() else path for path in paths]
     logs: dict[str, DataFrame] = {}
@@ -137,17 +137,17 @@ def _plot_pair(axes: Axes, logs: dict[str, DataFrame], title: str, left: str, ri
     right_axes.grid(visible=False)
 
 
-def _plot_experts(figure: Figure, place: SubplotSpec, logs: dict[str, DataFrame]) -> None:
-    """Plot the imbalance of the worst layer above and the load of each expert, averaged over layers, below."""
+def _plot_experts(figure: Figure, subplot: SubplotSpec, logs: dict[str, DataFrame]) -> None:
+    """Plot the imbalance of the worst layer (top) and the load of each expert, averaged over layers (bottom)."""
     [log] = logs.values()
     loads = log.loc[log["expert_load"].notna(), ["iter", "expert_load"]]
     if loads.empty:
-        axes = figure.add_subplot(place)
+        axes = figure.add_subplot(subplot)
         style_axes(axes, "Expert load", "")
         axes.set(xticks=[], yticks=[], xlabel="")
         axes.text(0.5, 0.5, "no experts in this model", color=GREY, ha="center", transform=axes.transAxes)
         return
-    rows = place.subgridspec(2, 1, height_ratios=(1, 2))
+    rows = subplot.subgridspec(2, 1, height_ratios=(1, 2))
     above = figure.add_subplot(rows[0])
     _plot_imbalance(above, logs)
     above.set_xlabel("")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Light enough for black numbers and distinguishable with colour blindness. The two shades of a kind alternate from
 # micro-batch to micro-batch, so that adjacent actions of one kind can be distinguished.
-COLOURS = {
+ACTION_COLOURS = {
     ActionKind.FORWARD: ("#9ecae1", "#c6dbef"),
     ActionKind.BACKWARD: ("#fdae6b", "#fdd0a2"),
     ActionKind.BACKWARD_INPUT: ("#fed976", "#ffeda0"),
@@ -49,7 +49,7 @@ def draw_timelines(panels: Mapping[str, Timeline], out: Path, columns: int = 1) 
     for axes in grid[-1]:
         axes.set_xlabel("milliseconds", fontsize=9)
     kinds = {action.kind for timeline in panels.values() for spans in timeline.spans for action, _, _ in spans}
-    patches = [Patch(color=COLOURS[kind][0], label=LABELS[kind]) for kind in LABELS if kind in kinds]
+    patches = [Patch(color=ACTION_COLOURS[kind][0], label=LABELS[kind]) for kind in LABELS if kind in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     try:
         figure.savefig(out, dpi=110)
@@ -60,7 +60,7 @@ def draw_timelines(panels: Mapping[str, Timeline], out: Path, columns: int = 1) 
 def _draw(axes: Axes, title: str, timeline: Timeline) -> None:
     for rank, spans in enumerate(timeline.spans):
         for action, start, end in spans:
-            shade = COLOURS[action.kind][action.microbatch % 2]
+            shade = ACTION_COLOURS[action.kind][action.microbatch % 2]
             axes.barh(rank, (end - start) * 1e3, left=start * 1e3, height=0.86, color=shade, edgecolor="white", lw=0.4)
             if len(spans) <= MAX_NUMBERED and end - start > timeline.length / 120:
                 middle = (start + end) / 2 * 1e3

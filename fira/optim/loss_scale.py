@@ -2,7 +2,7 @@
 
 
 class LossScale:
-    """The factor of the objective (Micikevicius et al. 2017, arXiv 1710.03740); 1 if disabled.
+    """The factor by which the objective is multiplied (Micikevicius et al. 2017, arXiv 1710.03740); 1 if disabled.
 
     It is halved after each step with an overflow and doubled after GROWTH_INTERVAL consecutive steps without one.
     """

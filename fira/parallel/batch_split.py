@@ -1,6 +1,6 @@
-"""Split a global batch by sequences into one replica's micro-batches.
+"""Split the sequences of a global batch into the micro-batches of one replica.
 
-sequences   0 1 | 2 3 | 4 5 | 6 7 | 8 –        microbatch 2, dp 2, "–" is a sequence of length zero
+sequences   0 1 | 2 3 | 4 5 | 6 7 | 8 –        microbatch 2, dp 2, "–": padding, a sequence of length zero
 micro-batch   0     1     2     3     4     5
 replica       0     1     0     1     0     1
 """
@@ -24,7 +24,7 @@ class BatchSplit:
     """Micro-batch j, of `microbatch` sequences, goes to replica j mod dp.
 
     Every replica runs the same number of micro-batches of the same size, so that all ranks call the same collectives.
-    The last ones are filled up with sequences of length zero, whose targets are ignored and whose weight is zero.
+    The last ones are padded with sequences of length zero, whose targets are ignored and whose weight is zero.
     """
 
     microbatch: int
@@ -43,7 +43,7 @@ class BatchSplit:
         """This replica's micro-batches of the global batch of sequences first, …, first + sequences − 1.
 
         read: returns tokens and targets by sequence number. The objective is the mean over all targets that are not
-        ignored. dropout_seed: given in training; without it (evaluation) there is no dropout, noise or auxiliary loss.
+        ignored. dropout_seed: None in evaluation, which has no dropout, noise or auxiliary loss.
         loss_scale: factor of the objective, for fp16.
         """
         tokens, targets = read(first, sequences)

@@ -1,4 +1,4 @@
-"""Expert parallelism: tokens are sent to experts on other ranks and back, by all-to-all with uneven sizes.
+"""Expert parallelism: send tokens to experts on other ranks and back by all-to-all with uneven sizes.
 
 Shapes: N tokens on this rank, k experts per token, N·k assignments (token-major), E experts, R ranks in the group,
 E/R experts per rank, n assignments of all ranks to this rank's experts. No assignment is dropped by the exchange.
@@ -44,9 +44,9 @@ class AllToAllDispatcher(TokenDispatcher):
         self.ranks = dist.get_world_size(group)
 
     def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> ExchangePlan:
-        """experts: [N, k] chosen experts; `num_experts` stands for an assignment that is sent to no expert.
+        """experts: [N, k] chosen experts; the value `num_experts` marks a dropped assignment.
 
-        Contains the only host synchronisation of the layer.
+        This method contains the only host synchronisation of the layer.
         """
         flat = experts.flatten()
         order, inverse = sort_by_expert(flat)  # [1]
@@ -76,12 +76,12 @@ class AllToAllDispatcher(TokenDispatcher):
         return gather_rows(rows, plan.regroup, plan.ungroup)  # [4]
 
     def combine(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
-        """[n, …] sorted by expert → [N·k, …] for this rank's tokens in `plan.order`; zero where it was no expert."""
+        """[n, …] sorted by expert → [N·k, …] for this rank's tokens in `plan.order`; zero for dropped assignments."""
         assert isinstance(plan, ExchangePlan)
         rows = gather_rows(rows, plan.ungroup, plan.regroup)
         return _resize(all_to_all(rows, plan.receive, plan.send, self.group), len(plan.order))  # [5]
 
 
 def _resize(rows: Tensor, count: int) -> Tensor:
-    """The first `count` rows, or all and rows of zeros. In `order`, assignments to no expert are last."""
+    """Truncate rows to `count`, or append rows of zeros. In `order`, dropped assignments come last."""
     return rows if len(rows) == count else F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, count - len(rows)))

@@ -11,11 +11,11 @@ from fira.parallel.parallelize import DistributedModel, ParamShard
 from pipeline.mesh import Mesh
 
 LARGE = 2**20  # bytes from which a gradient is reduced in place, without a bucket
-BUCKET = 2**22  # bytes of a bucket of smaller gradients, which should still be in the cache when it is copied back
+BUCKET = 2**22  # bytes of a bucket of smaller gradients, small enough to stay in the CPU cache until copied back
 
 
 def gradient_of(shard: ParamShard) -> Tensor:
-    """The gradient of a shard. Every parameter takes part in every step, so it exists after each backward."""
+    """The gradient of a shard. Every parameter is used in every step, so the gradient exists after each backward."""
     assert shard.parameter.grad is not None, shard.name
     return shard.parameter.grad
 
@@ -56,14 +56,14 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 class NormVector:
     """Squared gradient norms of all parameters of the model, as one vector with a fixed order.
 
-    There is one entry per parameter, and one per expert for experts' parameters. Each entry is computed in float64 by
-    the one rank that owns it, and summing the vectors of all ranks adds only zeros to it. The global norm, the square
-    root of the vector's sum, is therefore bitwise independent of the layout wherever the gradients are.
+    There is one entry per parameter, and one per expert for experts' parameters. Exactly one rank owns an entry and
+    computes it in float64; in the vectors of all other ranks it is zero. The global norm, the square root of the sum
+    of all entries, is therefore bitwise identical for all layouts in which the gradients are bitwise identical.
     """
 
     def __init__(self, model: DistributedModel, mesh: Mesh) -> None:
         self.names: list[str] = []  # of the entries
-        self._owned: list[tuple[ParamShard, int]] = []  # and the number of entries of each
+        self._owned: list[tuple[ParamShard, int]] = []  # with the number of entries of each shard
         indices: list[int] = []  # of this rank's entries
         shards = {shard.name: shard for shard in model.shards}
         for name, shape, expert in model.parameters:

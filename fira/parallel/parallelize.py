@@ -2,8 +2,8 @@
 
     model on the meta device
         → partition   contiguous layers to stages, stages to the ranks of the pipeline
-        → shard       each ExpertBank keeps the experts of this ep rank, MoE layers get an all-to-all dispatcher
-        → initialise  memory is allocated, weights are drawn from generators seeded by the parameters' global names
+        → shard       each ExpertBank keeps the experts of this ep rank; MoE layers get an all-to-all dispatcher
+        → initialise  memory is allocated; weights are drawn from generators seeded by the parameters' global names
         → tie         the head's copy of a tied embedding gets the embedding's values
         → Engine      runs the stages by a schedule
 
@@ -34,7 +34,7 @@ from pipeline.schedule import SCHEDULES
 from pipeline.stage import DeviceLayers, Stage
 from pipeline.torchgpipe_stage import LocalPipeline
 
-EVERY_BLOCK = sys.maxsize  # number of recomputed blocks per stage that means all of them
+EVERY_BLOCK = sys.maxsize  # as a number of recomputed blocks per stage: all blocks
 
 
 class GlobalTensor(NamedTuple):
@@ -67,7 +67,7 @@ class ParamShard:
 
 @dataclass(frozen=True)
 class DistributedModel:
-    """This rank's part of a model, and what it needs to know of the whole model."""
+    """This rank's part of a model, and the properties of the whole model."""
 
     config: Any
     engine: Engine
@@ -84,7 +84,7 @@ class DistributedModel:
 
     @property
     def device(self) -> torch.device:
-        """The first of this rank's devices, on which values of all its layers are combined."""
+        """The first of this rank's devices, on which results of all its layers are combined."""
         return self.shards[0].parameter.device
 
 
@@ -107,8 +107,9 @@ def parallelize(
 
     model: on the meta device; it is not modified. devices: one, or several for torchgpipe to split each stage over.
     schedule: determines the number of stages and which rank holds which of them. dtype: of parameters and of messages
-    between stages. autocast: of matrix products. recompute: number of blocks that each stage recomputes for its
-    backward, the first of those between embedding and head; stages split by torchgpipe recompute all or none.
+    between stages. autocast: of matrix products. recompute: number of blocks that each stage recomputes in its
+    backward, counted from its first block; embedding and head are not blocks. Stages split by torchgpipe recompute all
+    blocks or none.
     """
     flops = layer_flops(model)
     placement = SCHEDULES[schedule].placement(mesh.layout.pp)
@@ -162,7 +163,7 @@ def _expert_tensors(model: nn.Module) -> set[str]:
 
 
 def _stage(layers: list[nn.Module], cut: int, autocast: torch.dtype | None, device: torch.device) -> Stage:
-    """A stage that recomputes the first `cut` layers for its backward."""
+    """A stage that recomputes its first `cut` layers in the backward."""
     recomputed = DeviceLayers(layers[:cut], autocast, recompute=True)
     regular = DeviceLayers(layers[cut:], autocast)
     if cut in (0, len(layers)):
@@ -171,7 +172,7 @@ def _stage(layers: list[nn.Module], cut: int, autocast: torch.dtype | None, devi
 
 
 def _to_empty(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace tensors by uninitialised ones on a device, floating-point ones of the given dtype.
+    """Replace tensors by uninitialised ones on a device, where floating-point tensors get the given dtype.
 
     nn.Module.to_empty does the same but queries the meta device, which imports sympy: 0.5 to 1 s at every start.
     """
@@ -214,7 +215,7 @@ def _tie(
 
 
 def _shards(tensors: Sequence[GlobalTensor], layers: Mapping[int, nn.Module], mesh: Mesh) -> list[ParamShard]:
-    """This rank's shards of those of the model's tensors that its layers hold."""
+    """This rank's shards of the given tensors, for those that belong to its layers."""
     shards = []
     for name, shape, expert in tensors:
         _, index, path = name.split(".", 2)

@@ -30,7 +30,7 @@ class PipelineModel(nn.Module):
         return self._pipeline[0].gpipe.devices
 
     def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
-        """[B, T] int64 → logits [B, T, vocab]. Without a context, train mode applies dropout, as in the model."""
+        """[B, T] int64 → logits [B, T, vocab]. Without a context, dropout is applied in train mode only."""
         tokens = tokens.to(self.devices[0])
         if self.tied:  # torchgpipe rejects a parameter in two partitions, so the head gets a view of it in each forward
             weight = self.layers[0].get_parameter("token.weight")

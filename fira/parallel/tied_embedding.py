@@ -3,7 +3,7 @@
     first rank   embedding  original ──value──▶ copy  head   last rank
                             original ◀──grad─── copy
 
-The gradients of the two are summed after the last backward, the value is sent after each update.
+The two gradients are summed after the last backward of a step; the value is sent after each update.
 """
 
 import torch
@@ -12,10 +12,11 @@ from torch import nn
 
 
 class TiedWeight:
-    """The embedding's weight, `original`, which is trained, saved and counted, and the head's `copy` of it.
+    """The weight of the embedding, `original`, and the copy of it in the head, `copy`.
 
-    Each is None on a pipeline rank that does not hold it. A rank that holds both keeps two gradients as well, so that
-    every layout adds the same numbers in the same order; on one device the two share their memory.
+    Only the original is updated, saved and counted. Each is None on a pipeline rank that does not hold it. A rank that
+    holds both also keeps two gradients, so that every layout adds the same numbers in the same order; on one device
+    the two share their memory.
     group: the ranks of the pipeline. first, last: the ranks within it that hold the original and the copy.
     """
 

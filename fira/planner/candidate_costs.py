@@ -7,7 +7,7 @@
         → layer_costs [layer]  LayerCost for one micro-batch
         → actions     [kind of action][stage]  seconds
 
-All replicas take the same time, so one pipeline represents them all, and a rank is a rank of that pipeline.
+All replicas take the same time, so only one pipeline is considered, and "rank" is a rank within this pipeline.
 """
 
 import math
@@ -16,23 +16,23 @@ from functools import cache, cached_property
 from typing import Self
 
 from fira.planner.candidates import Candidate
-from fira.planner.costs import BYTES_PER_ELEMENT, CostModel
+from fira.planner.costs import CostModel, element_size
 from fira.planner.device_specs import Hardware, Links
 from fira.planner.model_profile import ModelProfile
 from pipeline.partition import partition
 from pipeline.schedule import SCHEDULES, ActionKind
 
-MAX_ZB_V_RANKS = 64  # from this number on ZB-V's action lists take long to build, and its lower bound is used instead
+MAX_ZB_V_RANKS = 64  # from this number of ranks on, ZB-V is not simulated, because building its lists takes too long
 
 
 class PlanInputs:
-    """What all candidates share: model, hardware, and the costs of layers, cached by micro-batch size."""
+    """Inputs common to all candidates: model, hardware, and the costs of layers, cached by micro-batch size."""
 
     def __init__(self, profile: ModelProfile, hardware: Hardware, cost_model: CostModel, precision: str) -> None:
         self.profile = profile
         self.hardware = hardware
         self.cost_model = cache(cost_model)
-        self.element_size = BYTES_PER_ELEMENT.get(precision, 4)
+        self.element_size = element_size(precision)
         self.stages = cache(lambda count: partition(profile.flops, count))
 
 
@@ -65,7 +65,7 @@ class CandidateCosts:
         return [i for i in self.stages[stage] if 0 < i < len(self.profile.layers) - 1]
 
     def recomputed(self, stage: int) -> list[int]:
-        """The layers of a stage that are recomputed for its backward: the first of its blocks."""
+        """The layers of a stage that are recomputed in its backward: the first of its blocks."""
         return self.blocks(stage)[: self.candidate.recompute]
 
     @cached_property
@@ -109,7 +109,7 @@ class CandidateCosts:
                 first_half = cost.backward if i in recomputed else cost.backward_input
                 backward_input += first_half + exchange_backward + recompute
                 backward_weight += 0.0 if i in recomputed else cost.backward_weight
-            if stage == 0:  # tokens have no gradient, so the whole backward is done in the second half
+            if stage == 0:  # tokens have no gradient, so the full backward is done in the second half
                 backward_input, backward_weight = 0.0, backward
             result[ActionKind.FORWARD].append(forward)
             result[ActionKind.BACKWARD].append(backward)
@@ -131,7 +131,7 @@ class CandidateCosts:
         return work
 
     def parameters(self, rank: int) -> tuple[float, float]:
-        """Elements of a rank's parameters: those that are replicated over dp, and its shard of the experts'."""
+        """Number of elements of a rank's parameters: (replicated over dp, the rank's shard of the experts)."""
         kinds = [self.layer_kinds[i] for i in self.rank_layers[rank]]
         replicated = sum(kind.parameters for kind in kinds)
         if self.profile.tied and {0, len(self.profile.layers) - 1} <= set(self.rank_layers[rank]):
@@ -152,7 +152,7 @@ class CandidateCosts:
 
     @cached_property
     def update(self) -> float:
-        """Seconds of the optimizer on the slowest rank, and of the one small sum over all ranks (loss, norm, loads)."""
+        """Seconds of the slowest rank's optimizer and of one small all-reduce over all ranks (loss, norm, loads)."""
         world = self.layout.world
         slowest = max(self._optimizer(rank) for rank in range(self.layout.pp))
         return slowest + _all_reduce(self.hardware.links(world, 1), world, 0.0)

@@ -1,14 +1,13 @@
-"""Costs of layers: their definition, and a roofline estimate for a device that is described but not available."""
+"""Costs of layers, and their roofline estimate for a described device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from fira.devices import AUTOCAST_DTYPES
+from fira.devices import AUTOCAST_DTYPES, parameter_dtype
 from fira.planner.device_specs import Hardware
 from fira.planner.model_profile import ModelProfile, logits_bytes, saved_bytes
 
-BYTES_PER_ELEMENT = {"fp64": 8}  # of parameters and of messages; 4 for every other precision
 OPTIMIZER_PASSES = 10  # over the parameters' memory: AdamW reads 4 tensors and writes 3, norm and clipping take 3 more
 
 
@@ -16,17 +15,22 @@ OPTIMIZER_PASSES = 10  # over the parameters' memory: AdamW reads 4 tensors and 
 class LayerCost:
     """Costs of one layer for one micro-batch on a rank that holds all of its experts.
 
-    The head's forward computes the loss and what both gradients need (fira/nn/cross_entropy.py).
+    The forward of the head computes the loss and already both of its gradients (fira/nn/cross_entropy.py).
     """
 
     forward: float  # seconds
     backward_input: float  # seconds for the gradient of the input
     backward_weight: float  # seconds for the gradients of the weights
-    backward: float  # seconds for both in an unsplit backward
+    backward: float  # seconds for both in a full backward
     saved_for_backward: int  # bytes
     optimizer: float  # seconds per step
     workspace: int = 0  # bytes of temporary tensors
     saved_for_weight_grad: int = 0  # bytes between the two halves of a split backward
+
+
+def element_size(precision: str) -> int:
+    """Bytes per element of parameters and messages for a value of --precision."""
+    return parameter_dtype(precision).itemsize
 
 
 CostModel = Callable[[int], list[LayerCost]]  # micro-batch size → cost of each kind of layer
@@ -35,16 +39,17 @@ CostModel = Callable[[int], list[LayerCost]]  # micro-batch size → cost of eac
 def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, device: str = "cuda") -> CostModel:
     """Estimate each duration as the larger of FLOPs over FLOP/s and bytes over bytes/s.
 
-    A layer's weights are multiplied once in the forward pass and once for each of the two gradients. Products without
-    weights (attention scores) cost twice their forward in the gradient of the input. device: torch's device type.
+    A layer's weights are multiplied once in the forward pass and once for each of the two gradients. The gradient of
+    a product without weights (attention scores) costs twice its forward and is part of the gradient of the input.
+    device: torch's device type.
     """
-    rate, element_size = hardware.flops[precision], BYTES_PER_ELEMENT.get(precision, 4)
+    rate, itemsize = hardware.flops[precision], element_size(precision)
     layer_flops = dict(zip(profile.layers, profile.flops, strict=True))
 
     @cache
     def saved(kind: int, microbatch: int) -> tuple[int, int]:
         for_backward, for_weight_grad = saved_bytes(profile, kind, microbatch, AUTOCAST_DTYPES.get(precision))
-        return for_backward * element_size // 4, for_weight_grad * element_size // 4
+        return for_backward * itemsize // 4, for_weight_grad * itemsize // 4
 
     def cost(kind: int, microbatch: int) -> LayerCost:
         k, tokens = profile.kinds[kind], microbatch * profile.tokens
@@ -55,7 +60,7 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
         for_backward, for_weight_grad = (one + (microbatch - 1) * (two - one) for one, two in pairs)
         is_first, is_last = kind == profile.layers[0], kind == profile.layers[-1]
         parameters = k.parameters + k.expert_parameters
-        weights = 0 if is_first else element_size * parameters  # an embedding reads only a few rows of its table
+        weights = 0 if is_first else itemsize * parameters  # an embedding reads only a few rows of its table
 
         def seconds(flops: float, traffic: float) -> float:
             return max(flops / rate, traffic / hardware.memory_bandwidth, hardware.seconds_per_layer)
@@ -70,7 +75,7 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
             backward=backward_input + backward_weight,
             saved_for_backward=for_backward,
             saved_for_weight_grad=for_weight_grad,
-            optimizer=OPTIMIZER_PASSES * element_size * parameters / hardware.memory_bandwidth,
+            optimizer=OPTIMIZER_PASSES * itemsize * parameters / hardware.memory_bandwidth,
             workspace=logits_bytes(profile, microbatch, device) if is_last else 0,
         )
 

@@ -14,7 +14,7 @@ OPERATIONS = ("p2p", "all_to_all", "all_reduce")
 
 @dataclass(frozen=True)
 class Link:
-    """A message of n bytes takes latency + n / bandwidth seconds. In an all-reduce, n is what a ring sends per rank."""
+    """A message of n bytes takes latency + n / bandwidth seconds; for a ring all-reduce, n is what each rank sends."""
 
     latency: float
     bandwidth: float  # bytes/s in each direction

@@ -1,4 +1,4 @@
-"""Measured costs of layers and links on this machine, cached on disk. All ranks of the world measure at the same time.
+"""Measure the costs of layers and links on this machine, and cache them on disk. All ranks measure simultaneously.
 
 measure ─ _measure_machine ─ memory bandwidth and links
         └ _measure_layers  ─ _measure_layer per kind of layer and micro-batch size
@@ -46,7 +46,7 @@ FORMAT = 3  # part of every cache key; increase it when the cached values change
 REPEATS = 5
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
 MAX_SECONDS = 2.0  # of one layer's forward and backward; costs of larger micro-batches are scaled instead of measured
-# Assumed between processes of one machine when only one process measures.
+# The link assumed between processes of one machine when only one process measures.
 SHARED_MEMORY = Link(latency=5e-5, bandwidth=2e9)
 MESSAGE_SIZES = (2**10, 2**22)  # bytes
 
@@ -59,7 +59,7 @@ def measure(
     ranks: the number of ranks to plan for. If the world has fewer, this process measures with as many threads as one
     of them would have, and durations are multiplied by the number of ranks per core.
     """
-    keep_freed_memory()  # as training does
+    keep_freed_memory()  # as in training
     cores = len(os.sched_getaffinity(0))
     simulated = world.size < ranks and device.type == "cpu"
     threads = max(1, cores // ranks) if simulated else torch.get_num_threads()

@@ -31,7 +31,7 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
 
 
 def with_least_recompute(costs: CandidateCosts) -> CandidateCosts:
-    """The candidate with the fewest recomputed blocks that fit into memory, or with all if none of these fits."""
+    """The candidate with the fewest recomputed blocks that fits into memory, or with all blocks if none fits."""
     limit = max(1, *(len(costs.blocks(stage)) for stage in range(len(costs.stages))))
 
     def fits(blocks: int) -> bool:
@@ -62,6 +62,6 @@ def _saved(costs: CandidateCosts, stage: int) -> tuple[int, int]:
     regular = [i for i in costs.stages[stage] if i not in recomputed]
     saved = sum(costs.layer_costs[i].saved_for_backward for i in regular) + len(recomputed) * costs.boundary
     output = costs.boundary if stage < len(costs.stages) - 1 else 0
-    if stage == 0:  # the whole backward is in the second half, which keeps the output's gradient until then
+    if stage == 0:  # the full backward is in the second half, until which the gradient of the output is kept
         return saved + output, costs.boundary
     return saved + output, sum(costs.layer_costs[i].saved_for_weight_grad for i in regular)

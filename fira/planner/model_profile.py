@@ -1,4 +1,4 @@
-"""What the planner needs of a model: kinds of layers, their sizes, and the memory that their backward needs."""
+"""The profile of a model: kinds of layers, their sizes, and the memory that they save for their backward."""
 
 import copy
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ from pipeline.stage import Autocast
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Layers of equal cost."""
+    """A group of layers with equal costs."""
 
-    layer: nn.Module  # one of them, on the meta device
+    layer: nn.Module  # one layer of this kind, on the meta device
     parameters: int  # elements of parameters that are replicated over dp
     expert_parameters: int  # elements of parameters that are sharded over ep
     largest: int  # elements of the largest parameter
@@ -35,7 +35,7 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """A model as the planner sees it."""
+    """The properties of a model that the planner uses."""
 
     config: Any
     kinds: list[LayerKind]
@@ -82,7 +82,7 @@ def _kind(layer: nn.Module) -> LayerKind:
 
 
 class EvenDispatcher(TokenDispatcher):
-    """Gives every expert the same number of tokens. Routing depends on values, which a fake tensor does not have."""
+    """Assigns the same number of tokens to every expert, because fake tensors have no values to route by."""
 
     def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> DispatchPlan:
         flat = experts.flatten()
@@ -129,7 +129,7 @@ def logits_bytes(profile: ModelProfile, microbatch: int, device: str) -> int:
 
 
 def measure_saved_bytes(layer: nn.Module, x: Tensor, context: Context) -> tuple[int, int]:
-    """Bytes that autograd saves in a layer's forward, parameters excluded, and bytes that a split backward holds
+    """Bytes that autograd saves in a layer's forward, without parameters, and bytes that a split backward keeps
     between its two halves."""
     saved: dict[int, Tensor] = {}
 

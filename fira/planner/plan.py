@@ -1,4 +1,4 @@
-"""Plans for a model: the best candidates on this machine or on a described device, and how much to recompute."""
+"""Find the best candidates for a model on this machine or on a described device, and the least recomputation."""
 
 import math
 

@@ -24,7 +24,7 @@ COLUMNS = ("", "pp × dp (ep)", "schedule", "micro-batches", "step", "tokens/s",
 def describe(result: SearchResult, hardware: Hardware, tokens: int, command: Sequence[str]) -> str:
     """A table of the best candidates; for the first of them the breakdown of its step time and the command line.
 
-    tokens: per batch. command: the flags that the plan does not choose.
+    tokens: per batch. command: the flags of the training command that the planner does not choose.
     """
     best = result.best[0]
     rows = [COLUMNS, *(_row(n, estimate, tokens) for n, estimate in enumerate(result.best, 1))]

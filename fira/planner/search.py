@@ -1,8 +1,8 @@
 """Find the fastest candidates that fit into memory.
 
-Candidates are evaluated in the order of a lower bound of their step time. The search ends when the bound exceeds the
-step time of the best candidates found, so its result equals that of an exhaustive search. A candidate that does not fit
-into memory is replaced by the same candidate with the fewest recomputed blocks that make it fit.
+Candidates are evaluated in ascending order of a lower bound of their step time. The search ends when the next bound is
+no less than the step times of the best candidates found; its result equals that of an exhaustive search. A candidate
+that does not fit into memory is replaced by the same candidate with the fewest recomputed blocks that make it fit.
 """
 
 import heapq

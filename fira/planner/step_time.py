@@ -2,7 +2,7 @@
 
     step = simulated pipeline + gradient reduction over replicas + optimizer
 
-"compute" + "exchange" is the mean work of a rank, "fill" and "uneven" are the pipeline's bubble.
+"compute" + "exchange" is the mean work of a rank; "fill" + "uneven" is the pipeline bubble.
 """
 
 from collections.abc import Mapping

@@ -13,14 +13,14 @@ from pipeline.mpi import World
 
 
 def constraints_of(config: TrainConfig, batch: int) -> Constraints:
-    """The settings that are given, as constraints of the planner."""
+    """The given settings as constraints of the planner."""
     return Constraints(
         batch, config.pp, config.dp, config.ep, config.schedule, config.micro_batch_size, config.recomputed()
     )
 
 
 def with_plan(config: TrainConfig, model: LanguageModel, batch: int, device: torch.device, world: World) -> TrainConfig:
-    """The settings with missing ones taken from the best candidate (collective). model: on the meta device."""
+    """The settings, of which missing ones are taken from the best candidate (collective). model: on the meta device."""
     constraints = constraints_of(config, batch)
     result, _ = plan_here(model, constraints, config.precision, world.size, device, world, limit=1)
     candidate = result.best[0].candidate

@@ -30,7 +30,7 @@ def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings by the names of their flags. A layout or micro-batch size of None is chosen for the number of ranks."""
+    """Settings, named like their flags. If layout or micro-batch size is None, it is chosen for the number of ranks."""
 
     model: str = _option("fira-tiny", f"preset: {', '.join(PRESETS)}")
     model_set: str = _option("", "changes to the preset, such as d_model=256,num_layers=6")
@@ -98,7 +98,7 @@ class TrainConfig:
         return int(str(self.recompute))
 
     def recipe(self) -> Recipe:
-        """Steps, learning rates and batch size: as given, else from the preset, or from FINE_TUNING with `init`."""
+        """Steps, learning rates and batch size: as given, else from FINE_TUNING with `init`, else from the preset."""
         if self.model not in RECIPES:
             raise UserError(f"--model {self.model}: no such preset; choose from {', '.join(PRESETS)}")
         given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Recipe)}

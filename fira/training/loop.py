@@ -20,7 +20,7 @@ from pipeline.mpi import World
 def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
     """Train as configured, from the start or from a checkpoint, and write a run folder (collective).
 
-    quiet: show no progress.
+    quiet: print no progress.
     """
     recipe = config.recipe()
     out = run_folder.choose(config)

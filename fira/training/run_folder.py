@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from fira.errors import UserError
+from fira.metrics.csv_log import LOG_NAME
 from fira.training.config import TrainConfig
 
 RUNS = Path("runs")
@@ -36,8 +37,10 @@ def choose(config: TrainConfig) -> Path:
         number = earlier[-1][0] + 1 if earlier else 1
         out = RUNS / (config.name() if number == 1 else f"{config.name()}-{number}")
     out = _broadcast(out)
-    if config.resume is None and _broadcast((out / "training_log.csv").exists()):
-        raise UserError(f"--out {out} already holds a run; add --resume auto to continue it, or choose another folder")
+    if config.resume is None and _broadcast((out / LOG_NAME).exists()):
+        raise UserError(
+            f"--out {out} already contains a run; add --resume auto to continue it, or choose another folder"
+        )
     return out
 
 

@@ -1,4 +1,4 @@
-"""Report of a run by one rank: console output, the training log, and the picture at the end."""
+"""Report of a run by one rank: console output, training log, and the plot at the end."""
 
 import logging
 from pathlib import Path
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 class RunReport:
-    """Writes the run folder except for the checkpoints, and shows progress on the console; created by one rank.
+    """Writes the run folder except for the checkpoints, and prints progress; created by one rank only.
 
-    first: number of the first step, 1 or the one after a checkpoint. quiet: show no progress.
+    first: number of the first step, 1 or the one after a checkpoint. quiet: print no progress.
     """
 
     def __init__(self, config: TrainConfig, out: Path, run: Run, first: int, recipe: Recipe, quiet: bool) -> None:
@@ -56,10 +56,10 @@ class RunReport:
             self.progress.update(self.last)
 
     def finish(self, initial_loss: float) -> None:
-        """Draw the picture and show the result. initial_loss: the validation loss before the first step."""
+        """Draw the plot and print the result. initial_loss: the validation loss before the first step."""
         self.log.close()
         if self.last is None:
-            logger.info("nothing to do: %s is at step %d already; raise --steps to continue", self.out, self.steps)
+            logger.info("nothing to do: %s is already at step %d; raise --steps to continue", self.out, self.steps)
             return
         assert self.last.val_loss is not None  # the last step of a run is always validated
         self._show(console.loss_change(initial_loss, self.last.val_loss, self.run.corpus.summary))

@@ -1,4 +1,4 @@
-"""From settings to everything that a run needs: data, layout, model and trainer."""
+"""Build the objects of a training run from its settings: data, layout, model and trainer."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -98,7 +98,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World, quiet: bool = Fal
 
 
 def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | None]:
-    """The model's config and the path of its tokenizer.json, if any, from the flags or the saved model of --init."""
+    """The model's config and the path of its tokenizer.json, or None, from the flags or the saved model of --init."""
     changes = config.model_changes()
     if saved:
         saved_tokenizer = str(saved.folder / TOKENIZER) if saved.has_file(TOKENIZER) else None
@@ -110,7 +110,7 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
 
 
 def load_corpus(config: TrainConfig, tokenizer: str | None, vocab_size: int, world: World, quiet: bool) -> Corpus:
-    """The data, prepared by one rank of each node while the others wait, then read from the cache (collective)."""
+    """The data, prepared by one rank of each node and then read from the cache by the others (collective)."""
 
     def corpus(progress: bool) -> Corpus:
         return prepare(config.data, config.text_column, tokenizer, vocab_size, progress=progress)
@@ -146,13 +146,14 @@ def choose_recompute(
     if config.recompute != "auto":
         return config.recomputed() or 0
     blocks = torch.tensor(least_recompute(model, candidate, config.precision, devices[0], world.local_size))
-    dist.all_reduce(blocks, dist.ReduceOp.MAX)  # the memory of machines may differ
+    dist.all_reduce(blocks, dist.ReduceOp.MAX)  # machines may have different amounts of memory
     return int(blocks)
 
 
 def describe(
     config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus
 ) -> RunDescription:
+    """The facts that the console prints before the first step. parameters: of the whole model."""
     model = trainer.model.config
     return RunDescription(
         name=config.name(),

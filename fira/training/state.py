@@ -25,12 +25,12 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, toke
     functions of the seed and the sequence number, so there is no random state to save.
     """
     mesh, optimizer = trainer.mesh, trainer.optimizer
-    owned = [part for part in trainer.model.shards if (mesh.edp_rank if part.expert else mesh.dp_rank) == 0]
+    owned = [shard for shard in trainer.model.shards if (mesh.edp_rank if shard.expert else mesh.dp_rank) == 0]
     buffers = trainer.model.buffers if mesh.dp_rank == 0 else []
     moments = [
-        TensorShard(f"{moment}/{part.name}", tensor, part.start, part.shape)
-        for part in owned
-        for moment, tensor in zip(MOMENTS, optimizer.moments[part.name], strict=True)
+        TensorShard(f"{moment}/{shard.name}", tensor, shard.start, shard.shape)
+        for shard in owned
+        for moment, tensor in zip(MOMENTS, optimizer.moments[shard.name], strict=True)
     ]
     state = {
         "step": step,
@@ -41,7 +41,7 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, toke
     return checkpoint.save(
         root,
         step,
-        weights=[TensorShard(part.name, part.parameter, part.start, part.shape) for part in [*owned, *buffers]],
+        weights=[TensorShard(shard.name, shard.parameter, shard.start, shard.shape) for shard in [*owned, *buffers]],
         optimizer=moments,
         documents={"config": to_document(trainer.model.config), "state": state},
         files={TOKENIZER: tokenizer} if tokenizer is not None else {},
@@ -58,9 +58,9 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     _check_compatible(saved, trainer, tokenizer)
     state = saved.document("state")
     load_weights(saved, trainer.model)
-    for part in trainer.model.shards:
-        for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[part.name], strict=True):
-            tensor.copy_(_read(saved, f"{moment}/{part.name}", part))
+    for shard in trainer.model.shards:
+        for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[shard.name], strict=True):
+            tensor.copy_(_read(saved, f"{moment}/{shard.name}", shard))
     trainer.optimizer.updates = state["updates"]
     loader.load_state_dict(state["loader"])
     trainer.scale.load_state_dict(state["loss_scale"])
@@ -73,17 +73,17 @@ def load_weights(saved: Saved, model: DistributedModel) -> None:
 
     Raises UserError if they belong to another model.
     """
-    for part in [*model.shards, *model.buffers]:
-        part.parameter.copy_(_read(saved, part.name, part))
+    for shard in [*model.shards, *model.buffers]:
+        shard.parameter.copy_(_read(saved, shard.name, shard))
     if model.tied:
         model.tied.share_value()
 
 
-def _read(saved: Saved, name: str, part: ParamShard) -> torch.Tensor:
+def _read(saved: Saved, name: str, shard: ParamShard) -> torch.Tensor:
     """The rows of a stored tensor that a shard holds; UserError if its global shape differs from the stored one."""
-    if saved.shape(name) != part.shape:
-        raise UserError(f"{saved.folder}: {name} has shape {saved.shape(name)}, this model's is {part.shape}")
-    return saved.read(name, part.start, part.start + len(part.parameter)) if part.shape else saved.read(name)
+    if saved.shape(name) != shard.shape:
+        raise UserError(f"{saved.folder}: {name} has shape {saved.shape(name)}, this model's is {shard.shape}")
+    return saved.read(name, shard.start, shard.start + len(shard.parameter)) if shard.shape else saved.read(name)
 
 
 def _check_compatible(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | None) -> None:

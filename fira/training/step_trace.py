@@ -1,4 +1,4 @@
-"""Trace of one step: when each rank executed which action, as a file for ui.perfetto.dev and a picture."""
+"""Trace of one step: start and end of each rank's actions, as a file for ui.perfetto.dev and a plot."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ from fira.metrics.timeline_plot import write_timeline
 from pipeline.engine import Engine
 from pipeline.simulate import Timeline
 
-TRACED_STEP = 3  # of this run; the first steps are slower than the others
+TRACED_STEP = 3  # number of the traced step in this process; the first steps are slower than the others
 
 logger = logging.getLogger(__name__)
 

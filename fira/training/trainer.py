@@ -37,7 +37,7 @@ class StepResult:
     router_entropy: list[float]  # nats, mean over tokens, [MoE layer]
     bubble: float  # fraction of the step in which ranks waited in the pipeline, mean over ranks
     skipped: bool  # no update because fp16 gradients overflowed
-    extra: list[float]  # the argument `extra` of `step`, summed over ranks
+    extra: list[float]  # argument `extra` of `step`, summed over ranks
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class StepSums:
     entropy: Tensor  # [MoE layers] router entropy in nats, summed over tokens
     aux_loss: Tensor  # [] auxiliary loss times the loss scale
     loss: Tensor  # [] nats, summed over tokens
-    bubble: Tensor  # [] fraction of the step that this rank waited, divided by the number of ranks
-    extra: Tensor  # [n] numbers of the caller
+    bubble: Tensor  # [] fraction of the step in which this rank waited, divided by the number of ranks
+    extra: Tensor  # [n] argument `extra` of `step`
 
     def all_reduce(self) -> "StepSums":
         """Sums over all ranks, on the CPU, in one collective.
@@ -84,8 +84,8 @@ class Trainer:
         self.schedule = functools.cache(SCHEDULES[schedule].builder)
         self.clip = clip
         self.optimizer = AdamW(
-            {part.name: part.parameter for part in model.shards},
-            {part.name for part in model.shards if part.is_matrix},
+            {shard.name: shard.parameter for shard in model.shards},
+            {shard.name for shard in model.shards if shard.is_matrix},
             weight_decay,
         )
         self.scale = LossScale(fp16)
@@ -129,9 +129,9 @@ class Trainer:
         )
 
     def _backward(self, microbatches: list[MicroBatch]) -> list[Tensor]:
-        """Run forward and backward and reduce the gradients over replicas; the losses are those of this rank."""
-        for part in self.model.shards:
-            part.parameter.grad = None
+        """Run forward and backward, reduce the gradients over replicas, and return the losses of this rank."""
+        for shard in self.model.shards:
+            shard.parameter.grad = None
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
         losses = self.model.engine.run(schedule, microbatches)
         if self.model.tied:
@@ -150,7 +150,7 @@ class Trainer:
             moe.router.rebalance(load[self.model.moe_layers.index(moe.index)])
 
     def evaluate(self, data: ValidationSequences | Joined, batch: int) -> float:
-        """Mean loss in nats per token over all of the data, computed in batches of `batch` sequences."""
+        """Mean loss in nats per token over all sequences of `data`, computed in batches of `batch` sequences."""
         total = torch.zeros(2, dtype=torch.float64)
         for first in range(0, len(data), batch):
             count = min(batch, len(data) - first)

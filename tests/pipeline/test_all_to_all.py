@@ -1,4 +1,4 @@
-"""The differentiable all-to-all on several ranks, with uneven and empty parts."""
+"""The differentiable all-to-all on several ranks, with uneven and empty splits."""
 
 import pytest
 

@@ -207,7 +207,7 @@ def test_trace_and_waiting_time():
 
 
 def test_completed_sends_are_released():
-    """Before each send the tensors of completed sends are dropped; at the end the remaining sends are waited for."""
+    """Before each send the tensors of completed sends are dropped; at the end the run waits for the remaining sends."""
     layers, batches = make()
     network, waited = Network(), []
     numbers = iter(range(MICROBATCHES))

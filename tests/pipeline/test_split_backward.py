@@ -1,4 +1,4 @@
-"""The two parts of a split backward against the whole one: bitwise identical, and no matrix product computed twice."""
+"""The two parts of a split backward against the full one: bitwise identical, and no matrix product computed twice."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ class CountProducts(TorchDispatchMode):
 
 
 def compare(f: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
-    """Compare the split backward of f with the whole one; return the parameters' gradients after the first part."""
+    """Compare the split backward of f with the full one; return the parameters' gradients after the first part."""
     for p in parameters:
         p.grad = None
     leaf = x.clone().requires_grad_()
@@ -78,7 +78,7 @@ def test_vectors_first_and_matrices_later():
 
 
 def test_vectors_on_both_sides_of_a_product():
-    """A gain that scales a matrix is reached through a node with a matrix, so it waits; one used in two places sums."""
+    """A gain used in two places gets its gradient in the first part, a gain that scales a matrix in the second."""
     torch.manual_seed(0)
     weight, gain = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.randn(5))
     early = compare(lambda x: torch.tanh((x * gain) @ weight) * gain, torch.randn(4, 5), [weight, gain])

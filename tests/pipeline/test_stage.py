@@ -1,4 +1,4 @@
-"""A stage: forwards and whole or split backwards of several micro-batches, with mixed segments and recomputation."""
+"""A stage: forwards and full or split backwards of several micro-batches, with mixed segments and recomputation."""
 
 from typing import Any
 
@@ -85,7 +85,7 @@ def test_recomputed_layers_run_twice():
 
 @pytest.mark.parametrize("split", [False, True])
 def test_integer_inputs_have_no_gradient(split):
-    """backward_input leaves the whole backward of the first stage to backward_weight."""
+    """backward_weight runs the full backward of the first stage."""
 
     class Embed(nn.Module):
         def __init__(self) -> None:

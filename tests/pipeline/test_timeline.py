@@ -1,4 +1,4 @@
-"""Trace files: what is written can be read, and follows the Trace Event Format."""
+"""Trace files are read as they were written, and follow the Trace Event Format."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.schedule import ActionKind, zero_bubble_h1
 from pipeline.simulate import simulate
-from pipeline.timeline import COLOURS, WAIT, read_trace, write_trace
+from pipeline.timeline import EVENT_COLOURS, WAIT, read_trace, write_trace
 
 
 def test_written_trace_can_be_read(tmp_path):
@@ -27,4 +27,4 @@ def test_events(tmp_path):
     assert events[2] == {"ph": "X", "pid": 0, "tid": 0, "name": WAIT, "ts": 2e6, "dur": 1e6, "cname": "grey"}
     first, second = next(e for e in events if e["name"] == "F1.0"), next(e for e in events if e["name"] == "W1.9")
     assert first["args"] == {"kind": "F", "stage": 1, "microbatch": 0}
-    assert first["cname"] == second["cname"] == COLOURS[0]
+    assert first["cname"] == second["cname"] == EVENT_COLOURS[0]

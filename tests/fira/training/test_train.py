@@ -196,7 +196,7 @@ def test_divergence_ends_all_ranks_before_the_update(settings, tmp_path):
 def test_existing_run_is_not_overwritten(settings, uninterrupted):
     before = (uninterrupted / "training_log.csv").read_bytes()
     result = train(settings, 1, "--out", uninterrupted, status=2)
-    assert "already holds a run" in result.stderr
+    assert "already contains a run" in result.stderr
     assert (uninterrupted / "training_log.csv").read_bytes() == before
 
 

@@ -1,4 +1,12 @@
-"""Tokens one after another."""
+"""Autoregressive decoding of a batch of prompts.
+
+Shapes: B prompts of different lengths, T tokens so far, V vocabulary. All rows are decoded from the end of the shortest
+prompt. A row whose prompt is longer keeps its own tokens until its prompt ends:
+
+    column       0   1   2   3   4   5
+    row 0        p   p   ●   ●   ●   ●        p  token of the prompt
+    row 1        p   p   p   p   ●   ●        ●  generated token
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -15,7 +23,7 @@ from fira.nn.kv_cache import KVCache
 
 
 class CausalModel(Protocol):
-    """What decoding needs of a model: a config with `seq_len` and `vocab_size`, parameters, and logits of a context."""
+    """Interface that decoding requires of a model. The config has the fields `seq_len` and `vocab_size`."""
 
     config: Any
 
@@ -25,7 +33,7 @@ class CausalModel(Protocol):
 
 
 class Reader:
-    """A model on its way through a batch of texts of one length, which computes what is not in its cache yet."""
+    """Computes logits for a growing batch of texts of equal length, without recomputing cached tokens."""
 
     def __init__(self, model: CausalModel, use_cache: bool = True) -> None:
         self.model = model
@@ -33,25 +41,25 @@ class Reader:
         self.cache = KVCache() if use_cache else None
 
     def logits(self, tokens: Tensor, last: int = 1) -> Tensor:
-        """tokens: [B, T], all of the texts → logits [B, last, V] after their last tokens."""
+        """All tokens so far [B, T] → logits [B, last, V] of the last positions, in fp32."""
         if self.cache is None or tokens.shape[1] > self.seq_len:
-            # Positions are counted from the window's start: once it slides, nothing can be reused.
+            # The window slides, which changes the position of every token: the cache is not valid.
             tokens, cache = tokens[:, -self.seq_len :], None
         else:
             tokens, cache = tokens[:, self.cache.length :], self.cache
         return self.model(tokens, Context(decoding=DecodingContext(cache, logits_to_keep=last))).float()
 
     def keep(self, length: int) -> None:
-        """Forget all tokens but the first `length`. UserError for a model whose state cannot go back."""
+        """Shorten the cache to `length` tokens. Raises UserError if a recurrent state or a window prevents it."""
         if self.cache is not None and self.cache.length > length:
             try:
                 self.cache.crop(length)
             except ValueError as error:
-                raise UserError(f"this model cannot take tokens back ({error}); generate without a draft") from None
+                raise UserError(f"tokens cannot be removed ({error}); generate without a draft") from None
 
 
 def check_prompt(model: CausalModel, prompt: Sequence[int]) -> None:
-    """UserError for a prompt that is empty or not of the model's vocabulary."""
+    """Raise UserError if a prompt is empty or contains a token outside the model's vocabulary."""
     size = model.config.vocab_size
     if not len(prompt):
         raise UserError("there is nothing to continue; give at least one token")
@@ -68,10 +76,12 @@ def continuation(
     eos: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[dict[int, int]]:
-    """The tokens that follow prompts, as soon as they are known: each time a token for some of the rows, by row.
+    """Generate the tokens that follow each prompt; yields at each step the new tokens by row.
 
-    A row ends after `max_new_tokens` or after `eos`. Prompts may differ in length, and each is continued as it is
-    alone: all begin together, and a row reads on in its prompt while shorter ones are being continued.
+    A row ends after `max_new_tokens` tokens or after the token `eos`. The tokens of a row do not depend on the other
+    rows. use_cache=False recomputes all tokens at each step.
+
+    Raises UserError if a prompt is empty or contains a token outside the model's vocabulary.
     """
     for prompt in prompts:
         check_prompt(model, prompt)
@@ -84,16 +94,16 @@ def continuation(
     while running:
         logits = reader.logits(tokens[:, :length])[:, -1]
         if length == tokens.shape[1]:
-            tokens = F.pad(tokens, (0, length))  # a row that has ended is read on, and its logits ignored
+            tokens = F.pad(tokens, (0, length))  # the logits of finished rows are ignored
         ready = [row for row in running if len(rows[row]) <= length]
         if ready:
-            at = slice(None) if len(ready) == len(rows) else ready
-            if sampler.likeliest:
-                chosen = logits[at].argmax(-1)
+            selected = slice(None) if len(ready) == len(rows) else ready
+            if sampler.greedy:
+                chosen = logits[selected].argmax(-1)
             else:
                 streams = generators and [generators[row] for row in ready]
-                chosen = draw(sampler.probabilities(tokens[at, :length], logits[at]), streams)
-            tokens[at, length] = chosen
+                chosen = draw(sampler.probabilities(tokens[selected, :length], logits[selected]), streams)
+            tokens[selected, length] = chosen
             new = dict(zip(ready, chosen.tolist(), strict=True))
             ended = {row for row in ready if new[row] == eos or length + 1 == len(rows[row]) + max_new_tokens}
             running = [row for row in running if row not in ended]

@@ -21,23 +21,25 @@ class GenerateMixin:
         use_cache: bool = True,
         **sampling: Any,
     ) -> list[int] | list[list[int]] | Tensor:
-        """Continue a prompt, or several; returns prompt and continuation as what was given.
+        """Continue one or several prompts; returns prompts and continuations in the type of `ids`.
 
-        ids: a list, lists of any lengths, or a tensor [T] or [B, T]. eos: a sequence ends once it has produced it,
-        which fills up a tensor's shorter rows. sampling: temperature (0 is greedy), top_k, top_p, seed and the other
-        fields of `fira.decoding.sampling.Sampling`. A prompt longer than the model's context keeps its last tokens.
-        use_cache=False computes every token from scratch and gives the same. Raises UserError where a prompt is empty
-        or outside the vocabulary, or a number is out of range.
+        ids: a list of tokens, a list of such lists, or a tensor [T] or [B, T].
+        eos: token that ends a sequence. If the result is a tensor, shorter rows are padded with it.
+        use_cache: keep keys, values and states; False recomputes all tokens at each step, with the same result.
+        sampling: temperature (0: greedy), top_k, top_p, seed and the other fields of `fira.decoding.sampling.Sampling`.
+
+        Of texts longer than the model's context, the last tokens are used. Raises UserError if a prompt is empty or
+        contains a token outside the vocabulary, or if an option is out of range.
         """
-        several = ids.dim() == 2 if isinstance(ids, Tensor) else any(hasattr(one, "__len__") for one in ids)
+        batched = ids.dim() == 2 if isinstance(ids, Tensor) else any(hasattr(prompt, "__len__") for prompt in ids)
         rows: list[Any] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        texts = [list(row) for row in (rows if several else [rows])]
-        chosen = Sampling(**sampling)
-        for new in continuation(self, list(map(tuple, texts)), max_new_tokens, chosen, eos, use_cache):
+        texts = [list(row) for row in (rows if batched else [rows])]
+        prompts = [tuple(text) for text in texts]
+        for new in continuation(self, prompts, max_new_tokens, Sampling(**sampling), eos, use_cache):
             for row, token in new.items():
                 texts[row].append(token)
         if not isinstance(ids, Tensor):
-            return texts if several else texts[0]
+            return texts if batched else texts[0]
         longest = max(map(len, texts))
-        filled = torch.tensor([text + [eos or 0] * (longest - len(text)) for text in texts], device=ids.device)
-        return filled if several else filled[0]
+        padded = torch.tensor([text + [eos or 0] * (longest - len(text)) for text in texts], device=ids.device)
+        return padded if batched else padded[0]

@@ -1,4 +1,7 @@
-"""From logits to the next token's probabilities."""
+"""Sampling of the next token: penalties, temperature, truncation, and the draw.
+
+Shapes: R rows of texts with T tokens, V vocabulary; ids [R, T], logits [R, V].
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,19 +13,27 @@ from torch import Tensor
 
 from fira.errors import UserError
 
-Processor = Callable[[Tensor, Tensor], Tensor]  # (ids [R, T], logits [R, V]) → logits [R, V]
+Processor = Callable[[Tensor, Tensor], Tensor]  # (ids, logits) → logits
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. What is left at its default does nothing; the order is that of the fields' effect.
+    """Sampling options, which are applied in the order of the fields. The defaults have no effect.
 
-    repetition_penalty: logits of tokens in the text so far are divided by it, negative ones multiplied (Keskar et al.
-    2019, arXiv 1909.05858). presence_penalty: is subtracted from them. no_repeat_ngram: no n tokens stand twice.
-    temperature: 0 takes the likeliest token. top_k: the k likeliest. top_p: the fewest likeliest whose probability
-    reaches p (Holtzman et al. 2019, arXiv 1904.09751). min_p: those at least p times as likely as the likeliest.
-    typical_p: those whose information is nearest to the entropy, until their probability reaches p (Meister et al.
-    2022, arXiv 2202.00666). seed: the same one writes the same text; row i of a batch as if alone with seed + i.
+    repetition_penalty: divisor of the logits of tokens that occur in the text; negative logits are multiplied by it
+    (Keskar et al. 2019, arXiv 1909.05858).
+    presence_penalty: subtracted from the logits of tokens that occur in the text.
+    no_repeat_ngram: no sequence of this many tokens occurs twice.
+    temperature: divisor of the logits; 0 selects the most probable token.
+    top_k: keep the k most probable tokens.
+    top_p: keep the smallest set of most probable tokens whose total probability reaches p (Holtzman et al. 2019,
+    arXiv 1904.09751).
+    min_p: keep tokens whose probability is at least p times that of the most probable token.
+    typical_p: keep the tokens whose surprisal is closest to the entropy, up to a total probability of p (Meister et al.
+    2022, arXiv 2202.00666).
+    seed: makes the text reproducible. Row i of a batch equals a single text with seed + i.
+
+    Raises UserError for values out of range.
     """
 
     repetition_penalty: float = 1.0
@@ -37,21 +48,21 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature {self.temperature}: give 0 (the likeliest token) or more")
+            raise UserError(f"temperature {self.temperature}: give 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k {self.top_k}: give 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: give a probability above 0, at most 1")
 
     def generators(self, rows: int, device: torch.device) -> list[torch.Generator] | None:
-        """A stream of random numbers for each row of a batch; None: torch's own for all."""
+        """One random generator per row of a batch; None without a seed, for torch's global generator."""
         if self.seed is None:
             return None
         return [torch.Generator(device).manual_seed(self.seed + row) for row in range(rows)]
 
 
 class Sampler:
-    """Applies a Sampling. Whatever needs more than a line is transformers', imported when it is asked for."""
+    """Applies `Sampling` to logits. Longer processors are those of transformers, imported only if they are used."""
 
     def __init__(self, sampling: Sampling) -> None:
         s = self.sampling = sampling
@@ -70,39 +81,41 @@ class Sampler:
             self.filters.append(_transformers("TypicalLogitsWarper", "typical_p", s.typical_p))
 
     @property
-    def likeliest(self) -> bool:
-        """Whether the next token is simply the one with the greatest logit."""
+    def greedy(self) -> bool:
+        """Whether the next token is the argmax of the logits."""
         return self.sampling.temperature == 0 and not self.penalties
 
     def _subtract_presence(self, ids: Tensor, logits: Tensor) -> Tensor:
         return logits - torch.zeros_like(logits).scatter(1, ids, self.sampling.presence_penalty)
 
-    def probabilities(self, texts: Tensor, logits: Tensor) -> Tensor:
-        """texts: [R, T], all tokens so far; logits [R, V] of the next ones → their probabilities [R, V]."""
+    def probabilities(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """ids [R, T], all tokens so far, and logits [R, V] of the next token → its probabilities [R, V]."""
         s = self.sampling
         logits = logits.float()
         for process in self.penalties:
-            logits = process(texts, logits)
+            logits = process(ids, logits)
         if s.temperature == 0:
             return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
-        logits = (logits - logits.amax(-1, keepdim=True)) / s.temperature  # the greatest is 0, also if that is small
+        logits = (
+            logits - logits.amax(-1, keepdim=True)
+        ) / s.temperature  # the largest is 0: no overflow at any temperature
         if s.top_k is not None and s.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], float("-inf"))
         if s.top_p is not None and s.top_p < 1:
-            ordered, order = logits.sort(descending=True)
-            likely = ordered.softmax(-1)
-            before = likely.cumsum(-1) - likely
-            beyond = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= s.top_p)
-            logits = logits.masked_fill(beyond, float("-inf"))
+            sorted_logits, order = logits.sort(descending=True)
+            sorted_p = sorted_logits.softmax(-1)
+            preceding = sorted_p.cumsum(-1) - sorted_p  # total probability of the more probable tokens
+            removed = torch.zeros_like(preceding, dtype=torch.bool).scatter(1, order, preceding >= s.top_p)
+            logits = logits.masked_fill(removed, float("-inf"))
         for process in self.filters:
-            logits = process(texts, logits)
+            logits = process(ids, logits)
         return logits.softmax(-1)
 
 
 def draw(probabilities: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-    """A token for each row, by its probabilities [R, V] → [R]. generators: one a row; None: torch's own for all.
+    """Draw a token per row: probabilities [R, V] → [R]. generators: one per row; None: torch's global generator.
 
-    Of exponentially distributed times with these rates, the first one's place has just this distribution.
+    If time_t is exponentially distributed with rate p_t, the argmin of the times is t with probability p_t.
     """
     times = torch.empty_like(probabilities)
     if generators is None:
@@ -117,6 +130,6 @@ def _transformers(name: str, option: str, value: Any) -> Processor:
     try:
         return getattr(import_module("transformers.generation.logits_process"), name)(value)
     except ImportError:
-        raise UserError(f"{option} is transformers' work; pip install transformers") from None
+        raise UserError(f"{option} requires transformers; pip install transformers") from None
     except ValueError as error:
         raise UserError(f"{option} {value}: {error}") from None

@@ -1,4 +1,4 @@
-"""At home in Hugging Face: once this is imported, transformers' Auto classes know our models without remote code."""
+"""The model families as transformers models. Importing this package registers them with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

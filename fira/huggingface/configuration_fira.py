@@ -1,4 +1,4 @@
-"""The config of a model as transformers wants it. This file goes into exported folders, with all that it imports."""
+"""Configuration classes for transformers. Exported folders contain this file and all project files that it imports."""
 
 from dataclasses import field
 from pathlib import Path
@@ -11,7 +11,7 @@ from fira.models.registry import FAMILIES, from_document, to_document
 
 
 def _named(name: str) -> property:
-    """A field of the family's own config, under the name that transformers has for it."""
+    """Property that reads and writes the field `name` of the family's config, for use under transformers' name."""
 
     def read(config: "FiraLMConfig") -> Any:
         if name not in config.shape:
@@ -26,15 +26,17 @@ def _named(name: str) -> property:
 
 
 class FiraLMConfig(PreTrainedConfig):
-    """shape: the family's name and the fields of its own config; what is left out has its default.
+    """Configuration of any model family.
 
-    They stand apart because transformers takes some of their names, such as `top_k`, for settings of generation. Most
-    have the names of transformers too, to be read, given and changed: `FiraLMConfig(shape={…}, vocab_size=9)`.
+    shape: the family's name under `family`, and the fields of the family's config; omitted fields have their defaults.
+    The fields are nested because transformers treats some of their names, such as `top_k`, as settings of generation.
+    Most are also available under transformers' names, as attributes and as arguments:
+    `FiraLMConfig(shape={…}, vocab_size=9)`.
     """
 
     model_type = "fira"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    family: ClassVar[str] = "fira"  # where the shape names none
+    family: ClassVar[str] = "fira"  # used if `shape` does not name one
     classes: ClassVar[dict[str, str]] = {"AutoModel": "FiraLMModel", "AutoModelForCausalLM": "FiraLMForCausalLM"}
 
     vocab_size = _named("vocab_size")
@@ -53,7 +55,7 @@ class FiraLMConfig(PreTrainedConfig):
     shape: dict[str, Any] = field(default_factory=dict)
     use_cache: bool = True
     output_router_logits: bool = False
-    tie_word_embeddings: bool = False  # follows from the family
+    tie_word_embeddings: bool = False  # overwritten by the value of the family
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.shape = {"family": self.family} | self.shape
@@ -65,17 +67,17 @@ class FiraLMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """As transformers saves a config, and the models' code with it."""
+        """Save config.json and the source code of the models, which `trust_remote_code` loads."""
         write_model_code(save_directory, __package__)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def own(self) -> Any:
-        """The family's own config."""
+        """The family's config, for example a FiraConfig."""
         return from_document(self.shape)
 
 
 class RishAIConfig(FiraLMConfig):
-    """`RishAIConfig(vocab_size=…, hidden_size=…, num_experts=…, num_experts_per_tok=…, …)`; see RishConfig."""
+    """Configuration of a rish model: `RishAIConfig(vocab_size=…, hidden_size=…, num_experts=…, …)`; see RishConfig."""
 
     model_type = "rish_ai"
     family: ClassVar[str] = "rish"
@@ -83,7 +85,7 @@ class RishAIConfig(FiraLMConfig):
 
     @property
     def max_position_embeddings(self) -> int:
-        """The longest context; from there on the rotary base grows with the length."""
+        """Longest context. For longer sequences the rotary base grows with the length."""
         return self.shape["seq_len"]
 
     @max_position_embeddings.setter

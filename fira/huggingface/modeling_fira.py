@@ -1,7 +1,8 @@
-"""The families as transformers' models. This file goes into exported folders, with all that it imports.
+"""The model families as transformers models.
 
-The layers are the ones that are trained; here they get what transformers asks of a model: a cache that beams can
-reorder, batches padded on the left, a loss from labels, outputs by name.
+The layers are those of `fira.models`. This file adds the interface of transformers: a cache that beam search can
+reorder, batches with padding, the loss of labels, and named outputs. Exported folders contain this file and all project
+files that it imports.
 """
 
 from collections.abc import Iterator
@@ -25,60 +26,64 @@ from fira.nn.moe.router import Routed, Router
 
 
 class FiraLMCache(Cache):
-    """A KVCache as transformers' generation handles it. A recurrent state cannot be shortened, nor a passed window."""
+    """A KVCache with the interface of transformers' caches.
+
+    `crop` raises ValueError if the model has a recurrent state, or a window of attention has passed the removed tokens.
+    """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.kept = KVCache()
+        self.kv_cache = KVCache()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.kept.length
+        return self.kv_cache.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.kept.select(beam_idx)
+        self.kv_cache.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.kept.select(indices)
+        self.kv_cache.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        rows = next(iter(self.kept.states.values())).shape[0]
-        self.kept.select(torch.arange(rows).repeat_interleave(repeats))
+        rows = next(iter(self.kv_cache.states.values())).shape[0]
+        self.kv_cache.select(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            self.kept.crop(self.kept.length - abs(tokens_to_remove))
+            self.kv_cache.crop(self.kv_cache.length - abs(tokens_to_remove))
 
     def reset(self) -> None:
-        self.kept = KVCache()
+        self.kv_cache = KVCache()
 
 
 @dataclass
 class FiraLMOutput(MoeModelOutputWithPast):
-    """aux_loss: what the layers add to the training loss, coefficients included."""
+    """aux_loss: sum of the auxiliary losses of all layers, multiplied by their coefficients."""
 
     aux_loss: Tensor | None = None
 
 
 class FiraLMPreTrainedModel(PreTrainedModel):
-    """What both models share."""
+    """Settings for transformers that the base model and the causal language model share."""
 
     config: FiraLMConfig
     config_class = FiraLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = {"Block"}  # noqa: RUF012 (transformers says what it is)
+    _no_split_modules = {"Block"}  # noqa: RUF012 (the type is given by transformers)
     _skip_keys_device_placement = {"past_key_values"}  # noqa: RUF012
     _supports_sdpa = True
 
 
 class FiraLMModel(FiraLMPreTrainedModel):
-    """A family's embedding and blocks, and the norm behind them. The projection to logits is there and not used."""
+    """Embedding, blocks and final norm of a model. The projection to logits is a submodule but is not applied."""
 
     def __init__(self, config: FiraLMConfig) -> None:
         super().__init__(config)
         device = torch.get_default_device()
         with torch.device("meta"):
-            model = build(from_document(config.shape))  # of remote code each file's classes are its own, so not .own()
+            # Not config.own(): with remote code the config can come from another copy of the family's module.
+            model = build(from_document(config.shape))
         self.layers = model.layers if device.type == "meta" else model.layers.to_empty(device=device)
         self.gradient_checkpointing = False
         last = len(self.layers) - 1
@@ -87,9 +92,9 @@ class FiraLMModel(FiraLMPreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As training starts; only for what is not in the folder that is loaded."""
+        """Set the initial values of training. transformers calls this for modules whose weights were not loaded."""
         path = next((path for path, other in self.named_modules() if other is module), None)
-        if path is None:  # the larger table that takes an embedding's place
+        if path is None:  # a resized embedding that is not yet part of the model
             return super()._init_weights(module)
         for tensor, value in initial_values(module, path, seed=0):
             init.copy_(tensor, value)
@@ -114,11 +119,13 @@ class FiraLMModel(FiraLMPreTrainedModel):
         output_router_logits: bool | None = None,
         **kwargs: Any,
     ) -> FiraLMOutput:
-        """input_ids [B, T], or inputs_embeds [B, T, d] in place of the tokens' vectors → the last hidden states.
+        """input_ids [B, T], or inputs_embeds [B, T, d] instead of token embeddings → hidden states [B, T, d].
 
-        attention_mask: [B, past + T], ones for tokens; zeros before and behind them, not between. ValueError otherwise.
-        output_attentions: probabilities, [B, H, T, past + T] for each attention in the order of the layers.
-        output_router_logits: [B · T, E] for each layer that has experts.
+        attention_mask: [B, past + T], one for tokens and zero for padding, which is allowed before and after them.
+        output_attentions: return the probabilities [B, H, T, past + T] of each attention layer.
+        output_router_logits: return the router logits [B · T, E] of each MoE layer.
+
+        Raises ValueError for other masks, for position_ids, and if both or neither of the inputs are given.
         """
         x = input_ids if inputs_embeds is None else inputs_embeds
         if x is None or (input_ids is not None and inputs_embeds is not None):
@@ -126,27 +133,27 @@ class FiraLMModel(FiraLMPreTrainedModel):
         if kwargs.get("position_ids") is not None:
             raise ValueError("positions follow from attention_mask; position_ids cannot be given")
         config = self.config
-        wants_attentions = config.output_attentions if output_attentions is None else output_attentions
-        wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        wants_routers = config.output_router_logits if output_router_logits is None else output_router_logits
-        caches = config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and caches and not self.training:
+        return_attentions = config.output_attentions if output_attentions is None else output_attentions
+        return_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_routers = config.output_router_logits if output_router_logits is None else output_router_logits
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and use_cache and not self.training:
             past_key_values = FiraLMCache()
 
         context = Context.for_tokens(x, self.training)
         training, decoding = context.training, context.decoding
         training.caller_adds_aux = True
-        decoding.cache = None if past_key_values is None else past_key_values.kept
-        decoding.attentions = {} if wants_attentions else None
+        decoding.cache = None if past_key_values is None else past_key_values.kv_cache
+        decoding.attentions = {} if return_attentions else None
         if attention_mask is not None:
-            context.starts, context.lengths = _edges(attention_mask)
-        if self.training or wants_routers:
+            context.starts, context.lengths = _starts_and_ends(attention_mask)
+        if self.training or return_routers:
             tokens = context.valid(x).sum(1)
             training.aux_weights = tokens / tokens.sum().clamp(min=1)
 
         hidden = []
         *body, head = self.layers
-        with _router_logits(self if wants_routers else nn.Identity()) as routers:
+        with _router_logits(self if return_routers else nn.Identity()) as routers:
             for layer in body:
                 if self.gradient_checkpointing and self.training:
                     x = self._gradient_checkpointing_func(layer.__call__, x, context)
@@ -156,19 +163,19 @@ class FiraLMModel(FiraLMPreTrainedModel):
         x = head.get_submodule("norm")(x)
         if decoding.cache is not None:
             decoding.cache.length += x.shape[1]
-        notes = training.stats.values()
+        stats = training.stats.values()
         return FiraLMOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
-            hidden_states=(*hidden[:-1], x) if wants_hidden else None,
+            hidden_states=(*hidden[:-1], x) if return_hidden else None,
             attentions=tuple(decoding.attentions.values()) if decoding.attentions is not None else None,
-            router_logits=tuple(routers) if wants_routers else None,  # type: ignore[arg-type]
-            aux_loss=sum((note.aux.to(x.device) for note in notes), x.new_zeros(())) if notes else None,
+            router_logits=tuple(routers) if return_routers else None,  # type: ignore[arg-type]
+            aux_loss=sum((s.aux.to(x.device) for s in stats), x.new_zeros(())) if stats else None,
         )
 
 
 class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
-    """A family's model with its logits."""
+    """Causal language model of any family: FiraLMModel and the projection to logits."""
 
     def __init__(self, config: FiraLMConfig) -> None:
         super().__init__(config)
@@ -180,7 +187,7 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any
     ) -> None:
-        """Where generation is to start with a cache, it is one of ours."""
+        """Use a FiraLMCache for generation, unless `use_cache` is false or a cache is given."""
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = FiraLMCache()
 
@@ -205,10 +212,12 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """As FiraLMModel's, and logits [B, T, vocab]; of the last `logits_to_keep` tokens, where it is not 0.
+        """Arguments and outputs of FiraLMModel, and logits [B, T, vocab].
 
-        labels: [B, T], the tokens themselves, −100 for what is not to be predicted. `loss` is then the mean over
-        predicted tokens, in train mode with the auxiliary loss, which weighs as much however a batch is accumulated.
+        logits_to_keep: number of last tokens whose logits are computed, or their indices; 0: all.
+        labels: [B, T], the input tokens; −100 for tokens that are not predicted. `loss` is the mean cross-entropy of
+        the predicted tokens. In train mode it includes the auxiliary loss, whose weight does not depend on the number
+        of gradient accumulation steps.
         """
         outputs = self.model(
             input_ids,
@@ -227,8 +236,8 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training and outputs.aux_loss is not None:
-                of_all = kwargs.get("num_items_in_batch")  # predicted tokens, where this is a part of a batch
-                share = 1 if of_all is None else (labels[:, 1:] != -100).sum() / of_all
+                batch_tokens = kwargs.get("num_items_in_batch")  # of all accumulation steps
+                share = 1 if batch_tokens is None else (labels[:, 1:] != -100).sum() / batch_tokens
                 loss = loss + share * outputs.aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -242,19 +251,19 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
 
 
 class RishAIModel(FiraLMModel):
-    """rish under the name that its README gives it."""
+    """Base model of rish, under the name that is used by Rish AI."""
 
     config_class = RishAIConfig
 
 
 class RishAICausalLM(FiraLMForCausalLM):
-    """rish under the name that its README gives it."""
+    """Causal language model of rish, under the name that is used by Rish AI."""
 
     config_class = RishAIConfig
 
 
-def _edges(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """[B, T] of ones and zeros → where each row's ones start and where they end, each None where it is all the same."""
+def _starts_and_ends(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Attention mask [B, T] → first token [B] and end [B] of each sequence; None if no sequence has padding there."""
     if mask.dim() != 2:
         raise ValueError(f"attention_mask has {mask.dim()} dimensions; give [batch, tokens]")
     ones = mask.bool()
@@ -262,24 +271,24 @@ def _edges(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     starts = ones.int().argmax(1)
     ends = starts + ones.sum(1)
-    places = torch.arange(mask.shape[1], device=mask.device)
-    if not torch.equal(ones, (places >= starts[:, None]) & (places < ends[:, None])):
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    if not torch.equal(ones, (positions >= starts[:, None]) & (positions < ends[:, None])):
         raise ValueError(
-            "attention_mask has a zero between ones; padding is before and behind a sequence. Where a prompt holds the "
-            "padding token, give generate() the mask"
+            "attention_mask has a zero between ones; padding is allowed before and after a sequence only. If a prompt "
+            "contains the padding token, pass attention_mask to generate()"
         )
     return starts if starts.any() else None, None if ones[:, -1].all() else ends
 
 
 @contextmanager
 def _router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What the routers of a model decide by, as long as the context lasts."""
+    """Context manager that yields a list, to which each router in `model` appends its logits [N, E]."""
     logits: list[Tensor] = []
 
-    def note(module: nn.Module, inputs: Any, routed: Routed) -> None:
+    def append_logits(module: nn.Module, inputs: Any, routed: Routed) -> None:
         logits.append(routed.logits)
 
-    handles = [module.register_forward_hook(note) for module in model.modules() if isinstance(module, Router)]
+    handles = [module.register_forward_hook(append_logits) for module in model.modules() if isinstance(module, Router)]
     try:
         yield logits
     finally:

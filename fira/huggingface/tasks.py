@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval, on our models as transformers'."""
+"""Evaluation on the tasks of EleutherAI's lm-eval."""
 
 from fira.checkpoint.load_model import own_tokenizer
 from fira.errors import UserError
@@ -9,10 +9,12 @@ from fira.models.language_model import LanguageModel
 def evaluate_tasks(
     model: LanguageModel, names: list[str], folder: str | None = None, limit: int | None = None, batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
-    """The scores of each task, by metric.
+    """Evaluate a model; returns the scores of each task by metric.
 
-    folder: where the tasks' YAML files are; None: those that come with lm-eval, whose data it fetches. limit: of
-    examples. UserError where lm-eval is missing or knows no such task.
+    names: tasks to evaluate. folder: folder of the tasks' YAML files; None: the tasks included in lm-eval, whose data
+    it downloads. limit: maximum number of examples per task.
+
+    Raises UserError if lm-eval is not installed or a task does not exist.
     """
     try:
         from lm_eval import simple_evaluate
@@ -23,7 +25,7 @@ def evaluate_tasks(
     tasks = TaskManager(include_path=folder, include_defaults=folder is None)
     if unknown := sorted(set(names) - set(tasks.all_tasks)):
         raise UserError(
-            f"--tasks {','.join(unknown)}: no such task; known: {', '.join(sorted(tasks.all_tasks)[:20])} …"
+            f"--tasks {','.join(unknown)}: no such task; available: {', '.join(sorted(tasks.all_tasks)[:20])} …"
         )
     length = model.config.seq_len
     wrapped = HFLM(
@@ -32,10 +34,10 @@ def evaluate_tasks(
         batch_size=batch_size,
         max_length=length,
     )
-    found = simple_evaluate(model=wrapped, tasks=names, task_manager=tasks, limit=limit, bootstrap_iters=0)
-    return {task: _scores(metrics) for task, metrics in found["results"].items()}
+    evaluated = simple_evaluate(model=wrapped, tasks=names, task_manager=tasks, limit=limit, bootstrap_iters=0)
+    return {task: _scores(metrics) for task, metrics in evaluated["results"].items()}
 
 
 def _scores(metrics: dict[str, object]) -> dict[str, float]:
-    """`{"acc,none": 0.5, "acc_stderr,none": "N/A", …}` → the numbers, under names without the filter "none"."""
+    """Numeric scores by metric: `{"acc,none": 0.5, "acc_stderr,none": "N/A"}` → `{"acc": 0.5}`."""
     return {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)}

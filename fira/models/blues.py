@@ -1,11 +1,16 @@
-"""blues: grouped queries, gated experts, noisy top-1 routing, norms on both sides, tied embeddings.
+"""blues: grouped-query attention, gated experts with noisy top-1 routing, and tied embeddings.
 
-    x₀ = Emb · √d       h = x + drop(RMS(Attn(RMS x)))      y = h + drop(MoE(RMS h))
-    MoE(x) = Σ_e p_e · RMS(W2_e (gelu(g) ⊙ a)),  (g, a) = W1_e x        p = the top-k of softmax(W x + noise)
+    x       = √d · Emb[token]
+    x      += drop(RMS2(Attn(RMS1 x)))                               each block
+    x      += drop(MoE(RMS3 x))
+    logits  = Emb RMS x
 
-The router's weight p_e multiplies the normed output: a norm takes away any factor before it, and with it the gradient
-that tells the router of its choices. `gate_before_norm` gives the public form, RMS(Σ_e p_e · expert_e(x)).
-Rotary positions, a final RMS norm, logits through the embedding, no biases.
+    MoE(x)  = Σ_e p_e · RMS4(W2_e (gelu(g) ⊙ a)),  (g, a) = W1_e x   over the k experts with the largest p_e
+    p       = softmax(W_r x + noise · N(0, 1))                       noise in training only
+
+RMS4 is applied before the weight p_e. A norm after it would cancel the weight if k = 1, and the router would have no
+gradient. `gate_before_norm` selects this form of the original code, RMS4(Σ_e p_e · expert_e(x)).
+Attn uses rotary embedding. No biases.
 """
 
 from dataclasses import dataclass
@@ -31,7 +36,11 @@ from fira.nn.rotary import Rotary
 
 @dataclass(frozen=True)
 class BluesConfig:
-    """The shape of a blues. seq_len: the longest context. noise: deviation of the router's noise while training."""
+    """Hyperparameters of blues. seq_len: longest context. d_ff: width of an expert's hidden layer.
+
+    n_kv_head: number of key and value heads. top_k: number k of experts per token, or a fraction of all experts.
+    noise: standard deviation of the router's noise in training. aux_coefficient: of the loss `load_balance`.
+    """
 
     vocab_size: int = 200019
     seq_len: int = 256
@@ -51,7 +60,7 @@ class BluesConfig:
 
 
 class Block(Layer):
-    """Attention, then experts, each between two norms in a residual branch. index: its place among the layers."""
+    """Attention and mixture of experts, each with a residual connection. index: position in `LanguageModel.layers`."""
 
     def __init__(self, config: BluesConfig, index: int) -> None:
         super().__init__()
@@ -71,20 +80,20 @@ class Block(Layer):
         self.dropout1, self.dropout2 = (Dropout(c.dropout, f"{name}.dropout{i}") for i in (1, 2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → [B, T, d]."""
+        """x [B, T, d] → [B, T, d]."""
         keys = context.token_keys(x)
         x = x + self.dropout1(self.norm2(self.attention(self.norm1(x), context)), keys)
         return x + self.dropout2(self.norm4(self.moe(self.norm3(x), context, keys)), keys)
 
 
 class Blues(LanguageModel):
-    """`Blues(vocab_size=…, d_model=…, …)`, as in BluesConfig."""
+    """Build with a config, or with its fields: `Blues(vocab_size=…, d_model=…, …)`."""
 
     config: BluesConfig
 
     def __init__(self, config: BluesConfig | None = None, **arguments: int | float) -> None:
         c = config or BluesConfig(**arguments)  # type: ignore[arg-type]
-        # From N(0, 1/d): √d times it has unit variance, and so have the logits of a normed vector.
+        # With Emb from N(0, 1/d), both √d · Emb and the logits of a normalised vector have unit variance.
         embedding = Embedding(c.vocab_size, c.d_model, scale=c.d_model**0.5, std=c.d_model**-0.5)
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
         head = Head(RMSNorm(c.d_model, c.norm_eps), nn.Linear(c.d_model, c.vocab_size, bias=False))
@@ -97,7 +106,7 @@ FAMILY = Family(
     config=BluesConfig,
     presets={
         "blues-base": BluesConfig(),
-        # With a coefficient of 0.01 the first layer loses an expert in ten steps of so high a learning rate.
+        # At this learning rate, with a coefficient of 0.01, an expert of the first layer is unused after ten steps.
         "blues-tiny": BluesConfig(
             vocab_size=2048, seq_len=128, d_model=128, d_ff=256, dropout=0.0, aux_coefficient=0.1
         ),

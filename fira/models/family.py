@@ -1,4 +1,4 @@
-"""The record of a model family: everything that the rest of the project looks up by the family's name."""
+"""Record of a model family: its model class, config, presets, training recipes and properties."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,9 +1,14 @@
-"""fira, the flagship: a decoder transformer with a mixture of experts in every block.
+"""fira: a decoder transformer with a mixture of experts in every block.
 
-    h = x + drop(MHA(LN x))        y = h + drop(MoE(LN h))
-    MoE(x) = LN(drop(Σ_e p_e · W2_e drop(gelu(W1_e x + b1_e)) + b2_e))     p = softmax of the top-k of (W x + b) / 0.9
+    x       = drop(Emb[token] + Pos[position])
+    x      += drop1(Attn(LN1 x))                                         each block
+    x      += drop3(LN_post(drop2(MoE(LN2 x))))
+    logits  = W LN x
 
-Learned token and position embeddings, a final LayerNorm, an untied head without bias.
+    MoE(x)  = Σ_e p_e · (W2_e drop(gelu(W1_e x + b1_e)) + b2_e)          over the k experts with the largest g_e
+    p       = softmax of the k largest g,  g = (W_g x + b_g) / 0.9
+
+Attn: multi-head attention with biases.
 """
 
 from dataclasses import dataclass
@@ -26,10 +31,11 @@ from fira.nn.moe.router import Router
 
 @dataclass(frozen=True)
 class FiraConfig:
-    """The shape of a fira. top_k: experts per token, or a fraction of them. seq_len: the longest context.
+    """Hyperparameters of fira. seq_len: longest context. d_ff: width of an expert's hidden layer.
 
-    How experts are kept in balance is a choice: aux_coefficient is of fira's own loss, switch_coefficient of the
-    standard one, z_coefficient keeps router logits small; noise, balance_rate: see Router; capacity_factor: see MoE.
+    top_k: number k of experts per token, or a fraction of all experts.
+    aux_coefficient, switch_coefficient, z_coefficient: of the losses `even_weights`, `load_balance` and `router_z`.
+    noise, balance_rate: see Router. capacity_factor: see MoE.
     """
 
     vocab_size: int = 50304
@@ -50,7 +56,7 @@ class FiraConfig:
 
 
 class Block(Layer):
-    """Pre-norm attention, then pre-norm experts, each in a residual branch. index: its place among the layers."""
+    """Attention and mixture of experts, each with a residual connection. index: position in `LanguageModel.layers`."""
 
     def __init__(self, config: FiraConfig, index: int) -> None:
         super().__init__()
@@ -78,7 +84,7 @@ class Block(Layer):
         self.dropout1, self.dropout2, self.dropout3 = (Dropout(c.dropout, f"{name}.dropout{i}") for i in (1, 2, 3))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → [B, T, d]."""
+        """x [B, T, d] → [B, T, d]."""
         keys = context.token_keys(x)
         x = x + self.dropout1(self.attention(self.norm1(x), context), keys)
         y = self.moe(self.norm2(x), context, keys)
@@ -86,7 +92,7 @@ class Block(Layer):
 
 
 class FIRA(LanguageModel):
-    """`FIRA(vocab_size=…, d_model=…, n_head=…, num_layers=…, d_ff=…, num_experts=…)`, as in FiraConfig."""
+    """Build with a config, or with its fields: `FIRA(vocab_size=…, d_model=…, …)`."""
 
     config: FiraConfig
 

@@ -1,4 +1,4 @@
-"""A language model is a sequence of layers: embedding, blocks, head. This is what all families share."""
+"""Base class of all model families: a sequence of layers, from embedding over blocks to head."""
 
 from typing import Any
 
@@ -12,13 +12,15 @@ from fira.nn.moe.layer import MoE
 
 
 class LanguageModel(GenerateMixin, nn.Module):
-    """`layers[0]` embeds tokens, `layers[-1]` gives logits; every layer is called as `layer(x, context)`.
+    """Language model with `layers[0]` the embedding and `layers[-1]` the head; each is called as `layer(x, context)`.
 
-    A parameter's name, `layers.3.moe.experts.w1`, is the same in every layout. `config` is the family's dataclass and
-    has `vocab_size` and `seq_len`, the longest context. Built on the meta device it costs no memory and stays empty.
-    tokenizer: set where a model is loaded with the one that its tokens come from.
-    tied: logits are products with the embedding's own vectors. Then the head's weight is that parameter, which has one
-    name, the embedding's.
+    A parameter's name, such as `layers.3.moe.experts.w1`, is the same in every layout. On the meta device the model has
+    no weights.
+
+    config: dataclass of the family, with the fields `vocab_size` and `seq_len`, the longest context.
+    seed: with a parameter's name, it determines the initial values.
+    tied: the head shares the embedding's weight. The parameter is listed once, under the embedding's name.
+    tokenizer: attribute that is set if the model is loaded together with a tokenizer.
     """
 
     def __init__(self, config: Any, layers: nn.Sequential, seed: int = 0, tied: bool = False) -> None:
@@ -33,7 +35,7 @@ class LanguageModel(GenerateMixin, nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Make the head's weight the embedding's, where they are to be one; also after either was replaced."""
+        """Share the embedding's weight with the head if the model is tied. Call it after one of them was replaced."""
         if self.tied:
             embedding, head = self.layers[0], self.layers[-1]
             assert isinstance(embedding, Embedding)
@@ -41,7 +43,7 @@ class LanguageModel(GenerateMixin, nn.Module):
             head.project.weight = embedding.token.weight
 
     def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
-        """[B, T] int64 → logits [B, T, vocab]. In train mode, without a context, dropout uses torch's generator."""
+        """tokens [B, T] int64 → logits [B, T, vocab]. Without a context, torch's generator seeds dropout."""
         context = context or Context.for_tokens(tokens, self.training)
         x = tokens
         for layer in self.layers:
@@ -51,17 +53,18 @@ class LanguageModel(GenerateMixin, nn.Module):
         return x
 
     def weights(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds of the model, by global name: parameters and buffers, tied ones once."""
+        """Parameters and buffers by global name, as stored in a checkpoint. A tied parameter is listed once."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def num_parameters(self) -> int:
+        """Total number of parameters."""
         return sum(p.numel() for p in self.parameters())
 
     def num_active_parameters(self) -> int:
-        """How many parameters take part for one token: of the experts only those that it chooses."""
-        idle = 0
+        """Number of parameters that are used for one token, with k experts per MoE layer."""
+        unused = 0
         for moe in self.modules():
             if isinstance(moe, MoE):
                 one_expert = sum(p[0].numel() for p in moe.experts.parameters())
-                idle += one_expert * (moe.num_experts - moe.router.top_k)
-        return self.num_parameters() - idle
+                unused += one_expert * (moe.num_experts - moe.router.top_k)
+        return self.num_parameters() - unused

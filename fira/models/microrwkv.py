@@ -1,10 +1,18 @@
-"""microrwkv: RWKV-5 time mixing, windowed and grouped attention, and a tiny mixture of experts, in one block.
+"""microrwkv: RWKV-5 time mixing, sliding-window attention, gated attention and a small mixture of experts.
 
-    x += tmix(rms x);  x += cmix(rms x);  x += sliding(x);  x += grouped(tmix(x));  x += moe(x)
+    x       = Emb[token] + Pos[position]
+    x      += TimeMix(rms x)                                         each block
+    x      += ChannelMix(rms x)
+    x      += Sliding(x)
+    x      += Grouped(TimeMix(x))                                    the same TimeMix as above
+    x      += MoE(x)
+    logits  = Emb LN x
 
-The same tmix is used twice. rms has no gain. sliding: each token attends to the last `window` ones. grouped: attention
-in groups × heads, multiplied by a linear function of x before the output projection. moe(x) = W(Σ_e p_e (W_e x + b_e)).
-Learned positions, a final LayerNorm without bias, logits through the embedding.
+    MoE(x)  = W Σ_e p_e (W_e x + b_e) + b                            over the k experts with the largest p_e
+    p       = softmax(W_r x + b_r)
+
+rms: RMS norm without gain. Sliding: attention to the last `window` tokens. Grouped: attention with n_group · n_head
+heads, whose output is multiplied by a linear function of its input. LN has no bias.
 """
 
 from dataclasses import dataclass
@@ -28,9 +36,11 @@ from fira.nn.rwkv import ChannelMix, TimeMix
 
 @dataclass(frozen=True)
 class MicroRWKVConfig:
-    """The shape of a microrwkv. seq_len: the longest context. n_group: groups of n_head heads in grouped attention.
+    """Hyperparameters of microrwkv. seq_len: longest context. d_moe: width of an expert's output.
 
-    output_coefficient: of the mean square of the experts' mean outputs. aux_coefficient: of the balance loss.
+    n_group: number of groups of n_head heads in Grouped. window: number of tokens that Sliding attends to.
+    top_k: number k of experts per token, or a fraction of all experts.
+    output_coefficient, aux_coefficient: of the losses `small_outputs` and `load_balance`.
     """
 
     vocab_size: int = 50304
@@ -48,7 +58,7 @@ class MicroRWKVConfig:
 
 
 class TinyMoE(nn.Module):
-    """W(Σ_e p_e (W_e x + b_e)), p the top-k of softmax(W_r x + b)."""
+    """MoE of the block. The projection W is shared by the experts."""
 
     def __init__(self, config: MicroRWKVConfig, index: int) -> None:
         super().__init__()
@@ -59,12 +69,12 @@ class TinyMoE(nn.Module):
         self.project = Normal(c.d_moe, c.d_model)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → [B, T, d]."""
+        """x [B, T, d] → [B, T, d]."""
         return self.project(self.moe(x, context, None))
 
 
 class Block(Layer):
-    """The five branches. index: its place among the layers; the first block is at 1."""
+    """Five layers with residual connections. index: position in `LanguageModel.layers`, 1 for the first block."""
 
     def __init__(self, config: MicroRWKVConfig, index: int) -> None:
         super().__init__()
@@ -78,7 +88,7 @@ class Block(Layer):
         self.experts = TinyMoE(c, index)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → [B, T, d]."""
+        """x [B, T, d] → [B, T, d]."""
         cache, x = context.decoding.cache, context.zero_left_padding(x)
         x = x + self.time_mix(self.rms(x), cache, f"{self.name}.time_mix.first")
         x = x + self.channel_mix(self.rms(x), cache, f"{self.name}.channel_mix")
@@ -87,12 +97,13 @@ class Block(Layer):
         return x + self.experts(x, context)
 
     def flops_per_token(self, length: int) -> float:
+        """Forward FLOPs per token; time_mix counts twice."""
         second = sum(2.0 * p.numel() for p in self.time_mix.parameters() if p.dim() == 2)
         return super().flops_per_token(length) + second + self.time_mix.own_flops_per_token(length)
 
 
 class MicroRWKV(LanguageModel):
-    """`MicroRWKV(vocab_size=…, d_model=…, …)`, as in MicroRWKVConfig."""
+    """Build with a config, or with its fields: `MicroRWKV(vocab_size=…, d_model=…, …)`."""
 
     config: MicroRWKVConfig
 

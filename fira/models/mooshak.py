@@ -1,9 +1,13 @@
 """mooshak: a dense, Llama-like decoder for Hindi and English.
 
-    norm_order "pre":   h = x + Attn(RMS x)      y = h + MLP(RMS h)
-    norm_order "post":  h = x + Attn(x)          r = RMS(h)      y = RMS(h + MLP(r))
+    x       = Emb[token]
+    h       = x + Attn(RMS1 x)         x = h + MLP(RMS2 h)           each block, norm_order "pre"
+    h       = x + Attn(x)              x = RMS2(h + MLP(RMS1 h))     each block, norm_order "post"
+    logits  = W RMS x
 
-Attn has rotary positions, MLP(x) = W2(silu(W1 x) ⊙ W3 x); a final RMS norm, an untied head, no biases.
+    MLP(x)  = W2 (silu(W1 x) ⊙ W3 x)
+
+Attn: grouped-query attention with rotary embedding. No biases.
 """
 
 from dataclasses import dataclass
@@ -24,10 +28,11 @@ from fira.nn.rotary import Rotary, Stretch
 
 @dataclass(frozen=True)
 class MooshakConfig:
-    """The shape of a mooshak. seq_len: the longest context. n_kv_head: None for one per query head.
+    """Hyperparameters of mooshak. seq_len: longest context. d_ff: width of the MLP's hidden layer.
 
-    tied: logits are products with the embedding's vectors, as in small Llamas. rope_factor: where it is not 1, rotary
-    positions are stretched as in Llama 3.1; it and those below are `rotary.Stretch`'s.
+    n_kv_head: number of key and value heads; None: n_head.
+    tied: the head shares the embedding's weight, as in small Llama models.
+    rope_factor, rope_low, rope_high, rope_original: frequency scaling of Llama 3.1, see Stretch; factor 1: none.
     """
 
     vocab_size: int = 64128
@@ -48,7 +53,7 @@ class MooshakConfig:
 
 
 class Block(Layer):
-    """Attention, then MLP, each in a residual branch. index: its place among the layers."""
+    """Attention and MLP, each with a residual connection. index: position in `LanguageModel.layers`."""
 
     def __init__(self, config: MooshakConfig, index: int) -> None:
         super().__init__()
@@ -64,7 +69,7 @@ class Block(Layer):
         self.norm1, self.norm2 = (RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → [B, T, d]."""
+        """x [B, T, d] → [B, T, d]."""
         if self.norm_first:
             h = x + self.attention(self.norm1(x), context)
             return h + self.mlp(self.norm2(h))
@@ -73,7 +78,7 @@ class Block(Layer):
 
 
 class Mooshak(LanguageModel):
-    """`Mooshak(vocab_size=…, d_model=…, …)`, as in MooshakConfig."""
+    """Build with a config, or with its fields: `Mooshak(vocab_size=…, d_model=…, …)`."""
 
     config: MooshakConfig
 

@@ -1,9 +1,8 @@
 """The model families by name, with the presets, recipes and models that follow from them.
 
-To add a family, write its file in this folder and import its record here; nothing else lists the families.
+To add a family, write its file in this folder and add its record to FAMILIES. No other file lists the families.
 """
 
-# ruff: noqa: F401 (the imported records are collected in FAMILIES)
 from dataclasses import asdict, fields, replace
 from typing import Any, get_args, get_type_hints
 
@@ -16,36 +15,37 @@ from fira.models.microrwkv import FAMILY as MICRORWKV
 from fira.models.mooshak import FAMILY as MOOSHAK
 from fira.models.rish import FAMILY as RISH
 
-FAMILIES: dict[str, Family] = {record.name: record for record in list(globals().values()) if isinstance(record, Family)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (FIRA, RISH, MOOSHAK, BLUES, MICRORWKV)}
 PRESETS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.presets.items()}
 RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES.values() for name, recipe in family.recipes.items()}
 
 
 def family_of(config: Any) -> Family:
-    """The family that a config belongs to."""
+    """Return the family of a config."""
     return next(family for family in FAMILIES.values() if family.config is type(config))
 
 
 def make_config(preset: str, changes: dict[str, Any]) -> Any:
-    """Config of a preset with some fields changed. Raises UserError for an unknown preset or field."""
+    """Return the config of a preset with some fields changed. Raises UserError for an unknown preset or field."""
     if preset not in PRESETS:
         raise UserError(f"--model {preset}: no such preset; choose from {', '.join(PRESETS)}")
     return change(PRESETS[preset], preset, changes)
 
 
 def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
-    """Copy of a config with some fields changed. Raises UserError for an unknown field or a wrong type.
+    """Return a copy of a config with some fields changed. Raises UserError for an unknown field or a wrong type.
 
-    name: the preset, or what else the error message calls the model.
+    name: name of the model in error messages, for example the preset.
     """
-    known = {f.name for f in fields(config)}
-    if unknown := set(changes) - known:
-        raise UserError(f"{name} has no field {', '.join(sorted(unknown))}; its fields are {', '.join(sorted(known))}")
-    kinds = get_type_hints(type(config))
+    existing = {f.name for f in fields(config)}
+    if unknown := set(changes) - existing:
+        names, choices = ", ".join(sorted(unknown)), ", ".join(sorted(existing))
+        raise UserError(f"{name} has no field {names}; its fields are {choices}")
+    types = get_type_hints(type(config))
     for field, value in changes.items():
-        allowed = get_args(kinds[field]) or (kinds[field],)
+        allowed = get_args(types[field]) or (types[field],)
         if type(value) not in allowed and not (type(value) is int and float in allowed):
-            raise UserError(f"{field}={value}: {field} must be {' or '.join(kind.__name__ for kind in allowed)}")
+            raise UserError(f"{field}={value}: {field} must be {' or '.join(type_.__name__ for type_ in allowed)}")
     return replace(config, **changes)
 
 
@@ -61,7 +61,7 @@ def build(config: Any) -> LanguageModel:
 
 
 def to_document(config: Any) -> dict[str, Any]:
-    """A config as a JSON object, with the name of its family under `family`."""
+    """Convert a config to a JSON object, with the name of its family under `family`."""
     return {"family": family_of(config).name, **asdict(config)}
 
 
@@ -70,7 +70,7 @@ def from_document(document: dict[str, Any]) -> Any:
     values = dict(document)
     family = values.pop("family", None)
     if family not in FAMILIES:
-        raise UserError(f"config.json: unknown model family {family!r}; known: {', '.join(FAMILIES)}")
+        raise UserError(f"config.json: unknown model family {family!r}; choose from {', '.join(FAMILIES)}")
     try:
         return FAMILIES[family].config(**values)
     except TypeError as error:

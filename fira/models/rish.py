@@ -1,10 +1,14 @@
-"""rish: a mixture of experts whose norms stand behind attention and experts, as in OLMo 2 and FlexOlmo.
+"""rish: a mixture of experts with normalised outputs of attention and experts, as in OLMo 2 and FlexOlmo.
 
-    h = x + RMS(Attn(x))        y = h + RMS(MoE(h))
-    MoE(x) = Σ_e p_e · W2_e (silu(W_gate_e x) ⊙ W_up_e x)       p = the top-k of softmax(W x), not renormalised
+    x       = Emb[token]
+    x      += RMS1(Attn(x))                                          each block
+    x      += RMS2(MoE(x))
+    logits  = W RMS x
 
-Attn: q and k RMS-normed over their full width, rotary positions, fewer heads for keys and values than for queries.
-A final RMS norm, an untied head, no biases.
+    MoE(x)  = Σ_e p_e · W2_e (silu(g) ⊙ a),  (g, a) = W1_e x         over the k experts with the largest p_e
+    p       = softmax(W_r x)
+
+Attn: grouped-query attention with rotary embedding; q and k are RMS-normalised over their full width. No biases.
 """
 
 from dataclasses import dataclass
@@ -29,10 +33,11 @@ from fira.nn.rotary import Rotary
 
 @dataclass(frozen=True)
 class RishConfig:
-    """The shape of a rish. seq_len: the longest context.
+    """Hyperparameters of rish. seq_len: longest context. d_ff: width of an expert's hidden layer.
 
-    Beyond max_position the rotary base grows with the length: then what a cache holds of deeper layers was computed
-    with the base of its time, and decoding with it is near, not equal, to computing all tokens again.
+    n_kv_head: number of key and value heads. top_k: number k of experts per token, or a fraction of all experts.
+    max_position, rope_factor: in longer sequences the rotary base grows with the length, see Rotary. Decoding with a
+    cache is then an approximation: cached values were computed with the base of a shorter text.
     """
 
     vocab_size: int = 100352
@@ -52,7 +57,7 @@ class RishConfig:
 
 
 class Block(Layer):
-    """Attention, then experts, each in a residual branch. index: its place among the layers."""
+    """Attention and mixture of experts, each with a residual connection. index: position in `LanguageModel.layers`."""
 
     def __init__(self, config: RishConfig, index: int) -> None:
         super().__init__()
@@ -73,18 +78,21 @@ class Block(Layer):
         )
         router = Router(c.d_model, c.num_experts, c.top_k, bias=False, renormalise=False)
         experts = GatedExperts(c.num_experts, c.d_model, c.d_ff, F.silu, std=0.02)
-        balance = (load_balance, c.aux_coefficient / c.num_layers)  # transformers' loss is one for all layers
+        balance = (
+            load_balance,
+            c.aux_coefficient / c.num_layers,
+        )  # as in transformers, whose loss is a mean over layers
         self.moe = MoE(router, experts, c.num_experts, index, [balance])
         self.norm1, self.norm2 = (RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → [B, T, d]."""
+        """x [B, T, d] → [B, T, d]."""
         x = x + self.norm1(self.attention(x, context))
         return x + self.norm2(self.moe(x, context, None))
 
 
 class Rish(LanguageModel):
-    """`Rish(vocab_size=…, d_model=…, …)`, as in RishConfig."""
+    """Build with a config, or with its fields: `Rish(vocab_size=…, d_model=…, …)`."""
 
     config: RishConfig
 

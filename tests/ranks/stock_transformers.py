@@ -21,7 +21,9 @@ IDS = range(5, 17)
 
 
 def run_isolated(results: Path, *folders: Path) -> dict[str, dict[str, Any]]:
-    """Load each folder, write its logits for the tokens `IDS` to `results/<name>.npy`, and return what it generates.
+    """Load each folder, save and load its model twice more, and return what the last copy generates.
+
+    The logits for the tokens `IDS` are written to `results/<name>.npy`.
 
     Returns:
         By the folder's name: `single` and `batch`, greedy continuations of text prompts; `greedy`, six token ids that
@@ -53,6 +55,9 @@ def main(site: str, results: str, *folders: str) -> None:
     for folder in map(Path, folders):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        for copy in (Path(results, "copy", folder.name), Path(results, "copy-of-copy", folder.name)):
+            model.save_pretrained(copy)  # with its code
+            model = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
         ids = torch.tensor([[*IDS]])
         with torch.no_grad():
             np.save(Path(results, folder.name), model(ids).logits[0].numpy())

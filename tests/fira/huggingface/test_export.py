@@ -1,4 +1,4 @@
-"""Folders of transformers: ours without this package, in classes of its own, and theirs trained here."""
+"""Export to transformers, with our code and in its own classes, and training of models that it has saved."""
 
 import json
 import os
@@ -48,53 +48,53 @@ def tokenizer() -> Tokenizer:
 
 
 def save(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
-    """A step folder, as training leaves it."""
+    """Save a model as a step folder of training."""
     weights = [TensorShard(name, value.detach(), 0, tuple(value.shape)) for name, value in model.weights().items()]
     files = {"tokenizer.json": tokenizer.to_str().encode()}
     return checkpoint.save(folder, 7, weights, [], {"config": to_document(model.config)}, files, {})
 
 
-def with_vocabulary(family: str, **changes: Any) -> LanguageModel:
+def model_for_tokenizer(family: str, **changes: Any) -> LanguageModel:
     return trained(replace(small(family), vocab_size=VOCABULARY, **changes))
 
 
 @pytest.fixture(scope="module")
 def exports(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[LanguageModel, Path]]:
     """A model of each family, and its export."""
-    folder, made = tmp_path_factory.mktemp("exports"), {}
+    folder, exported = tmp_path_factory.mktemp("exports"), {}
     for family in FAMILIES:
-        model = with_vocabulary(family)
-        made[family] = model, export(save(folder / f"{family}-run", model, tokenizer), folder / f"{family}-v1.0")
-    return made
+        model = model_for_tokenizer(family)
+        exported[family] = model, export(save(folder / f"{family}-run", model, tokenizer), folder / f"{family}-v1.0")
+    return exported
 
 
-def test_a_stock_transformers_needs_nothing_of_ours(
-    exports: dict[str, tuple[LanguageModel, Path]], tmp_path: Path
-) -> None:
-    found = run_isolated(tmp_path, *(folder for _, folder in exports.values()))
+def test_export_loads_without_this_package(exports: dict[str, tuple[LanguageModel, Path]], tmp_path: Path) -> None:
+    results = run_isolated(tmp_path, *(folder for _, folder in exports.values()))
     for family, (model, folder) in exports.items():
         expected = model(torch.tensor([[*STOCK_IDS]]), Context())[0].detach().numpy()
         np.testing.assert_allclose(np.load(tmp_path / f"{folder.name}.npy"), expected, atol=1e-5, rtol=0)
-        one = found[folder.name]
-        assert one["classes"][1] == "transformers_modules"
-        assert one["single"].startswith("def f")
-        assert len(one["single"]) > len("def f")
-        assert one["batch"][0] == one["single"], family
-        assert one["chat"] == "<|prompter|>Hi</s><|assistant|>yes</s><|prompter|>no</s><|assistant|>"
+        result = results[folder.name]
+        assert result["classes"][1] == "transformers_modules"
+        assert result["single"].startswith("def f")
+        assert len(result["single"]) > len("def f")
+        assert result["batch"][0] == result["single"], family
+        assert result["chat"] == "<|prompter|>Hi</s><|assistant|>yes</s><|prompter|>no</s><|assistant|>"
         assert not list(folder.glob("*.bin"))
+        saved = {path.name: path.read_text() for path in (tmp_path / "copy-of-copy" / folder.name).glob("*.py")}
+        assert saved == {path.name: path.read_text() for path in folder.glob("*.py")}
 
 
-def test_an_export_is_a_checkpoint(
+def test_export_can_be_loaded_as_checkpoint(
     exports: dict[str, tuple[LanguageModel, Path]],
     tokenizer: Tokenizer,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for model, folder in exports.values():
-        again = load_model(folder)
-        assert again.config == model.config
-        assert all(torch.equal(value, again.weights()[name]) for name, value in model.weights().items())
-        assert again.tokenizer.get_vocab() == tokenizer.get_vocab()
+        loaded = load_model(folder)
+        assert loaded.config == model.config
+        assert all(torch.equal(value, loaded.weights()[name]) for name, value in model.weights().items())
+        assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
     monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint", str(folder), "--prompt", "def ", "--seed=1"])
     runpy.run_path(str(ROOT / "scripts" / "generate.py"), run_name="__main__")
     assert capsys.readouterr().out.startswith("def ")
@@ -110,17 +110,17 @@ def test_an_export_is_a_checkpoint(
         ("rish", "flexolmo", {"max_position": 5, "rope_factor": 2.0, "top_k": 0.8}),
     ],
 )
-def test_a_class_of_transformers_computes_the_same(
+def test_export_to_class_of_transformers_has_equal_logits(
     family: str, form: str, changes: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    model = with_vocabulary(family, **changes)
+    model = model_for_tokenizer(family, **changes)
     step = save(tmp_path / "run", model, tokenizer)
     folder = export(step, tmp_path / "out", form)
     other = AutoModelForCausalLM.from_pretrained(folder)
     assert type(other).__module__.startswith("transformers.models")
     torch.testing.assert_close(other(IDS).logits, model(IDS, Context()), rtol=0, atol=1e-5)
-    again = load_model(folder)
-    torch.testing.assert_close(again(IDS, Context()), model(IDS, Context()), rtol=0, atol=0)
+    loaded = load_model(folder)
+    torch.testing.assert_close(loaded(IDS, Context()), model(IDS, Context()), rtol=0, atol=0)
     wrong = "flexolmo" if form == "llama" else "llama"
     with pytest.raises(UserError, match=f"a {family} has no equivalent"):
         export(step, tmp_path / "wrong", wrong)
@@ -130,8 +130,8 @@ def test_a_class_of_transformers_computes_the_same(
         export(step, step / "manifest.json" / "out", form)
 
 
-def test_what_has_no_equal_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    step = save(tmp_path / "run", with_vocabulary("mooshak", norm_order="post"), tokenizer)
+def test_options_without_equivalent_raise(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    step = save(tmp_path / "run", model_for_tokenizer("mooshak", norm_order="post"), tokenizer)
     with pytest.raises(UserError, match="norm_order=post has no equivalent"):
         export(step, tmp_path / "out", "llama")
     llama = LlamaForCausalLM(LlamaConfig(**LLAMA))
@@ -161,7 +161,7 @@ def test_what_has_no_equal_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> N
         load_model(tmp_path / "llama")
 
 
-def test_flexolmo_and_a_tied_llama_in_pieces_are_read(tmp_path: Path) -> None:
+def test_sharded_flexolmo_and_tied_llama_are_loaded(tmp_path: Path) -> None:
     tied = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True))
     experts = {"num_experts": 5, "num_experts_per_tok": 2, "pad_token_id": 2, "num_key_value_heads": 4}
     flexolmo = FlexOlmoForCausalLM(FlexOlmoConfig(**LLAMA | experts))
@@ -175,8 +175,8 @@ def test_flexolmo_and_a_tied_llama_in_pieces_are_read(tmp_path: Path) -> None:
         torch.testing.assert_close(model(IDS, Context()), other(IDS).logits, rtol=0, atol=1e-5)
 
 
-def test_a_llama_is_trained_on_and_goes_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Two stages each read their layers; two steps at a small rate leave the weights near where they were."""
+def test_llama_is_trained_further_and_exported_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """On two pipeline stages. Two steps at a small learning rate change every weight, by less than 1e-3."""
     llama = LlamaForCausalLM(LlamaConfig(**LLAMA)).eval()
     llama.save_pretrained(tmp_path / "llama")
     tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
@@ -187,9 +187,9 @@ def test_a_llama_is_trained_on_and_goes_back(tokenizer: Tokenizer, tmp_path: Pat
     done = run_ranks(2, ROOT / "scripts" / "train.py", *flags, *sizes, timeout=100, env=environment)
     assert done.returncode == 0, done.stderr
     assert "llama: " in done.stdout
-    back = LlamaForCausalLM.from_pretrained(export(tmp_path / "run", tmp_path / "back", "llama"))
-    moved = [(value - llama.state_dict()[name]).abs().max().item() for name, value in back.state_dict().items()]
-    assert all(0 < most < 1e-3 for most in moved)
+    exported = LlamaForCausalLM.from_pretrained(export(tmp_path / "run", tmp_path / "exported", "llama"))
+    changes = [(value - llama.state_dict()[name]).abs().max() for name, value in exported.state_dict().items()]
+    assert all(0 < change < 1e-3 for change in changes)
     model = load_model(tmp_path / "run")
-    torch.testing.assert_close(model(IDS, Context()), back(IDS).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(IDS, Context()), exported(IDS).logits, rtol=0, atol=1e-5)
     assert model.tokenizer.get_vocab() == tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""The families as transformers' models: the same logits, and what transformers asks of a model beside them."""
+"""The transformers models have the logits of our models and support caches, beams, padding, losses and saving."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +19,13 @@ IDS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def small(family: str) -> Any:
-    """A config that is quick, with a window that is soon full."""
+    """A small config, with an attention window shorter than the test sequences."""
     config = replace(PRESETS[f"{family}-tiny"], vocab_size=64, seq_len=40, d_model=32, num_layers=2)
     return replace(config, window=6) if family == "microrwkv" else config
 
 
 def trained(config: Any) -> LanguageModel:
-    """A model whose every parameter matters, in eval mode."""
+    """A model in eval mode whose parameters are all different from their initial values, such as zero."""
     model = build(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -35,10 +35,10 @@ def trained(config: Any) -> LanguageModel:
 
 
 def wrapped(family: str) -> tuple[LanguageModel, FiraLMForCausalLM]:
-    """A model of ours, and the same as one of transformers'."""
+    """A model, and the transformers model with the same weights."""
     ours = trained(small(family))
-    made, config = (RishAICausalLM, RishAIConfig) if family == "rish" else (FiraLMForCausalLM, FiraLMConfig)
-    theirs = made(config(shape=to_document(ours.config))).eval()
+    causal, config = (RishAICausalLM, RishAIConfig) if family == "rish" else (FiraLMForCausalLM, FiraLMConfig)
+    theirs = causal(config(shape=to_document(ours.config))).eval()
     theirs.load_state_dict({f"model.{name}": value for name, value in ours.state_dict().items()})
     return ours, theirs
 
@@ -47,7 +47,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 
 @families
-def test_a_new_model_starts_as_training_does(family: str) -> None:
+def test_new_model_has_the_initial_values_of_training(family: str) -> None:
     config = small(family)
     model = FiraLMForCausalLM(FiraLMConfig(shape=to_document(config)))
     for name, value in build(config).weights().items():
@@ -66,10 +66,10 @@ def test_logits_cache_beams_and_padding(family: str) -> None:
     first = model(IDS[:, :5])
     then = model(IDS[:, 5:], past_key_values=first.past_key_values)
     torch.testing.assert_close(then.logits, expected[:, 5:], rtol=1e-5, atol=1e-5)
-    for way in ({}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
-        written, plain = (model.generate(IDS, **GREEDY, **way, use_cache=cache) for cache in (True, False))
-        assert torch.equal(written, plain), way
-        assert len({*written[:, 9:].flatten().tolist()}) > 1
+    for options in ({}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}):
+        cached, uncached = (model.generate(IDS, **GREEDY, **options, use_cache=cache) for cache in (True, False))
+        assert torch.equal(cached, uncached), options
+        assert len({*cached[:, 9:].flatten().tolist()}) > 1
 
     short = IDS[:1, :5]
     batch = torch.cat([torch.cat([torch.full((1, 4), 7), short], 1), IDS[1:]])
@@ -78,18 +78,18 @@ def test_logits_cache_beams_and_padding(family: str) -> None:
     padded, alone = model(batch, attention_mask=mask).logits, model(short).logits
     torch.testing.assert_close(padded[:1, 4:], alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(padded[1:], expected[1:], rtol=1e-5, atol=1e-5)
-    together, apart = model.generate(batch, attention_mask=mask, **GREEDY), model.generate(short, **GREEDY)
-    assert torch.equal(together[0, 9:], apart[0, 5:])
+    padded, alone = model.generate(batch, attention_mask=mask, **GREEDY), model.generate(short, **GREEDY)
+    assert torch.equal(padded[0, 9:], alone[0, 5:])
     with pytest.raises(ValueError, match="zero between ones"):
         model(IDS, attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1, 1]] * 2))
 
 
 @families
 @torch.no_grad()
-def test_speculation_writes_what_greedy_search_writes(family: str) -> None:
+def test_speculative_decoding_equals_greedy_search(family: str) -> None:
     _, model = wrapped(family)
     draft = FiraLMForCausalLM(FiraLMConfig(shape=to_document(small(family)))).eval()
-    if family == "microrwkv":  # a recurrent state has no way back
+    if family == "microrwkv":  # tokens cannot be removed from a recurrent state
         with pytest.raises(ValueError, match="stateful"):
             model.generate(IDS[:1], assistant_model=draft, **GREEDY)
     else:
@@ -97,7 +97,7 @@ def test_speculation_writes_what_greedy_search_writes(family: str) -> None:
 
 
 @families
-def test_outputs_and_the_loss_with_and_without_recomputing(family: str) -> None:
+def test_outputs_and_loss_with_and_without_gradient_checkpointing(family: str) -> None:
     _, model = wrapped(family)
     logits = model(IDS).logits
     outputs = model(IDS, labels=IDS, output_attentions=True, output_hidden_states=True, output_router_logits=True)
@@ -116,40 +116,40 @@ def test_outputs_and_the_loss_with_and_without_recomputing(family: str) -> None:
     gradients: list[list[Tensor]] = []
     for _ in range(2):
         model.zero_grad()
-        torch.manual_seed(3)  # of dropout and noise
+        torch.manual_seed(3)  # determines dropout and noise
         outputs = model(IDS, labels=IDS)
         outputs.loss.backward()
         gradients.append([p.grad for p in model.parameters()])
         model.activation_checkpointing_enable()
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert (outputs.aux_loss is None) == (family == "mooshak")
-    if outputs.aux_loss is not None and family != "blues":  # which has noise
+    if outputs.aux_loss is not None and family != "blues":  # its routing noise changes the loss
         assert outputs.loss.item() == pytest.approx(nll.item() + outputs.aux_loss.item(), rel=1e-5)
 
 
 @families
-def test_a_saved_model_is_known_by_its_folder(family: str, tmp_path: Path) -> None:
+def test_saved_model_is_loaded_by_auto_classes(family: str, tmp_path: Path) -> None:
     ours, model = wrapped(family)
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is type(model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
     assert AutoConfig.from_pretrained(tmp_path).own() == ours.config
     for name, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), name
+        assert torch.equal(loaded.state_dict()[name], value), name
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cpu")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    off = (half(IDS).logits.float() - ours(IDS, Context())).abs()
-    assert off.median() < 0.03  # not the greatest: a rounding can send a token to another expert
+    difference = (half(IDS).logits.float() - ours(IDS, Context())).abs()
+    assert difference.median() < 0.03  # not the maximum: rounding can change the chosen experts of a token
     base = AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(base(IDS).last_hidden_state, model(IDS, output_hidden_states=True).hidden_states[-1])
     base.resize_token_embeddings(70, mean_resizing=False)
     assert base.get_input_embeddings().weight.shape[0] == 70
-    again.resize_token_embeddings(70)
-    assert again(IDS).logits.shape[-1] == again.config.vocab_size == 70
-    torch.testing.assert_close(again(IDS).logits[..., :64], model(IDS).logits)
+    loaded.resize_token_embeddings(70)
+    assert loaded(IDS).logits.shape[-1] == loaded.config.vocab_size == 70
+    torch.testing.assert_close(loaded(IDS).logits[..., :64], model(IDS).logits)
 
 
-def test_rish_by_the_names_of_its_readme() -> None:
+def test_rish_config_accepts_names_of_transformers() -> None:
     config = RishAIConfig(
         vocab_size=99,
         hidden_size=32,

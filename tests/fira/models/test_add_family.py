@@ -1,4 +1,4 @@
-"""A new model family is one file and one line in the registry; every command then accepts it."""
+"""A new model family consists of one file and its entry in the registry; every command then accepts it."""
 
 import json
 import shutil
@@ -60,7 +60,6 @@ FAMILY = Family(
     tied=True,
 )
 '''
-LINE = "from fira.models.toy import FAMILY as TOY\n"
 
 
 @pytest.fixture
@@ -71,8 +70,8 @@ def source_tree(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "fira/models/toy.py").write_text(FAMILY_FILE)
     registry = tree / "fira/models/registry.py"
-    imports, rest = registry.read_text().split("\n\nFAMILIES", 1)
-    registry.write_text(f"{imports}\n{LINE}\nFAMILIES{rest}")
+    source = registry.read_text().replace("MICRORWKV)", "MICRORWKV, TOY)")
+    registry.write_text(source.replace("\n\nFAMILIES", "\nfrom fira.models.toy import FAMILY as TOY\n\nFAMILIES", 1))
     return tree
 
 

@@ -100,18 +100,18 @@ def test_missing_tensor_file_or_row_is_named(root: Path) -> None:
 
 
 def test_newest_undamaged_checkpoint_is_used_and_damaged_ones_are_reported(
-    root: Path, capsys: pytest.CaptureFixture[str]
+    root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert newest_valid(root) is None
     for step in (50, 100, 150):
         save_state(str(root), step, keep=3)
     (root / "step-000200.tmp").mkdir()
     assert newest_step(str(root)) == 150
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
     os.truncate(root / "step-000150" / MODEL, 9)
     (root / "step-000100" / "manifest.json").unlink()
     assert newest_step(str(root)) == 50
-    lines = capsys.readouterr().err.splitlines()
+    lines = caplog.messages
     assert len(lines) == 2
     assert str(root / "step-000150" / MODEL) in lines[0]
     assert str(root / "step-000100") in lines[1]

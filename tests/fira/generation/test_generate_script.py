@@ -110,7 +110,7 @@ def test_invalid_arguments_end_with_a_one_line_error(
         ("invalid int value", ["--checkpoint", run_folder, "--seed=x"]),
         ("unrecognized arguments: --wrong", ["--checkpoint", run_folder, "--wrong"]),
         ("not allowed with", ["--checkpoint", run_folder, "--model_name=run"]),
-        ("greater length", ["--checkpoint", run_folder, "--prompt=def main", "--max_length=0"]),
+        ("must be greater than 0", ["--checkpoint", run_folder, "--prompt=def main", "--max_length=0"]),
         ("min_p 2.0", ["--checkpoint", run_folder, "--min_p=2"]),
         ("neither a folder nor a file", ["--model_name", "run"]),
         ("UTF-8", ["--checkpoint", run_folder, "--eval-text", tmp_path / "binary"]),

@@ -29,8 +29,8 @@ def make_checkout(folder: Path) -> Path:
     (folder / "README.md").write_text(text)
     (folder / "texts").mkdir()
     (folder / "texts" / "one.txt").write_text(text * 3)
-    rows = "\n".join(f'"{line}"' for line in text.replace('"', "'").splitlines() if line)
-    (folder / "pages.csv").write_text(f"Text,text\n{rows.replace(chr(10), ',x' + chr(10))},x\n")
+    rows = [f'"{line}","{line}"\n' for line in text.replace('"', "'").splitlines() if line]
+    (folder / "pages.csv").write_text("Text,text\n" + "".join(rows))
     return folder
 
 

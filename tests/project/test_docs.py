@@ -71,6 +71,7 @@ def help_of(script: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.replace("[", "  ")
 
 
+@pytest.mark.slow
 def test_every_flag_in_a_command_exists():
     shown = [command for text in PAGES.values() for command in commands(text)]
     used = [(script, command) for command in shown for script in re.findall(r"scripts/\w+\.py", command)]

@@ -17,6 +17,7 @@ def test_notebook_is_stored_without_results() -> None:
     assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_notebook_trains_shows_the_loss_and_writes(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)

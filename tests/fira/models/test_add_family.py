@@ -75,6 +75,7 @@ def source_tree(tmp_path: Path) -> Path:
     return tree
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_new_family_trains_resumes_exports_and_generates(source_tree: Path, tmp_path: Path) -> None:
     text, run, exported = tmp_path / "text.txt", tmp_path / "run", tmp_path / "exported"

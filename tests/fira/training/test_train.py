@@ -248,6 +248,7 @@ def test_checkpoint_of_another_model_is_refused(settings, uninterrupted, tmp_pat
     assert "is of another model: its d_model is 16, this run's 32" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "blocks"), [("bf16", "full"), ("fp16", "auto")])
 def test_lower_precision_gives_similar_losses(settings, uninterrupted, tmp_path, precision, blocks):
     run = tmp_path / "run"

@@ -1,4 +1,7 @@
-"""fira once more, written as loops over tokens, heads and experts: what the tests compare the model with."""
+"""Reference implementation of fira with loops over tokens, heads and experts.
+
+Shapes: T tokens, d model width, E experts.
+"""
 
 import math
 
@@ -9,7 +12,7 @@ from fira.models.fira import FiraConfig
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Over the last dimension, with the biased variance."""
+    """LayerNorm over the last dimension, with the biased variance."""
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
@@ -19,7 +22,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attention(x: Tensor, p: dict[str, Tensor], n_head: int) -> Tensor:
-    """One sequence [T, d]: every token looks at itself and at what came before."""
+    """Causal self-attention of one sequence x [T, d] → [T, d]."""
     q, k, v = (x @ p[f"{n}.weight"].T + p[f"{n}.bias"] for n in "qkv")
     width = x.shape[1] // n_head
     rows = []
@@ -34,10 +37,10 @@ def attention(x: Tensor, p: dict[str, Tensor], n_head: int) -> Tensor:
     return torch.stack(rows)
 
 
-def experts(x: Tensor, p: dict[str, Tensor], top_k: int, counted: int) -> tuple[Tensor, Tensor]:
-    """One sequence [T, d] → its output, and Σ_e (mean p_e − 1/E)² over its first `counted` tokens."""
+def experts(x: Tensor, p: dict[str, Tensor], top_k: int, valid: int) -> tuple[Tensor, Tensor]:
+    """x [T, d] → output [T, d], and Σ_e (mean p_e − 1/E)² with the mean over the first `valid` tokens."""
     num_experts = len(p["router.gate.bias"])
-    share = [x.new_zeros(()) for _ in range(num_experts)]
+    mean = [x.new_zeros(()) for _ in range(num_experts)]
     rows = []
     for t, token in enumerate(x):
         g = (p["router.gate.weight"] @ token + p["router.gate.bias"]) / 0.9
@@ -48,14 +51,14 @@ def experts(x: Tensor, p: dict[str, Tensor], top_k: int, counted: int) -> tuple[
             hidden = gelu(p["experts.w1"][e] @ token + p["experts.b1"][e])
             weight = g[e].exp() / total
             row = row + weight * (p["experts.w2"][e] @ hidden + p["experts.b2"][e])
-            if t < counted:
-                share[e] = share[e] + weight / counted
+            if t < valid:
+                mean[e] = mean[e] + weight / valid
         rows.append(row)
-    return torch.stack(rows), sum((s - 1 / num_experts) ** 2 for s in share)
+    return torch.stack(rows), sum((p_e - 1 / num_experts) ** 2 for p_e in mean)
 
 
 def fira(tokens: Tensor, p: dict[str, Tensor], config: FiraConfig, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """tokens [B, T] and parameters by global name → logits [B, T, vocab] and each sequence's auxiliary loss [B]."""
+    """tokens [B, T], parameters by global name, lengths [B] → logits [B, T, vocab] and auxiliary losses [B]."""
     logits, aux = [], []
     for sequence, length in zip(tokens, lengths, strict=True):
         x = torch.stack(
@@ -63,13 +66,13 @@ def fira(tokens: Tensor, p: dict[str, Tensor], config: FiraConfig, lengths: list
         )
         balance = x.new_zeros(())
         for layer in range(1, config.num_layers + 1):
-            of = _below(p, f"layers.{layer}.")
+            block = _below(p, f"layers.{layer}.")
             x = x + attention(
-                layer_norm(x, of["norm1.weight"], of["norm1.bias"]), _below(of, "attention."), config.n_head
+                layer_norm(x, block["norm1.weight"], block["norm1.bias"]), _below(block, "attention."), config.n_head
             )
-            h = layer_norm(x, of["norm2.weight"], of["norm2.bias"])
-            y, loss = experts(h, _below(of, "moe."), int(config.top_k), length)
-            x = x + layer_norm(y, of["post_norm.weight"], of["post_norm.bias"])
+            h = layer_norm(x, block["norm2.weight"], block["norm2.bias"])
+            y, loss = experts(h, _below(block, "moe."), int(config.top_k), length)
+            x = x + layer_norm(y, block["post_norm.weight"], block["post_norm.bias"])
             balance = balance + config.aux_coefficient * loss
         head = _below(p, f"layers.{config.num_layers + 1}.")
         logits.append(layer_norm(x, head["norm.weight"], head["norm.bias"]) @ head["project.weight"].T)
@@ -78,4 +81,5 @@ def fira(tokens: Tensor, p: dict[str, Tensor], config: FiraConfig, lengths: list
 
 
 def _below(p: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Parameters of a submodule, by their names in it."""
     return {name.removeprefix(prefix): value for name, value in p.items() if name.startswith(prefix)}

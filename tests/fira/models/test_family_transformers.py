@@ -1,4 +1,4 @@
-"""rish and mooshak compute what transformers' FlexOlmo and Llama compute."""
+"""rish and mooshak compared with FlexOlmo and Llama of transformers."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -45,8 +45,8 @@ BLOCKS = {
 }
 
 
-class _Torch:
-    """torch, but what is called float32 is float64: transformers computes norms, angles and routing in the former."""
+class _DoubleTorch:
+    """The module torch with float64 as `float32`, the type in which transformers computes norms, angles and routing."""
 
     float32 = float = torch.float64
 
@@ -56,17 +56,17 @@ class _Torch:
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=str)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
-    """What both models compute in."""
+    """Type of the computation in both models."""
     if request.param == torch.float64:
         for module in (modeling_flex_olmo, modeling_llama, modeling_rope_utils):
-            monkeypatch.setattr(module, "torch", _Torch())
+            monkeypatch.setattr(module, "torch", _DoubleTorch())
     torch.set_default_dtype(request.param)
     yield request.param
     torch.set_default_dtype(torch.float32)
 
 
 def names(config: RishConfig | MooshakConfig) -> dict[str, str]:
-    """Our parameters' names, and theirs."""
+    """Names of the parameters in transformers, by our names."""
     last = f"layers.{config.num_layers + 1}"
     pairs = {
         "layers.0.token.weight": "model.embed_tokens.weight",
@@ -80,7 +80,7 @@ def names(config: RishConfig | MooshakConfig) -> dict[str, str]:
 
 
 def twin(config: Any, weights: dict[str, Tensor], dtype: torch.dtype, rope: str = "default") -> Any:
-    """transformers' model with our weights."""
+    """Build the model of transformers with our weights."""
     c = config
     shape = {
         "vocab_size": c.vocab_size,
@@ -99,9 +99,9 @@ def twin(config: Any, weights: dict[str, Tensor], dtype: torch.dtype, rope: str 
         shape["rope_parameters"]["factor"] = c.rope_factor
     if isinstance(c, RishConfig):
         routing = {"num_experts": c.num_experts, "num_experts_per_tok": c.top_k, "norm_topk_prob": False}
-        made = transformers.FlexOlmoConfig(**shape, **routing, output_router_logits=True)
-        made._experts_implementation = "eager"  # their grouped product does not take float64
-        model = transformers.FlexOlmoForCausalLM(made)
+        flex_config = transformers.FlexOlmoConfig(**shape, **routing, output_router_logits=True)
+        flex_config._experts_implementation = "eager"  # the grouped implementation does not support float64
+        model = transformers.FlexOlmoForCausalLM(flex_config)
     else:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     model.to(dtype).eval()
@@ -120,7 +120,7 @@ def twin(config: Any, weights: dict[str, Tensor], dtype: torch.dtype, rope: str 
         pytest.param(MOOSHAK, "default", id="mooshak"),
     ],
 )
-def test_logits_and_gradients_equal_those_of_transformers(config: Any, rope: str, dtype: torch.dtype) -> None:
+def test_logits_and_gradients_equal_transformers(config: Any, rope: str, dtype: torch.dtype) -> None:
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
     model, tokens = make_model(config, dtype), make_tokens(config, length=13)
     other = twin(config, dict(model.named_parameters()), dtype, rope)
@@ -136,8 +136,8 @@ def test_logits_and_gradients_equal_those_of_transformers(config: Any, rope: str
         assert (parameter.grad - expected).abs().max() < tolerance * max(1.0, expected.abs().max()), name
 
 
-def test_balance_loss_of_one_layer_equals_that_of_transformers() -> None:
-    """Sequence by sequence, with the padding left out."""
+def test_balance_loss_of_one_layer_equals_transformers() -> None:
+    """For each sequence, without the padding."""
     config = replace(RISH, num_layers=1, aux_coefficient=1.0)
     model, tokens = make_model(config), make_tokens(config)
     other = twin(config, dict(model.named_parameters()), torch.float64)
@@ -146,4 +146,6 @@ def test_balance_loss_of_one_layer_equals_that_of_transformers() -> None:
         context = Context(lengths=lengths, training=TrainingContext(aux_weights=torch.eye(2, dtype=torch.float64)[row]))
         model(tokens, context)
         expected = other(tokens[row : row + 1, : lengths[row]]).aux_loss.detach()
-        assert float(context.training.stats[1, 0].aux) == pytest.approx(float(expected), rel=1e-6)  # theirs is fp32
+        assert float(context.training.stats[1, 0].aux) == pytest.approx(
+            float(expected), rel=1e-6
+        )  # fp32 in transformers

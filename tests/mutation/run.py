@@ -119,7 +119,9 @@ def main() -> None:
         for target in options.targets or TARGETS:
             table.append(row(target, *run_target(tree, target, options.sample, options.seed)))
             print(table[-1], flush=True)
-    print(f"{'target':34}{'mutants':>9}{'caught':>9}{'survived':>9}{'equivalent':>11}{'caught %':>10}", *table, sep="\n")
+    print(
+        f"{'target':34}{'mutants':>9}{'caught':>9}{'survived':>9}{'equivalent':>11}{'caught %':>10}", *table, sep="\n"
+    )
 
 
 if __name__ == "__main__":

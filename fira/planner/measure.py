@@ -241,7 +241,7 @@ def _measure_machine(device: torch.device, world: World) -> dict[str, Any]:
     seconds = _median(lambda: a.copy_(b), device)
     links = {name: asdict(SHARED_MEMORY) for name in OPERATIONS}
     if world.size > 1:
-        group = make_mesh(Layout(1, world.size, 1), [device]).groups["dp"]
+        group = make_mesh(Layout(1, world.size, 1), [0], [device]).groups["dp"]
         hops = {"p2p": 2, "all_to_all": 1, "all_reduce": 2 * math.ceil(math.log2(world.size))}
         shares = {"p2p": 2.0, "all_to_all": 1 - 1 / world.size, "all_reduce": 2 - 2 / world.size}
         for name in OPERATIONS:

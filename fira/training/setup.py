@@ -65,7 +65,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World, quiet: bool = Fal
         stages_per_rank=SCHEDULES[schedule].stages_per_rank,
     )
     corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world, quiet)
-    mesh = make_mesh(layout, devices)
+    mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), devices)
     microbatch = choose_microbatch(config, batch_size, layout)
     split = BatchSplit(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
     candidate = Candidate(layout, schedule, microbatch, split.count(batch_size), recompute=0)

@@ -106,7 +106,8 @@ class Trainer:
         tokens = sequences * microbatches[0].inputs.shape[1]
 
         losses = self._backward(microbatches)
-        bubble = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
+        waited = self.model.engine.waited()  # on CUDA, this waits for the device
+        bubble = waited / (time.perf_counter() - started) / self.mesh.layout.world
         sums = self._step_sums(microbatches, losses, bubble, extra).all_reduce()
         loss, norm = float(sums.loss) / tokens, math.sqrt(float(sums.norms.sum())) / scale
 

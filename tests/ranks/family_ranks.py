@@ -21,7 +21,7 @@ class Training:
 
     def __init__(self, document: dict[str, Any], layout: list[int]) -> None:
         config = from_document(document)
-        mesh = make_mesh(Layout(*layout))
+        mesh = make_mesh(Layout(*layout), range(layout[0]))
         model = parity_ranks.meta_model(config)
         built = parallelize(model, mesh, 7, [torch.device("cpu")], dtype=torch.float64)
         split = BatchSplit(2, mesh.layout.dp, mesh.dp_rank, config.d_model)

@@ -21,7 +21,7 @@ CONFIG = FiraConfig(vocab_size=61, seq_len=SEQ_LEN, d_model=24, n_head=3, num_la
 
 def check_all(layout: list[int]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    mesh = make_mesh(Layout(*layout))
+    mesh = make_mesh(Layout(*layout), range(layout[0]))
     result: dict[str, Any] = {"tied": tied(mesh)}
     if mesh.layout.pp == 1:
         result |= {"reduced": reduced(mesh), **norms(mesh)}

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.clock import clock_of
-from pipeline.messages import Direction, Channel, Message
+from pipeline.messages import Channel, Direction, Message
 from pipeline.schedule import Action, ActionKind, Schedule
 from pipeline.stage import Stage
 

@@ -38,8 +38,11 @@ class Channel(NamedTuple):
         return f"{self.direction.name.lower()} {self.source} → {self.destination}"
 
 
-def channels_of(placement: Sequence[int]) -> list[Channel]:
-    """The channels of a placement of stages, in an order that is the same on every rank. placement[s]: rank of stage s."""
-    crossings = sorted({(a, b) for a, b in pairwise(placement) if a != b})
+def channels_of(placement: Sequence[int], rank: int) -> list[Channel]:
+    """The channels from and to a rank, in an order in which all ranks can use theirs one after another.
+
+    placement: the rank of each stage.
+    """
+    crossings = sorted({(a, b) for a, b in pairwise(placement) if a != b and rank in (a, b)})
     forward = [Channel(Direction.FORWARD, a, b) for a, b in crossings]
     return forward + [Channel(Direction.BACKWARD, b, a) for a, b in crossings]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pipeline.engine
 from pipeline.engine import LOOK_AHEAD, Engine, MicroBatch
-from pipeline.messages import Direction, Channel, channels_of
+from pipeline.messages import Channel, Direction, channels_of
 from pipeline.schedule import SCHEDULES, Action, ActionKind, Schedule, forward_only
 from pipeline.stage import DeviceLayers, Stage
 from tests.pipeline.toy_layers import CPU, LAYERS, MICROBATCHES, make, objective, reference, take_gradients

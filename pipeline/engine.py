@@ -46,9 +46,9 @@ class Engine:
     """Runs schedules over the stages of this rank.
 
     stages: the stages of this rank by number. objective(output, context) → (scalar to differentiate, scalar to report):
-    called on the rank that holds the last stage. rank: of this process in the pipeline. channels: this rank's channels, each
-    with the process group of its two ranks; empty where all stages are on this rank. dtype: of the tensors that a stage
-    takes. message_dtype: in which they are sent between ranks (default: dtype).
+    called on the rank that holds the last stage. rank: of this process in the pipeline. channels: those from and to this
+    rank, with the process groups of their two ranks. dtype: of the tensors that a stage takes. message_dtype: in which
+    they are sent between ranks (default: dtype).
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class _ScheduleRun:
         self.receiving: dict[Message, tuple[dist.Work, Tensor]] = {}
         self.sending: list[tuple[dist.Work, Tensor]] = []  # tensors must not be freed before they are sent
         self.reports: list[Tensor] = []
-        # For each channel to this rank, its messages in the order in which they are sent. NCCL matches messages by their
-        # order instead of a tag, so receives are posted in this order.
+        # For each channel to this rank, its messages in the order in which they are sent. NCCL matches messages by
+        # their order instead of a tag, so receives are posted in this order.
         self.expected: dict[Channel, deque[Message]] = defaultdict(deque)
         incoming = {self._incoming_channel(_message_to(action)) for action in schedule.actions[engine.rank]} - {None}
         for source in {channel.source for channel in cast(set[Channel], incoming)}:

@@ -119,18 +119,13 @@ def make_mesh(layout: Layout, placement: Sequence[int], devices: Sequence[torch.
         return new_group(next(ranks for ranks in layout.groups(axis) if rank in ranks), axis)
 
     pipeline = next(ranks for ranks in layout.groups("pp") if rank in ranks)
-    own = [
-        channel for channel in channels_of(placement) if pipeline.index(rank) in (channel.source, channel.destination)
-    ]
+    channels = channels_of(placement, pipeline.index(rank))
     mesh = Mesh(
         layout,
         rank,
         {axis: axis_group(axis) for axis in ("pp", "dp", "edp")},
         [axis_group("ep") for _ in devices],
-        {
-            channel: new_group([pipeline[channel.source], pipeline[channel.destination]], str(channel))
-            for channel in own
-        },
+        {c: new_group([pipeline[c.source], pipeline[c.destination]], str(c)) for c in channels},
         devices[0].type,
     )
     _connect(mesh, devices)

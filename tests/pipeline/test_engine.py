@@ -29,11 +29,7 @@ class Group:
 
 def groups_of(placement: Sequence[int], rank: int) -> Any:
     """The channels of a rank with their groups."""
-    return {
-        channel: Group(channel, rank)
-        for channel in channels_of(placement)
-        if rank in (channel.source, channel.destination)
-    }
+    return {channel: Group(channel, rank) for channel in channels_of(placement, rank)}
 
 
 class Work:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fira import cli
-from fira.huggingface.export import FORMATS, export
+from fira.huggingface.export_model import FORMATS, export
 
 FORMAT = """fira: with the code of the model (trust_remote_code=True); llama (for mooshak) and flexolmo (for rish): as a
 class of transformers (default: %(default)s)"""

@@ -17,7 +17,7 @@ from fira.devices import choose_devices
 from fira.errors import UserError
 from fira.metrics.timeline_plot import write_timeline
 from fira.models.registry import build, make_config
-from fira.planner.plan import plan_for, plan_here
+from fira.planner.best_candidates import plan_for, plan_here
 from fira.planner.plan_report import command_line, describe
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig, add_options, given_flags

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from fira import cli
-from fira.data.prepare import prepare
+from fira.data.corpus import prepare
 
 DATA = """text file, folder, CSV, JSONL, Parquet, folder of *_train_*.npy and *_val_*.npy shards, or the name of a
 Hugging Face dataset; several with weights as A=0.7,B=0.3; default: the source of the Python standard library"""

@@ -2,7 +2,7 @@
 
 from fira.checkpoint.load_model import own_tokenizer
 from fira.errors import UserError
-from fira.huggingface.export import as_fast_tokenizer, as_transformers
+from fira.huggingface.export_model import as_fast_tokenizer, as_transformers
 from fira.models.language_model import LanguageModel
 
 

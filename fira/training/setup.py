@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from fira.checkpoint.pretrained import Saved, open_saved
+from fira.data.corpus import Corpus, prepare
 from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture
-from fira.data.prepare import Corpus, prepare
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, choose_devices, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
@@ -19,8 +19,8 @@ from fira.models.registry import build, change, from_document, make_config
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.layout import choose_layout
 from fira.parallel.parallelize import EVERY_BLOCK, parallelize
+from fira.planner.best_candidates import least_recompute
 from fira.planner.candidates import Candidate
-from fira.planner.plan import least_recompute
 from fira.training import state
 from fira.training.auto_layout import with_plan
 from fira.training.config import TrainConfig

@@ -18,7 +18,7 @@ from fira.checkpoint import shards as checkpoint
 from fira.checkpoint.shards import TensorShard
 from fira.data.tokenizer import train_tokenizer
 from fira.errors import UserError
-from fira.huggingface.export import export
+from fira.huggingface.export_model import export
 from fira.models.language_model import LanguageModel
 from fira.models.registry import FAMILIES, to_document
 from fira.nn.context import Context

@@ -75,7 +75,7 @@ def start_logging(quiet: bool, verbose: bool, rank: int = 0) -> None:
         logger.setLevel(level)
 
 
-def command_line(command: str) -> list[str]:
+def command_words(command: str) -> list[str]:
     """The words that start another command in the same way as this one, by `fira` or by a script in scripts/."""
     if Path(sys.argv[0]).name == "fira":
         return ["fira", command]

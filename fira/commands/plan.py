@@ -18,7 +18,7 @@ from fira.errors import UserError
 from fira.metrics.timeline_plot import write_timeline
 from fira.models.registry import build, make_config
 from fira.planner.best_candidates import plan_for, plan_here
-from fira.planner.plan_report import command_line, describe
+from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig, add_options, given_flags
 
@@ -64,7 +64,7 @@ def plan(options: Namespace, world: pipeline.World | None) -> None:
             return
     else:
         result, hardware = plan_for(model, constraints, config.precision, options.ranks, options.device, options.top)
-    print(describe(result, hardware, batch * model.config.seq_len, given_flags(config, without=PLANNED)))
+    print(describe_plan(result, hardware, batch * model.config.seq_len, given_flags(config, without=PLANNED)))
     if options.timeline:
         best = result.best[0]
         if best.timeline is None:

@@ -42,7 +42,7 @@ def print_counts(counts: dict[str, int | float | None]) -> None:
 
 def training_command(options: Namespace) -> list[str]:
     """The command that trains with the same settings and therefore finds the prepared corpus in the cache."""
-    command = ["mpirun", "-np", "4", *cli.command_line("train")]
+    command = ["mpirun", "-np", "4", *cli.command_words("train")]
     for name in ("data", "text_column", "tokenizer", "vocab_size"):
         if (value := getattr(options, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]

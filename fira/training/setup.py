@@ -93,7 +93,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World, quiet: bool = Fal
         tokenizer=corpus.tokenizer.read_bytes() if corpus.tokenizer else None,
         flops_per_token=3 * distributed.flops_per_token,
         peak=measure_peak(devices[0], autocast or dtype),
-        description=describe(config, model.num_parameters(), trainer, candidate, corpus),
+        description=describe_run(config, model.num_parameters(), trainer, candidate, corpus),
     )
 
 
@@ -150,7 +150,7 @@ def choose_recompute(
     return int(blocks)
 
 
-def describe(
+def describe_run(
     config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus
 ) -> RunDescription:
     """The facts that the console prints before the first step. parameters: of the whole model."""

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from fira.cli import command_line
+from fira.cli import command_words
 from fira.commands.entry_point import COMMANDS, run_command
 from fira.errors import UserError
 from tests.launch import ROOT
@@ -47,6 +47,6 @@ def test_unknown_command_ends_with_status_2_and_imports_no_torch():
 
 def test_suggested_commands_follow_the_way_of_starting(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/fira", "train"])
-    assert command_line("prepare") == ["fira", "prepare"]
+    assert command_words("prepare") == ["fira", "prepare"]
     monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
-    assert command_line("prepare") == ["python", "scripts/prepare_data.py"]
+    assert command_words("prepare") == ["python", "scripts/prepare_data.py"]

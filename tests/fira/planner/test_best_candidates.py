@@ -10,7 +10,7 @@ from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate
 from fira.planner.costs import roofline_costs
 from fira.planner.memory import rank_memory
-from fira.planner.plan_report import command_line, describe
+from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig
 from pipeline.mesh import Layout
@@ -32,7 +32,7 @@ def test_plan_for_16384_ranks():
         assert estimate.candidate.layout.world == 16384
         assert max(estimate.memory) <= hardware.memory
         assert sum(estimate.breakdown.values()) == pytest.approx(estimate.seconds)
-    text = describe(result, hardware, 16384 * 4096, ["--model", "rish-base"])
+    text = describe_plan(result, hardware, 16384 * 4096, ["--model", "rish-base"])
     assert text.splitlines()[-1] == command_line(result.best[0].candidate, ["--model", "rish-base"])
     assert f"the best of {result.candidates} candidates on NVIDIA H200, 141.0 GB per rank" in text
 

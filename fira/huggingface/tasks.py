@@ -1,4 +1,4 @@
-"""Evaluation on the tasks of EleutherAI's lm-eval."""
+"""Evaluate a model on tasks of lm-eval, the evaluation harness of EleutherAI."""
 
 from fira.checkpoint.load_model import own_tokenizer
 from fira.errors import UserError
@@ -9,7 +9,7 @@ from fira.models.language_model import LanguageModel
 def evaluate_tasks(
     model: LanguageModel, names: list[str], folder: str | None = None, limit: int | None = None, batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
-    """Evaluate a model; returns the scores of each task by metric.
+    """Evaluate a model on tasks. Return the scores by task and metric.
 
     names: tasks to evaluate. folder: folder of the tasks' YAML files; None: the tasks included in lm-eval, whose data
     it downloads. limit: maximum number of examples per task.

@@ -71,16 +71,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World, quiet: bool = Fal
     candidate = Candidate(layout, schedule, microbatch, split.count(batch_size), recompute=0)
     candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
     dtype, autocast = parameter_dtype(config.precision), AUTOCAST_DTYPES.get(config.precision)
-    distributed = parallelize(
-        model,
-        mesh,
-        config.seed,
-        devices,
-        schedule,
-        dtype,
-        autocast,
-        candidate.recompute,
-    )
+    distributed = parallelize(model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
     trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
     if saved:
         state.load_weights(saved, distributed)

@@ -28,5 +28,5 @@ def traced(engine: Engine, path: str | None) -> Iterator[None]:
     spans: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(spans, tuple(engine.stop_trace()))
     if dist.get_rank() == 0:
-        picture = write_timeline(Timeline(tuple(spans), ()), path, f"step {TRACED_STEP}")
+        picture = write_timeline(Timeline(tuple(spans)), path, f"step {TRACED_STEP}")
         logger.info("trace: %s, %s", path, picture)

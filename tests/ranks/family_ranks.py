@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from fira.checkpoint.shards import Checkpoint, find
+from fira.checkpoint.shards import Checkpoint
+from fira.checkpoint.step_folders import find
 from fira.data.loader import Loader
 from fira.models.registry import from_document
 from fira.parallel.batch_split import BatchSplit

@@ -9,7 +9,7 @@ from torch import nn
 from fira.data.loader import Loader
 from fira.models.fira import FiraConfig
 from fira.parallel.batch_split import BatchSplit
-from fira.parallel.gradients import BUCKET, LARGE, NormVector, reduce_gradients
+from fira.parallel.gradients import BUCKET, UNBUCKETED, NormVector, reduce_gradients
 from fira.parallel.parallelize import ParamShard, parallelize
 from fira.parallel.tied_embedding import TiedWeight
 from fira.training.trainer import Trainer
@@ -32,8 +32,8 @@ def check_all(layout: list[int]) -> dict[str, Any]:
 
 def reduced(mesh: Mesh) -> dict[str, list[float]]:
     """The first and the last element of reduced gradients; rank r contributes r + 1 and twice that."""
-    sizes = {"small": 8, "almost large": LARGE - 4, "large": LARGE, "more than a bucket": BUCKET + 4}
-    sizes |= {f"bucket {i}": LARGE - 8 for i in range(6)}
+    sizes = {"small": 8, "almost large": UNBUCKETED - 4, "large": UNBUCKETED, "more than a bucket": BUCKET + 4}
+    sizes |= {f"bucket {i}": UNBUCKETED - 8 for i in range(6)}
     shards = []
     for expert in (False, True):
         for name, size in sizes.items():

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import fira.huggingface
 from fira import load_model
-from fira.huggingface.export import export
+from fira.huggingface.export_model import export
 from tests.launch import ROOT
 from tests.ranks.stock_transformers import IDS, run_isolated
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 import fira
 from fira import evaluate_perplexity, expert_utilisation, sample_text
-from fira.data.prepare import Corpus, prepare
+from fira.data.corpus import Corpus, prepare
 from fira.data.tokenizer import eos_id
 from fira.errors import UserError
 from fira.generation.perplexity import perplexity

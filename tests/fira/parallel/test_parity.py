@@ -44,7 +44,7 @@ SPREAD = [
         [(0.0, "float32", 1, "1f1b"), (0.1, "float32", 2, "gpipe"), (0.1, "float64", 1, "1f1b")],
     )
 ] + [case([2, 2, 2], dropout=0.1, dtype="float64", steps=6, schedule=s) for s in ("interleaved", "zb-h1", "zb-v")]
-SPREAD += [case([1, 2, 1], dtype="float64", steps=4, d_ff=1500)]  # experts' gradients of more than LARGE bytes
+SPREAD += [case([1, 2, 1], dtype="float64", steps=4, d_ff=1500)]  # experts' gradients of more than UNBUCKETED bytes
 LOCAL = [
     case(layout, devices=devices, dropout=dropout, recompute=recompute, microbatch=4, dtype="float64", steps=6)
     for layout, devices, dropout, recompute in product([ONE], [2, 4], [0.0, 0.1], [0, EVERY_BLOCK])

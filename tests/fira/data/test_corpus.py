@@ -14,8 +14,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from fira.data import cache as cache_module
-from fira.data import prepare as module
-from fira.data.prepare import Corpus, prepare
+from fira.data import corpus as module
+from fira.data.corpus import Corpus, prepare
 from fira.data.sources import documents
 from fira.data.tokenizer import eos_id, load_tokenizer, train_tokenizer, vocabulary
 from fira.errors import UserError

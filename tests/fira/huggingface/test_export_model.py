@@ -14,11 +14,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, FlexOlmoConfig, FlexOlmoForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fira import load_model
-from fira.checkpoint import shards as checkpoint
-from fira.checkpoint.shards import TensorShard
+from fira.checkpoint.shards import TensorShard, save_checkpoint
 from fira.data.tokenizer import train_tokenizer
 from fira.errors import UserError
-from fira.huggingface.export import export
+from fira.huggingface.export_model import export
 from fira.models.language_model import LanguageModel
 from fira.models.registry import FAMILIES, to_document
 from fira.nn.context import Context
@@ -51,7 +50,7 @@ def save(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
     """Save a model as a step folder of training."""
     weights = [TensorShard(name, value.detach(), 0, tuple(value.shape)) for name, value in model.weights().items()]
     files = {"tokenizer.json": tokenizer.to_str().encode()}
-    return checkpoint.save(folder, 7, weights, [], {"config": to_document(model.config)}, files, {})
+    return save_checkpoint(folder, 7, weights, [], {"config": to_document(model.config)}, files, {})
 
 
 def model_for_tokenizer(family: str, **changes: Any) -> LanguageModel:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 import fira
 from fira.data.tokenizer import eos_id
-from fira.generation.chat import Conversation
+from fira.generation.conversation import Conversation
 from fira.generation.text import continue_text
 from tests.launch import ROOT
 
@@ -28,7 +28,7 @@ def prompts(scripted_model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
         texts.append(fira.decode(prompt, model.tokenizer))
         return continue_text(model, prompt, *rest, **sampling)
 
-    monkeypatch.setattr("fira.generation.chat.continue_text", record)
+    monkeypatch.setattr("fira.generation.conversation.continue_text", record)
     return texts
 
 

@@ -20,7 +20,7 @@ from fira.data.tokenizer import TOKENIZER, eos_id, load_tokenizer, train_tokeniz
 from fira.errors import UserError
 from fira.progress_bar import progress_bar
 
-FORMAT = 2  # part of the cache key; increment it when the same input yields another result
+CORPUS_FORMAT = 2  # part of the cache key; increment it when the same input yields another result
 VALIDATION = 0.05  # fraction of the documents
 TOKENIZER_BYTES = 64e6  # size of the sample; more text hardly changes the merges
 BATCH = 2**20  # characters tokenized together
@@ -80,7 +80,7 @@ def prepare(
         inputs = [_Input.find(source, weight) for source, weight in parse_mixture(data)]
         files = [path for entry in inputs for path in entry.files]
         layout = [[entry.weight, text_column, len(entry.files), entry.shards] for entry in inputs]
-        settings = [FORMAT, vocab_size, bool(tokenizer_path), layout]
+        settings = [CORPUS_FORMAT, vocab_size, bool(tokenizer_path), layout]
         tokenizer_files = [Path(tokenizer_path)] if tokenizer_path else []
         folder = cache / content_key(cache, files + tokenizer_files, settings, progress)
         if not folder.is_dir():

@@ -5,12 +5,12 @@ import torch
 
 from fira.errors import UserError
 from fira.models.registry import build, make_config
+from fira.planner.best_candidates import least_recompute, plan_for
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate
 from fira.planner.costs import roofline_costs
 from fira.planner.memory import rank_memory
-from fira.planner.plan import least_recompute, plan_for
-from fira.planner.plan_report import command_line, describe
+from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig
 from pipeline.mesh import Layout
@@ -32,7 +32,7 @@ def test_plan_for_16384_ranks():
         assert estimate.candidate.layout.world == 16384
         assert max(estimate.memory) <= hardware.memory
         assert sum(estimate.breakdown.values()) == pytest.approx(estimate.seconds)
-    text = describe(result, hardware, 16384 * 4096, ["--model", "rish-base"])
+    text = describe_plan(result, hardware, 16384 * 4096, ["--model", "rish-base"])
     assert text.splitlines()[-1] == command_line(result.best[0].candidate, ["--model", "rish-base"])
     assert f"the best of {result.candidates} candidates on NVIDIA H200, 141.0 GB per rank" in text
 
@@ -51,7 +51,7 @@ def test_least_recompute(tiny, hardware, monkeypatch):
     costs = CandidateCosts(inputs, candidate)
     sizes = [max(rank_memory(costs.with_recompute(blocks))) for blocks in range(5)]
     memory = {"bytes": (sizes[2] + sizes[3]) / 2}
-    monkeypatch.setattr("fira.planner.plan.device_memory", lambda device, ranks: memory["bytes"])
+    monkeypatch.setattr("fira.planner.best_candidates.device_memory", lambda device, ranks: memory["bytes"])
     arguments = meta_model("fira-tiny"), candidate, "fp32", torch.device("cuda"), 1
     assert least_recompute(*arguments) == 3
     memory["bytes"] = sizes[0]

@@ -21,7 +21,7 @@ from fira.models.registry import family_of, to_document
 
 FORMATS = ("fira", *TRANSFORMERS)
 SHARD = "5GB"
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # left to the tokenizer
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # left to the tokenizer
 
 
 def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
@@ -73,7 +73,7 @@ def as_stock(model: LanguageModel, form: str) -> PreTrainedModel:
     values = to_transformers(model.config, form)
     architecture = getattr(transformers, TRANSFORMERS[form].architecture)
     with torch.device("meta"):
-        converted = architecture(architecture.config_class(**values, **dict.fromkeys(SPECIAL_TOKENS)))
+        converted = architecture(architecture.config_class(**values, **dict.fromkeys(TOKEN_IDS)))
     weights = model.weights()
     names = weight_names(model.config, form)
     return _assign_weights(converted, {theirs: weights[ours] for ours, theirs in names.items()})

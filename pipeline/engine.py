@@ -46,8 +46,8 @@ class Engine:
     """Runs schedules over the stages of this rank.
 
     stages: the stages of this rank by number. objective(output, context) → (scalar to differentiate, scalar to report):
-    called on the rank that holds the last stage. rank: of this process in the pipeline. channels: those from and to this
-    rank, with the process groups of their two ranks. dtype: of the tensors that a stage takes. message_dtype: in which
+    called on the rank that holds the last stage. rank: of this process in the pipeline. channels: those of this rank,
+    with the process groups of their two ranks. dtype: of the tensors that a stage takes. message_dtype: in which
     they are sent between ranks (default: dtype).
     """
 

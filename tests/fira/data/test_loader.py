@@ -1,3 +1,5 @@
+"""Sequences of training and validation: order, windows and resumption."""
+
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +97,12 @@ def test_limited_validation_is_in_order_and_at_equal_distances(tmp_path) -> None
 def test_validation_without_a_token_to_predict_raises(tmp_path) -> None:
     with pytest.raises(UserError, match="1 validation tokens"):
         ValidationSequences(packed(tmp_path, 1), 10)
+
+
+@pytest.mark.parametrize("epoch", range(4))
+def test_first_read_in_a_later_epoch_equals_an_uninterrupted_run(tmp_path, epoch: int) -> None:
+    tokens = packed(tmp_path, 101)
+    expected, _ = Loader(tokens, 10, seed=7).batch(0, 40)
+    resumed = Loader(tokens, 10, seed=7)
+    resumed.load_state_dict({"consumed": 10 * epoch})
+    np.testing.assert_array_equal(resumed.next(3)[0], expected[10 * epoch : 10 * epoch + 3])

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.fira.huggingface.test_huggingface import IDS, small, trained
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, FlexOlmoConfig, FlexOlmoForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -23,6 +22,7 @@ from fira.huggingface.export import export
 from fira.models.language_model import LanguageModel
 from fira.models.registry import FAMILIES, to_document
 from fira.nn.context import Context
+from tests.fira.huggingface.test_modeling_fira import IDS, small, trained
 from tests.launch import ROOT, run_ranks
 from tests.ranks.stock_transformers import IDS as STOCK_IDS
 from tests.ranks.stock_transformers import run_isolated

@@ -1,3 +1,5 @@
+"""Sequences of training and validation: order, windows and resumption."""
+
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +91,11 @@ def test_limited_validation_is_in_order_and_at_equal_distances(tmp_path) -> None
 def test_validation_without_a_token_to_predict_raises(tmp_path) -> None:
     with pytest.raises(UserError, match="1 validation tokens"):
         ValidationSequences(packed(tmp_path, 1), 10)
+
+
+@pytest.mark.parametrize("epoch", range(4))
+def test_first_read_in_a_later_epoch_equals_an_uninterrupted_run(tmp_path, epoch: int) -> None:
+    tokens = packed(tmp_path, 101)
+    expected, _ = Loader(tokens, 10, seed=7).batch(0, 40)
+    batch, _ = Loader(tokens, 10, seed=7).batch(10 * epoch, 3)
+    np.testing.assert_array_equal(batch, expected[10 * epoch : 10 * epoch + 3])

@@ -17,7 +17,7 @@ from fira.errors import UserError
 from fira.generation.perplexity import perplexity
 from fira.generation.text import TextStream, _default_tokenizer, continue_text
 from fira.nn.moe.layer import MoE
-from tests.fira.generation.small_model import TEXT
+from tests.fira.small_model import TEXT
 from tests.launch import ROOT
 
 

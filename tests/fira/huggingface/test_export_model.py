@@ -21,7 +21,7 @@ from fira.huggingface.export_model import export
 from fira.models.language_model import LanguageModel
 from fira.models.registry import FAMILIES, to_document
 from fira.nn.context import Context
-from tests.fira.huggingface.test_huggingface import IDS, small, trained
+from tests.fira.huggingface.test_modeling_fira import IDS, small, trained
 from tests.launch import ROOT, run_ranks
 from tests.ranks.stock_transformers import IDS as STOCK_IDS
 from tests.ranks.stock_transformers import run_isolated

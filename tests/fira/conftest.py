@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 
 import fira
 from fira.data.tokenizer import eos_id
-from tests.fira.generation.small_model import CONFIG, make_model, make_tokenizer, save
+from tests.fira.small_model import CONFIG, make_model, make_tokenizer, save
 
 
 @pytest.fixture(scope="session")

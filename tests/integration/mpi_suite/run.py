@@ -1,7 +1,7 @@
 """Run PyTorch's test suite for backends on the MPI backend and, for comparison, on gloo.
 
-    python -m tests.pipeline.mpi.suite.run                     # all tests, three runs, a few minutes
-    python -m tests.pipeline.mpi.suite.run test_all_gather ... # selected tests
+    python -m tests.integration.mpi_suite.run                     # all tests, three runs, a few minutes
+    python -m tests.integration.mpi_suite.run test_all_gather ... # selected tests
 
 A test passes if it passes on every rank. The suite selects tests by the name of the backend: most run for "gloo", the
 all-to-all tests for "mpi" only. The MPI backend therefore runs under both names.

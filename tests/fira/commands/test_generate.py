@@ -12,7 +12,7 @@ import fira
 from fira import load_model, sample_text
 from fira.data.tokenizer import eos_id
 from fira.generation.perplexity import perplexity
-from tests.fira.generation.small_model import CONFIG, TEXT, make_model, save
+from tests.fira.small_model import CONFIG, TEXT, make_model, save
 from tests.launch import ROOT
 
 

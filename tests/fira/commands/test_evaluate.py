@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 import fira
 from fira.data.tokenizer import eos_id, train_tokenizer
 from fira.generation.perplexity import TextLoss, perplexity
-from tests.fira.generation.small_model import TEXT, make_model, save
+from tests.fira.small_model import TEXT, make_model, save
 from tests.launch import ROOT
 
 

@@ -11,7 +11,7 @@ from fira import FIRA
 from fira.errors import UserError
 from fira.nn.context import Context, DecodingContext
 from fira.nn.kv_cache import KVCache
-from tests.fira.generation.small_model import CONFIG, make_model
+from tests.fira.small_model import CONFIG, make_model
 
 
 def most_probable(model: FIRA, tokens: list[int]) -> int:

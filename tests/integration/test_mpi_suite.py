@@ -1,4 +1,4 @@
-"""PyTorch's tests for backends: the MPI backend passes the tests in suite/passes.txt. suite/run.py runs all tests."""
+"""PyTorch's tests for backends: the MPI backend passes those in mpi_suite/passes.txt. mpi_suite/run.py runs all."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("expecttest")  # PyTorch's tests import it
 
-from tests.pipeline.mpi.suite.run import outcomes
+from tests.integration.mpi_suite.run import outcomes
 
-LINES = Path(__file__).with_name("suite").joinpath("passes.txt").read_text().splitlines()
+LINES = Path(__file__).with_name("mpi_suite").joinpath("passes.txt").read_text().splitlines()
 PASSES = [line.split() for line in LINES if line and not line.startswith("#")]
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.launch import run_function
-from tests.pipeline.mpi import test_mpi_operations as operations
+from tests.pipeline.mpi import test_operations as operations
 
 
 class SlowLane:

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.messages import Channel
 from pipeline.schedule import SCHEDULES, forward_only
-from tests.pipeline.nccl_order import deadlocks, record
+from tests.integration.nccl_order import deadlocks, record
 
 MICROBATCHES = range(1, 17)
 

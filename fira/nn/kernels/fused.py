@@ -1,8 +1,8 @@
 """Selection and launch of the fused kernels in this folder.
 
 A function of `fira.nn` computes its plain form from PyTorch's operators. If `use_fused` is true for its tensors, it
-calls the fused form instead: an autograd.Function in this folder with Triton kernels. Its values and gradients are those
-of the plain form up to rounding, and its dtypes are the same.
+calls the fused form instead: an autograd.Function in this folder with Triton kernels. Its values and gradients are
+those of the plain form up to rounding, and its dtypes are the same.
 """
 
 from functools import cache
@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DEVICE = "cuda"  # the type of device that runs the kernels; tests interpret them on the CPU
+
 
 def use_fused(*tensors: Tensor) -> bool:
     """Whether to use a fused form: the tensors are on a GPU and not in fp64, and Triton is installed.
 
     torch.compile gets the plain form, which it fuses with the operators around it.
     """
-    on_gpu = all(x.device.type == "cuda" and x.dtype != torch.float64 for x in tensors)
+    on_gpu = all(x.device.type == DEVICE and x.dtype != torch.float64 for x in tensors)
     return on_gpu and _has_triton() and not torch.compiler.is_compiling()
 
 

@@ -21,11 +21,11 @@ def use_fused(*tensors: Tensor) -> bool:
     torch.compile gets the plain form, which it fuses with the operators around it.
     """
     on_gpu = all(x.device.type == DEVICE and x.dtype != torch.float64 for x in tensors)
-    return on_gpu and _has_triton() and not torch.compiler.is_compiling()
+    return on_gpu and has_triton() and not torch.compiler.is_compiling()
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return find_spec("triton") is not None
 
 

@@ -21,7 +21,7 @@ def use_fused(*tensors: Tensor) -> bool:
     torch.compile gets the plain form, which it fuses with the operators around it.
     """
     on_gpu = all(x.device.type == DEVICE and x.dtype != torch.float64 for x in tensors)
-    return on_gpu and has_triton() and not torch.compiler.is_compiling()
+    return on_gpu and not torch.compiler.is_compiling() and has_triton()
 
 
 @cache

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fira.models.fira import Block
 from fira.models.registry import FAMILIES, PRESETS
 from fira.nn.context import Context, TrainingContext
+from fira.nn.dropout import Dropout
 from fira.nn.kernels import fused
+from pipeline.split_backward import SplitBackward
 from tests.launch import ROOT
 
 SMALL = {"vocab_size": 50, "seq_len": 9, "d_model": 16, "num_layers": 2}
@@ -25,16 +28,19 @@ def run(code: str, **env: str) -> str:
     return done.stdout
 
 
-def test_selection_by_device_dtype_and_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiler_gets_one_graph_of_the_plain_form(interpreted) -> None:
+    dropout, x, rows = Dropout(0.3, "here"), torch.randn(4, 8), torch.arange(4, dtype=torch.int32)
+    compiled = torch.compile(dropout, backend="eager", fullgraph=True)
+    assert torch.equal(interpreted(compiled, x, rows), dropout(x, rows))
+    assert interpreted.launches == []
+
+
+def test_selection_by_device_dtype_and_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1)
     assert not fused.use_fused(x)
     monkeypatch.setattr(fused, "DEVICE", "cpu")
     assert fused.use_fused(x, x.bfloat16(), x.long())
     assert not fused.use_fused(x, x.double())
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not fused.use_fused(x)
-    monkeypatch.undo()
-    monkeypatch.setattr(fused, "DEVICE", "cpu")
     monkeypatch.setattr(fused, "find_spec", lambda name: None)
     fused.has_triton.cache_clear()
     assert not fused.use_fused(x)
@@ -59,6 +65,23 @@ def test_models_equal_the_plain_form(preset: str, interpreted) -> None:
     for one, other in zip(interpreted(gradients), plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(1 + other.abs().max()))
     assert "_softmax_loss" in interpreted.launches
+
+
+def test_split_backward_equals_a_full_one(interpreted) -> None:
+    """With the kernels in both; the gradients of the experts' biases belong to the second part."""
+    config = replace(PRESETS["fira-tiny"], d_model=16, d_ff=24, dropout=0.3)
+    torch.manual_seed(0)
+    block, x = Block(config, 1), torch.randn(2, 5, 16, requires_grad=True)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    grad, context = torch.randn(2, 5, 16), Context(keys=torch.arange(2) << 33)
+    full = torch.autograd.grad(interpreted(block, x, context), [x, *block.parameters()], grad)
+    split = SplitBackward(interpreted(block, x, context), x)
+    torch.testing.assert_close(split.backward_input(grad), full[0], rtol=0, atol=0)
+    assert block.moe.experts.b1.grad is None
+    split.backward_weight()
+    for parameter, expected in zip(block.parameters(), full[1:], strict=True):
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_training_on_a_cpu_does_not_import_triton() -> None:

@@ -25,9 +25,8 @@ def _biased(z, bias, ends, row, column, count, width, experts, EXPERTS: tl.const
     """z + bias of the rows' experts, in fp32"""
     expert = tl.arange(0, EXPERTS)
     end = tl.load(ends + expert, mask=expert < experts, other=0)
-    group = tl.sum(
-        ((row[:, None] >= end[None, :]) & (expert < experts)[None, :]).to(tl.int32), 1
-    )  # number of ended ones
+    ended = (row[:, None] >= end[None, :]) & (expert < experts)[None, :]
+    group = tl.sum(ended.to(tl.int32), 1)
     inside = (row < count)[:, None] & (column < width)[None, :]
     x = tl.load(z + row.to(tl.int64)[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
     inside = inside & (group < experts)[:, None]
@@ -35,7 +34,7 @@ def _biased(z, bias, ends, row, column, count, width, experts, EXPERTS: tl.const
     return x + tl.load(bias + at, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["salt", "threshold"])
+@triton.jit(do_not_specialize=["count", "salt", "threshold"])
 def _forward(
     z,
     bias,
@@ -66,7 +65,7 @@ def _forward(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=(row < count)[:, None] & (column < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["salt", "threshold"])
+@triton.jit(do_not_specialize=["count", "salt", "threshold"])
 def _backward(
     z,
     bias,

@@ -15,7 +15,7 @@ from fira.nn.kernels.fused import ceil_div, launch, power_of_two, tiles
 from fira.nn.kernels.triton_language import tl, triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gather(x, order, out, count, width, COPIES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -25,7 +25,7 @@ def _gather(x, order, out, count, width, COPIES: tl.constexpr, ROWS: tl.constexp
     tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _combine(
     rows,
     inverse,
@@ -52,7 +52,7 @@ def _combine(
     tl.store(out + token.to(tl.int64)[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _combine_backward(
     grad,
     rows,
@@ -112,9 +112,9 @@ class WeightedSum(torch.autograd.Function):
         rows, weights, order = (saved.contiguous() for saved in ctx.saved_tensors)
         grad_rows, grad_weights = torch.empty_like(rows), torch.empty_like(weights)
         count, width = rows.shape
-        columns = min(512, power_of_two(width))
+        constants = {"COPIES": weights.shape[1], "ROWS": 8, "COLUMNS": min(256, power_of_two(width))}
         arguments = (grad.contiguous(), rows, weights, order, grad_rows, grad_weights, count, width)
-        launch(_combine_backward, (ceil_div(count, 4),), *arguments, COPIES=weights.shape[1], ROWS=4, COLUMNS=columns)
+        launch(_combine_backward, (ceil_div(count, 8),), *arguments, **constants)
         return grad_rows, grad_weights, None, None
 
 

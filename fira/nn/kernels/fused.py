@@ -3,6 +3,9 @@
 A function of `fira.nn` computes its plain form from PyTorch's operators. If `use_fused` is true for its tensors, it
 calls the fused form instead: an autograd.Function in this folder with Triton kernels. Its values and gradients are
 those of the plain form up to rounding, and its dtypes are the same.
+
+The number of rows differs from call to call, so that no kernel is specialised on it (`count`): a new number would
+otherwise compile the kernel again.
 """
 
 from functools import cache
@@ -38,7 +41,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 def tiles(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile size of an elementwise kernel on [rows, width]: tiles have at most 2,048 elements."""
-    columns = min(1024, power_of_two(width))
+    columns = min(256, power_of_two(width))  # 512 bytes in bf16, which one warp reads at a time
     height = min(2048 // columns, power_of_two(rows))
     return (ceil_div(rows, height), ceil_div(width, columns)), {"ROWS": height, "COLUMNS": columns}
 

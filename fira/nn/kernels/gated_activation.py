@@ -25,7 +25,7 @@ def gelu_derivative(x):
     return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gated(gate, a, out, count, width, stride, SILU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -37,7 +37,7 @@ def _gated(gate, a, out, count, width, stride, SILU: tl.constexpr, ROWS: tl.cons
     tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gated_backward(
     grad,
     gate,

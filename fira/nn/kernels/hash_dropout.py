@@ -41,7 +41,7 @@ def drop_factor(keep, scale, dtype: tl.constexpr):
     return tl.where(keep, scale, 0.0).to(dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "start"])
 def _token_keys(keys, out, count, start, length, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(keys + at // length, mask=at < count, other=0)
@@ -50,7 +50,7 @@ def _token_keys(keys, out, count, start, length, BLOCK: tl.constexpr):
     tl.store(out + at, mixed, mask=at < count)
 
 
-@triton.jit(do_not_specialize=["salt", "threshold"])
+@triton.jit(do_not_specialize=["count", "salt", "threshold"])
 def _dropout(x, rows, y, count, width, salt, threshold, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

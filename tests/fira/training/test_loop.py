@@ -1,4 +1,4 @@
-"""Resuming a killed run: on the same layout, on other layouts, and from a damaged checkpoint."""
+"""Resuming a run on the same layout, on other layouts and from a damaged checkpoint; refusal to overwrite a run."""
 
 import json
 import shutil
@@ -42,3 +42,10 @@ def test_damaged_checkpoint_is_reported_and_the_previous_one_used(settings, unin
     result = train(settings, 2, "--out", run, "--resume", "auto", "--steps", 11, "--plan", "auto")
     assert f"step-000020/{damaged.name}" in result.stderr
     assert "resumed after step 10" in result.stdout
+
+
+def test_existing_run_is_not_overwritten(settings, uninterrupted):
+    before = (uninterrupted / "training_log.csv").read_bytes()
+    result = train(settings, 1, "--out", uninterrupted, status=2)
+    assert "already contains a run" in result.stderr
+    assert (uninterrupted / "training_log.csv").read_bytes() == before

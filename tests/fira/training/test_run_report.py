@@ -1,7 +1,6 @@
-"""Contents of a run folder, and refusal to write into an existing one."""
+"""Log, picture and other files of a finished run."""
 
 from fira.metrics.csv_log import read_log
-from tests.fira.training.small_runs import train
 
 
 def test_run_folder_contents(uninterrupted):
@@ -14,10 +13,3 @@ def test_run_folder_contents(uninterrupted):
     assert log["val_loss"].notna().tolist() == [step in (10, 20) for step in range(1, 21)]
     assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
     assert log["mfu"].between(0, 1, inclusive="neither").all()
-
-
-def test_existing_run_is_not_overwritten(settings, uninterrupted):
-    before = (uninterrupted / "training_log.csv").read_bytes()
-    result = train(settings, 1, "--out", uninterrupted, status=2)
-    assert "already contains a run" in result.stderr
-    assert (uninterrupted / "training_log.csv").read_bytes() == before

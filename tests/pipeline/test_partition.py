@@ -45,3 +45,8 @@ def test_first_boundaries_are_preferred():
 def test_impossible_number_of_stages_raises(stages):
     with pytest.raises(ValueError, match=f"2 layers cannot be partitioned into {stages} stages"):
         partition([1.0, 1.0], stages)
+
+
+def test_squares_rank_partitions_with_the_same_largest_sum():
+    """6, 7, 2, 3 has the squares 98 and 1, 5, 7, 5 has 100; their sums of cubes are equal."""
+    assert partition([1, 5, 7, 2, 3], 4) == [range(2), range(2, 3), range(3, 4), range(4, 5)]

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fira.models.registry import build, make_config
 from fira.nn.context import Context
-from pipeline.split_backward import SplitBackward
+from pipeline.split_backward import SplitBackward, run_backward
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten._grouped_mm, aten.embedding_dense_backward}
@@ -143,3 +143,36 @@ def test_saved_bytes_count_each_storage_once():
     split = SplitBackward(second(torch.tanh(first(x))), x)
     split.backward_input(torch.ones(4, 5))
     assert split.saved_bytes() == 2 * 4 * 5 * 4
+
+
+def test_weight_used_four_times_is_summed_in_the_order_of_a_full_backward():
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 5)
+    early = compare(lambda x: linear(linear(linear(linear(x).tanh()).exp()).sin()), torch.randn(40, 5), [linear.weight])
+    assert early == [None]
+
+
+def test_weight_gradients_belong_to_the_first_part():
+    """Another backward through the same graph in between does not change them."""
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 5, bias=False)
+    x = torch.randn(4, 5, requires_grad=True)
+    y = linear(x)
+    split = SplitBackward(y, x)
+    split.backward_input(torch.ones(4, 5))
+    torch.autograd.grad(y, x, torch.zeros(4, 5), retain_graph=True)
+    split.backward_weight()
+    torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(5, 5))
+
+
+def test_run_backward_equals_torch():
+    x, unused = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    y = (x**2).sin()
+    gradients = run_backward([y], [torch.ones(3)], [x, unused], retain_graph=True)
+    assert torch.equal(gradients[0], torch.autograd.grad(y, x, torch.ones(3), retain_graph=True)[0])
+    assert gradients[1] is None
+    assert x.grad is None
+    run_backward([y], [torch.ones(3)])
+    assert torch.equal(x.grad, gradients[0])
+    with pytest.raises(RuntimeError, match="second time"):
+        run_backward([y], [torch.ones(3)])  # the graph was freed

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from fira import FIRA
 from fira.data.loader import Loader, ValidationSequences
 from fira.errors import UserError
+from fira.models.blues import BluesConfig
 from fira.models.fira import FiraConfig
+from fira.models.registry import build
 from fira.nn.context import Context, TrainingContext
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
@@ -36,9 +38,22 @@ CONFIG = FiraConfig(
 BATCH = 5  # sequences of a step: with micro-batches of 2, one is padding
 
 
-def make(clip: float = 0.5, fp16: bool = False) -> tuple[Trainer, Loader]:
-    mesh = make_mesh(Layout(1, torch.distributed.get_world_size(), 1))
-    model = parallelize(meta_model(CONFIG), mesh, 7, [CPU], dtype=torch.float64)
+TIED = BluesConfig(
+    vocab_size=61,
+    seq_len=SEQ_LEN,
+    d_model=24,
+    n_head=6,
+    n_kv_head=2,
+    num_layers=2,
+    d_ff=20,
+    noise=0.0,
+    dropout=0.0,
+)
+
+
+def make(clip: float = 0.5, fp16: bool = False, pp: int = 1, config: Any = CONFIG) -> tuple[Trainer, Loader]:
+    mesh = make_mesh(Layout(pp, torch.distributed.get_world_size() // pp, 1))
+    model = parallelize(meta_model(config), mesh, 7, [CPU], dtype=torch.float64)
     split = BatchSplit(2, mesh.layout.dp, mesh.dp_rank, CONFIG.d_model)
     trainer = Trainer(model, mesh, split, "1f1b", weight_decay=0.1, clip=clip, fp16=fp16)
     return trainer, Loader(Tokens(CONFIG.vocab_size, 301), SEQ_LEN, seed=3)  # type: ignore[arg-type]
@@ -82,9 +97,9 @@ def plain() -> dict[str, Any]:
     return result | {"validation": total / (len(held_out) - 1)}
 
 
-def step(fp16: bool) -> dict[str, Any]:
+def step(fp16: bool, pp: int = 1) -> dict[str, Any]:
     """A validation and two steps on the same sequences, the first at the learning rate zero."""
-    trainer, loader = make(fp16=fp16)
+    trainer, loader = make(fp16=fp16, pp=pp)
     held_out = ValidationSequences(Tokens(CONFIG.vocab_size, 4 * SEQ_LEN + 6), SEQ_LEN)  # type: ignore[arg-type]
     validation = trainer.evaluate(held_out, 2)
     result = trainer.step(loader, BATCH, 0.0, seed=11, extra=[1.5, 2.5 + trainer.mesh.rank])
@@ -102,6 +117,25 @@ def step(fp16: bool) -> dict[str, Any]:
         "weights": {name: value.tolist() for name, value in weights(trainer).items()},
         "updates": trainer.optimizer.updates,
     }
+
+
+def tied() -> dict[str, Any]:
+    """A step of a model with tied embeddings, over a pipeline of all ranks: the norm, and the copies after it."""
+    trainer, loader = make(pp=torch.distributed.get_world_size(), config=TIED)
+    tied = trainer.model.tied
+    assert tied is not None
+    norm = trainer.step(loader, BATCH, 1e-2, seed=11).grad_norm
+    copies = [p.tolist() for p in (tied.original, tied.copy) if p is not None]
+    result = {"norm": norm, "copies": copies}
+    if len(copies) == 2:
+        fresh, loader = make(config=TIED)
+        model = build(TIED).double()
+        model.load_state_dict(weights(fresh), strict=False)
+        tokens, targets = (torch.from_numpy(array) for array in loader.batch(0, BATCH))
+        context = Context(training=TrainingContext(aux_weights=torch.full((BATCH,), 1 / BATCH, dtype=torch.float64)))
+        F.cross_entropy(model(tokens, context).flatten(0, 1), targets.flatten()).backward()
+        result["plain"] = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+    return result
 
 
 def overflow(scale: float) -> dict[str, Any]:
@@ -162,6 +196,8 @@ def check_all() -> dict[str, Any]:
         "plain": plain(),
         "fp32": step(False),
         "fp16": step(True),
+        "pipeline": step(False, pp=torch.distributed.get_world_size()),
+        "tied": tied(),
         "bubble": bubble(),
         "overflow": [overflow(scale) for scale in (2.0**400, 1.0, 2.0**-14, 2.0**-15)],
         "errors": [not_finite(*case) for case in (("layers.2.norm1.weight", 1.0), ("layers.0.token.weight", np.nan))],

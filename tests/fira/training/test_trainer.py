@@ -17,14 +17,14 @@ def results(ranks: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_step_and_validation_equal_a_plain_forward(ranks: int, precision: str) -> None:
+@pytest.mark.parametrize("run", ["fp32", "fp16", "pipeline"])
+def test_step_and_validation_equal_a_plain_forward(ranks: int, run: str) -> None:
     """The weights are float64 in both cases, so that a loss scale, a power of two, changes no result."""
     for result in results(ranks):
-        step, plain = result[precision], result["plain"]
+        step, plain = result[run], result["plain"]
         for name in FIELDS:
             assert step[name] == pytest.approx(plain[name], rel=1e-7), name
-        for name in LISTS:
+        for name in LISTS if run != "pipeline" else LISTS[:-1]:
             for ours, expected in zip(step[name], plain[name], strict=True):
                 assert ours == pytest.approx(expected, rel=1e-6), name
         assert (step["consumed"], step["skipped"], step["updates"]) == (5, False, 2)
@@ -40,6 +40,15 @@ def test_extra_numbers_and_bubble_are_reduced_over_ranks(ranks: int, sums: list[
         assert result["fp32"]["extra"] == sums
         assert result["fp32"]["second"]["extra"] == []
         assert result["bubble"] == 0.25
+
+
+def test_tied_weights_are_equal_after_a_step_and_their_gradients_are_summed() -> None:
+    (single,) = results(1)
+    assert single["tied"]["norm"] == pytest.approx(single["tied"]["plain"], rel=1e-6)
+    copies = [copy for result in (single, *results(2)) for copy in result["tied"]["copies"]]
+    assert len(copies) == 4
+    assert all(copy == copies[0] for copy in copies)
+    assert all(result["tied"]["norm"] == single["tied"]["norm"] for result in results(2))
 
 
 def test_overflow_skips_the_step_and_halves_the_scale() -> None:

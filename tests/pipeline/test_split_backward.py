@@ -77,6 +77,13 @@ def test_vectors_first_and_matrices_later():
     assert [gradient is None for gradient in early] == [True, False, False, False]  # weight, bias, gain, bias
 
 
+def test_scalars_are_in_the_first_part():
+    torch.manual_seed(0)
+    weight, scale = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.tensor(2.0))
+    early = compare(lambda x: (x * scale) @ (weight * 3), torch.randn(4, 5), [weight, scale])
+    assert [gradient is None for gradient in early] == [True, False]
+
+
 def test_vectors_on_both_sides_of_a_product():
     """A gain used in two places gets its gradient in the first part, a gain that scales a matrix in the second."""
     torch.manual_seed(0)

@@ -50,3 +50,11 @@ def test_impossible_number_of_stages_raises(stages):
 def test_squares_rank_partitions_with_the_same_largest_sum():
     """6, 7, 2, 3 has the squares 98 and 1, 5, 7, 5 has 100; their sums of cubes are equal."""
     assert partition([1, 5, 7, 2, 3], 4) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.data())
+def test_scaled_costs_give_the_same_partition(costs, data):
+    """Scaling by a power of two is exact, so that equal partitions stay equal."""
+    stages = data.draw(st.integers(1, len(costs)))
+    for factor in (2.0**-20, 2.0**20):
+        assert partition([factor * cost for cost in costs], stages) == partition(costs, stages)

@@ -52,7 +52,7 @@ TIED = BluesConfig(
 
 
 def make(clip: float = 0.5, fp16: bool = False, pp: int = 1, config: Any = CONFIG) -> tuple[Trainer, Loader]:
-    mesh = make_mesh(Layout(pp, torch.distributed.get_world_size() // pp, 1))
+    mesh = make_mesh(Layout(pp, torch.distributed.get_world_size() // pp, 1), range(pp))
     model = parallelize(meta_model(config), mesh, 7, [CPU], dtype=torch.float64)
     split = BatchSplit(2, mesh.layout.dp, mesh.dp_rank, CONFIG.d_model)
     trainer = Trainer(model, mesh, split, "1f1b", weight_decay=0.1, clip=clip, fp16=fp16)
@@ -178,14 +178,14 @@ def bubble() -> float:
 
     def waiting(*args: Any) -> Any:
         losses = run(*args)
-        engine.waited = 2.0
+        engine.waited = lambda: 2.0
         return losses
 
     engine.run = waiting  # type: ignore[method-assign]
     times, real = iter([100.0, 108.0]), module.time
     module.time = SimpleNamespace(perf_counter=lambda: next(times))  # type: ignore[assignment]
     try:
-        return trainer.step(loader, BATCH, 1e-3, seed=11).bubble
+        return trainer.step(loader, 2, 1e-3, seed=11).bubble  # one micro-batch
     finally:
         module.time = real
 

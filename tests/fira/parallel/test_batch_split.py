@@ -60,3 +60,9 @@ def test_batch_without_targets_has_a_finite_weight():
 @pytest.mark.parametrize(("sequences", "count"), [(1, 1), (6, 1), (7, 2), (12, 2), (13, 3)])
 def test_count_is_rounded_up(sequences, count):
     assert BatchSplit(3, 2, 0, 5).count(sequences) == count
+
+
+def test_contexts_are_on_the_device_of_the_split_and_inputs_on_the_cpu():
+    (microbatch,) = BatchSplit(2, 1, 0, 5, torch.device("meta")).microbatches(read, 7, 2, dropout_seed=3)
+    assert microbatch.context.lengths.device.type == "meta"
+    assert microbatch.inputs.device.type == "cpu"

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+RESULT = "result of the check:"  # the line before the result, which separates it from warnings
+
 
 @dataclass(frozen=True)
 class Target:
@@ -76,7 +78,9 @@ def mpirun(ranks: int) -> list[str]:
 def main(module: str, function: str, target: str, *arguments: str) -> None:
     values = json.loads(target)
     found = Target(values["device"], values["folder"], tuple(values["train"]))
-    print(getattr(import_module(module), function)(found, *arguments))
+    result = getattr(import_module(module), function)(found, *arguments)
+    sys.stderr.flush()
+    print(f"{RESULT}\n{result}")
 
 
 if __name__ == "__main__":

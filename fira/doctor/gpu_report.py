@@ -10,9 +10,9 @@ import torch
 
 from fira.doctor import kernel_checks, rank_checks, screen, training_checks
 from fira.doctor.finding import Finding
-from fira.doctor.gpu_check import GpuCheck, Target
+from fira.doctor.gpu_check import RESULT, GpuCheck, Target
 from fira.doctor.gpus import find_devices
-from fira.doctor.limited_process import Outcome, run_limited, without_launcher
+from fira.doctor.limited_process import run_limited, without_launcher
 from fira.errors import UserError
 from pipeline.schedule import SCHEDULES
 
@@ -23,45 +23,48 @@ SHARED = {"CUDA_VISIBLE_DEVICES": "0"}  # both ranks use the first GPU, so that 
 CHECKS: tuple[GpuCheck, ...] = (
     GpuCheck("grouped product in bf16", kernel_checks.grouped_product, 90),
     GpuCheck("dropout bits", kernel_checks.dropout_bits, 90),
-    *(GpuCheck(f"training in {p}", training_checks.precision, 120, arguments=(p,)) for p in ("fp32", "bf16", "fp16")),
-    GpuCheck("--recompute full", training_checks.recompute, 120),
-    GpuCheck("--resume auto", training_checks.resume, 120),
+    GpuCheck("training in fp32", training_checks.precision, 240, arguments=("fp32",)),
+    GpuCheck("training in bf16", training_checks.precision, 150, arguments=("bf16",)),
+    GpuCheck("training in fp16", training_checks.precision, 150, arguments=("fp16",)),
+    GpuCheck("--recompute full", training_checks.recompute, 150),
+    GpuCheck("--resume auto", training_checks.resume, 150),
     GpuCheck("collectives, shared GPU", rank_checks.collectives, 90, environment=SHARED),
     *(
-        GpuCheck(f"{' '.join(flags)}, shared GPU", training_checks.two_ranks, 120, arguments=flags, environment=SHARED)
+        GpuCheck(f"{' '.join(flags)}, shared GPU", training_checks.two_ranks, 150, arguments=flags, environment=SHARED)
         for flags in (("--pp", "2"), ("--pp", "2", "--schedule", "zb-v"), ("--dp", "2", "--ep", "2"))
     ),
     GpuCheck("host synchronisations", kernel_checks.synchronisations, 90),
     GpuCheck("profile, dropout 0", kernel_checks.profile, 150, arguments=("0.0",)),
     GpuCheck("profile, dropout 0.1", kernel_checks.profile, 150, arguments=("0.1",)),
-    GpuCheck("--local-devices", training_checks.local_devices, 120, gpus=2),
+    GpuCheck("--local-devices", training_checks.local_devices, 150, gpus=2),
     GpuCheck("collectives, NCCL", rank_checks.collectives, 90, gpus=2),
     GpuCheck("CUDA contexts", rank_checks.contexts, 90, gpus=2),
     *(
         GpuCheck(
             f"--pp 2 --schedule {name}",
             training_checks.two_ranks,
-            120,
+            150,
             gpus=2,
             arguments=("--pp", "2", "--schedule", name),
         )
         for name in SCHEDULES
     ),
-    GpuCheck("--pp 2 --trace", training_checks.trace, 120, gpus=2),
-    GpuCheck("--dp 2 --ep 2", training_checks.two_ranks, 120, gpus=2, arguments=("--dp", "2", "--ep", "2")),
-    GpuCheck("exit status", training_checks.exit_status, 120, gpus=2),
+    GpuCheck("--pp 2 --trace", training_checks.trace, 150, gpus=2),
+    GpuCheck("--dp 2 --ep 2", training_checks.two_ranks, 150, gpus=2, arguments=("--dp", "2", "--ep", "2")),
+    GpuCheck("exit status", training_checks.exit_status, 150, gpus=2),
     GpuCheck("benchmarks.gpu.run", kernel_checks.benchmark, 300),
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """A check and how it ended. verdict: OK, failed, or timed out. detail: one line."""
+    """A check and how it ended. verdict: OK, failed, or timed out. detail: one line. text: the result or the output."""
 
     check: GpuCheck
     verdict: str
     detail: str
-    outcome: Outcome
+    text: str
+    seconds: float
 
 
 def examine_gpus(train: tuple[str, ...], show_line: Callable[[str], object]) -> bool:
@@ -95,7 +98,7 @@ def run_checks(
     for number, check in enumerate(checks, 1):
         show_line(f"[{number}/{len(checks)}] {check.name} …")
         results.append(run_check(check, target))
-        verdict, seconds = results[-1].verdict, results[-1].outcome.seconds
+        verdict, seconds = results[-1].verdict, results[-1].seconds
         show_line(f"      {verdict} after {seconds:.1f} s: {results[-1].detail}")
         report.write_text(as_markdown(results, len(checks), findings), encoding="utf-8")
     failed = sum(result.verdict != "OK" for result in results)
@@ -109,20 +112,23 @@ def run_check(check: GpuCheck, target: Target) -> Result:
     """Run one check. Processes that it leaves behind are ended and make it fail."""
     environment = without_launcher(os.environ) | check.environment
     outcome = run_limited(check.command(target), check.limit_s, environment)
+    _, found, result = outcome.output.partition(f"{RESULT}\n")
+    if outcome.status == 0 and found and not outcome.left:
+        return Result(check, "OK", result.splitlines()[0], result.rstrip(), outcome.seconds)
     if outcome.status is None:
-        return Result(check, "timed out", f"stopped after {check.limit_s:.0f} s", outcome)
-    if outcome.status != 0:
-        return Result(check, "failed", outcome.last_lines(1) or f"status {outcome.status}", outcome)
-    if outcome.left:
-        return Result(check, "failed", f"left {outcome.left} processes behind", outcome)
-    return Result(check, "OK", outcome.output.splitlines()[0], outcome)
+        verdict, detail = "timed out", f"stopped after {check.limit_s:.0f} s"
+    elif outcome.left:
+        verdict, detail = "failed", f"left {outcome.left} processes behind"
+    else:
+        verdict, detail = "failed", outcome.last_lines(1) or f"ended with status {outcome.status}"
+    return Result(check, verdict, detail, outcome.last_lines(SHOWN_LINES), outcome.seconds)
 
 
 def as_markdown(results: Sequence[Result], planned: int, findings: list[Finding]) -> str:
     """The report: the machine, a table of the checks, and the output of those that failed or have more to show."""
     ok = sum(result.verdict == "OK" for result in results)
     rows = [
-        f"| {r.check.name} | {r.verdict} | {r.outcome.seconds:.1f} of {r.check.limit_s:.0f} | {_cell(r.detail)} |"
+        f"| {r.check.name} | {r.verdict} | {r.seconds:.1f} of {r.check.limit_s:.0f} | {_cell(r.detail)} |"
         for r in results
     ]
     parts = [
@@ -134,12 +140,8 @@ def as_markdown(results: Sequence[Result], planned: int, findings: list[Finding]
         "\n".join(["| check | result | seconds | detail |", "|---|---|---|---|", *rows]),
     ]
     for result in results:
-        if result.verdict != "OK":
-            parts.append(f"### {result.check.name}: {result.verdict}")
-            parts.append(f"```text\n{result.outcome.last_lines(SHOWN_LINES)}\n```")
-        elif len(result.outcome.output.splitlines()) > 1:
-            parts.append(f"### {result.check.name}")
-            parts.append(f"```text\n{result.outcome.last_lines(SHOWN_LINES)}\n```")
+        if result.verdict != "OK" or "\n" in result.text:
+            parts += [f"### {result.check.name}: {result.verdict}", f"```text\n{result.text or 'no output'}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

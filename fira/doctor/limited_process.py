@@ -39,7 +39,7 @@ def run_limited(command: Sequence[str], limit_s: float, env: Mapping[str, str] |
     """
     environment = without_launcher(os.environ) if env is None else env
     started = time.monotonic()
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    with tempfile.TemporaryFile() as output:
         # A file instead of a pipe: a process that outlives the command cannot block the reader.
         process = subprocess.Popen(
             command,
@@ -59,7 +59,7 @@ def run_limited(command: Sequence[str], limit_s: float, env: Mapping[str, str] |
         finally:
             _kill(process)
         output.seek(0)
-        return Outcome(status, output.read(), seconds, left)
+        return Outcome(status, output.read().decode(errors="replace"), seconds, left)
 
 
 def without_launcher(variables: Mapping[str, str]) -> dict[str, str]:
@@ -75,7 +75,7 @@ def _remaining(session: int) -> int:
     return len(running)
 
 
-def _kill(process: "subprocess.Popen[str]") -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     for pid in [*_members(process.pid), process.pid]:
         if pid != process.pid or process.returncode is None:  # the number of an ended process may be in use again
             with suppress(ProcessLookupError):

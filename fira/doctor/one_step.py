@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import pipeline
+from fira.data.loader import Loader
 from fira.models.registry import PRESETS, build
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
@@ -29,21 +30,19 @@ class StepNumbers:
     seconds: float
 
 
-class RandomTokens:
-    """A loader of random sequences, which depend on their number only."""
+class RandomTokens(Loader):
+    """A loader of random sequences instead of the windows of a text."""
 
     def __init__(self, vocab_size: int, seq_len: int) -> None:
         self.consumed = 0
         self.shape = vocab_size, seq_len
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences first, …, first + count − 1: tokens and targets, [count, seq_len]."""
-        drawn = [self._sequence(number) for number in range(first, first + count)]
-        return np.stack([row[:-1] for row in drawn]), np.stack([row[1:] for row in drawn])
-
-    def _sequence(self, number: int) -> np.ndarray:
+        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each."""
         vocab_size, seq_len = self.shape
-        return np.random.default_rng([SEED, number]).integers(vocab_size, size=seq_len + 1)
+        numbers = range(first, first + count)
+        rows = np.stack([np.random.default_rng([SEED, n]).integers(vocab_size, size=seq_len + 1) for n in numbers])
+        return rows[:, :-1], rows[:, 1:]
 
 
 def make_trainer(

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fira.doctor import gpus, host, launcher
+from fira.doctor.device_probe import DeviceFacts
 from fira.doctor.finding import Finding, Level, examine
 from pipeline.mpi import World
 
@@ -43,7 +44,7 @@ def all_findings(world: World | None) -> Iterator[Finding]:
     yield from examine([("packages", lambda: [host.packages_finding(host.missing_packages())])])
     yield from examine([("MPI", partial(mpi_findings, world)), ("ranks", lambda: [ranks_finding(world)])])
     yield from examine([("cores", lambda: [host.cores_finding(host.read_cores())])])
-    found: list[gpus.DeviceFacts] = []
+    found: list[DeviceFacts] = []
 
     def devices() -> list[Finding]:
         facts, outcome = gpus.find_devices()

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import pipeline
 from fira.devices import AUTOCAST_DTYPES, auto_precision
 from fira.doctor.gpu_check import Target, run_program
 from fira.doctor.one_step import RandomTokens, make_trainer
@@ -20,6 +19,7 @@ from fira.nn.dropout import at_place, random_bits, salt, token_keys
 from fira.nn.moe.grouped_linear import RowGroups, grouped_linear
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout
+from pipeline.mpi import init
 
 BF16_ERROR = 2**-6  # relative to the largest element; bf16 rounds by 2⁻⁹, and sums of 614 products add up errors
 
@@ -117,7 +117,7 @@ def profile(target: Target, dropout: str) -> str:
 
 def _one_rank(preset: str, device: torch.device, dropout: float) -> tuple[Trainer, RandomTokens, int]:
     """A trainer on one rank in the precision of the device, a loader, and the number of sequences of a step."""
-    pipeline.init()
+    init()
     config = replace(PRESETS[preset], dropout=dropout)
     autocast = AUTOCAST_DTYPES.get(auto_precision(device))
     microbatch = max(1, (4096 if device.type == "cuda" else 256) // config.seq_len)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-import pipeline
 from fira.data.loader import Loader
 from fira.models.registry import PRESETS, build
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
+from pipeline.mpi import init
 
 PRESET, SEQ_LEN = "fira-tiny", 32
 SEED = 5
@@ -72,7 +72,7 @@ def one_step(layout: Layout, schedule: str, device: torch.device, sequences: int
 
 
 def main(device: str, threads: str, sequences: str) -> None:
-    pipeline.init()
+    init()
     torch.set_num_threads(int(threads))  # results on a CPU depend on the number of threads
     numbers = one_step(Layout(), "1f1b", torch.device(device), int(sequences))
     print(json.dumps({"loss": numbers.loss, "grad_norm": numbers.grad_norm, "seconds": numbers.seconds}))

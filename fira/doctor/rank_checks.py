@@ -6,11 +6,11 @@ import sys
 import torch
 import torch.distributed as dist
 
-import pipeline
 from fira.devices import choose_devices
 from fira.doctor.gpu_check import Target, mpirun, run_program
 from fira.doctor.one_step import one_step
 from pipeline.mesh import Layout, make_mesh
+from pipeline.mpi import World, init
 
 ELEMENTS = 1_000_003  # of a tensor; odd, and larger than one piece of a staged copy
 
@@ -31,7 +31,7 @@ def _on_two_ranks(target: Target, program: str) -> str:
     return output.strip().splitlines()[-1]
 
 
-def exchange(world: pipeline.World, device: torch.device) -> str:
+def exchange(world: World, device: torch.device) -> str:
     """Several operations in flight at the same time, each with the values that arithmetic predicts."""
     group = make_mesh(Layout(1, world.size, 1), [device]).groups["dp"]
     rank, size = world.rank, world.size
@@ -59,7 +59,7 @@ def exchange(world: pipeline.World, device: torch.device) -> str:
     return f"all_reduce, all_to_all and messages of {device.type} tensors over {backend}"
 
 
-def train_and_list_contexts(world: pipeline.World, device: torch.device) -> str:
+def train_and_list_contexts(world: World, device: torch.device) -> str:
     """Train one step on two pipeline ranks, then ask the driver for the contexts of this process."""
     one_step(Layout(world.size, 1, 1), "1f1b", device, 2 * world.size)
     if device.type == "cpu":
@@ -75,7 +75,7 @@ def train_and_list_contexts(world: pipeline.World, device: torch.device) -> str:
 
 
 def main(program: str, device: str) -> None:
-    world = pipeline.init()
+    world = init()
     chosen = choose_devices(device, None, world.local_rank)[0]
     result = {"exchange": exchange, "train_and_list_contexts": train_and_list_contexts}[program](world, chosen)
     dist.barrier()

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-import pipeline
 from fira.devices import choose_devices
 from fira.doctor import screen
 from fira.doctor.launcher import find_library, foreign_launcher
 from fira.doctor.links import describe_links, measure_links
 from fira.doctor.schedule_check import check_schedules
 from fira.errors import UserError
+from pipeline.mpi import init
 from pipeline.mpi.world import launch_rank
 
 TIMEOUT_S = 240.0  # longer than the other ranks wait while rank 0 examines the machine
@@ -20,7 +20,7 @@ TIMEOUT_S = 240.0  # longer than the other ranks wait while rank 0 examines the 
 def examine_ranks(show_line: Callable[[str], object]) -> bool:
     """Print the report on rank 0 and return on all ranks whether the machine is usable (collective)."""
     refuse_foreign_launcher()
-    world = pipeline.init(TIMEOUT_S)
+    world = init(TIMEOUT_S)
     show = show_line if world.rank == 0 else _ignore
     usable = [screen.is_usable(screen.show(world, show)) if world.rank == 0 else True]
     dist.broadcast_object_list(usable, src=0)

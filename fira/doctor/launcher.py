@@ -156,5 +156,6 @@ def foreign_launcher(library: Library) -> str | None:
 
 
 def _reports(outcome: Outcome) -> list[dict[str, str | int]]:
-    """The lines of JSON in the output of the probe."""
-    return [json.loads(line) for line in outcome.output.splitlines() if line.startswith('{"library"')]
+    """The JSON objects in the output of the probe. Launchers may put those of several ranks into one line."""
+    starts = [found.start() for found in re.finditer(r'\{"library"', outcome.output)]
+    return [json.JSONDecoder().raw_decode(outcome.output, start)[0] for start in starts]

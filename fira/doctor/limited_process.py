@@ -76,11 +76,14 @@ def _remaining(session: int) -> int:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    for pid in [*_members(process.pid), process.pid]:
-        if pid != process.pid or process.returncode is None:  # the number of an ended process may be in use again
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    """Kill a program and all processes of its session."""
+    if process.returncode is None:  # the number of an ended process may be in use again
+        process.kill()
+    for pid in _members(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
+    _remaining(process.pid)
 
 
 def _members(session: int) -> list[int]:

@@ -83,6 +83,11 @@ def test_a_launcher_that_starts_independent_processes_is_found(tmp_path, monkeyp
     assert finding.remedy.startswith(f"use {Path(mpirun()).resolve()}: export PATH=")
 
 
+def test_reports_of_two_ranks_in_one_line_are_read():
+    joined = outcome(reports((1, 2), (0, 2)).output.replace("\n", "") + "\n\n")
+    assert match_finding(LIBRARY, [MPICH_RUN], joined).level is Level.OK
+
+
 def test_every_process_is_rank_0_of_1():
     finding = match_finding(LIBRARY, [OMPI_RUN], reports((0, 1), (0, 1)))
     assert finding.text == "do not belong together: each of 2 processes is rank 0 of 1"

@@ -18,6 +18,7 @@ from pipeline.schedule import SCHEDULES
 
 REPORT = Path("fira-doctor.md")
 SHOWN_LINES = 30  # of the output of a check that failed
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # waiting threads do not slow down the other rank
 SHARED = {"CUDA_VISIBLE_DEVICES": "0"}  # both ranks use the first GPU, so that messages pass through MPI
 
 CHECKS: tuple[GpuCheck, ...] = (
@@ -110,7 +111,7 @@ def run_checks(
 
 def run_check(check: GpuCheck, target: Target) -> Result:
     """Run one check. Processes that it leaves behind are ended and make it fail."""
-    environment = without_launcher(os.environ) | check.environment
+    environment = without_launcher(os.environ) | PASSIVE | check.environment
     outcome = run_limited(check.command(target), check.limit_s, environment)
     _, found, result = outcome.output.partition(f"{RESULT}\n")
     if outcome.status == 0 and found and not outcome.left:

@@ -11,6 +11,7 @@ from fira.parallel.parallelize import parallelize
 from fira.planner.candidates import Candidate
 from fira.training.trainer import Trainer
 from pipeline.mesh import make_mesh
+from pipeline.schedule import SCHEDULES
 
 CPU = torch.device("cpu")
 
@@ -32,7 +33,7 @@ def trainer_of(
     config: Any, candidate: Candidate, device: torch.device = CPU, autocast: torch.dtype | None = None
 ) -> Trainer:
     """This rank's trainer of a model in one candidate layout (collective)."""
-    mesh = make_mesh(candidate.layout, [device])
+    mesh = make_mesh(candidate.layout, SCHEDULES[candidate.schedule].placement(candidate.layout.pp), [device])
     with torch.device("meta"):
         meta_model = build(config)
     model = parallelize(meta_model, mesh, 0, [device], candidate.schedule, autocast=autocast)

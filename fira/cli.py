@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from fira.errors import UserError
 from pipeline.mpi.failure import abort_on_failure, fail
+from pipeline.mpi.world import init, launched_rank
 
 SCRIPTS = {"prepare": "prepare_data"}  # commands whose script in scripts/ has another name
 
@@ -20,14 +21,10 @@ class Parser(argparse.ArgumentParser):
     Args:
         description: text above the flags in the output of `--help`.
         prog: name in messages; default: the file name of the script.
-        prints_help: returns whether this process prints the output of `--help`; one of several ranks should.
     """
 
-    def __init__(
-        self, description: str | None, prog: str | None = None, prints_help: Callable[[], bool] = lambda: True
-    ) -> None:
+    def __init__(self, description: str | None, prog: str | None = None) -> None:
         super().__init__(prog, description=description, allow_abbrev=False)
-        self.prints_help = prints_help
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments = sys.argv[1:] if args is None else args
@@ -37,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}; see --help")
 
     def print_help(self, file: Any = None) -> None:
-        if self.prints_help():
+        if not launched_rank():
             super().print_help(file)
 
     def add_verbosity(self) -> None:
@@ -75,7 +72,7 @@ def start_logging(quiet: bool, verbose: bool, rank: int = 0) -> None:
         logger.setLevel(level)
 
 
-def command_line(command: str) -> list[str]:
+def command_words(command: str) -> list[str]:
     """The words that start another command in the same way as this one, by `fira` or by a script in scripts/."""
     if Path(sys.argv[0]).name == "fira":
         return ["fira", command]
@@ -83,14 +80,20 @@ def command_line(command: str) -> list[str]:
 
 
 @abort_on_failure()
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], parallel: bool = False) -> None:
     """Call main and handle its errors.
 
     A UserError ends all ranks with one line on stderr and exit status 2. A closed stdout ends the program quietly.
+    parallel: whether the ranks of mpirun run the command together. Any other command runs on rank 0 only.
     """
+    rank = launched_rank()
+    if rank and not parallel:
+        return
     try:
         main()
     except UserError as error:
+        if rank is not None and parallel:
+            init()  # so that the line is printed once, also if the error precedes the initialization
         fail(str(error), 2)
     except BrokenPipeError:  # as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,17 +11,18 @@ B(s − 1, i) ◄── Message(BACKWARD, s − 1, i) ◄── B(s, i) ◄─�
 [5] At the end of the step, wait until all sends are complete.
 """
 
-import time
+import functools
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.clock import clock_of
+from pipeline.messages import Channel, Direction, Message
 from pipeline.schedule import Action, ActionKind, Schedule
 from pipeline.stage import Stage
 
@@ -41,42 +42,34 @@ class MicroBatch:
     context: Any = None
 
 
-class Direction(Enum):
-    FORWARD = 0  # the output of stage − 1
-    BACKWARD = 1  # the input gradient of stage + 1
-
-
-class Message(NamedTuple):
-    """The tensor that a stage receives for a micro-batch: its input, or the gradient of its output."""
-
-    direction: Direction
-    stage: int  # the receiver
-    microbatch: int
-
-
 class Engine:
     """Runs schedules over the stages of this rank.
 
     stages: the stages of this rank by number. objective(output, context) → (scalar to differentiate, scalar to report):
-    called on the rank that holds the last stage. forward_group, backward_group: the pipeline's process groups for
-    activations and for gradients; None where all stages are on this rank. dtype: of the tensors between stages.
+    called on the rank that holds the last stage. rank: of this process in the pipeline. channels: those of this rank,
+    with the process groups of their two ranks. dtype: of the tensors that a stage takes. message_dtype: in which
+    they are sent between ranks (default: dtype).
     """
 
     def __init__(
         self,
         stages: Mapping[int, Stage],
         objective: Callable[[Tensor, Any], tuple[Tensor, Tensor]],
-        forward_group: dist.ProcessGroup | None = None,
-        backward_group: dist.ProcessGroup | None = None,
+        rank: int = 0,
+        channels: Mapping[Channel, dist.ProcessGroup] | None = None,
         dtype: torch.dtype = torch.float32,
+        message_dtype: torch.dtype | None = None,
     ) -> None:
         self.stages = stages
         self.objective = objective
         self.dtype = dtype
-        self.groups = {Direction.FORWARD: forward_group, Direction.BACKWARD: backward_group}
-        self.rank = 0 if forward_group is None else dist.get_rank(forward_group)
-        self.waited = 0.0  # seconds of the last run spent waiting for other ranks
-        self.trace: list[tuple[Action, float, float]] | None = None  # a list: append (action, start, end)
+        self.message_dtype = message_dtype or dtype
+        self.rank = rank
+        self.channels = channels or {}
+        self.clock = clock_of(next(iter(stages.values())).input_device)
+        self._waits: list[tuple[Any, Any]] = []  # marks of the clock before and after each wait of the last run
+        self._trace: list[tuple[Action, Any, Any]] | None = None
+        self._origin: Any = None  # mark of the clock at the start of the trace
 
     def run(self, schedule: Schedule, microbatches: Sequence[MicroBatch]) -> list[Tensor]:
         """Execute this rank's actions. Gradients are added to the parameters' `.grad`.
@@ -89,33 +82,45 @@ class Engine:
         actions = schedule.actions[self.rank]
         training = any(action.kind is not ActionKind.FORWARD for action in actions)
         run = _ScheduleRun(self, schedule, microbatches)
-        self.waited = 0.0
+        self._waits = []
         try:
             with torch.set_grad_enabled(training):
                 for position, action in enumerate(actions):
                     for upcoming in actions[position : position + LOOK_AHEAD]:
                         run.post_receives(upcoming)
-                    if self.trace is None:
-                        run.execute(action)
-                    else:
-                        self.trace.append(self._timed(run, action))
+                    start, end = run.execute(action)
+                    if self._trace is not None:
+                        self._trace.append((action, start, end))
                 run.wait_for_sends()
         finally:
             for stage in self.stages.values():
                 stage.clear()
         return run.reports
 
-    def _timed(self, run: "_ScheduleRun", action: Action) -> tuple[Action, float, float]:
-        """Execute an action; return it with its start, not counting the wait for its message, and its end.
+    def waited(self) -> float:
+        """Seconds of the last run in which this rank's work waited for other ranks."""
+        return sum(self.clock.seconds(start, end) for start, end in self._waits)
 
-        The times are those of time.perf_counter, in seconds.
+    def start_trace(self) -> None:
+        """Record the actions from now on."""
+        self._trace = []
+        self._origin = self.clock.mark()
+
+    def stop_trace(self) -> list[tuple[Action, float, float]]:
+        """The actions since `start_trace` with their start and their end, in seconds.
+
+        An action starts when it has its message.
         """
-        device = self.stages[action.stage].input_device
-        before, waited = time.perf_counter(), self.waited
-        run.execute(action)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return action, before + self.waited - waited, time.perf_counter()
+        recorded, self._trace = self._trace or [], None
+        seconds = functools.partial(self.clock.seconds, self._origin)
+        return [(action, seconds(start), seconds(end)) for action, start, end in recorded]
+
+    def wait(self, works: Iterable[dist.Work]) -> None:
+        """Wait for messages, and count the time."""
+        start = self.clock.mark()
+        for work in works:
+            work.wait()
+        self._waits.append((start, self.clock.mark()))
 
 
 class _ScheduleRun:
@@ -130,72 +135,76 @@ class _ScheduleRun:
         self.receiving: dict[Message, tuple[dist.Work, Tensor]] = {}
         self.sending: list[tuple[dist.Work, Tensor]] = []  # tensors must not be freed before they are sent
         self.reports: list[Tensor] = []
-        # For each neighbour and direction, the messages that it will send here, in its order. NCCL matches messages by
+        # For each channel to this rank, its messages in the order in which they are sent. NCCL matches messages by
         # their order instead of a tag, so receives are posted in this order.
-        self.expected: dict[tuple[int, Direction], deque[Message]] = defaultdict(deque)
-        neighbours = {self._source(_message_to(action)) for action in schedule.actions[engine.rank]} - {None}
-        for rank in cast(set[int], neighbours):
-            for action in schedule.actions[rank]:
+        self.expected: dict[Channel, deque[Message]] = defaultdict(deque)
+        incoming = {self._incoming_channel(_message_to(action)) for action in schedule.actions[engine.rank]} - {None}
+        for source in {channel.source for channel in cast(set[Channel], incoming)}:
+            for action in schedule.actions[source]:
                 message = self._message_from(action)
                 if message and schedule.placement[message.stage] == engine.rank:
-                    self.expected[rank, message.direction].append(message)
+                    self.expected[Channel(message.direction, source, engine.rank)].append(message)
 
     def post_receives(self, action: Action) -> None:
         """[1] Post the receive of an action's message, if it comes from another rank and is not posted yet.
 
-        The receives of messages that the same rank sends earlier are posted first.
+        The receives of messages that the same channel carries earlier are posted first.
         """
         needed = _message_to(action)
-        source = self._source(needed)
-        if source is None:
+        channel = self._incoming_channel(needed)
+        if channel is None:
             return
-        waiting = self.expected[source, needed.direction]
+        waiting = self.expected[channel]
         while needed in waiting:
             message = waiting.popleft()
             # Also for a gradient the input device is used: autograd moves the gradient to the device of the output.
             device = self.engine.stages[message.stage].input_device
             boundary = self.microbatches[message.microbatch].boundary
-            buffer = torch.empty(boundary, dtype=self.engine.dtype, device=device)
-            group = self._group(message)
-            work = dist.irecv(buffer, dist.get_global_rank(group, source), group=group, tag=self._tag(message))
+            buffer = torch.empty(boundary, dtype=self.engine.message_dtype, device=device)
+            group, peer = self._group(channel)
+            work = dist.irecv(buffer, group=group, group_src=peer, tag=self._tag(message))
             self.receiving[message] = cast(dist.Work, work), buffer
 
-    def execute(self, action: Action) -> None:
-        """[2] to [4] for one action."""
-        if action.kind is ActionKind.FORWARD:
-            self._forward(action)
-        elif action.kind is ActionKind.BACKWARD_WEIGHT:
-            self.engine.stages[action.stage].backward_weight(action.microbatch)
+    def execute(self, action: Action) -> tuple[Any, Any]:
+        """[2] to [4] for one action. Returns marks of the clock after the wait for its message and at its end."""
+        kind, stage, i = action
+        clock = self.engine.clock
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            start = clock.mark()
+            self.engine.stages[stage].backward_weight(i)  # [3]
+        elif kind is ActionKind.FORWARD and stage == 0:
+            x = self.microbatches[i].inputs.to(self.engine.stages[0].input_device)
+            start = clock.mark()
+            self._forward(action, x)
         else:
-            self._backward(action)
+            tensor = self._take(_message_to(action))  # [2]
+            start = clock.mark()
+            run = self._forward if kind is ActionKind.FORWARD else self._backward
+            run(action, tensor)
+        return start, clock.mark()
 
     def wait_for_sends(self) -> None:
         """[5] Wait until all messages have been sent."""
-        started = time.perf_counter()
-        for work, _ in self.sending:
-            work.wait()
-        self.engine.waited += time.perf_counter() - started
+        self.engine.wait(work for work, _ in self.sending)
 
-    def _forward(self, action: Action) -> None:
+    def _forward(self, action: Action, x: Tensor) -> None:
         _, stage, i = action
-        batch = self.microbatches[i]
-        module = self.engine.stages[stage]
-        x = batch.inputs.to(module.input_device) if stage == 0 else self._take(_message_to(action))  # [2]
-        y = module.forward(i, x, batch.context)  # [3]
+        context = self.microbatches[i].context
+        y = self.engine.stages[stage].forward(i, x, context)  # [3]
         if message := self._message_from(action):
             self._deliver(message, y.detach())  # [4]
             return
-        loss, report = self.engine.objective(y, batch.context)
+        loss, report = self.engine.objective(y, context)
         self.reports.append(report.detach())
         if torch.is_grad_enabled():
             (self.local[Message(Direction.BACKWARD, stage, i)],) = torch.autograd.grad(loss, y)
 
-    def _backward(self, action: Action) -> None:
+    def _backward(self, action: Action, grad_output: Tensor) -> None:
         """Run a full backward, or the first part of a split one."""
         kind, stage, i = action
         module = self.engine.stages[stage]
         backward = module.backward if kind is ActionKind.BACKWARD else module.backward_input
-        grad_input = backward(i, self._take(_message_to(action)))  # [2] [3]
+        grad_input = backward(i, grad_output)  # [3]
         if message := self._message_from(action):
             if grad_input is None:
                 raise RuntimeError(f"stage {stage} returned no gradient for its input, which must be floating-point")
@@ -210,23 +219,21 @@ class _ScheduleRun:
             return None
         return Message(Direction.BACKWARD, stage - 1, i)
 
-    def _source(self, message: Message) -> int | None:
-        """The rank that sends a message; None if it comes from this rank, the inputs or the objective."""
+    def _incoming_channel(self, message: Message) -> Channel | None:
+        """The channel that brings a message; None if it comes from this rank, the inputs or the objective."""
         sender = message.stage + (-1 if message.direction is Direction.FORWARD else 1)
         if not 0 <= sender <= self.last:
             return None
-        rank = self.schedule.placement[sender]
-        return None if rank == self.engine.rank else rank
+        source = self.schedule.placement[sender]
+        return None if source == self.engine.rank else Channel(message.direction, source, self.engine.rank)
 
     def _take(self, message: Message) -> Tensor:
         """Wait for the receive of a message and return its tensor."""
         if message in self.local:
             return self.local.pop(message)
         work, buffer = self.receiving.pop(message)
-        started = time.perf_counter()
-        work.wait()
-        self.engine.waited += time.perf_counter() - started
-        return buffer
+        self.engine.wait([work])
+        return buffer.to(self.engine.dtype)
 
     def _deliver(self, message: Message, tensor: Tensor) -> None:
         """Start sending a message to the rank of its stage, or store it if the stage is on this rank."""
@@ -235,16 +242,17 @@ class _ScheduleRun:
             self.local[message] = tensor.to(self.engine.stages[message.stage].input_device)
             return
         self.sending = [(work, kept) for work, kept in self.sending if not work.is_completed()]
-        tensor = tensor.contiguous()
-        group = self._group(message)
-        work = dist.isend(tensor, dist.get_global_rank(group, rank), group=group, tag=self._tag(message))
+        tensor = tensor.to(self.engine.message_dtype).contiguous()
+        group, peer = self._group(Channel(message.direction, self.engine.rank, rank))
+        work = dist.isend(tensor, group=group, group_dst=peer, tag=self._tag(message))
         self.sending.append((cast(dist.Work, work), tensor))
 
-    def _group(self, message: Message) -> dist.ProcessGroup:
-        group = self.engine.groups[message.direction]
+    def _group(self, channel: Channel) -> tuple[dist.ProcessGroup, int]:
+        """The process group of a channel and the other rank's number in it."""
+        group = self.engine.channels.get(channel)
         if group is None:
-            raise ValueError("a pipeline over several ranks needs forward_group and backward_group")
-        return group
+            raise ValueError(f"the engine has no process group for the channel {channel}")
+        return group, 1 - dist.get_rank(group)
 
     def _tag(self, message: Message) -> int:
         return (message.microbatch * self.schedule.stages + message.stage) * 2 + message.direction.value

@@ -13,9 +13,12 @@ messages between pipeline stages cross nodes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
+
+from pipeline.messages import Channel, channels_of
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,16 @@ class Layout:
 class Mesh:
     """The coordinates of this rank in a layout, and its process groups.
 
-    groups: by name. "pp" carries activations and "pp_backward" gradients, since NCCL can deadlock when one communicator
-    has traffic in both directions; "dp" and "edp" carry reductions. ep_groups[j]: for the layers on this rank's j-th
-    local device; each device has a group of its own, because torchgpipe runs the devices in different threads.
+    groups: by axis; "pp" carries collectives over the ranks of a pipeline, "dp" and "edp" carry reductions.
+    ep_groups[j]: for the layers on this rank's j-th local device; each device has a group of its own, because
+    torchgpipe runs the devices in different threads. channels: those from and to this rank, with their groups.
     """
 
     layout: Layout
     rank: int
     groups: dict[str, dist.ProcessGroup]
     ep_groups: list[dist.ProcessGroup]
+    channels: dict[Channel, dist.ProcessGroup]
     device_type: str = "cpu"
 
     @property
@@ -90,11 +94,13 @@ class Mesh:
 CPU = torch.device("cpu")
 
 
-def make_mesh(layout: Layout, devices: Sequence[torch.device] = (CPU,)) -> Mesh:
-    """Create the process groups of a layout (collective over the world).
+def make_mesh(layout: Layout, placement: Sequence[int], devices: Sequence[torch.device] = (CPU,)) -> Mesh:
+    """Create this rank's process groups and connect their members (collective over the world).
 
-    devices: the local devices of this rank. Groups for the CPU use the default backend, groups for CUDA use NCCL, or
-    MPI where ranks share a device. Raises ValueError when the size of the world differs from that of the layout.
+    placement: the pipeline rank of each stage. devices: the local devices of this rank. Groups for the CPU use the
+    default backend, groups for CUDA use NCCL, or MPI where ranks share a device. Only the members of a group take part
+    in its creation, so the time does not grow with the number of groups in the world.
+    Raises ValueError when the size of the world differs from that of the layout.
     """
     if dist.get_world_size() != layout.world:
         raise ValueError(f"{layout} needs {layout.world} ranks, but the job has {dist.get_world_size()}")
@@ -103,9 +109,45 @@ def make_mesh(layout: Layout, devices: Sequence[torch.device] = (CPU,)) -> Mesh:
         from pipeline.mpi.cuda_transport import cuda_backend  # here, because it loads MPI
 
         backend = cuda_backend(devices)
+    rank = dist.get_rank()
 
-    def group(axis: str) -> dist.ProcessGroup:
-        return dist.new_subgroups_by_enumeration(layout.groups(axis), backend=backend, group_desc=axis)[0]
+    def new_group(ranks: list[int], description: str) -> dist.ProcessGroup:
+        group = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc=description)
+        return cast(dist.ProcessGroup, group)
 
-    groups = {name: group(axis) for name, axis in (("pp", "pp"), ("pp_backward", "pp"), ("dp", "dp"), ("edp", "edp"))}
-    return Mesh(layout, dist.get_rank(), groups, [group("ep") for _ in devices], devices[0].type)
+    def axis_group(axis: str) -> dist.ProcessGroup:
+        return new_group(next(ranks for ranks in layout.groups(axis) if rank in ranks), axis)
+
+    pipeline = next(ranks for ranks in layout.groups("pp") if rank in ranks)
+    channels = channels_of(placement, pipeline.index(rank))
+    mesh = Mesh(
+        layout,
+        rank,
+        {axis: axis_group(axis) for axis in ("pp", "dp", "edp")},
+        [axis_group("ep") for _ in devices],
+        {c: new_group([pipeline[c.source], pipeline[c.destination]], str(c)) for c in channels},
+        devices[0].type,
+    )
+    _connect(mesh, devices)
+    return mesh
+
+
+def _connect(mesh: Mesh, devices: Sequence[torch.device]) -> None:
+    """Use every group once, in the order of its creation, which is the same on all ranks.
+
+    NCCL creates a communicator when it is first used, and blocks the host until all its ranks have come. During a step
+    that is a deadlock: a rank that posts a receive ahead would wait for a peer that waits for this rank's next message.
+    """
+    probe = torch.zeros(1, device=devices[0])
+    for group in mesh.groups.values():
+        dist.all_reduce(probe, group=group)
+    for device, group in zip(devices, mesh.ep_groups, strict=True):
+        dist.all_reduce(probe.to(device), group=group)
+    for channel, group in mesh.channels.items():
+        other = 1 - dist.get_rank(group)
+        if channel.source == mesh.pp_rank:
+            dist.send(probe, group=group, group_dst=other)
+        else:
+            dist.recv(probe, group=group, group_src=other)
+    if probe.is_cuda:
+        torch.cuda.synchronize(probe.device)

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from string import ascii_lowercase, ascii_uppercase, digits
 
 from pipeline.schedule import Action, ActionKind, Schedule, dependencies
 
@@ -17,7 +16,6 @@ class Timeline:
     """When each action starts and ends, per rank, in the units of the costs given to `simulate`."""
 
     spans: tuple[tuple[tuple[Action, float, float], ...], ...]
-    peak_activations: tuple[int, ...]  # per rank: the most activations kept at once, one per stage and micro-batch
 
     @property
     def length(self) -> float:
@@ -61,7 +59,7 @@ def simulate(schedule: Schedule, costs: Mapping[ActionKind, Sequence[float]], tr
                 progress = True
         if not progress:
             raise ScheduleError("deadlock, every rank waits for another:\n" + format_grid(schedule, position))
-    return Timeline(tuple(map(tuple, spans)), peak_memory(schedule, [1] * schedule.stages))
+    return Timeline(tuple(map(tuple, spans)))
 
 
 def _check(schedule: Schedule) -> None:
@@ -145,23 +143,4 @@ def format_grid(schedule: Schedule, marks: Sequence[int] = ()) -> str:
         if rank < len(marks) and marks[rank] < len(cells):
             cells[marks[rank]] = f"»{cells[marks[rank]]}«"
         rows.append(f"rank {rank}: " + " ".join(cells))
-    return "\n".join(rows)
-
-
-def format_timeline(timeline: Timeline, width: int = 100) -> str:
-    """The timeline as text, one row of `width` characters per rank.
-
-    A digit is a forward, a lower-case letter a full backward or the input gradient of a split one, a capital letter
-    its weight gradients, and a dot a bubble. The digit or letter identifies the micro-batch.
-    """
-    scale = width / timeline.length if timeline.length else 0.0
-    rows = []
-    for spans in timeline.spans:
-        row = ["·"] * width
-        for action, start, end in spans:
-            alphabets = {ActionKind.FORWARD: digits, ActionKind.BACKWARD_WEIGHT: ascii_uppercase}
-            alphabet = alphabets.get(action.kind, ascii_lowercase)
-            for x in range(round(start * scale), round(end * scale)):
-                row[x] = alphabet[action.microbatch % len(alphabet)]
-        rows.append("".join(row))
     return "\n".join(rows)

@@ -43,7 +43,7 @@ def write_trace(timeline: Timeline, path: Path, title: str = "pipeline") -> None
 
 
 def read_trace(path: Path) -> Timeline:
-    """Read a timeline that `write_trace` wrote. The file does not contain the peak activations."""
+    """Read a timeline that `write_trace` wrote."""
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     ranks = sum(event["name"] == "thread_name" for event in events)
     spans: list[list[tuple[Action, float, float]]] = [[] for _ in range(ranks)]
@@ -52,7 +52,7 @@ def read_trace(path: Path) -> Timeline:
             arguments = event["args"]
             action = Action(ActionKind(arguments["kind"]), arguments["stage"], arguments["microbatch"])
             spans[event["tid"]].append((action, event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6))
-    return Timeline(tuple(map(tuple, spans)), ())
+    return Timeline(tuple(map(tuple, spans)))
 
 
 def _event(rank: int, name: str, start: float, end: float, **fields: Any) -> dict[str, Any]:

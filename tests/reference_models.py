@@ -122,21 +122,30 @@ def gated(x: Tensor, p: Parameters, e: int, activation: Callable[[Tensor], Tenso
     return (activation(g) * a) @ p["experts.w2"][e].T
 
 
-def fira(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
+def fira_experts(x: Tensor, p: Parameters, k: int) -> tuple[Tensor, Choices]:
+    """[T, d] → [T, d] and the choices."""
+    choices = route(x, p, k, temperature=0.9, renormalise=True)
+
+    def expert(e: int) -> Tensor:
+        hidden = gelu(x @ p["experts.w1"][e].T + p["experts.b1"][e])
+        return hidden @ p["experts.w2"][e].T + p["experts.b2"][e]
+
+    return mix(choices, expert), choices
+
+
+def fira(tokens: Tensor, p: Parameters, c: Any, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """length: number of tokens before the padding; the auxiliary loss is computed from these."""
     x = p["layers.0.token.weight"][tokens] + p["layers.0.position.weight"][: len(tokens)]
     aux = x.new_zeros(())
     for layer in range(1, c.num_layers + 1):
         q = below(p, f"layers.{layer}.")
         h = layer_norm(x, q["norm1.weight"], q["norm1.bias"])
         x = x + attention(h, below(q, "attention."), c.n_head, c.n_head)
-        h, moe = layer_norm(x, q["norm2.weight"], q["norm2.bias"]), below(q, "moe.")
-        choices = route(h, moe, c.top_k, temperature=0.9, renormalise=True)
-
-        def expert(e: int, h: Tensor = h, m: Parameters = moe) -> Tensor:
-            hidden = gelu(h @ m["experts.w1"][e].T + m["experts.b1"][e])
-            return hidden @ m["experts.w2"][e].T + m["experts.b2"][e]
-
-        x = x + layer_norm(mix(choices, expert), q["post_norm.weight"], q["post_norm.bias"])
+        h = layer_norm(x, q["norm2.weight"], q["norm2.bias"])
+        y, choices = fira_experts(h, below(q, "moe."), c.top_k)
+        x = x + layer_norm(y, q["post_norm.weight"], q["post_norm.bias"])
+        logits, weights, chosen = (part[:length] for part in choices)
+        choices = logits, weights, chosen
         aux = aux + c.aux_coefficient * even_weights(choices)
         aux = aux + c.switch_coefficient * load_balance(choices) + c.z_coefficient * router_z(choices)
     head = below(p, f"layers.{c.num_layers + 1}.")
@@ -162,14 +171,21 @@ def rish(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
 
 
 def mooshak(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
-    """norm_order "pre"."""
     x = p["layers.0.token.weight"][tokens]
+    heads = c.n_head, c.n_kv_head or c.n_head
+
+    def mlp(h: Tensor, q: Parameters) -> Tensor:
+        return linear(silu(linear(h, q, "mlp.w1")) * linear(h, q, "mlp.w3"), q, "mlp.w2")
+
     for layer in range(1, c.num_layers + 1):
         q = below(p, f"layers.{layer}.")
-        h = rms_norm(x, q["norm1.weight"], c.norm_eps)
-        x = x + attention(h, below(q, "attention."), c.n_head, c.n_kv_head, c.rope_theta)
-        h = rms_norm(x, q["norm2.weight"], c.norm_eps)
-        x = x + linear(silu(linear(h, q, "mlp.w1")) * linear(h, q, "mlp.w3"), q, "mlp.w2")
+        if c.norm_order == "pre":
+            h = rms_norm(x, q["norm1.weight"], c.norm_eps)
+            x = x + attention(h, below(q, "attention."), *heads, c.rope_theta)
+            x = x + mlp(rms_norm(x, q["norm2.weight"], c.norm_eps), q)
+        else:
+            h = x + attention(x, below(q, "attention."), *heads, c.rope_theta)
+            x = rms_norm(h + mlp(rms_norm(h, q["norm1.weight"], c.norm_eps), q), q["norm2.weight"], c.norm_eps)
     head = below(p, f"layers.{c.num_layers + 1}.")
     return rms_norm(x, head["norm.weight"], c.norm_eps) @ head["project.weight"].T, x.new_zeros(())
 
@@ -187,9 +203,11 @@ def blues(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
         choices = route(h, moe, c.top_k)
 
         def expert(e: int, h: Tensor = h, m: Parameters = moe) -> Tensor:
-            return rms_norm(gated(h, m, e, gelu), m["norm.weight"], c.norm_eps)
+            y = gated(h, m, e, gelu)
+            return y if c.gate_before_norm else rms_norm(y, m["norm.weight"], c.norm_eps)
 
-        x = x + mix(choices, expert)
+        y = mix(choices, expert)
+        x = x + (rms_norm(y, q["norm4.weight"], c.norm_eps) if c.gate_before_norm else y)
         aux = aux + c.aux_coefficient * load_balance(choices)
     head = below(p, f"layers.{c.num_layers + 1}.")
     return rms_norm(x, head["norm.weight"], c.norm_eps) @ table.T, aux
@@ -200,17 +218,25 @@ def shift(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[:1]), x[:-1]]) - x
 
 
-def time_mix(x: Tensor, p: Parameters, heads: int) -> Tensor:
-    """y_t = r_tᵀ (S_t + u · k_t v_tᵀ), S_{t+1} = w · S_t + k_t v_tᵀ, per head, one token after another."""
-    r, k, v, g = (linear(x + shift(x) * p[f"maa_{name}"], p, name) for name in "rkvg")
-    r, k, v = (y.view(len(x), heads, -1) for y in (r, k, v))
-    w, u = torch.exp(-torch.exp(p["decay"]))[:, None, None], p["bonus"][:, None, None]
-    state, rows = x.new_zeros(heads, r.shape[2], r.shape[2]), []
-    for t in range(len(x)):
-        kv = k[t, :, :, None] * v[t, :, None, :]
-        rows.append((r[t, :, :, None] * (state + u * kv)).sum(1))
+def recurrence(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """y_t = r_tᵀ (S_t + u · k_t v_tᵀ), S_{t+1} = w · S_t + k_t v_tᵀ, one token after another.
+
+    r, k, v [H, T, K], w, u [H], state [H, K, K] → y [H, T, K] and the state after the last token.
+    """
+    w, u, rows = w[:, None, None], u[:, None, None], []
+    for t in range(r.shape[1]):
+        kv = k[:, t, :, None] * v[:, t, None, :]
+        rows.append((r[:, t, :, None] * (state + u * kv)).sum(1))
         state = w * state + kv
-    y = layer_norm(torch.stack(rows), x.new_ones(()), eps=64e-5).flatten(1) * p["norm.weight"] + p["norm.bias"]
+    return torch.stack(rows, 1), state
+
+
+def time_mix(x: Tensor, p: Parameters, heads: int) -> Tensor:
+    r, k, v, g = (linear(x + shift(x) * p[f"maa_{name}"], p, name) for name in "rkvg")
+    r, k, v = (y.view(len(x), heads, -1).transpose(0, 1) for y in (r, k, v))
+    state = x.new_zeros(heads, r.shape[2], r.shape[2])
+    y, _ = recurrence(r, k, v, torch.exp(-torch.exp(p["decay"])), p["bonus"], state)
+    y = layer_norm(y.transpose(0, 1), x.new_ones(()), eps=64e-5).flatten(1) * p["norm.weight"] + p["norm.bias"]
     return linear(y * silu(g), p, "o")
 
 

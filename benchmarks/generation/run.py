@@ -19,7 +19,7 @@ from benchmarks.measure import alternate, environment, merge, ratio
 from fira.models.mooshak import MooshakConfig
 from fira.models.registry import PRESETS, build
 from fira.models.rish import RishConfig
-from tests.fira.models.test_family_transformers import twin
+from tests.fira.models.transformers_twin import twin
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

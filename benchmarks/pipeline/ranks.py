@@ -25,6 +25,7 @@ from fira.devices import keep_freed_memory
 from fira.models.fira import FIRA, FiraConfig
 from fira.nn.context import Context, TrainingContext
 from pipeline.engine import Engine, MicroBatch
+from pipeline.mesh import Layout, make_mesh
 from pipeline.schedule import SCHEDULES
 from pipeline.stage import DeviceLayers, Stage
 
@@ -107,11 +108,12 @@ class Bench:
             for x, y in zip(self.tokens.split(ROWS), self.targets.split(ROWS), strict=True)
         ]
 
-    def ours(self, schedule: str, groups: list[dist.ProcessGroup]) -> Run:
+    def ours(self, schedule: str) -> Run:
         stages = {
             s: Stage(DeviceLayers(layers), torch.device("cpu")) for s, layers in self.own_stages(schedule).items()
         }
-        engine = Engine(stages, objective, *groups)
+        mesh = make_mesh(Layout(pp=self.ranks), SCHEDULES[schedule].placement(self.ranks))
+        engine = Engine(stages, objective, self.rank, mesh.channels)
         actions = SCHEDULES[schedule].builder(self.ranks, self.count)
         return lambda: engine.run(actions, self.microbatches()) and None
 
@@ -177,10 +179,9 @@ def main(microbatches: int) -> None:
     keep_freed_memory()
     bench = Bench(world.rank, world.size, microbatches)
     gloo = dist.new_group(backend="gloo")
-    groups = [dist.new_group(), dist.new_group()]
     runs = {("alone", "stage"): bench.without_communication()}
-    runs |= {("ours", name): bench.ours(name, groups) for name in SCHEDULES}  # type: ignore[arg-type]
-    for engine, group in (("torch on ours", groups[0]), ("torch on gloo", gloo)):
+    runs |= {("ours", name): bench.ours(name) for name in SCHEDULES}
+    for engine, group in (("torch on ours", dist.new_group()), ("torch on gloo", gloo)):
         runs |= {(engine, name): bench.torch(name, group) for name in TORCH_SCHEDULES}  # type: ignore[arg-type]
     norms = {}
     for key, run in runs.items():

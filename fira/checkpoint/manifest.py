@@ -95,14 +95,14 @@ class Manifest:
     files: dict[str, FileRecord]
 
 
-def encode(document: Any) -> bytes:
+def encode_json(document: Any) -> bytes:
     """Return the JSON text of a document in a checkpoint."""
     return json.dumps(document, indent=1).encode() + b"\n"
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
     """Return the text of `manifest.json`: the manifest and the SHA-256 of its text."""
-    return encode({**manifest, "sha256": hashlib.sha256(encode(manifest)).hexdigest()})
+    return encode_json({**manifest, "sha256": hashlib.sha256(encode_json(manifest)).hexdigest()})
 
 
 def encode_manifest(manifest: Manifest, **environment: Any) -> bytes:
@@ -148,7 +148,7 @@ def is_plain(name: str) -> bool:
 
 def encode_index(entries: dict[str, TensorEntry]) -> bytes:
     """Return the text of `index.json`."""
-    return encode({"tensors": {name: asdict(entry) for name, entry in entries.items()}})
+    return encode_json({"tensors": {name: asdict(entry) for name, entry in entries.items()}})
 
 
 def read_index(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:

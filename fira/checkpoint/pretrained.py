@@ -9,7 +9,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fira.checkpoint.manifest import MANIFEST
-from fira.checkpoint.shards import Checkpoint, find
+from fira.checkpoint.shards import Checkpoint
+from fira.checkpoint.step_folders import find
 from fira.checkpoint.transformers_mapping import expert_tensors, from_transformers
 from fira.errors import UserError
 from fira.files import errors_naming

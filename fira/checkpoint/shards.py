@@ -5,23 +5,20 @@
     reader   Checkpoint.read(name, start, stop)  ←  the files that store these rows
 
 A checkpoint can be read by any layout. `manifest.py` defines its files and `step_folders.py` its publication.
-Where `torch.distributed` is initialised, `save`, `Checkpoint.open` and `newest_valid` are collective: all ranks call
-them, and an error on one rank raises the same UserError on all.
+Where `torch.distributed` is initialised, `save_checkpoint`, `Checkpoint.open` and `newest_valid` are collective: all
+ranks call them, and an error on one rank raises the same UserError on all.
 """
 
 import json
 import logging
 import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,20 +31,18 @@ from fira.checkpoint.manifest import (
     Manifest,
     StoredRows,
     TensorEntry,
-    encode,
     encode_index,
+    encode_json,
     encode_manifest,
     is_plain,
     read_index,
     read_manifest,
 )
-from fira.checkpoint.step_folders import find, partial_folder, publish, step_folders, step_name
+from fira.checkpoint.ranks import collective_errors, gather, this_rank, world_size
+from fira.checkpoint.step_folders import partial_folder, publish, step_folders, step_name
 from fira.errors import UserError
 from fira.files import errors_naming, sync, write
 
-__all__ = ["Checkpoint", "TensorShard", "find", "newest_valid", "save"]
-
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +61,7 @@ class TensorShard:
     shape: tuple[int, ...]
 
 
-def save(
+def save_checkpoint(
     root: Path,
     step: int,
     weights: list[TensorShard],
@@ -85,29 +80,29 @@ def save(
     remain.
     """
     shards = {"model": weights, "optimizer": optimizer}
-    described = _gather({kind: [_describe(shard) for shard in owned] for kind, owned in shards.items()})
+    described = gather({kind: [_describe(shard) for shard in owned] for kind, owned in shards.items()})
     names = {kind: _file_names(kind, [len(kinds[kind]) for kinds in described]) for kind in shards}
     entries = _index(described, names)
-    contents = {f"{name}.json": encode(document) for name, document in documents.items()} | files
+    contents = {f"{name}.json": encode_json(document) for name, document in documents.items()} | files
     if invalid := [name for name in contents if not is_plain(name) or name in (INDEX, MANIFEST)]:
         raise ValueError(f"invalid names of checkpoint files: {invalid}")
     partial = partial_folder(root, step)
     try:
-        with _collective_errors():
-            if _rank() == 0:
+        with collective_errors():
+            if this_rank() == 0:
                 if partial.exists():
                     shutil.rmtree(partial)
                 partial.mkdir(parents=True)
-        with _collective_errors():
+        with collective_errors():
             records = {}
             for kind, owned in shards.items():
                 if owned:
-                    path = partial / names[kind][_rank()]
+                    path = partial / names[kind][this_rank()]
                     _write_tensors(path, owned)
                     records[path.name] = FileRecord.from_file(path)
-        all_records = {name: record for rank_records in _gather(records) for name, record in rank_records.items()}
-        with _collective_errors():
-            if _rank() == 0:
+        all_records = {name: record for rank_records in gather(records) for name, record in rank_records.items()}
+        with collective_errors():
+            if this_rank() == 0:
                 for name, content in (contents | {INDEX: encode_index(entries)}).items():
                     write(partial / name, content)
                     all_records[name] = FileRecord.from_file(partial / name)
@@ -115,9 +110,9 @@ def save(
                 sync(partial)
                 publish(root, step, keep)
     except UserError as error:
-        if _rank() == 0:
+        if this_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)  # if this fails, the next save removes the folder
-        intact = _gather(list(step_folders(root).values()))[0]
+        intact = gather(list(step_folders(root).values()))[0]
         state = f"{intact[0]} is intact" if intact else "there is no earlier checkpoint"
         raise UserError(f"checkpoint of step {step} failed: {error}; {state}") from error
     return root / step_name(step)
@@ -188,12 +183,11 @@ class Checkpoint:
         Raises UserError with the name of the file on every rank where a file is missing, damaged or incomplete.
         """
         folder = Path(folder)
-        with _collective_errors():
+        with collective_errors():
             manifest = read_manifest(folder)
-        with _collective_errors():
-            for name in sorted(manifest.files)[_rank() :: _world()]:
+            for name in sorted(manifest.files)[this_rank() :: world_size()]:
                 manifest.files[name].check(folder / name)
-        with _collective_errors():
+        with collective_errors():
             return cls(folder, manifest, read_index(folder, manifest))
 
     def document(self, name: str) -> dict[str, Any]:
@@ -259,13 +253,13 @@ def newest_valid(root: Path) -> Checkpoint | None:
     are damaged, because only the user can decide to start from the beginning.
     """
     damaged = []
-    for folder in _gather(list(step_folders(root).values()))[0]:
+    for folder in gather(list(step_folders(root).values()))[0]:
         try:
             checkpoint = Checkpoint.open(folder)
         except UserError as error:
             damaged.append(str(error))
             continue
-        if _rank() == 0:
+        if this_rank() == 0:
             for line in damaged:
                 logger.warning("%s; using %s instead", line, folder.name)
         return checkpoint
@@ -274,33 +268,3 @@ def newest_valid(root: Path) -> Checkpoint | None:
             f"all checkpoints in {root} are damaged: {'; '.join(damaged)}; move the folder to start from the beginning"
         )
     return None
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _gather(value: T) -> list[T]:
-    """Return the values of all ranks, in rank order."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * _world()
-    dist.all_gather_object(values, value)
-    return values
-
-
-@contextmanager
-def _collective_errors() -> Iterator[None]:
-    """Context manager that raises a UserError or OSError of one rank as the same UserError on all ranks."""
-    failure: Exception | None = None
-    try:
-        yield
-    except (UserError, OSError) as error:
-        failure = error
-    messages = _gather(None if failure is None else str(failure) or repr(failure))
-    if failures := [message for message in messages if message]:
-        raise UserError(failures[0]) from failure

@@ -40,11 +40,7 @@ def _llama_fields(config: MooshakConfig) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_factor != 1:
         rope |= {"rope_type": "llama3"} | {key: getattr(config, field) for key, field in ROPE_SCALING.items()}
-    return {
-        "max_position_embeddings": config.seq_len,
-        "tie_word_embeddings": config.tied,
-        "rope_parameters": rope,
-    }
+    return {"max_position_embeddings": config.seq_len, "tie_word_embeddings": config.tied, "rope_parameters": rope}
 
 
 def _mooshak_fields(document: dict[str, Any]) -> dict[str, Any]:
@@ -63,11 +59,7 @@ def _flexolmo_fields(config: RishConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position,
         "seq_len": config.seq_len,  # not a key of FlexOlmo, whose dynamic scaling does not limit the length
         "tie_word_embeddings": False,
-        "rope_parameters": {
-            "rope_type": "dynamic",
-            "rope_theta": config.rope_theta,
-            "factor": config.rope_factor,
-        },
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": config.rope_theta, "factor": config.rope_factor},
         "num_experts": config.num_experts,
         "num_experts_per_tok": number_chosen(config.top_k, config.num_experts),
         "norm_topk_prob": False,

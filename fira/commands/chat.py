@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fira import cli, load_model
 from fira.data.tokenizer import load_tokenizer
 from fira.devices import choose_devices
-from fira.generation.chat import Conversation
+from fira.generation.conversation import Conversation
 from fira.generation.options import add_sampling, sampling
 
 

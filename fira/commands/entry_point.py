@@ -6,7 +6,6 @@ from importlib.metadata import version
 
 from fira import cli
 from fira.errors import UserError
-from pipeline.mpi.world import init, is_launched
 
 COMMANDS = {  # the first line of each module's docstring; a module is imported only to run its command
     "train": "Train a Mixture-of-Experts language model, split into pipeline stages over the ranks of mpirun.",
@@ -21,15 +20,18 @@ COMMANDS = {  # the first line of each module's docstring; a module is imported 
 }
 
 
+PARALLEL = ("train", "plan")  # the commands that all ranks run together
+
+
 def main() -> None:
-    cli.run(run_command)
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    cli.run(lambda: run_command(name, sys.argv[2:]), parallel=name in PARALLEL)
 
 
-def run_command() -> None:
-    """Run the command that the first argument names with the arguments after it."""
-    name = sys.argv[1] if len(sys.argv) > 1 else None
+def run_command(name: str, arguments: list[str]) -> None:
+    """Run a command, or print the help or the version."""
     if name in COMMANDS:
-        import_module(f"fira.commands.{name}").main(sys.argv[2:], prog=f"fira {name}")
+        import_module(f"fira.commands.{name}").main(arguments, prog=f"fira {name}")
     elif name in ("-h", "--help"):
         print("usage: fira COMMAND [--help] …\n")
         print("\n".join(f"  {command:9} {description}" for command, description in COMMANDS.items()))
@@ -37,6 +39,4 @@ def run_command() -> None:
         print(f"fira {version('fira')}")
     else:
         found = f"unknown command {name}" if name else "no command given"
-        if is_launched():
-            init()  # so that the error is printed once
         raise UserError(f"fira: {found}; choose from {', '.join(COMMANDS)}, or see fira --help")

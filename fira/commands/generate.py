@@ -53,7 +53,7 @@ def add_arguments(parser: cli.Parser) -> None:
 
 
 def find_in_out(name: str) -> Path:
-    """The folder of a model in out/: the folder of this name, or the one that contains the file of this name."""
+    """Return out/NAME if it is a folder, otherwise the folder of the file out/NAME or out/NAME.safetensors."""
     for path in (Path("out", name), Path("out", name).with_suffix(""), Path("out", f"{name}.safetensors")):
         if path.exists():
             return path if path.is_dir() else path.parent

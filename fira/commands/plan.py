@@ -17,10 +17,11 @@ from fira.devices import choose_devices
 from fira.errors import UserError
 from fira.metrics.timeline_plot import write_timeline
 from fira.models.registry import build, make_config
-from fira.planner.plan import plan_for, plan_here
-from fira.planner.plan_report import command_line, describe
+from fira.planner.best_candidates import plan_for, plan_here
+from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig, add_options, given_flags
+from pipeline.mpi.world import launched_rank
 
 PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute")
 KEYS = ("model", "model_set", "vocab_size", "seq_len", "batch_size", "precision", *PLANNED)
@@ -41,13 +42,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     options = parser.parse_args(arguments)
     if min(options.ranks, options.top) < 1:
         raise UserError("--ranks and --top must be greater than 0")
-    world = pipeline.init() if options.device == "this" else None
+    world = pipeline.init() if options.device == "this" or launched_rank() is not None else None
     cli.start_logging(options.quiet, options.verbose, world.rank if world else 0)
     plan(options, world)
 
 
 def plan(options: Namespace, world: pipeline.World | None) -> None:
-    """Print the best candidates for a described device, or, if `world` is given, for this machine."""
+    """Print the best candidates for this machine, measured by all ranks of `world`, or for a described device."""
     config = TrainConfig(**{key: getattr(options, key) for key in KEYS})
     with torch.device("meta"):
         model = build(make_config(config.model, config.model_changes()))
@@ -57,14 +58,15 @@ def plan(options: Namespace, world: pipeline.World | None) -> None:
         logger.info("the recipe's batch is smaller than the number of ranks; planned for %s sequences", f"{batch:,}")
     config = dataclasses.replace(config, batch_size=batch)
     constraints = constraints_of(config, batch)
-    if world:
+    if options.device == "this":
+        assert world
         device = choose_devices("auto", None, world.local_rank)[0]
         result, hardware = plan_here(model, constraints, config.precision, options.ranks, device, world, options.top)
-        if world.rank > 0:
-            return
     else:
         result, hardware = plan_for(model, constraints, config.precision, options.ranks, options.device, options.top)
-    print(describe(result, hardware, batch * model.config.seq_len, given_flags(config, without=PLANNED)))
+    if world and world.rank > 0:
+        return
+    print(describe_plan(result, hardware, batch * model.config.seq_len, given_flags(config, without=PLANNED)))
     if options.timeline:
         best = result.best[0]
         if best.timeline is None:

@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from fira import cli
-from fira.data.prepare import prepare
+from fira.data.corpus import prepare
 
 DATA = """text file, folder, CSV, JSONL, Parquet, folder of *_train_*.npy and *_val_*.npy shards, or the name of a
 Hugging Face dataset; several with weights as A=0.7,B=0.3; default: the source of the Python standard library"""
@@ -42,7 +42,7 @@ def print_counts(counts: dict[str, int | float | None]) -> None:
 
 def training_command(options: Namespace) -> list[str]:
     """The command that trains with the same settings and therefore finds the prepared corpus in the cache."""
-    command = ["mpirun", "-np", "4", *cli.command_line("train")]
+    command = ["mpirun", "-np", "4", *cli.command_words("train")]
     for name in ("data", "text_column", "tokenizer", "vocab_size"):
         if (value := getattr(options, name)) is not None:
             command += [f"--{name.replace('_', '-')}", str(value)]

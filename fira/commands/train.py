@@ -7,23 +7,18 @@ from collections.abc import Sequence
 
 import pipeline
 from fira import cli
-from fira.errors import UserError
 from fira.training.config import TrainConfig, add_options
 from fira.training.loop import train
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = cli.Parser(__doc__, prog, prints_help=lambda: pipeline.init().rank == 0)
+    parser = cli.Parser(__doc__, prog)
     add_options(parser)
     parser.add_verbosity()
-    try:
-        settings = vars(parser.parse_args(arguments))
-        del settings["config"]
-        quiet, verbose = settings.pop("quiet"), settings.pop("verbose")
-        config = TrainConfig(**settings)
-    except UserError:
-        pipeline.init()  # so that the error ends all ranks and is printed once
-        raise
+    settings = vars(parser.parse_args(arguments))
+    del settings["config"]
+    quiet, verbose = settings.pop("quiet"), settings.pop("verbose")
+    config = TrainConfig(**settings)
     world = pipeline.init(config.timeout)
     cli.start_logging(quiet, verbose, world.rank)
     train(config, world, quiet)

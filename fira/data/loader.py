@@ -37,12 +37,6 @@ class Loader:
         rows = np.stack([self._tokens.read(start, start + self._seq_len + 1) for start in starts])
         return rows[:, :-1], rows[:, 1:]
 
-    def next(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the `count` sequences that follow the consumed ones."""
-        result = self.batch(self.consumed, count)
-        self.consumed += count
-        return result
-
     def state_dict(self) -> dict[str, int]:
         return {"consumed": self.consumed}
 

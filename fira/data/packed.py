@@ -12,7 +12,7 @@ from numpy.lib import format as npy
 
 from fira.errors import UserError
 
-CHUNK = 2**22  # tokens read at a time when a whole array is scanned
+SCAN_TOKENS = 2**22  # tokens read at a time when a whole array is scanned
 
 
 class PackedTokens:
@@ -37,9 +37,9 @@ class PackedTokens:
         return np.concatenate(pieces, dtype=np.int64) if pieces else np.empty(0, np.int64)
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """Yield all tokens in order, at most CHUNK at a time."""
-        for start in range(0, len(self), CHUNK):
-            yield self.read(start, min(start + CHUNK, len(self)))
+        """Yield all tokens in order, at most SCAN_TOKENS at a time."""
+        for start in range(0, len(self), SCAN_TOKENS):
+            yield self.read(start, min(start + SCAN_TOKENS, len(self)))
 
 
 def _map(path: Path) -> np.ndarray:

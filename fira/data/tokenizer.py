@@ -13,8 +13,8 @@ PROMPTER, ASSISTANT = "<|prompter|>", "<|assistant|>"
 SPECIAL_TOKENS = ["[UNK]", "<s>", EOS, PROMPTER, ASSISTANT]
 # Names of the end-of-document token in published tokenizers.
 END_NAMES = [EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>"]
-# The format of fira.generation.chat as a Jinja template for transformers' `apply_chat_template`. A system message
-# becomes a message of the prompter.
+# The format of fira.generation.conversation as a Jinja template for transformers' `apply_chat_template`. A system
+# message becomes a message of the prompter.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == "assistant" -%}

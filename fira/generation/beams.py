@@ -8,7 +8,7 @@ from fira.checkpoint.load_model import own_tokenizer
 from fira.data.tokenizer import eos_id
 from fira.errors import UserError
 from fira.generation.text import decode
-from fira.huggingface.export import as_transformers
+from fira.huggingface.export_model import as_transformers
 from fira.models.language_model import LanguageModel
 
 

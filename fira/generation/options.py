@@ -7,10 +7,7 @@ from typing import Any
 def add_sampling(parser: ArgumentParser) -> None:
     """Add a flag for each field of `Sampling`, and `--stop`."""
     parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="0 selects the most probable token (default: %(default)s)",
+        "--temperature", type=float, default=0.8, help="0 selects the most probable token (default: %(default)s)"
     )
     parser.add_argument("--top-k", type=int, help="sample from the k most probable tokens")
     parser.add_argument("--top-p", type=float, help="sample from the most probable tokens with this total probability")

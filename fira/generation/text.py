@@ -12,7 +12,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 from fira.checkpoint.load_model import own_tokenizer
-from fira.data.prepare import prepare
+from fira.data.corpus import prepare
 from fira.data.tokenizer import eos_id, load_tokenizer
 from fira.decoding.decoding import continuation
 from fira.decoding.sampling import Sampling

@@ -76,13 +76,13 @@ class FiraLMPreTrainedModel(PreTrainedModel):
 
 
 class FiraLMModel(FiraLMPreTrainedModel):
-    """Embedding, blocks and final norm of a model. The projection to logits is a submodule but is not applied."""
+    """Embedding, blocks and final norm of a model. It also contains the projection to logits but does not apply it."""
 
     def __init__(self, config: FiraLMConfig) -> None:
         super().__init__(config)
         device = torch.get_default_device()
         with torch.device("meta"):
-            # Not config.own(): with remote code the config can come from another copy of the family's module.
+            # The config is rebuilt, because with remote code it may belong to another copy of the family's module.
             model = build(from_document(config.shape))
         self.layers = model.layers if device.type == "meta" else model.layers.to_empty(device=device)
         self.gradient_checkpointing = False
@@ -205,31 +205,20 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
         past_key_values: FiraLMCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Arguments and outputs of FiraLMModel, and logits [B, T, vocab].
 
-        logits_to_keep: number of last tokens whose logits are computed, or their indices; 0: all.
+        kwargs: other arguments of FiraLMModel and of the loss function. logits_to_keep: number of last tokens
+        whose logits are computed, or their indices; 0: all.
         labels: [B, T], the input tokens; −100 for tokens that are not predicted. `loss` is the mean cross-entropy of
         the predicted tokens. In train mode it includes the auxiliary loss, whose weight does not depend on the number
         of gradient accumulation steps.
         """
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            output_router_logits,
-            position_ids=kwargs.pop("position_ids", None),
-        )
+        kwargs["output_router_logits"] = output_router_logits
+        outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.get_output_embeddings()(outputs.last_hidden_state[:, kept])
         loss = None

@@ -1,15 +1,15 @@
-"""Evaluation on the tasks of EleutherAI's lm-eval."""
+"""Evaluate a model on tasks of lm-eval, the evaluation harness of EleutherAI."""
 
 from fira.checkpoint.load_model import own_tokenizer
 from fira.errors import UserError
-from fira.huggingface.export import as_fast_tokenizer, as_transformers
+from fira.huggingface.export_model import as_fast_tokenizer, as_transformers
 from fira.models.language_model import LanguageModel
 
 
 def evaluate_tasks(
     model: LanguageModel, names: list[str], folder: str | None = None, limit: int | None = None, batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
-    """Evaluate a model; returns the scores of each task by metric.
+    """Evaluate a model on tasks. Return the scores by task and metric.
 
     names: tasks to evaluate. folder: folder of the tasks' YAML files; None: the tasks included in lm-eval, whose data
     it downloads. limit: maximum number of examples per task.

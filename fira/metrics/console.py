@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fira.cli import command_line
+from fira.cli import command_words
 from fira.metrics.csv_log import Row
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -60,7 +60,7 @@ def loss_change(before: float, after: float, corpus: Mapping[str, Any]) -> str:
 def next_command(run: Path, has_tokenizer: bool) -> str:
     """The command that generates text with the trained model. A corpus of token ids comes without a tokenizer."""
     tokenizer = "" if has_tokenizer else " --tokenizer TOKENIZER.json"
-    return f'next: {" ".join(command_line("generate"))} --checkpoint {run}{tokenizer} --prompt "def "'
+    return f'next: {" ".join(command_words("generate"))} --checkpoint {run}{tokenizer} --prompt "def "'
 
 
 class ConsoleProgress:

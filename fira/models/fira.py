@@ -74,11 +74,7 @@ class Block(Layer):
             name=f"{name}.moe.router",
         )
         experts = Experts(c.num_experts, c.d_model, c.d_ff, c.dropout, f"{name}.moe.experts")
-        losses = [
-            (even_weights, c.aux_coefficient),
-            (load_balance, c.switch_coefficient),
-            (router_z, c.z_coefficient),
-        ]
+        losses = [(even_weights, c.aux_coefficient), (load_balance, c.switch_coefficient), (router_z, c.z_coefficient)]
         self.moe = MoE(router, experts, c.num_experts, index, losses, capacity_factor=c.capacity_factor)
         self.post_norm = nn.LayerNorm(c.d_model)
         self.dropout1, self.dropout2, self.dropout3 = (Dropout(c.dropout, f"{name}.dropout{i}") for i in (1, 2, 3))

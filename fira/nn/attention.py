@@ -83,9 +83,10 @@ class SelfAttention(nn.Module):
         return self.o(y if self.g is None else y * self.g(x))
 
     def _mask(self, q: Tensor, k: Tensor, length: int, starts: Tensor | None) -> Tensor | None:
-        """[new, seen] or [B, 1, new, seen] bool: the keys that each query attends to; both end at token `length`.
+        """Attention mask, [new, seen] or [B, 1, new, seen] bool: whether a query attends to a key.
 
-        None if it is all keys for one query, or the causal mask for as many queries as keys.
+        The last query and the last key are those of token `length` − 1. Return None where no mask is needed: one query
+        that attends to all keys, or as many queries as keys with the plain causal mask.
         """
         new, seen = q.shape[2], k.shape[2]
         window = self.window or seen

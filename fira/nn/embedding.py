@@ -24,7 +24,10 @@ class TokenTable(nn.Embedding):
 
 
 class Embedding(Layer):
-    """scale · token + position. positions: number of learned positions; 0: none. std: of the initial vectors."""
+    """Token embedding times `scale`, plus a learned position embedding if `positions` is not 0, then dropout.
+
+    positions: number of learned positions. std: standard deviation of the initial embeddings.
+    """
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class Head(Layer):
         self.project = project
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → logits [B, T or logits_to_keep, vocab]; with targets their summed loss [1]."""
+        """[B, T, d] → logits [B, T or logits_to_keep, vocab]; with targets the summed loss [1]."""
         targets, kept = context.training.targets, context.decoding.logits_to_keep
         if targets is None:
             return self.project(self.norm(x if kept is None else x[:, -kept:]))

@@ -18,7 +18,7 @@ class LossScale:
         return {"value": self.value, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore a saved scale. A disabled scale stays at 1, and the state of a disabled one is ignored."""
+        """Restore a saved scale. Ignored if scaling is disabled now or was disabled when the state was saved."""
         if self.enabled and state["value"] > 1:
             self.value, self.good_steps = state["value"], int(state["good_steps"])
 

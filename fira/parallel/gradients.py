@@ -10,7 +10,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from fira.parallel.parallelize import DistributedModel, ParamShard
 from pipeline.mesh import Mesh
 
-LARGE = 2**20  # bytes from which a gradient is reduced in place, without a bucket
+UNBUCKETED = 2**20  # bytes from which a gradient is reduced in place, without a bucket
 BUCKET = 2**22  # bytes of a bucket of smaller gradients, small enough to stay in the CPU cache until copied back
 
 
@@ -31,9 +31,9 @@ def reduce_gradients(shards: Sequence[ParamShard], mesh: Mesh) -> None:
             continue
         gradients = [gradient_of(shard) for shard in shards if shard.expert == expert]
         for gradient in gradients:
-            if gradient.nbytes >= LARGE:
+            if gradient.nbytes >= UNBUCKETED:
                 dist.all_reduce(gradient, group=group)
-        for bucket in _buckets([gradient for gradient in gradients if gradient.nbytes < LARGE]):
+        for bucket in _buckets([gradient for gradient in gradients if gradient.nbytes < UNBUCKETED]):
             flat = _flatten_dense_tensors(bucket)
             dist.all_reduce(flat, group=group)
             for gradient, reduced in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):

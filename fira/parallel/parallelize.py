@@ -106,10 +106,10 @@ def parallelize(
     """Build this rank's stages of a model, with weights that depend on the seed but not on the layout (collective).
 
     model: on the meta device; it is not modified. devices: one, or several for torchgpipe to split each stage over.
-    schedule: determines the number of stages and which rank holds which of them. dtype: of parameters and of messages
-    between stages. autocast: of matrix products. recompute: number of blocks that each stage recomputes in its
-    backward, counted from its first block; embedding and head are not blocks. Stages split by torchgpipe recompute all
-    blocks or none.
+    schedule: determines the number of stages and which rank holds which of them. dtype: of parameters. autocast: of
+    matrix products and of messages between ranks; None: no autocast. recompute: number of blocks that each stage
+    recomputes in its backward, counted from its first block; embedding and head are not blocks. Stages split by
+    torchgpipe recompute all blocks or none.
     """
     flops = layer_flops(model)
     placement = SCHEDULES[schedule].placement(mesh.layout.pp)
@@ -142,7 +142,7 @@ def parallelize(
     tied = _tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
     return DistributedModel(
         config=model.config,
-        engine=Engine(rank_stages, objective, mesh.groups["pp"], mesh.groups["pp_backward"], dtype),
+        engine=Engine(rank_stages, objective, mesh.pp_rank, mesh.channels, dtype, autocast),
         shards=_shards(parameters, layers, mesh),
         buffers=_shards(buffers, layers, mesh),
         moe=[module for layer in layers.values() for module in layer.modules() if isinstance(module, MoE)],

@@ -131,7 +131,7 @@ class CandidateCosts:
         return work
 
     def parameters(self, rank: int) -> tuple[float, float]:
-        """Number of elements of a rank's parameters: (replicated over dp, the rank's shard of the experts)."""
+        """Return the number of parameters of a rank: (those replicated over dp, those of its experts)."""
         kinds = [self.layer_kinds[i] for i in self.rank_layers[rank]]
         replicated = sum(kind.parameters for kind in kinds)
         if self.profile.tied and {0, len(self.profile.layers) - 1} <= set(self.rank_layers[rank]):
@@ -139,7 +139,7 @@ class CandidateCosts:
         return replicated, sum(kind.expert_parameters for kind in kinds) / self.layout.ep
 
     def reduction(self, rank: int) -> float:
-        """Seconds to sum a rank's gradients: over dp, for experts over edp, for tied embeddings over pp."""
+        """Seconds to reduce a rank's gradients: over dp, those of experts over edp, of a tied embedding over pp."""
         layout, seconds = self.layout, 0.0
         groups = ((layout.dp, 1), (layout.dp // layout.ep, layout.ep))
         for parameters, (size, stride) in zip(self.parameters(rank), groups, strict=True):

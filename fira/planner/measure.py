@@ -42,7 +42,7 @@ from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
 from pipeline.stage import DeviceLayers, Stage
 
-FORMAT = 3  # part of every cache key; increase it when the cached values change
+MEASUREMENT_FORMAT = 3  # part of every cache key; increase it when the cached values change
 REPEATS = 5
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
 MAX_SECONDS = 2.0  # of one layer's forward and backward; costs of larger micro-batches are scaled instead of measured
@@ -64,7 +64,7 @@ def measure(
     simulated = world.size < ranks and device.type == "cpu"
     threads = max(1, cores // ranks) if simulated else torch.get_num_threads()
     slowdown = max(1.0, ranks / cores) if simulated else 1.0
-    identity = [FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
+    identity = [MEASUREMENT_FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 
     machine = _cached([*identity, "links"], partial(_measure_machine, device, world), world)
     table: dict[int, list[LayerCost]] = {}
@@ -241,7 +241,7 @@ def _measure_machine(device: torch.device, world: World) -> dict[str, Any]:
     seconds = _median(lambda: a.copy_(b), device)
     links = {name: asdict(SHARED_MEMORY) for name in OPERATIONS}
     if world.size > 1:
-        group = make_mesh(Layout(1, world.size, 1), [device]).groups["dp"]
+        group = make_mesh(Layout(1, world.size, 1), [0], [device]).groups["dp"]
         hops = {"p2p": 2, "all_to_all": 1, "all_reduce": 2 * math.ceil(math.log2(world.size))}
         shares = {"p2p": 2.0, "all_to_all": 1 - 1 / world.size, "all_reduce": 2 - 2 / world.size}
         for name in OPERATIONS:

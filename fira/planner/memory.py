@@ -6,7 +6,7 @@ memory of a rank = weights + gradients + AdamW's two moments
 
 from bisect import bisect_left
 
-from fira.parallel.gradients import BUCKET, LARGE
+from fira.parallel.gradients import BUCKET, UNBUCKETED
 from fira.planner.candidate_costs import CandidateCosts
 from fira.planner.candidates import schedule_of
 from pipeline.simulate import peak_memory
@@ -25,7 +25,7 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
         largest_gradient = costs.element_size * max(costs.layer_kinds[i].largest for i in layers)
         workspace = max(costs.layer_costs[i].workspace for i in layers)
         backward = max(recompute + largest_gradient, workspace)
-        reduction = min(weights, BUCKET + LARGE) if costs.layout.dp > 1 else 0
+        reduction = min(weights, BUCKET + UNBUCKETED) if costs.layout.dp > 1 else 0
         result.append(TENSORS_PER_WEIGHT * weights + max(activations[rank] + backward, reduction))
     return tuple(result)
 

@@ -18,17 +18,17 @@ CAUSES = {
     "reduce": "gradient reduction",
     "optimizer": "optimizer",
 }
-COLUMNS = ("", "pp × dp (ep)", "schedule", "micro-batches", "step", "tokens/s", "bubble", "memory", "compute")
+HEADINGS = ("", "pp × dp (ep)", "schedule", "micro-batches", "step", "tokens/s", "bubble", "memory", "compute")
 
 
-def describe(result: SearchResult, hardware: Hardware, tokens: int, command: Sequence[str]) -> str:
+def describe_plan(result: SearchResult, hardware: Hardware, tokens: int, command: Sequence[str]) -> str:
     """A table of the best candidates; for the first of them the breakdown of its step time and the command line.
 
     tokens: per batch. command: the flags of the training command that the planner does not choose.
     """
     best = result.best[0]
-    rows = [COLUMNS, *(_row(n, estimate, tokens) for n, estimate in enumerate(result.best, 1))]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    rows = [HEADINGS, *(_row(n, estimate, tokens) for n, estimate in enumerate(result.best, 1))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
     table = [
         "  ".join(
             cell.ljust(w) if i < 4 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
@@ -60,7 +60,7 @@ def command_line(candidate: Candidate, command: Sequence[str]) -> str:
     """The shell command that trains this candidate."""
     layout = candidate.layout
     mpirun = f"mpirun -np {layout.world} " if layout.world > 1 else ""
-    return mpirun + shlex.join([*cli.command_line("train"), *command, *flags(candidate)])
+    return mpirun + shlex.join([*cli.command_words("train"), *command, *flags(candidate)])
 
 
 def flags(candidate: Candidate) -> list[str]:

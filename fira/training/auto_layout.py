@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from fira.models.language_model import LanguageModel
+from fira.planner.best_candidates import plan_here
 from fira.planner.candidates import Constraints
-from fira.planner.plan import plan_here
 from fira.planner.plan_report import recompute_flag
 from fira.training.config import TrainConfig
 from pipeline.mpi import World

@@ -4,7 +4,8 @@ import math
 import time
 from pathlib import Path
 
-from fira.checkpoint.shards import Checkpoint, find, newest_valid
+from fira.checkpoint.shards import Checkpoint, newest_valid
+from fira.checkpoint.step_folders import find
 from fira.errors import UserError
 from fira.models.family import Recipe
 from fira.optim.lr_schedule import learning_rate

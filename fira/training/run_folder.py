@@ -45,14 +45,17 @@ def choose(config: TrainConfig) -> Path:
 
 
 def _numbered(model: str) -> list[tuple[int, Path]]:
-    """The run folders of a model under runs/ with their numbers."""
+    """Return number and path of each run folder of a model in runs/."""
     pattern = re.compile(re.escape(model) + r"(?:-(\d+))?")
     matches = ((pattern.fullmatch(path.name), path) for path in RUNS.glob(f"{model}*") if path.is_dir())
     return [(int(match[1] or 1), path) for match, path in matches if match]
 
 
 def create(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Create the folder and write config.toml and data.json; called by one rank. summary: of the corpus."""
+    """Create the folder and write config.toml and data.json. Called by one rank only.
+
+    summary: the counts and baselines of the corpus. Raises UserError if the folder is not writable.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.toml").write_text(config.to_toml(), encoding="utf-8")

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from fira.checkpoint.pretrained import Saved, open_saved
+from fira.data.corpus import Corpus, prepare
 from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture
-from fira.data.prepare import Corpus, prepare
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, choose_devices, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
@@ -19,8 +19,8 @@ from fira.models.registry import build, change, from_document, make_config
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.layout import choose_layout
 from fira.parallel.parallelize import EVERY_BLOCK, parallelize
+from fira.planner.best_candidates import least_recompute
 from fira.planner.candidates import Candidate
-from fira.planner.plan import least_recompute
 from fira.training import state
 from fira.training.auto_layout import with_plan
 from fira.training.config import TrainConfig
@@ -65,22 +65,13 @@ def set_up(config: TrainConfig, batch_size: int, world: World, quiet: bool = Fal
         stages_per_rank=SCHEDULES[schedule].stages_per_rank,
     )
     corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world, quiet)
-    mesh = make_mesh(layout, devices)
+    mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), devices)
     microbatch = choose_microbatch(config, batch_size, layout)
     split = BatchSplit(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
     candidate = Candidate(layout, schedule, microbatch, split.count(batch_size), recompute=0)
     candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
     dtype, autocast = parameter_dtype(config.precision), AUTOCAST_DTYPES.get(config.precision)
-    distributed = parallelize(
-        model,
-        mesh,
-        config.seed,
-        devices,
-        schedule,
-        dtype,
-        autocast,
-        candidate.recompute,
-    )
+    distributed = parallelize(model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
     trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
     if saved:
         state.load_weights(saved, distributed)
@@ -93,7 +84,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World, quiet: bool = Fal
         tokenizer=corpus.tokenizer.read_bytes() if corpus.tokenizer else None,
         flops_per_token=3 * distributed.flops_per_token,
         peak=measure_peak(devices[0], autocast or dtype),
-        description=describe(config, model.num_parameters(), trainer, candidate, corpus),
+        description=describe_run(config, model.num_parameters(), trainer, candidate, corpus),
     )
 
 
@@ -150,7 +141,7 @@ def choose_recompute(
     return int(blocks)
 
 
-def describe(
+def describe_run(
     config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus
 ) -> RunDescription:
     """The facts that the console prints before the first step. parameters: of the whole model."""

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import torch
 
-from fira.checkpoint import shards as checkpoint
 from fira.checkpoint.pretrained import Saved
-from fira.checkpoint.shards import Checkpoint, TensorShard
+from fira.checkpoint.shards import Checkpoint, TensorShard, save_checkpoint
 from fira.data.loader import Loader
 from fira.data.mixture import Mixture
 from fira.data.tokenizer import TOKENIZER
@@ -38,7 +37,7 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, toke
         "loader": loader.state_dict(),
         "loss_scale": trainer.scale.state_dict(),
     }
-    return checkpoint.save(
+    return save_checkpoint(
         root,
         step,
         weights=[TensorShard(shard.name, shard.parameter, shard.start, shard.shape) for shard in [*owned, *buffers]],

@@ -1,7 +1,6 @@
 """Trace of one step: start and end of each rank's actions, as a file for ui.perfetto.dev and a plot."""
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,14 +22,11 @@ def traced(engine: Engine, path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    engine.trace = []
-    dist.barrier()
-    origin = time.perf_counter()  # the zero of this rank's times, since machines have different clocks
+    dist.barrier()  # times are relative to the start of the trace, since machines have different clocks
+    engine.start_trace()
     yield
-    actions = tuple((action, start - origin, end - origin) for action, start, end in engine.trace)
-    engine.trace = None
     spans: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(spans, actions)
+    dist.all_gather_object(spans, tuple(engine.stop_trace()))
     if dist.get_rank() == 0:
-        picture = write_timeline(Timeline(tuple(spans), ()), path, f"step {TRACED_STEP}")
+        picture = write_timeline(Timeline(tuple(spans)), path, f"step {TRACED_STEP}")
         logger.info("trace: %s, %s", path, picture)

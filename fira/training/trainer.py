@@ -106,7 +106,8 @@ class Trainer:
         tokens = sequences * microbatches[0].inputs.shape[1]
 
         losses = self._backward(microbatches)
-        bubble = self.model.engine.waited / (time.perf_counter() - started) / self.mesh.layout.world
+        waited = self.model.engine.waited()  # on CUDA, this waits for the device
+        bubble = waited / (time.perf_counter() - started) / self.mesh.layout.world
         sums = self._step_sums(microbatches, losses, bubble, extra).all_reduce()
         loss, norm = float(sums.loss) / tokens, math.sqrt(float(sums.norms.sum())) / scale
 
@@ -157,8 +158,9 @@ class Trainer:
             microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
             schedule = forward_only(self.model.placement, len(microbatches))
             losses = self.model.engine.run(schedule, microbatches)
-            total[0] += float(_total(losses, self.model.device))
-            total[1] += _targets(microbatches) if losses else 0
+            if losses:  # only the rank of the last stage has them
+                total[0] += float(_total(losses, self.model.device))
+                total[1] += sum(int(batch.context.lengths.sum()) for batch in microbatches)
         dist.all_reduce(total)
         return float(total[0] / total[1])
 
@@ -209,8 +211,3 @@ def _total(losses: list[Tensor], device: torch.device) -> Tensor:
     if not losses:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(losses).double().sum().to(device)
-
-
-def _targets(microbatches: list[MicroBatch]) -> int:
-    """Number of tokens with a target."""
-    return int(sum(batch.context.lengths.sum() for batch in microbatches))

@@ -66,7 +66,7 @@ class Collectives:
         yield requests
         for tensor, total in small:
             how.finish(total, self.size)
-            write(tensor, total)
+            copy_result(tensor, total)
         for tensor in tensors:
             if self._exchanges(tensor.nbytes, tensor.dtype):
                 yield from self._exchange_all_reduce(tensor, how)
@@ -76,7 +76,7 @@ class Collectives:
         parts = list(buffer.view(-1).tensor_split(self.size))
         yield from self._exchange_reduce(parts, parts[self.rank], how)  # [1]
         yield from self._share(parts[self.rank], parts)  # [2]
-        write(tensor, buffer)
+        copy_result(tensor, buffer)
 
     def all_reduce_sparse(self, tensor: Tensor, how: Reduction) -> Steps:
         """Gather the indices and values of all ranks, whose counts differ, and sum the values of equal indices."""
@@ -102,7 +102,7 @@ class Collectives:
         yield [self._comm.Ireduce(as_numbers(part), None if total is None else as_numbers(total), mpi_op, root)]
         if total is not None:
             how.finish(total, self.size)
-            write(tensor, total)
+            copy_result(tensor, total)
 
     def reduce_scatter(self, pairs: list[tuple[Tensor, list[Tensor]]], how: Reduction) -> Steps:
         """Reduce-scatter each (output, inputs). Inputs are one tensor per rank or one of group size × output."""
@@ -121,7 +121,7 @@ class Collectives:
                 mpi_op = how.by_mpi(part.dtype)
                 yield [self._comm.Ireduce_scatter_block(as_numbers(part), as_numbers(result), mpi_op)]
                 how.finish(result, self.size)
-            write(output, result)
+            copy_result(output, result)
 
     def _exchange_reduce(self, parts: list[Tensor], result: Tensor, how: Reduction) -> Exchange:
         """Send part i to rank i and reduce the received parts into ``result``, which may be this rank's own part."""
@@ -149,7 +149,7 @@ class Collectives:
         buffer = tensor.contiguous()
         yield [self._comm.Ibcast(as_bytes(buffer), root)]
         if root != self.rank:
-            write(tensor, buffer)
+            copy_result(tensor, buffer)
 
     def all_gather(self, pairs: list[tuple[list[Tensor], Tensor]]) -> Steps:
         """Gather each (outputs, input). Outputs are one tensor per rank or one of group size × input."""
@@ -169,20 +169,20 @@ class Collectives:
             else:
                 yield from self._exchange([memory(part)] * self.size, slots)
             for output, buffer in zip(outputs, buffers, strict=True):
-                write(output, buffer)
+                copy_result(output, buffer)
 
     def gather(self, outputs: list[Tensor], part: Tensor, root: int) -> Steps:
         slots, part = [output.contiguous() for output in outputs], part.contiguous()
         sent = [memory(part) if peer == root else EMPTY for peer in range(self.size)]
         yield from self._exchange(sent, memories(slots) or [EMPTY] * self.size)
         for output, slot in zip(outputs, slots, strict=True):
-            write(output, slot)
+            copy_result(output, slot)
 
     def scatter(self, output: Tensor, parts: list[Tensor], root: int) -> Steps:
         slot, parts = output.contiguous(), [part.contiguous() for part in parts]
         sent = memories(parts) or [EMPTY] * self.size
         yield from self._exchange(sent, [memory(slot) if peer == root else EMPTY for peer in range(self.size)])
-        write(output, slot)
+        copy_result(output, slot)
 
     def all_to_all(self, outputs: list[Tensor], inputs: list[Tensor]) -> Steps:
         shared = _share_memory(outputs, inputs)
@@ -190,7 +190,7 @@ class Collectives:
         received = [output.contiguous() for output in outputs]
         yield from self._exchange(memories(sent), memories(received))
         for output, part in zip(outputs, received, strict=True):
-            write(output, part)
+            copy_result(output, part)
 
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]
@@ -200,7 +200,7 @@ class Collectives:
         sent = _copied(input) if shared else input.contiguous()
         parts = self._rows("input", sent, input_splits)
         yield from self._exchange(parts, self._rows("output", received, output_splits))
-        write(output, received)
+        copy_result(output, received)
 
     def _rows(self, name: str, tensor: Tensor, sizes: Sequence[int]) -> list[MPI.memory]:
         """Split ``tensor`` along its first dimension into one part per rank."""
@@ -254,7 +254,7 @@ class Collectives:
         buffer = tensor.contiguous()
         (status,) = yield [self._comm.Irecv(as_bytes(buffer), peer, tag)]
         _complete(buffer.nbytes, status, peer)
-        write(tensor, buffer)
+        copy_result(tensor, buffer)
 
     def token(self, call: str, peer: int) -> Steps:
         """Send (``Isend``) or receive (``Irecv``) an empty message."""
@@ -285,7 +285,7 @@ def _complete(expected: int, status: MPI.Status, peer: int) -> None:
         raise ValueError(f"recv: expected {expected} bytes from rank {peer}, got {got}")
 
 
-def write(target: Tensor, result: Tensor) -> None:
+def copy_result(target: Tensor, result: Tensor) -> None:
     """Copy ``result`` to ``target`` unless it is the same tensor."""
     if target is not result:
         target.copy_(result.view(target.shape))

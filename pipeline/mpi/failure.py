@@ -52,7 +52,8 @@ def abort_on_failure() -> Iterator[None]:
 
     ``init()`` may be called inside the block. Uncaught exceptions end all ranks without this context manager as well.
     Python has no hook for ``SystemExit``: outside the block, a rank that exits with a non-zero status ends the job only
-    when another rank waits for it.
+    when another rank waits for it. The exit status of the job is then that of ``sys.exit``, but 1 for a ``SystemExit``
+    that was raised directly.
     """
     try:
         yield

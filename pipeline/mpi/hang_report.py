@@ -17,7 +17,7 @@ from typing import Any
 Record = dict[str, Any]
 Snapshot = dict[str, Any]
 
-POINT_TO_POINT = ("send", "recv", "recvAnySource")
+MESSAGES = ("send", "recv", "recvAnySource")
 
 
 class HangReport:
@@ -56,7 +56,7 @@ class HangReport:
 
     def _index(self, rank: int, record: Record) -> None:
         name, group = record["operation"], _group_key(record)
-        if name in POINT_TO_POINT:
+        if name in MESSAGES:
             ends = ("send", group, rank, record["peer"]) if name == "send" else ("recv", group, record["peer"], rank)
             self._messages[*ends, record["detail"]].append(record)
         elif name != "monitored_barrier":
@@ -113,7 +113,7 @@ class HangReport:
         for rank, snapshot in sorted(self._snapshots.items()):
             for record in snapshot["operations"]:
                 if record["waited_s"] is not None:
-                    single = rank if record["operation"] in (*POINT_TO_POINT, "monitored_barrier") else None
+                    single = rank if record["operation"] in (*MESSAGES, "monitored_barrier") else None
                     operation = _group_key(record), record["operation"], record["number"], record["peer"], single
                     waiting_by_operation[operation][rank] = record
         lines = []
@@ -121,7 +121,7 @@ class HangReport:
             rank, record = next(iter(waiting.items()))
             verb = "waits" if len(waiting) == 1 else "wait"
             lines.append(f"{_ranks(waiting)} {verb} in {_described(record)}, {_where(record)}")
-            if record["operation"] in POINT_TO_POINT:
+            if record["operation"] in MESSAGES:
                 lines += self._missing_message(rank, record)
             elif record["operation"] != "monitored_barrier":
                 lines += self._missing_ranks(set(waiting), record)
@@ -243,7 +243,7 @@ def _call(record: Record) -> str:
 
 def _name(record: Record) -> str:
     text = f"{record['operation']} #{record['number']}"
-    if record["operation"] in POINT_TO_POINT:
+    if record["operation"] in MESSAGES:
         direction = "to" if record["operation"] == "send" else "from"
         end = "" if record["peer"] is None else f" {direction} rank {record['peer']}"
         text += f"{end}, tag {record['detail']}"

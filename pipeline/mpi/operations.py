@@ -198,12 +198,7 @@ class Operations:
         return self._start("all_to_all", steps, inputs, outputs)
 
     def all_to_all_single(
-        self,
-        output: Tensor,
-        input: Tensor,
-        output_splits: Sequence[int],
-        input_splits: Sequence[int],
-        opts: Any = None,
+        self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], opts: Any = None
     ) -> Operation:
         def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
             return self._steps.all_to_all_single(outputs[0], inputs[0], output_splits, input_splits)

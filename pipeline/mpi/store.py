@@ -10,7 +10,7 @@ from mpi4py import MPI
 from torch.distributed import Store
 
 REQUEST, REPLY = 0, 1
-POLL_S = 0.005
+STORE_POLL_S = 0.005
 
 
 class MPIStore(Store):
@@ -43,7 +43,7 @@ class MPIStore(Store):
         status = MPI.Status()
         while not self._closing.is_set():
             if not self._comm.Iprobe(tag=REQUEST, status=status):
-                self._closing.wait(POLL_S)
+                self._closing.wait(STORE_POLL_S)
                 continue
             request = bytearray(status.Get_count(MPI.BYTE))
             self._comm.Recv(request, status.Get_source(), REQUEST)
@@ -67,7 +67,7 @@ class MPIStore(Store):
                 while not self._comm.Iprobe(0, REPLY, status):
                     if time.monotonic() > deadline:
                         raise RuntimeError(f"Timed out after {self._limit.total_seconds():g} s: no answer from rank 0")
-                    time.sleep(POLL_S)
+                    time.sleep(STORE_POLL_S)
                 reply = bytearray(status.Get_count(MPI.BYTE))
                 self._comm.Recv(reply, 0, REPLY)
                 number, answer = json.loads(reply)
@@ -111,7 +111,7 @@ class MPIStore(Store):
         while not self.check(keys):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"Timed out after {limit.total_seconds():g} s waiting for {keys} in the store")
-            time.sleep(POLL_S)
+            time.sleep(STORE_POLL_S)
 
 
 def _answer(values: dict[str, str], call: str, key: str, *args: str) -> str | int | None:

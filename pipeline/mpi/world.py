@@ -128,9 +128,10 @@ _LAUNCHERS = [  # name, variables with the number of ranks and the rank, advice 
 ]
 
 
-def is_launched() -> bool:
-    """Return whether a launcher started several ranks. Unlike ``init()``, this loads neither MPI nor torch."""
-    return any(int(os.environ.get(ranks, 1)) > 1 for _, ranks, _, _ in _LAUNCHERS)
+def launched_rank() -> int | None:
+    """Return this process's rank if a launcher started several. Unlike ``init()``, this loads neither MPI nor torch."""
+    ranks = (os.environ.get(rank) for _, size, rank, _ in _LAUNCHERS if int(os.environ.get(size, 1)) > 1)
+    return next((int(rank) for rank in ranks if rank is not None), None)
 
 
 def launch_rank() -> int:

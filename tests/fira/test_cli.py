@@ -41,3 +41,12 @@ def test_quiet_and_verbose_exclude_each_other():
     parser.add_verbosity()
     with pytest.raises(cli.UserError, match="not allowed with"):
         parser.parse_args(["--quiet", "--verbose"])
+
+
+def test_underscores_in_flag_names_equal_hyphens():
+    """Underscores in values are unchanged."""
+    parser = cli.Parser("test")
+    parser.add_argument("--min-lr", type=float)
+    parser.add_argument("--model-set")
+    for words in (["--min_lr", "0.5", "--model_set=d_model=1"], ["--min-lr=0.5", "--model-set", "d_model=1"]):
+        assert vars(parser.parse_args(words)) == {"min_lr": 0.5, "model_set": "d_model=1"}

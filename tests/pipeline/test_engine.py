@@ -2,27 +2,35 @@
 
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pipeline.engine
 from pipeline.engine import LOOK_AHEAD, Engine, MicroBatch
+from pipeline.messages import Channel, Direction, channels_of
 from pipeline.schedule import SCHEDULES, Action, ActionKind, Schedule, forward_only
 from pipeline.stage import DeviceLayers, Stage
 from tests.pipeline.toy_layers import CPU, LAYERS, MICROBATCHES, make, objective, reference, take_gradients
 
 
 class Group:
-    """A process group of a rank. Its ranks are numbered from 10 in the world, so that local and global ranks differ."""
+    """The process group of a channel. The ranks in it are ordered by their number in the pipeline."""
 
-    def __init__(self, network: "Network", rank: int, name: str) -> None:
-        self.network, self.rank, self.name = network, rank, name
+    def __init__(self, channel: Channel, rank: int) -> None:
+        self.channel, self.rank = channel, sorted([channel.source, channel.destination]).index(rank)
+
+
+def groups_of(placement: Sequence[int], rank: int) -> Any:
+    """The channels of a rank with their groups."""
+    return {channel: Group(channel, rank) for channel in channels_of(placement, rank)}
 
 
 class Work:
@@ -36,32 +44,32 @@ class Network:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.sent: dict[tuple[str, int, int], deque[tuple[int, Tensor]]] = defaultdict(deque)
-        self.tags: dict[str, list[int]] = defaultdict(list)
-        self.receives: dict[tuple[str, int, int], int] = defaultdict(int)  # how many have been posted
+        self.sent: dict[Channel, list[tuple[int, Tensor]]] = defaultdict(list)
+        self.tags: dict[Direction, list[int]] = defaultdict(list)
+        self.receives: dict[Channel, int] = defaultdict(int)  # how many have been posted
 
     def dist(self) -> SimpleNamespace:
         return SimpleNamespace(
             get_rank=lambda group: group.rank,
-            get_global_rank=lambda group, rank: rank + 10,
             isend=self.isend,
             irecv=self.irecv,
             Work=Work,
         )
 
-    def isend(self, tensor: Tensor, destination: int, group: Group, tag: int) -> Work:
+    def isend(self, tensor: Tensor, group: Group, group_dst: int, tag: int) -> Work:
         assert tensor.is_contiguous()
         assert not tensor.requires_grad
+        assert group.rank == sorted(group.channel[1:]).index(group.channel.source) == 1 - group_dst
         with self.changed:
-            self.sent[group.name, group.rank, destination - 10].append((tag, tensor))
-            self.tags[group.name].append(tag)
+            self.sent[group.channel].append((tag, tensor))
+            self.tags[group.channel.direction].append(tag)
             self.changed.notify_all()
         return Work(lambda: None)
 
-    def irecv(self, buffer: Tensor, source: int, group: Group, tag: int) -> Work:
-        route = group.name, source - 10, group.rank
-        queue, position = self.sent[route], self.receives[route]
-        self.receives[route] += 1
+    def irecv(self, buffer: Tensor, group: Group, group_src: int, tag: int) -> Work:
+        assert group.rank == sorted(group.channel[1:]).index(group.channel.destination) == 1 - group_src
+        queue, position = self.sent[group.channel], self.receives[group.channel]
+        self.receives[group.channel] += 1
 
         def wait() -> None:
             with self.changed:
@@ -74,7 +82,11 @@ class Network:
 
 
 def run_ranks(
-    schedule: Schedule, layers: list[Any], batches: list[MicroBatch], recompute: bool = False
+    schedule: Schedule,
+    layers: list[Any],
+    batches: list[MicroBatch],
+    recompute: bool = False,
+    message_dtype: torch.dtype | None = None,
 ) -> tuple[list[float], Network]:
     """Run a schedule with every rank in a thread; the reported losses and the network with its record."""
     network = Network()
@@ -89,7 +101,7 @@ def run_ranks(
             for s, r in enumerate(schedule.placement)
             if r == rank
         }
-        engine = Engine(stages, objective, Group(network, rank, "forward"), Group(network, rank, "backward"))  # type: ignore[arg-type]
+        engine = Engine(stages, objective, rank, groups_of(schedule.placement, rank), message_dtype=message_dtype)
         try:
             reports[rank] = engine.run(schedule, batches)
             assert not any(stage._saved or stage._weight_backwards for stage in stages.values())
@@ -119,17 +131,17 @@ def test_every_schedule_is_bitwise_identical_to_plain_autograd(name, ranks):
     assert reports == losses
     assert all(torch.equal(a, b) for a, b in zip(take_gradients(layers), gradients, strict=True))
     crossing = sum(a != b for a, b in pairwise(schedule.placement))
-    for tags in (network.tags["forward"], network.tags["backward"]):
+    for tags in (network.tags[Direction.FORWARD], network.tags[Direction.BACKWARD]):
         assert len(set(tags)) == len(tags) == crossing * MICROBATCHES
-    assert not set(network.tags["forward"]) & set(network.tags["backward"])
+    assert not set(network.tags[Direction.FORWARD]) & set(network.tags[Direction.BACKWARD])
 
 
 def test_tags():
     """(micro-batch · stages + receiving stage) · 2 + direction."""
     layers, batches = make()
     _, network = run_ranks(SCHEDULES["gpipe"].builder(2, MICROBATCHES), layers, batches)
-    assert network.tags["forward"] == [(i * 2 + 1) * 2 for i in range(MICROBATCHES)]
-    assert network.tags["backward"] == [i * 2 * 2 + 1 for i in range(MICROBATCHES)]
+    assert network.tags[Direction.FORWARD] == [(i * 2 + 1) * 2 for i in range(MICROBATCHES)]
+    assert network.tags[Direction.BACKWARD] == [i * 2 * 2 + 1 for i in range(MICROBATCHES)]
 
 
 @pytest.mark.parametrize("placement", [(0, 1, 2), (0, 1, 1, 0), (0, 1, 0, 1)])
@@ -138,7 +150,7 @@ def test_evaluation_on_several_ranks_leaves_no_gradient(placement):
     losses, _ = reference(layers, batches)
     reports, network = run_ranks(forward_only(placement, MICROBATCHES), layers, batches)
     assert reports == losses
-    assert not network.tags["backward"]
+    assert not network.tags[Direction.BACKWARD]
     assert all(p.grad is None for layer in layers for p in layer.parameters())
 
 
@@ -153,8 +165,7 @@ def test_receives_of_the_next_actions_are_posted_before_an_action():
     network.irecv = lambda buffer, *_, **options: (record.append(f"R{options['tag'] // 4}"), Work(lambda: None))[1]  # type: ignore[method-assign, assignment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.engine, "dist", network.dist())
-        groups = [Group(network, 1, name) for name in ("forward", "backward")]
-        Engine({1: stage}, objective, *groups).run(SCHEDULES["gpipe"].builder(2, MICROBATCHES), batches)  # type: ignore[arg-type]
+        Engine({1: stage}, objective, 1, groups_of((0, 1), 1)).run(SCHEDULES["gpipe"].builder(2, MICROBATCHES), batches)
     assert LOOK_AHEAD == 3
     assert record == ["R0", "R1", "R2", "F0", "R3", "F1", "R4", "F2", "F3", "F4"]
 
@@ -181,7 +192,7 @@ def test_one_rank_is_bitwise_identical_to_plain_autograd(stages, recompute, spli
     engine = Engine({s: Stage(module, CPU) for s, module in enumerate(modules)}, objective)
     assert [float(report) for report in engine.run(all_on_one_rank(stages, split), batches)] == losses
     assert all(torch.equal(a, b) for a, b in zip(take_gradients(layers), gradients, strict=True))
-    assert engine.waited < 0.01
+    assert engine.waited() < 0.01
 
 
 def test_trace_and_waiting_time():
@@ -193,17 +204,17 @@ def test_trace_and_waiting_time():
     schedule = SCHEDULES["1f1b"].builder(2, MICROBATCHES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.engine, "dist", network.dist())
-        groups = [Group(network, 1, name) for name in ("forward", "backward")]
-        engine = Engine({1: Stage(DeviceLayers(layers), CPU)}, objective, *groups)  # type: ignore[arg-type]
+        engine = Engine({1: Stage(DeviceLayers(layers), CPU)}, objective, 1, groups_of((0, 1), 1))
         engine.run(schedule, batches)
-        engine.trace = []
+        engine.start_trace()
         engine.run(schedule, batches)
-    assert [action for action, _, _ in engine.trace] == list(schedule.actions[1])
-    edges = [edge for _, start, end in engine.trace for edge in (start, end)]
+    trace = engine.stop_trace()
+    assert [action for action, _, _ in trace] == list(schedule.actions[1])
+    edges = [edge for _, start, end in trace for edge in (start, end)]
     assert edges == sorted(edges)
-    idle = sum(b - a for (_, _, a), (_, b, _) in pairwise(engine.trace))
+    idle = sum(b - a for (_, _, a), (_, b, _) in pairwise(trace))
     assert idle >= 0.02 * (MICROBATCHES - 1)  # all but the wait before the first action
-    assert 0.02 * 2 * MICROBATCHES <= engine.waited < 0.02 * 2 * MICROBATCHES + 0.1
+    assert 0.02 * 2 * MICROBATCHES <= engine.waited() < 0.02 * 2 * MICROBATCHES + 0.1
 
 
 def test_completed_sends_are_released():
@@ -222,8 +233,7 @@ def test_completed_sends_are_released():
     network.irecv = lambda buffer, *_, **__: (buffer.zero_(), Work(lambda: None))[1]  # type: ignore[method-assign, assignment]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.engine, "dist", network.dist())
-        groups = [Group(network, 1, name) for name in ("forward", "backward")]
-        engine = Engine({1: Stage(DeviceLayers(layers), CPU)}, objective, *groups)  # type: ignore[arg-type]
+        engine = Engine({1: Stage(DeviceLayers(layers), CPU)}, objective, 1, groups_of((0, 1), 1))
         engine.run(SCHEDULES["1f1b"].builder(2, MICROBATCHES), batches)
     assert waited == [1, 3, 4]
 
@@ -235,10 +245,10 @@ def test_wrong_number_of_microbatches_raises():
         engine.run(all_on_one_rank(1, False), batches[:2])
 
 
-def test_missing_process_groups_raise():
+def test_missing_process_group_raises():
     layers, batches = make()
     engine = Engine({0: Stage(DeviceLayers(layers), CPU)}, objective)
-    with pytest.raises(ValueError, match="needs forward_group and backward_group"):
+    with pytest.raises(ValueError, match="no process group for the channel backward 1 → 0"):
         engine.run(SCHEDULES["1f1b"].builder(2, MICROBATCHES), batches)
 
 
@@ -260,3 +270,17 @@ def test_input_without_gradient_raises_and_the_stages_are_cleared():
     with pytest.raises(RuntimeError, match="stage 1 returned no gradient for its input"):
         Engine(stages, objective).run(all_on_one_rank(2, False), batches)
     assert not any(stage._saved for stage in stages.values())
+
+
+def test_messages_are_sent_in_their_dtype_and_stages_take_theirs():
+    """bf16 messages halve the traffic; the layers behind a boundary still compute in the engine's dtype."""
+    layers, batches = make()
+    losses, _ = reference(layers, batches)
+    reports, network = run_ranks(
+        SCHEDULES["1f1b"].builder(2, MICROBATCHES), layers, batches, message_dtype=torch.bfloat16
+    )
+    sent = [tensor for messages in network.sent.values() for _, tensor in messages]
+    assert len(sent) == 2 * MICROBATCHES
+    assert {tensor.dtype for tensor in sent} == {torch.bfloat16}
+    assert reports != losses
+    np.testing.assert_allclose(reports, losses, rtol=0.02)

@@ -18,7 +18,7 @@ def test_groups_of_every_axis():
 
 def test_coordinates_of_every_rank():
     layout = Layout(2, 4, 2)
-    meshes = [Mesh(layout, rank, {}, []) for rank in range(8)]
+    meshes = [Mesh(layout, rank, {}, [], {}) for rank in range(8)]
     assert [(m.pp_rank, m.dp_rank, m.edp_rank, m.ep_rank) for m in meshes] == [
         (pp, 2 * edp + ep, edp, ep) for pp in range(2) for edp in range(2) for ep in range(2)
     ]

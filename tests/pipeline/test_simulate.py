@@ -14,7 +14,6 @@ from pipeline.schedule import (
     dependencies,
     forward_only,
     gpipe,
-    one_forward_one_backward,
     zero_bubble_h1,
 )
 from pipeline.simulate import (
@@ -22,7 +21,6 @@ from pipeline.simulate import (
     Timeline,
     earliest_ends,
     format_grid,
-    format_timeline,
     peak_memory,
     simulate,
 )
@@ -67,8 +65,7 @@ def test_transfer_by_hand():
 
 
 def test_empty_timeline():
-    assert Timeline((), ()).length == Timeline((), ()).bubble == 0
-    assert format_timeline(Timeline(((),), ()), 3) == "···"
+    assert Timeline(()).length == Timeline(()).bubble == 0
 
 
 def test_no_transfer_between_stages_of_one_rank():
@@ -163,10 +160,3 @@ def test_error_lists_at_most_eight_actions():
 def test_format_grid():
     assert format_grid(gpipe(2, 1), [1]) == "rank 0: F0.0 »B0.0«\nrank 1: F1.0 B1.0"
     assert format_grid(gpipe(1, 1), [2]) == "rank 0: F0.0 B0.0"
-
-
-def test_format_timeline():
-    assert format_timeline(simulate(gpipe(2, 2), unit_costs(2)), width=9) == "01···aabb\n·01aabb··"
-    assert format_timeline(simulate(zero_bubble_h1(2, 2), unit_costs(2)), width=14) == "0011··aaAAbbBB\n··00aa11bbAABB"
-    timeline = simulate(one_forward_one_backward(1, 11), unit_costs(1))
-    assert format_timeline(timeline, 33) == "0aa1bb2cc3dd4ee5ff6gg7hh8ii9jj0kk"

@@ -1,4 +1,4 @@
-"""PyTorch's tests for backends, run by the ranks of one job that tests/pipeline/mpi/suite/run.py starts.
+"""PyTorch's tests for backends, run by the ranks of one job that tests/integration/mpi_suite/run.py starts.
 
 Usage: mpirun -np 4 python backend_suite.py BACKEND MASK OUT NAME...
 

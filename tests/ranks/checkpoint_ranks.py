@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fira.checkpoint.shards import Checkpoint, TensorShard, find, newest_valid, save
+from fira.checkpoint.shards import Checkpoint, TensorShard, newest_valid, save_checkpoint
+from fira.checkpoint.step_folders import find
 from fira.errors import UserError
 
 SHAPES = {
@@ -50,7 +51,7 @@ def save_state(root: str, step: int, salt: int = 0, keep: int = 2) -> str:
     optimizer = owned(list(OPTIMIZER), salt, rank, world)
     documents = {"config": {"hidden": 4, "salt": salt}}
     files = {"tokenizer.json": b'{"version": "1.0"}'}
-    return str(save(Path(root), step, weights, optimizer, documents, files, {"ranks": world}, keep))
+    return str(save_checkpoint(Path(root), step, weights, optimizer, documents, files, {"ranks": world}, keep))
 
 
 def matches(checkpoint: Checkpoint, salt: int) -> bool:
@@ -110,7 +111,9 @@ def overlap_error(root: str) -> str:
     """Return the error message of this rank where all ranks pass the same rows."""
     tensor = value("embedding.weight")
     try:
-        save(Path(root), 1, [TensorShard("embedding.weight", tensor, 0, tuple(tensor.shape))], [], {}, {}, {})
+        save_checkpoint(
+            Path(root), 1, [TensorShard("embedding.weight", tensor, 0, tuple(tensor.shape))], [], {}, {}, {}
+        )
     except ValueError as error:
         return str(error)
     return ""

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from fira.checkpoint.shards import Checkpoint, find
+from fira.checkpoint.shards import Checkpoint
+from fira.checkpoint.step_folders import find
 from fira.data.loader import Loader
 from fira.models.registry import from_document
 from fira.parallel.batch_split import BatchSplit
@@ -21,7 +22,7 @@ class Training:
 
     def __init__(self, document: dict[str, Any], layout: list[int]) -> None:
         config = from_document(document)
-        mesh = make_mesh(Layout(*layout))
+        mesh = make_mesh(Layout(*layout), range(layout[0]))
         model = parity_ranks.meta_model(config)
         built = parallelize(model, mesh, 7, [torch.device("cpu")], dtype=torch.float64)
         split = BatchSplit(2, mesh.layout.dp, mesh.dp_rank, config.d_model)

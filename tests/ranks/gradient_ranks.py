@@ -9,7 +9,7 @@ from torch import nn
 from fira.data.loader import Loader
 from fira.models.fira import FiraConfig
 from fira.parallel.batch_split import BatchSplit
-from fira.parallel.gradients import BUCKET, LARGE, NormVector, reduce_gradients
+from fira.parallel.gradients import BUCKET, UNBUCKETED, NormVector, reduce_gradients
 from fira.parallel.parallelize import ParamShard, parallelize
 from fira.parallel.tied_embedding import TiedWeight
 from fira.training.trainer import Trainer
@@ -21,7 +21,7 @@ CONFIG = FiraConfig(vocab_size=61, seq_len=SEQ_LEN, d_model=24, n_head=3, num_la
 
 def check_all(layout: list[int]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    mesh = make_mesh(Layout(*layout))
+    mesh = make_mesh(Layout(*layout), range(layout[0]))
     result: dict[str, Any] = {"tied": tied(mesh)}
     if mesh.layout.pp == 1:
         result |= {"reduced": reduced(mesh), **norms(mesh)}
@@ -32,8 +32,8 @@ def check_all(layout: list[int]) -> dict[str, Any]:
 
 def reduced(mesh: Mesh) -> dict[str, list[float]]:
     """The first and the last element of reduced gradients; rank r contributes r + 1 and twice that."""
-    sizes = {"small": 8, "almost large": LARGE - 4, "large": LARGE, "more than a bucket": BUCKET + 4}
-    sizes |= {f"bucket {i}": LARGE - 8 for i in range(6)}
+    sizes = {"small": 8, "almost large": UNBUCKETED - 4, "large": UNBUCKETED, "more than a bucket": BUCKET + 4}
+    sizes |= {f"bucket {i}": UNBUCKETED - 8 for i in range(6)}
     shards = []
     for expert in (False, True):
         for name, size in sizes.items():

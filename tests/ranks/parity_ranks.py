@@ -14,6 +14,7 @@ from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
+from pipeline.schedule import SCHEDULES
 
 SEQ_LEN = 13
 
@@ -70,7 +71,7 @@ def train(
     if model is not None:
         config = from_document(model)
     places = [CPU] * devices
-    mesh = make_mesh(Layout(*layout), places)
+    mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), places)
     built = parallelize(meta_model(config), mesh, 7, places, schedule, getattr(torch, dtype), recompute=recompute)
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)

@@ -38,7 +38,7 @@ def train(
     """
     torch.set_num_threads(1)
     config, s = from_document(model), Settings(**settings)
-    mesh = make_mesh(Layout(*layout), [CPU])
+    mesh = make_mesh(Layout(*layout), range(layout[0]))
     built = parallelize(meta_model(config), mesh, 7, [CPU], "1f1b", getattr(torch, dtype))
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, "1f1b", s.weight_decay, s.clip, fp16=False)

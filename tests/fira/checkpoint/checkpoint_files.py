@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from fira.checkpoint.manifest import encode, seal
+from fira.checkpoint.manifest import encode_json, seal
 
 MODEL = "model-00001-of-00001.safetensors"
 FILES = [MODEL, "optimizer-00001-of-00001.safetensors", "config.json", "tokenizer.json", "index.json", "manifest.json"]
@@ -23,7 +23,7 @@ def edit_index(folder: Path, change: Callable[[dict], None]) -> None:
     """Change the index and update its record in the manifest."""
     index = json.loads((folder / "index.json").read_text())
     change(index["tensors"])
-    raw = encode(index)
+    raw = encode_json(index)
     (folder / "index.json").write_bytes(raw)
     record = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     edit_manifest(folder, lambda manifest: manifest["files"].update({"index.json": record}))

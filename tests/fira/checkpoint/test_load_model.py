@@ -10,7 +10,7 @@ from fira import load_model
 from fira.checkpoint.load_model import own_tokenizer
 from fira.errors import UserError
 from fira.models.registry import to_document
-from tests.fira.generation.small_model import CONFIG, make_model, make_tokenizer, save
+from tests.fira.small_model import CONFIG, make_model, make_tokenizer, save
 
 
 def test_loaded_model_equals_the_saved_one(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fira.checkpoint.shards import Checkpoint, TensorShard, newest_valid, save
+from fira.checkpoint.shards import Checkpoint, TensorShard, newest_valid, save_checkpoint
 from fira.errors import UserError
 from tests.fira.checkpoint.checkpoint_files import FILES, MODEL, file_names
 from tests.launch import run_function
@@ -67,7 +67,7 @@ def test_files_can_be_read_with_safetensors_json_and_sha256(root: Path) -> None:
     ids=lambda tensor: f"{tensor.dtype}-{tuple(tensor.shape)}",
 )
 def test_every_dtype_and_shape_is_restored_bitwise(root: Path, tensor: torch.Tensor) -> None:
-    folder = save(root, 1, [TensorShard("x", tensor, 0, tuple(tensor.shape))], [], {}, {}, {})
+    folder = save_checkpoint(root, 1, [TensorShard("x", tensor, 0, tuple(tensor.shape))], [], {}, {}, {})
     restored = Checkpoint.open(folder).read("x")
     assert (restored.dtype, restored.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(as_bytes(restored), as_bytes(tensor))
@@ -83,7 +83,7 @@ def test_missing_or_duplicate_rows_raise(root: Path) -> None:
         [TensorShard("x", rows.to(torch.complex64), 0, (2, 3))],
     ):
         with pytest.raises(ValueError, match=r"^x: "):
-            save(root, 1, shards, [], {}, {}, {})
+            save_checkpoint(root, 1, shards, [], {}, {}, {})
     assert not root.exists()
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fira.checkpoint import shards
-from fira.checkpoint.shards import Checkpoint, find, newest_valid
-from fira.checkpoint.step_folders import publish, step_folders, step_name
+from fira.checkpoint.shards import Checkpoint, newest_valid
+from fira.checkpoint.step_folders import find, publish, step_folders, step_name
 from fira.errors import UserError
 from tests.fira.checkpoint.checkpoint_files import MODEL, file_names
 from tests.ranks.checkpoint_ranks import matches, newest_step, open_error, save_state, save_without_room

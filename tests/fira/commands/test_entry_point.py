@@ -6,10 +6,10 @@ from importlib import import_module
 
 import pytest
 
-from fira.cli import command_line
+from fira.cli import command_words
 from fira.commands.entry_point import COMMANDS, run_command
 from fira.errors import UserError
-from tests.launch import ROOT
+from tests.launch import ROOT, run_ranks
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -19,18 +19,16 @@ def test_each_command_has_a_module_with_the_listed_description(name):
     assert callable(module.main)
 
 
-def test_help_lists_every_command(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["fira", "--help"])
-    run_command()
+def test_help_lists_every_command(capsys):
+    run_command("--help", [])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == list(COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"]])
-def test_unknown_command_raises_one_line_error(monkeypatch, arguments):
-    monkeypatch.setattr(sys, "argv", ["fira", *arguments])
+@pytest.mark.parametrize("name", ["", "trian"])
+def test_unknown_command_raises_one_line_error(name):
     with pytest.raises(UserError, match="choose from train, generate, chat") as error:
-        run_command()
+        run_command(name, [])
     assert "\n" not in str(error.value)
 
 
@@ -47,6 +45,32 @@ def test_unknown_command_ends_with_status_2_and_imports_no_torch():
 
 def test_suggested_commands_follow_the_way_of_starting(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/fira", "train"])
-    assert command_line("prepare") == ["fira", "prepare"]
+    assert command_words("prepare") == ["fira", "prepare"]
     monkeypatch.setattr(sys, "argv", ["scripts/train.py"])
-    assert command_line("prepare") == ["python", "scripts/prepare_data.py"]
+    assert command_words("prepare") == ["python", "scripts/prepare_data.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "output"),
+    [
+        (["--version"], 0, "fira "),
+        (["trian"], 2, "fira: unknown command trian"),
+        (["generate", "--checkpoint", "nowhere"], 2, "nowhere: no checkpoint here"),
+        (["train", "--steps", "0"], 2, "--steps 0: must be greater than 0"),
+        (["train", "--help"], 0, "usage: fira train"),
+        (["plan", "--device", "h200", "--ranks", "2", "--top", "1"], 0, "the best of "),
+        (["plan", "--device", "h2000", "--ranks", "2"], 2, "--device h2000: no such device"),
+    ],
+)
+def test_each_command_acts_once_under_mpirun(arguments, status, output):
+    done = run_ranks(2, "-c", "from fira.commands.entry_point import main; main()", *arguments)
+    assert done.returncode == status, done.stderr
+    assert (done.stdout + done.stderr).count(output) == 1
+    if status:
+        assert done.stderr.count("\n") == 1
+
+
+def test_single_process_script_runs_on_rank_0_only():
+    done = run_ranks(2, "scripts/evaluate.py", "--checkpoint", "nowhere")
+    assert done.returncode == 2
+    assert done.stderr == "nothing to evaluate; give --data or --tasks\n"

@@ -39,7 +39,7 @@ def test_shards_are_read_as_one_array(tmp_path) -> None:
 def test_chunks_cover_all_tokens_in_order(tmp_path, monkeypatch) -> None:
     np.save(tmp_path / "t.npy", np.arange(23, dtype=np.uint16))
     for size, lengths in ((10, [10, 10, 3]), (23, [23]), (1, [1] * 23)):
-        monkeypatch.setattr("fira.data.packed.CHUNK", size)
+        monkeypatch.setattr("fira.data.packed.SCAN_TOKENS", size)
         chunks = list(PackedTokens([tmp_path / "t.npy"]).chunks())
         assert [len(chunk) for chunk in chunks] == lengths
         assert np.concatenate(chunks).tolist() == list(range(23))

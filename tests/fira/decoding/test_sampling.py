@@ -1,5 +1,6 @@
 """Sampling compared with transformers' logits processors on random logits, and exactly at the boundaries."""
 
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from fira.decoding.sampling import Sampler, Sampling
+from fira.decoding.sampling import Sampler, Sampling, draw
+from fira.errors import UserError
+from tests.fira.decoding.small_models import chi_square
 
 # In the order in which `generate` of transformers applies them.
 PROCESSORS = {
@@ -28,6 +31,8 @@ PROCESSORS = {
     "min_p": MinPLogitsWarper,
     "typical_p": TypicalLogitsWarper,
 }
+
+
 EXACT = [0.5, 0.25, 0.125, 0.0625, 0.0625]  # their sums are exact in floating point
 
 
@@ -106,3 +111,65 @@ def test_nucleus_is_the_smallest_set_that_reaches_p() -> None:
         least = chances.where(mask, 1.0).amin(1)
         assert (totals >= p - 1e-6).all()
         assert (totals - least < p + 1e-6).all()
+
+
+CHANCES = [0.05, 0.4, 0.15, 0.3, 0.1]
+
+
+ENTROPY = -sum(p * math.log(p) for p in CHANCES)
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({}, CHANCES),
+        ({"temperature": 0.5}, [p**2 for p in CHANCES]),
+        ({"top_k": 2}, [0, 0.4, 0, 0.3, 0]),
+        ({"top_k": 9}, CHANCES),
+        ({"top_p": 0.75}, [0, 0.4, 0.15, 0.3, 0]),
+        ({"top_p": 0.1}, [0, 1, 0, 0, 0]),
+        ({"top_k": 3, "top_p": 0.8}, [0, 0.4, 0, 0.3, 0]),  # 0.4 and 0.3 are 0.82 of the sum after top_k
+        ({"min_p": 0.3}, [0, 0.4, 0.15, 0.3, 0]),
+        ({"min_p": 0.36, "temperature": 2.0}, [0, *(p**0.5 for p in CHANCES[1:])]),  # √0.05 is 0.35 of √0.4
+        ({"temperature": 1e-30}, [0, 1, 0, 0, 0]),
+        ({"temperature": 0.0}, [0, 1, 0, 0, 0]),
+        # logits are ln p + 3, all positive; tokens 1 and 3 occur in the text
+        (
+            {"repetition_penalty": 2.0},
+            [p if t not in (1, 3) else (p * math.e**3) ** 0.5 / math.e**3 for t, p in enumerate(CHANCES)],
+        ),
+        ({"presence_penalty": 1.5}, [p if t not in (1, 3) else p * math.exp(-1.5) for t, p in enumerate(CHANCES)]),
+        ({"no_repeat_ngram": 2}, [0.05, 0.4, 0.15, 0, 0.1]),  # the pair (1, 3) has occurred
+        ({"no_repeat_ngram": 1, "temperature": 0.0}, [0, 0, 1, 0, 0]),
+    ],
+)
+def test_probabilities_equal_hand_computed_values(options: dict[str, Any], weights: list[float]) -> None:
+    texts, logits = torch.tensor([[1, 3, 1], [0, 4, 2]]), torch.tensor([CHANCES, CHANCES[::-1]]).log() + 3
+    got = Sampler(Sampling(**options)).probabilities(texts, logits)  # the second row has other tokens and logits
+    torch.testing.assert_close(got[0], torch.tensor(weights) / sum(weights), rtol=1e-5, atol=1e-7)
+
+
+def test_typical_sampling_keeps_the_tokens_nearest_to_the_entropy() -> None:
+    order = sorted(range(5), key=lambda t: abs(-math.log(CHANCES[t]) - ENTROPY))
+    [got] = Sampler(Sampling(typical_p=0.5)).probabilities(torch.empty(1, 0), torch.tensor([CHANCES]).log())
+    kept, total = [], 0.0
+    while total < 0.5:
+        kept.append(order[len(kept)])
+        total += CHANCES[kept[-1]]
+    assert got.nonzero().flatten().tolist() == sorted(kept)
+    assert 1 not in kept[:1]  # the most probable token is not the most typical one here
+
+
+def test_drawn_tokens_follow_the_probabilities() -> None:
+    generators = [torch.Generator().manual_seed(0)] * 5000
+    drawn = draw(torch.tensor(CHANCES).expand(5000, 5), generators).bincount(minlength=5)
+    assert chi_square(drawn, torch.tensor(CHANCES)) < 23.5  # 4 degrees of freedom: exceeded once in 10,000
+
+
+@pytest.mark.parametrize(
+    "options", [{"min_p": 2.0}, {"typical_p": 1.5}, {"repetition_penalty": -1.0}, {"no_repeat_ngram": 0}]
+)
+def test_invalid_options_raise_one_line_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))) as caught:
+        Sampler(Sampling(**options))
+    assert "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ import torch
 
 from fira.errors import UserError
 from fira.generation.perplexity import TextLoss, perplexity
-from tests.fira.generation.small_model import CONFIG, make_model
+from tests.fira.small_model import CONFIG, make_model
 
 
 @pytest.mark.parametrize("count", [2, 3, 12, 13, 14, 18, 19, 40, 100])

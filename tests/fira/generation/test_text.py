@@ -11,13 +11,13 @@ from tokenizers import Tokenizer
 
 import fira
 from fira import evaluate_perplexity, expert_utilisation, sample_text
-from fira.data.prepare import Corpus, prepare
+from fira.data.corpus import Corpus, prepare
 from fira.data.tokenizer import eos_id
 from fira.errors import UserError
 from fira.generation.perplexity import perplexity
 from fira.generation.text import TextStream, _default_tokenizer, continue_text
 from fira.nn.moe.layer import MoE
-from tests.fira.generation.small_model import TEXT
+from tests.fira.small_model import TEXT
 from tests.launch import ROOT
 
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fira import FIRA
 from fira.models.fira import FiraConfig
 from fira.nn.context import Context
-from fira.nn.dropout import Dropout, _mix, keep_mask, token_keys
+from fira.nn.dropout import Dropout, _mix, keep_mask, normal, token_keys
 
 CONFIG = FiraConfig(vocab_size=11, seq_len=6, d_model=16, n_head=2, num_layers=2, d_ff=24, dropout=0.3)
 
@@ -162,3 +162,13 @@ def test_a_token_has_another_mask_in_each_of_its_experts() -> None:
     model(tokens, Context(keys=sequence_keys(1)))
     first, second = keep_mask(seen["keys"], 384, 0.5).split(6)  # the rows of expert 0, then those of expert 1
     assert faults(torch.cat([first, second]), 0.5) == []
+
+
+def test_normal_has_the_moments_of_the_normal_distribution() -> None:
+    """The first four moments, and no correlation between columns or rows, each within five deviations."""
+    x = normal(token_keys(torch.arange(2000) * 2**40 + 7, 0, 50).flatten(), 4)
+    n = x.numel()
+    for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(float(x.pow(power).mean()) - mean) < 5 * math.sqrt(variance / n), power
+    for a, b in ((x[:, 0], x[:, 1]), (x[:-1, 2], x[1:, 2]), (x[:-50, 3], x[50:, 3])):
+        assert abs(float((a * b).mean())) < 5 / math.sqrt(len(a))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fira.parallel import gradients
-from fira.parallel.gradients import BUCKET, LARGE
+from fira.parallel.gradients import BUCKET, UNBUCKETED
 from tests.launch import run_function
 
 
@@ -60,7 +60,7 @@ def test_buckets_keep_order_and_are_complete_at_their_size():
     assert [len(bucket) for bucket in buckets] == [3, 2, 1]
     assert [id(tensor) for bucket in buckets for tensor in bucket] == [id(tensor) for tensor in tensors]
     assert gradients._buckets([]) == []
-    assert LARGE < BUCKET
+    assert UNBUCKETED < BUCKET
 
 
 def test_buckets_are_split_by_device():

@@ -1,4 +1,4 @@
-"""Sorting rows by expert, dispatch and combine, and the weighted sum of expert outputs."""
+"""Sorting rows by expert, and the weighted sum of expert outputs."""
 
 import torch
 from hypothesis import given, settings
@@ -15,27 +15,6 @@ def test_sort_by_expert_is_stable_and_inverse_restores_order(experts: list[int])
     order, inverse = sort_by_expert(torch.tensor(experts, dtype=torch.int64))
     assert order.tolist() == sorted(range(len(experts)), key=lambda i: experts[i])
     assert order[inverse].tolist() == list(range(len(experts)))
-
-
-@settings(deadline=None)
-@given(st.integers(1, 4), st.integers(0, 12), st.integers(0, 2**31))
-def test_dispatch_then_combine_is_the_identity(top_k: int, tokens: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    experts = torch.rand(tokens, 5, generator=generator).topk(top_k).indices
-    x = torch.randn(tokens, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    dispatcher = TokenDispatcher()
-    plan = dispatcher.plan(experts, 5)
-    order = list(plan.groups.sizes)  # of experts
-    assert plan.groups.sizes == {e: n for e in order if (n := int((experts == e).sum())) or tokens != 1}
-    rows = dispatcher.dispatch(x, plan, top_k)
-    at = [(order.index(e), n) for n, chosen in enumerate(experts.tolist()) for e in chosen]  # who wants which row
-    assert torch.equal(rows, x[[n for _, n in sorted(at, key=lambda pair: pair[0])]])
-    combined = gather_rows(dispatcher.combine(rows, plan), plan.inverse, plan.order)
-    assert torch.equal(combined, x.repeat_interleave(top_k, 0))
-
-    factor = torch.randn(combined.shape, generator=generator, dtype=torch.float64)
-    (combined * factor).sum().backward()
-    torch.testing.assert_close(x.grad, factor.unflatten(0, (tokens, top_k)).sum(1))
 
 
 def test_gather_rows_gradient() -> None:

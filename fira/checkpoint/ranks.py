@@ -1,0 +1,41 @@
+"""The ranks that save or load a checkpoint together: one rank where `torch.distributed` is not initialised."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from fira.errors import UserError
+
+T = TypeVar("T")
+
+
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all ranks, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def collective_errors() -> Iterator[None]:
+    """Context manager that raises a UserError or OSError of one rank as the same UserError on all ranks."""
+    failure: Exception | None = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        failure = error
+    messages = gather(None if failure is None else str(failure) or repr(failure))
+    if failures := [message for message in messages if message]:
+        raise UserError(failures[0]) from failure

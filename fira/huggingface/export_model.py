@@ -1,0 +1,111 @@
+"""Export of a trained model to a folder that transformers loads without this package."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from fira.checkpoint.load_model import load_model
+from fira.checkpoint.transformers_mapping import TRANSFORMERS, to_transformers, weight_names
+from fira.data.tokenizer import ASSISTANT, CHAT_TEMPLATE, PROMPTER, eos_id
+from fira.errors import UserError
+from fira.files import errors_naming
+from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, RishAIConfig
+from fira.models.language_model import LanguageModel
+from fira.models.registry import family_of, to_document
+
+FORMATS = ("fira", *TRANSFORMERS)
+SHARD = "5GB"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # left to the tokenizer
+
+
+def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
+    """Write the model of a checkpoint (see `load_model`) to the new folder `out`, and return the folder.
+
+    form: "fira" includes the source code of the model, for `trust_remote_code=True`. "llama" (for mooshak) and
+    "flexolmo" (for rish) export to that class of transformers, which computes the same function.
+
+    Raises UserError if the folder is not empty, or if that class has no equivalent of one of the model's options.
+    """
+    out = Path(out)
+    partial = out.with_name(f"{out.name}.tmp")
+    for folder in (out, partial):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is not empty; choose a new folder as --out")
+    model = load_model(checkpoint)
+    exported = as_transformers(model) if form == "fira" else as_stock(model, form)
+    exported.generation_config = GenerationConfig(max_new_tokens=model.config.seq_len // 2)
+    try:
+        with errors_naming(partial):
+            if model.tokenizer is not None:
+                tokenizer = as_fast_tokenizer(model.tokenizer, model.config.seq_len)
+                generation = exported.generation_config
+                generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
+                tokenizer.save_pretrained(partial)
+            exported.save_pretrained(partial, max_shard_size=SHARD)
+            for path in partial.iterdir():
+                path.chmod(0o666 & partial.stat().st_mode)  # safetensors creates files that only their owner can read
+            os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def as_transformers(model: LanguageModel) -> FiraLMForCausalLM:
+    """Wrap a model in the transformers class of this package, sharing the weights."""
+    causal, config = (
+        (RishAICausalLM, RishAIConfig)
+        if family_of(model.config).name == RishAIConfig.family
+        else (FiraLMForCausalLM, FiraLMConfig)
+    )
+    with torch.device("meta"):
+        wrapped = causal(config(shape=to_document(model.config)))
+    return _assign_weights(wrapped, {f"model.{name}": value for name, value in model.weights().items()})
+
+
+def as_stock(model: LanguageModel, form: str) -> PreTrainedModel:
+    """Convert to a model class of transformers, sharing the weights. Raises UserError if there is no equivalent."""
+    values = to_transformers(model.config, form)
+    architecture = getattr(transformers, TRANSFORMERS[form].architecture)
+    with torch.device("meta"):
+        converted = architecture(architecture.config_class(**values, **dict.fromkeys(TOKEN_IDS)))
+    weights = model.weights()
+    names = weight_names(model.config, form)
+    return _assign_weights(converted, {theirs: weights[ours] for ours, theirs in names.items()})
+
+
+def _assign_weights(model: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """Replace the parameters of a transformers model on the meta device by `weights`; return it in eval mode."""
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    if unexpected or set(missing) - set(model.all_tied_weights_keys):
+        raise ValueError(f"weights do not match {type(model).__name__}: missing {missing}, unexpected {unexpected}")
+    return model.eval()
+
+
+def as_fast_tokenizer(tokenizer: Tokenizer, length: int) -> PreTrainedTokenizerFast:
+    """Convert a tokenizer to transformers' class, with padding on the left.
+
+    length: longest context of the model. The chat template is included if the vocabulary has the role tokens.
+    """
+    special = {"bos_token": "<s>", "unk_token": "[UNK]"}
+    special = {name: token for name, token in special.items() if tokenizer.token_to_id(token) is not None}
+    eos = tokenizer.id_to_token(eos_id(tokenizer))
+    converted = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=eos,
+        pad_token=eos,
+        **special,
+        padding_side="left",
+        model_max_length=length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+    if all(tokenizer.token_to_id(token) is not None for token in (PROMPTER, ASSISTANT)):
+        converted.chat_template = CHAT_TEMPLATE
+    return converted

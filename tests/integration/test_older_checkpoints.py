@@ -1,0 +1,92 @@
+"""Checkpoints and exports that were written before the source tree was reorganised still load, and compute the same.
+
+Each archive in tests/fixtures/before_redesign holds for one family `checkpoint/`, `export/`, for some `stock/`, and
+`expected.json`: `ids`, the logits of their last position as hexadecimal floats, and a greedy continuation.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import fira.huggingface
+from fira import load_model
+from fira.huggingface.export_model import export
+from tests.launch import ROOT
+from tests.ranks.stock_transformers import IDS, run_isolated
+
+FAMILIES = ("blues", "fira", "microrwkv", "mooshak", "rish")
+STOCK = {"mooshak": "llama", "rish": "flexolmo"}
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the extracted archive of each family."""
+    folder = tmp_path_factory.mktemp("older")
+    for family in FAMILIES:
+        with tarfile.open(ROOT / f"tests/fixtures/before_redesign/{family}.tar.xz") as archive:
+            archive.extractall(folder / family, filter="data")
+    return folder
+
+
+def expected(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """ids [1, T], logits [V] after the last one, and the greedy continuation."""
+    document: dict[str, Any] = json.loads((folder / "expected.json").read_text())
+    assert document["ids"] == [*IDS]
+    logits = torch.tensor([float.fromhex(number) for number in document["logits_last"]])
+    return torch.tensor([document["ids"]]), logits, document["greedy"]
+
+
+@each_family
+@pytest.mark.parametrize("source", ["checkpoint", "export"])
+@torch.no_grad()
+def test_load_model_gives_equal_logits_and_tokens(older: Path, family: str, source: str) -> None:
+    ids, logits, greedy = expected(older / family)
+    model = load_model(older / family / source)
+    assert torch.equal(model(ids)[0, -1], logits)
+    assert model.generate(greedy[:4], len(greedy) - 4, temperature=0) == greedy
+
+
+@each_family
+@torch.no_grad()
+def test_export_loads_with_the_registered_classes(older: Path, family: str) -> None:
+    ids, logits, greedy = expected(older / family)
+    model = AutoModelForCausalLM.from_pretrained(older / family / "export")
+    assert type(model).__name__ in fira.huggingface.__all__
+    assert torch.equal(model(ids).logits[0, -1], logits)
+    assert model.generate(ids[:, :4], max_new_tokens=len(greedy) - 4, do_sample=False)[0].tolist() == greedy
+
+
+def test_export_loads_with_its_own_code_in_a_clean_process(older: Path, tmp_path: Path) -> None:
+    folders = [older / family / "export" for family in FAMILIES] + [older / family / "stock" for family in STOCK]
+    named = []
+    for folder in folders:
+        named.append(tmp_path / f"{folder.parent.name}-{folder.name}")
+        named[-1].symlink_to(folder)
+    found = run_isolated(tmp_path, *named)
+    for folder, link in zip(folders, named, strict=True):
+        _, logits, greedy = expected(folder.parent)
+        results = torch.from_numpy(np.load(tmp_path / f"{link.name}.npy"))[-1]
+        torch.testing.assert_close(results, logits, rtol=0, atol=1e-5 if folder.name == "stock" else 0)
+        assert found[link.name]["greedy"] == greedy
+
+
+@each_family
+def test_repeated_export_writes_equal_files(older: Path, family: str, tmp_path: Path) -> None:
+    pairs = [("export", "fira")] + ([("stock", STOCK[family])] if family in STOCK else [])
+    for folder, form in pairs:
+        before, after = older / family / folder, export(older / family / "checkpoint", tmp_path / folder, form)
+        data = sorted(path.name for path in before.iterdir() if path.suffix != ".py")
+        assert data == sorted(path.name for path in after.iterdir() if path.suffix != ".py")
+        for name in set(data) - {"model.safetensors"}:
+            assert (after / name).read_bytes() == (before / name).read_bytes(), name
+        weights = [load_file(path / "model.safetensors") for path in (before, after)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -1,0 +1,134 @@
+"""Loss, auxiliary loss, gradient norm and weights do not depend on the layout.
+
+A case is the keyword arguments of `parity_ranks.train`, as JSON. All cases of one number of ranks run in one job.
+"""
+
+import functools
+import json
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fira.parallel.parallelize import EVERY_BLOCK
+from tests.launch import run_function
+
+ONE = [1, 1, 1]
+
+pytestmark = pytest.mark.timeout(420)  # the first test of a number of ranks waits for all their cases
+
+
+def case(layout: list[int], **settings: Any) -> str:
+    return json.dumps({"layout": layout, **settings}, sort_keys=True)
+
+
+def single_rank(name: str) -> str:
+    """The same training on one rank and one device, without recomputation."""
+    kept = ("dropout", "dtype", "microbatch", "layers", "d_ff", "steps")
+    return case(ONE, **{key: value for key, value in json.loads(name).items() if key in kept})
+
+
+# 5 sequences of 13 tokens: 5 micro-batches of 1, or 3 of 2 with the last one padded; neither number is divisible by dp.
+PIPELINES = [
+    case([stages, 1, 1], schedule=schedule, dropout=dropout, microbatch=microbatch)
+    for stages, schedule, (dropout, microbatch) in product([2, 4], ["gpipe", "1f1b"], [(0.0, 1), (0.1, 1), (0.1, 2)])
+] + [
+    case([ranks, 1, 1], schedule=schedule, dropout=0.1, steps=6, layers=6)  # two stages for each of four ranks
+    for ranks, schedule in product([2, 4], ["interleaved", "zb-h1", "zb-2p", "zb-v"])
+]
+SPREAD = [
+    case(layout, dropout=dropout, dtype=dtype, microbatch=microbatch, schedule=schedule)
+    for layout, (dropout, dtype, microbatch, schedule) in product(
+        [[1, 2, 1], [1, 4, 1], [1, 2, 2], [1, 4, 4], [2, 2, 2]],
+        [(0.0, "float32", 1, "1f1b"), (0.1, "float32", 2, "gpipe"), (0.1, "float64", 1, "1f1b")],
+    )
+] + [case([2, 2, 2], dropout=0.1, dtype="float64", steps=6, schedule=s) for s in ("interleaved", "zb-h1", "zb-v")]
+SPREAD += [case([1, 2, 1], dtype="float64", steps=4, d_ff=1500)]  # experts' gradients of more than UNBUCKETED bytes
+LOCAL = [
+    case(layout, devices=devices, dropout=dropout, recompute=recompute, microbatch=4, dtype="float64", steps=6)
+    for layout, devices, dropout, recompute in product([ONE], [2, 4], [0.0, 0.1], [0, EVERY_BLOCK])
+] + [
+    case([2, 1, 1], devices=2, dropout=0.1, recompute=EVERY_BLOCK, microbatch=2, dtype="float64"),
+    case([2, 1, 1], devices=2, dropout=0.1, microbatch=2, dtype="float64", steps=6, schedule="zb-v"),
+    case([1, 2, 2], devices=2, dropout=0.1, recompute=EVERY_BLOCK, microbatch=2, dtype="float64", steps=6),
+]
+RECOMPUTED = [case(ONE, recompute=EVERY_BLOCK, dropout=0.1)] + [
+    case(layout, recompute=blocks, dropout=0.1, steps=6, schedule=schedule)
+    for layout, blocks, schedule in [
+        ([2, 1, 1], EVERY_BLOCK, "1f1b"),
+        ([2, 1, 1], EVERY_BLOCK, "zb-v"),
+        ([2, 1, 1], 1, "1f1b"),
+        ([2, 1, 1], 1, "zb-h1"),
+        ([2, 2, 2], EVERY_BLOCK, "1f1b"),
+    ]
+]
+ALL = [*PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED]
+
+
+@functools.cache
+def results(ranks: int) -> dict[str, dict[str, Any]]:
+    """The results of all cases with this number of ranks, which must be equal on all of them."""
+    cases = {name for name in ALL if np.prod(json.loads(name)["layout"][:2]) == ranks}
+    if ranks == 1:
+        cases |= {single_rank(name) for name in ALL}
+    names = sorted(cases)
+    by_rank = run_function(
+        ranks, "tests.ranks.parity_ranks", "train_all", timeout=400, cases=[json.loads(name) for name in names]
+    )
+    return {name: _merge([of_rank[i] for of_rank in by_rank]) for i, name in enumerate(names)}
+
+
+def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    assert all(rank["steps"] == ranks[0]["steps"] for rank in ranks)
+    weights: dict[str, float] = {}
+    for rank in ranks:
+        for name, total in rank["weights"].items():
+            assert weights.setdefault(name, total) == total, f"replicas differ in {name}"
+    return {**ranks[0], "weights": weights}
+
+
+def result(name: str) -> dict[str, Any]:
+    layout = json.loads(name)["layout"]
+    return results(layout[0] * layout[1])[name]
+
+
+def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest relative difference of loss, auxiliary loss and gradient norm in any step."""
+    a, b = np.array(one["steps"]), np.array(other["steps"])
+    return float((abs(a - b) / abs(b)).max())
+
+
+def test_training_reduces_the_loss():
+    losses = np.array(result(single_rank(PIPELINES[0]))["steps"])[:, 0]
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipeline_is_bitwise_identical_to_one_rank(name):
+    assert result(name) == result(single_rank(name))
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_replicas_and_expert_shards_equal_one_rank(name):
+    tolerance = {"float32": 1e-6, "float64": 1e-12}[json.loads(name)["dtype"]]
+    assert distance(result(name), result(single_rank(name))) < tolerance
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_torchgpipe_equals_one_device(name):
+    assert distance(result(name), result(single_rank(name))) < 1e-12
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_recompute_is_bitwise_identical(name):
+    plain = single_rank(name)
+    if json.loads(name)["layout"][1] == 1:
+        assert result(name) == result(plain)
+    else:
+        assert distance(result(name), result(plain)) < 1e-6
+
+
+def test_compared_numbers_depend_on_dropout():
+    """The comparisons above would fail if dropout were missing."""
+    assert distance(result(PIPELINES[0]), result(RECOMPUTED[0])) > 1e-3

@@ -1,0 +1,76 @@
+"""rish and mooshak compared with FlexOlmo and Llama of transformers."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import modeling_rope_utils
+from transformers.models.flex_olmo import modeling_flex_olmo
+from transformers.models.llama import modeling_llama
+
+from fira.nn.context import Context, TrainingContext
+from tests.fira.models.small_families import make_model, make_tokens
+from tests.fira.models.transformers_twin import MOOSHAK, RISH, names, twin
+
+
+class _DoubleTorch:
+    """The module torch with float64 as `float32`, the type in which transformers computes norms, angles and routing."""
+
+    float32 = float = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
+    """Type of the computation in both models."""
+    if request.param == torch.float64:
+        for module in (modeling_flex_olmo, modeling_llama, modeling_rope_utils):
+            monkeypatch.setattr(module, "torch", _DoubleTorch())
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "rope"),
+    [
+        pytest.param(RISH, "default", id="rish"),
+        pytest.param(replace(RISH, n_kv_head=6), "default", id="rish-all-heads"),
+        pytest.param(replace(RISH, max_position=7), "dynamic", id="rish-dynamic"),
+        pytest.param(MOOSHAK, "default", id="mooshak"),
+    ],
+)
+def test_logits_and_gradients_equal_transformers(config: Any, rope: str, dtype: torch.dtype) -> None:
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-10}[dtype]
+    model, tokens = make_model(config, dtype), make_tokens(config, length=13)
+    other = twin(config, dict(model.named_parameters()), dtype, rope)
+    results = [model(tokens, Context()), other(tokens).logits]
+    for logits in results:
+        F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+    ours, theirs = results
+    assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()
+    gradients = {name: parameter.grad for name, parameter in other.named_parameters()}
+    assert len(gradients) == len(names(config))
+    for name, parameter in model.named_parameters():
+        expected = gradients[names(config)[name]]
+        assert (parameter.grad - expected).abs().max() < tolerance * max(1.0, expected.abs().max()), name
+
+
+def test_balance_loss_of_one_layer_equals_transformers() -> None:
+    """For each sequence, without the padding."""
+    config = replace(RISH, num_layers=1, aux_coefficient=1.0)
+    model, tokens = make_model(config), make_tokens(config)
+    other = twin(config, dict(model.named_parameters()), torch.float64)
+    lengths = torch.tensor([12, 7])
+    for row in (0, 1):
+        context = Context(lengths=lengths, training=TrainingContext(aux_weights=torch.eye(2, dtype=torch.float64)[row]))
+        model(tokens, context)
+        expected = other(tokens[row : row + 1, : lengths[row]]).aux_loss.detach()
+        assert float(context.training.stats[1, 0].aux) == pytest.approx(
+            float(expected), rel=1e-6
+        )  # fp32 in transformers

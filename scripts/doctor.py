@@ -4,4 +4,4 @@ from fira.cli import run
 from fira.commands.doctor import main
 
 if __name__ == "__main__":
-    run(main)
+    run(main, parallel=True)

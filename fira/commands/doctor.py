@@ -8,32 +8,26 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import pipeline
 from fira import cli
 from fira.doctor import screen
 from fira.errors import UserError
-from pipeline.mpi.world import is_launched, launch_rank
+from pipeline.mpi.world import launched_rank
 
 show_line = partial(print, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = cli.Parser(__doc__, prog, prints_help=lambda: launch_rank() == 0)
+    parser = cli.Parser(__doc__, prog)
     parser.add_argument("--gpu", action="store_true", help="test everything that uses a GPU, and write a report")
-    try:
-        gpu = parser.parse_args(arguments).gpu
-        if gpu and is_launched():
-            raise UserError("--gpu starts ranks itself; start it without mpirun")
-    except UserError:
-        if is_launched():
-            pipeline.init()  # so that the error ends all ranks and is printed once
-        raise
+    gpu, launched = parser.parse_args(arguments).gpu, launched_rank() is not None
+    if gpu and launched:
+        raise UserError("--gpu starts ranks itself; start it without mpirun")
     # Modules that need torch are imported where they are used, because the screen reports a missing package.
     if gpu:
         from fira.doctor.gpu_report import examine_gpus
 
         usable = examine_gpus(train_program(), show_line)
-    elif is_launched():
+    elif launched:
         from fira.doctor.rank_report import examine_ranks
 
         usable = examine_ranks(show_line)

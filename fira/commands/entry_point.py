@@ -20,7 +20,7 @@ COMMANDS = {  # the first line of each module's docstring; a module is imported 
 }
 
 
-PARALLEL = ("train", "plan")  # the commands that all ranks run together
+PARALLEL = ("train", "plan", "doctor")  # the commands that all ranks run together
 
 
 def main() -> None:

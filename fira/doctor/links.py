@@ -32,7 +32,7 @@ class Link:
 
 def measure_links(world: World, device: torch.device) -> tuple[list[Link], str]:
     """Measure the links between ranks, and return them with the name of the backend (collective)."""
-    group = make_mesh(Layout(1, world.size, 1), [device]).groups["dp"]
+    group = make_mesh(Layout(1, world.size, 1), (0,), [device]).groups["dp"]
     rounds = pairs_of(world.size)
     own = []
     with progress_bar(len(rounds), "measuring links", shown=world.rank == 0) as bar:

@@ -16,6 +16,7 @@ from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import init
+from pipeline.schedule import SCHEDULES
 
 PRESET, SEQ_LEN = "fira-tiny", 32
 SEED = 5
@@ -54,7 +55,7 @@ def make_trainer(
     autocast: torch.dtype | None = None,
 ) -> Trainer:
     """This rank's trainer of a new model in a layout (collective)."""
-    mesh = make_mesh(layout, [device])
+    mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), [device])
     with torch.device("meta"):
         model = build(config)
     distributed = parallelize(model, mesh, SEED, [device], schedule, autocast=autocast)

@@ -33,7 +33,7 @@ def _on_two_ranks(target: Target, program: str) -> str:
 
 def exchange(world: World, device: torch.device) -> str:
     """Several operations in flight at the same time, each with the values that arithmetic predicts."""
-    group = make_mesh(Layout(1, world.size, 1), [device]).groups["dp"]
+    group = make_mesh(Layout(1, world.size, 1), (0,), [device]).groups["dp"]
     rank, size = world.rank, world.size
     counts = torch.arange(ELEMENTS, device=device, dtype=torch.float32) % 97
 

@@ -10,9 +10,8 @@ from fira.doctor import screen
 from fira.doctor.launcher import find_library, foreign_launcher
 from fira.doctor.links import describe_links, measure_links
 from fira.doctor.schedule_check import check_schedules
-from fira.errors import UserError
 from pipeline.mpi import init
-from pipeline.mpi.world import launch_rank
+from pipeline.mpi.world import launched_rank
 
 TIMEOUT_S = 240.0  # longer than the other ranks wait while rank 0 examines the machine
 
@@ -33,16 +32,17 @@ def examine_ranks(show_line: Callable[[str], object]) -> bool:
 
 
 def refuse_foreign_launcher() -> None:
-    """Raise UserError on the launcher's rank 0, and end the other ranks, if the MPI library would abort at its start.
+    """End all ranks, with one line on stderr, if the MPI library would abort at its start.
 
     Without this, the library's message states neither the cause nor what to do.
     """
     library, _ = find_library()
     message = foreign_launcher(library) if library else None
-    if message and launch_rank() > 0:
+    if message and launched_rank():
         sys.exit(0)  # with another status, mpirun would kill rank 0 before it prints
     if message:
-        raise UserError(message)
+        print(message, file=sys.stderr)
+        sys.exit(2)
 
 
 def _ignore(line: str) -> None:

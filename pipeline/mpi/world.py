@@ -134,12 +134,6 @@ def launched_rank() -> int | None:
     return next((int(rank) for rank in ranks if rank is not None), None)
 
 
-def launch_rank() -> int:
-    """Return the rank that a launcher gave this process, 0 without one. Like ``is_launched``, this loads no library."""
-    found = (rank for _, ranks, rank, _ in _LAUNCHERS if int(os.environ.get(ranks, 1)) > 1)
-    return int(os.environ.get(next(found, ""), 0))
-
-
 def _refuse_foreign_launcher(size: int) -> None:
     """Exit with status 2 if the launcher does not support this MPI library and has started n jobs of one rank each."""
     for name, ranks, rank, advice in _LAUNCHERS:

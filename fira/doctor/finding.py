@@ -35,5 +35,6 @@ def examine(checks: Sequence[tuple[str, Check]]) -> Iterator[Finding]:
             yield from check()
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            remedy = "report this line as a bug; the other lines do not depend on it"
+            bug = "report this line as a bug; the other lines do not depend on it"
+            remedy = f"pip install {error.name}" if isinstance(error, ModuleNotFoundError) else bug
             yield Finding(subject, f"this check failed: {reason}", Level.PROBLEM, remedy)

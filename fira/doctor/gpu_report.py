@@ -19,7 +19,8 @@ from pipeline.schedule import SCHEDULES
 REPORT = Path("fira-doctor.md")
 SHOWN_LINES = 30  # of the output of a check that failed
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}  # waiting threads do not slow down the other rank
-SHARED = {"CUDA_VISIBLE_DEVICES": "0"}  # both ranks use the first GPU, so that messages pass through MPI
+FIRST_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+SHARED = {"CUDA_VISIBLE_DEVICES": FIRST_GPU}  # of both ranks, so that messages pass through MPI
 
 CHECKS: tuple[GpuCheck, ...] = (
     GpuCheck("grouped product in bf16", kernel_checks.grouped_product, 90),

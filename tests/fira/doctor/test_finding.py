@@ -18,3 +18,11 @@ def test_a_check_that_raises_does_not_end_the_others():
     assert [finding.level for finding in found] == [Level.PROBLEM, Level.OK]
     assert found[0].text == "this check failed: ValueError: no number"
     assert "\n" not in found[0].remedy
+
+
+def test_a_check_that_needs_a_missing_package_names_it():
+    def broken() -> list[Finding]:
+        raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
+
+    (finding,) = examine([("data cache", broken)])
+    assert finding.remedy == "pip install tqdm"

@@ -27,6 +27,7 @@ ORDER = [
     "fira.decoding",
     "fira.nn.moe",
     "fira.nn",
+    "fira.nn.kernels",
     "fira",  # errors.py, files.py, …: modules that belong to no subject
     "pipeline",
     "pipeline.mpi",

@@ -15,11 +15,12 @@ COMMANDS = {  # the first line of each module's docstring; a module is imported 
     "prepare": "Tokenize a corpus ahead of training.",
     "plan": "Find the fastest layout of a model for a number of ranks before a run.",
     "plot": "Draw the training log of one run, of several runs in one picture, or the experts of a run.",
+    "doctor": "Say what this machine can do, and what to do about each problem.",
     "export": "Write a trained model as a folder that transformers loads.",
 }
 
 
-PARALLEL = ("train", "plan")  # the commands that all ranks run together
+PARALLEL = ("train", "plan", "doctor")  # the commands that all ranks run together
 
 
 def main() -> None:

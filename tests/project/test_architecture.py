@@ -13,6 +13,7 @@ from tests.launch import ROOT
 ORDER = [
     "scripts",
     "fira.commands",
+    "fira.doctor",
     "fira.training",
     "fira.planner",
     "fira.generation",

@@ -1,0 +1,115 @@
+"""Facts about torch, its GPUs and Triton: `python -m fira.doctor.device_probe` prints them as JSON.
+
+They are gathered in a process of their own, because a broken driver may crash or stop the process that asks it.
+"""
+
+import ctypes
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device. free, total: bytes of memory. precision: what `--precision auto` selects on it."""
+
+    name: str
+    capability: tuple[int, int]
+    free: int
+    total: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """torch: its version. cuda: of torch's build, such as "12.6"; None: a build without CUDA. architectures: that the
+    build has kernels for, such as sm_90. driver: newest CUDA that the driver supports, as 1000 major + 10 minor; None
+    without driver. error: why torch cannot use the GPUs. peers[i][j]: whether GPU i reads the memory of GPU j.
+    nccl, triton: versions, None if missing. compiler: path of the C compiler that Triton uses, or None.
+    """
+
+    torch: str
+    cuda: str | None
+    architectures: tuple[str, ...]
+    driver: int | None
+    driver_release: str
+    error: str
+    gpus: tuple[Gpu, ...]
+    peers: tuple[tuple[bool, ...], ...]
+    nccl: str | None
+    triton: str | None
+    compiler: str | None
+
+    @classmethod
+    def from_json(cls, text: str) -> "DeviceFacts":
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
+        }
+        gpus = tuple(Gpu(**{**gpu, "capability": tuple(gpu["capability"])}) for gpu in values.pop("gpus"))
+        return cls(gpus=gpus, peers=tuple(tuple(row) for row in values.pop("peers")), **values)
+
+
+def probe() -> DeviceFacts:
+    """Gather the facts; creates a CUDA context on each device if there are any."""
+    import torch
+
+    from fira.devices import auto_precision
+
+    gpus, peers, error = [], [], ""
+    try:
+        if torch.version.cuda and driver_version():
+            torch.cuda.init()  # raises with the reason, which is_available() does not tell
+        count = torch.cuda.device_count()
+        for i in range(count):
+            free, total = torch.cuda.mem_get_info(i)
+            name, capability = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
+            gpus.append(Gpu(name, capability, free, total, auto_precision(torch.device("cuda", i))))
+            peers.append(tuple(i == j or torch.cuda.can_device_access_peer(i, j) for j in range(count)))
+    except (RuntimeError, AssertionError) as failure:
+        error = str(failure).strip().splitlines()[0]
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    return DeviceFacts(
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        architectures=tuple(torch.cuda.get_arch_list()),
+        driver=driver_version(),
+        driver_release=_kernel_module(),
+        error=error,
+        gpus=tuple(gpus),
+        peers=tuple(peers),
+        nccl=nccl,
+        triton=_version("triton"),
+        compiler=next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None),
+    )
+
+
+def driver_version() -> int | None:
+    """The newest CUDA version that the NVIDIA driver supports, as 1000 major + 10 minor; None without a driver."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    return number.value if library.cuDriverGetVersion(ctypes.byref(number)) == 0 else None
+
+
+def _kernel_module() -> str:
+    """The release of the NVIDIA kernel module, such as 550.54.15; empty without one."""
+    words = KERNEL_MODULE.read_text().split() if KERNEL_MODULE.exists() else []
+    return next((word for word in words if word.replace(".", "").isdecimal() and "." in word), "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(probe())))

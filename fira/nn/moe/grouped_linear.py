@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fira.nn.autocast import product_dtype
+
 
 class RowGroups:
     """Sizes of consecutive groups of rows.
@@ -60,7 +62,7 @@ def grouped_linear(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | 
     once for all products with the same groups, where torch's grouped_mm would do so in every call.
     """
     if torch.is_autocast_enabled(x.device.type):  # autocast does not apply inside an autograd.Function
-        dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = product_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if _has_grouped_kernel(x):
         return _grouped_mm(x, groups, weight, bias)

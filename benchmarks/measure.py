@@ -1,4 +1,4 @@
-"""Timing shared by the benchmarks: contenders take turns, figures are medians, results are merged into a CSV."""
+"""Timing shared by the benchmarks: alternating calls of the contenders, medians, and a CSV of results."""
 
 import os
 import statistics
@@ -11,7 +11,7 @@ import torch
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, after a warm-up. Each round calls all contenders, every second round in reverse order."""
+    """Return the seconds of each call after one warm-up call; every second round runs in reverse order."""
     for call in contenders.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -24,12 +24,12 @@ def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> di
 
 
 def ratio(over: Iterable[float], under: Iterable[float]) -> float:
-    """The median of the ratios within each round, because a temporary slowdown of the machine affects both."""
+    """Return the median of the ratios within each round, because a temporary slowdown affects both contenders."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
 def products(n: int = 1024, count: int = 20) -> tuple[Callable[[], object], float]:
-    """Matrix products that measure the machine's peak, and their FLOPs."""
+    """Return a call of matrix products, which measures the machine's peak, and its FLOPs."""
     a, b = torch.randn(2, n, n)
     out = torch.empty(n, n)
 
@@ -41,7 +41,7 @@ def products(n: int = 1024, count: int = 20) -> tuple[Callable[[], object], floa
 
 
 def merge(path: Path, rows: list[dict[str, object]], keys: list[str]) -> pd.DataFrame:
-    """Write rows into a CSV and replace those with the same keys, so that a benchmark can be run in parts."""
+    """Write rows to a CSV, replacing rows with equal keys, so that a benchmark can be run in parts."""
     frame = pd.DataFrame(rows)
     if path.exists():
         frame = pd.concat([pd.read_csv(path), frame])
@@ -51,5 +51,5 @@ def merge(path: Path, rows: list[dict[str, object]], keys: list[str]) -> pd.Data
 
 
 def environment() -> str:
-    """One line that describes this machine, for a README."""
+    """Return one line that describes this machine, for a README."""
     return f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads"

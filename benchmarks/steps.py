@@ -24,7 +24,7 @@ class RandomTokens:
         self.shape = vocab_size, seq_len
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sequences first, …, first + count − 1: tokens and targets, [count, seq_len]."""
+        """Return tokens and targets of the sequences first, …, first + count − 1, each [count, seq_len]."""
         tokens = np.random.default_rng(first).integers(self.shape[0], size=(2, count, self.shape[1]))
         return tokens[0], tokens[1]
 
@@ -32,7 +32,7 @@ class RandomTokens:
 def trainer_of(
     config: Any, candidate: Candidate, device: torch.device = CPU, autocast: torch.dtype | None = None
 ) -> Trainer:
-    """This rank's trainer of a model in one candidate layout (collective)."""
+    """Return this rank's trainer of a model in one candidate layout (collective)."""
     mesh = make_mesh(candidate.layout, SCHEDULES[candidate.schedule].placement(candidate.layout.pp), [device])
     with torch.device("meta"):
         meta_model = build(config)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 class Job:
-    """A job whose ranks run `serve`; it ends with its `with` block. names: of its contenders."""
+    """An mpirun job whose ranks run `serve`. It ends with its `with` block; `names` lists its contenders."""
 
     def __init__(self, ranks: int, module: str, *arguments: object, python: str = sys.executable) -> None:
         command = ["mpirun", "-np", str(ranks), python, "-m", module, *map(str, arguments)]
@@ -19,7 +19,7 @@ class Job:
         self.names = self._answer("contenders:")
 
     def time(self, name: str) -> float:
-        """Seconds of one call of a contender, on the slowest rank."""
+        """Return the seconds of one call of a contender on the slowest rank."""
         assert self._process.stdin
         print(name, file=self._process.stdin, flush=True)
         return float(self._answer("seconds:")[0])
@@ -37,7 +37,7 @@ class Job:
         for line in self._process.stdout:
             if line.startswith(prefix):
                 return line.rstrip("\n").split("\t")[1:]
-        raise SystemExit(f"a job has ended with status {self._process.wait()}")
+        raise SystemExit(f"a job ended with status {self._process.wait()}")
 
 
 def serve(runs: Mapping[str, Callable[[], Any]], rank: int) -> None:

@@ -1,4 +1,4 @@
-"""The sentences of LibreOffice's help in one language, once each: python extract.py PACKAGE.deb > text.txt"""
+"""Print the distinct paragraphs of LibreOffice's help in one language: python extract.py PACKAGE.deb > text.txt"""
 
 import html
 import re
@@ -11,7 +11,10 @@ BLOCK = re.compile(r"<(p|h[1-6])\b[^>]*>(.*?)</\1>", re.S)
 
 
 def main(package: str) -> None:
-    """The Hindi help is translated in part; of it only what has more Devanagari than Latin letters is kept."""
+    """Print the paragraphs, separated by empty lines.
+
+    The Hindi help is only partly translated: paragraphs with more Latin than Devanagari letters are omitted.
+    """
     archive = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], capture_output=True, check=True).stdout
     seen = set()
     with tarfile.open(fileobj=BytesIO(archive)) as files:

@@ -1,8 +1,8 @@
-"""Decoding speed beside transformers' generate with the same weights: mooshak as Llama, rish as FlexOlmo.
+"""Decoding speed compared with transformers' generate, with the same weights: mooshak as Llama, rish as FlexOlmo.
 
     python -m benchmarks.generation.run
 
-Greedy, in fp32 on the CPU; both must write the same tokens. Writes results.csv and results.png.
+Greedy, in fp32 on the CPU; the share of equal tokens is reported. Writes results.csv and results.png.
 """
 
 import statistics
@@ -38,7 +38,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Our model and transformers' with the same weights."""
+    """Fira's model and transformers' model with the same weights."""
 
     ours: Any
     theirs: Any
@@ -60,12 +60,12 @@ def make_pair(config: Any) -> Pair:
 
 
 def measure(name: str, config: Any, batch: int) -> dict[str, object]:
-    """One row of the results: new tokens per second of either, prompt included in the time, and their ratio."""
+    """Return one row of the results: new tokens per second of both, including the prompt's time, and their ratio."""
     torch.manual_seed(0)
     pair = make_pair(replace(config, seq_len=max(config.seq_len, PROMPT + NEW)))
     prompt = torch.randint(config.vocab_size, (batch, PROMPT))
-    written = [pair.fira(prompt), pair.transformers(prompt)]
-    agreement = float((written[0] == written[1]).float().mean())
+    generated = [pair.fira(prompt), pair.transformers(prompt)]
+    agreement = float((generated[0] == generated[1]).float().mean())
     contenders = {"Fira": lambda: pair.fira(prompt), "transformers": lambda: pair.transformers(prompt)}
     seconds = alternate(contenders, ROUNDS)
     speed = {f"{n} tokens/s": batch * NEW / statistics.median(v) for n, v in seconds.items()}

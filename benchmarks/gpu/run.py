@@ -1,4 +1,4 @@
-"""Benchmarks on one GPU: MFU of training in bf16, overhead of engine and torchgpipe, the MoE layer, shared ranks.
+"""Benchmarks on one GPU: MFU of training in bf16, overhead of the engine and of torchgpipe, MoE layer, two ranks.
 
     python -m benchmarks.gpu.run                    # one rank
     mpirun -np 2 python -m benchmarks.gpu.run       # two ranks share the GPU: messages through the host
@@ -41,14 +41,14 @@ Run = Callable[[], object]
 
 
 def peak(device: torch.device) -> tuple[Run, float]:
-    """Matrix products in bf16, and their FLOPs."""
+    """Return a call of a matrix product in bf16, and its FLOPs."""
     n = 8192 if device.type == "cuda" else 512
     a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
     return lambda: a @ b, 2.0 * n**3
 
 
 def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
-    """A plain training loop: micro-batches through the whole model, then torch's AdamW."""
+    """Return a step of a plain training loop: micro-batches through the whole model, then torch's AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     loader = RandomTokens(config.vocab_size, config.seq_len)
 
@@ -76,7 +76,7 @@ def ours(config: Any, layout: Layout, device: torch.device) -> Run:
 
 
 def expert_layers(device: torch.device, experts: int, top_k: int) -> dict[str, Run]:
-    """Forward and backward of an MoE layer and of a dense layer of equal active FLOPs, in bf16."""
+    """Return forward and backward of an MoE layer and of a dense layer of equal active FLOPs, in bf16."""
     width, hidden, rows, length = (2048, 4096, 8, 1024) if device.type == "cuda" else (64, 128, 2, 32)
     moe = MoE(Router(width, experts, top_k, bias=False), GatedExperts(experts, width, hidden, F.silu), experts, 1, [])
     dense = GatedMLP(width, top_k * hidden, nn.Linear)
@@ -98,7 +98,7 @@ def expert_layers(device: torch.device, experts: int, top_k: int) -> dict[str, R
 
 
 def synchronised(run: Run, device: torch.device) -> Run:
-    """A run that waits until the device has finished."""
+    """Return a run that waits until the device has finished."""
 
     def call() -> None:
         run()
@@ -109,7 +109,7 @@ def synchronised(run: Run, device: torch.device) -> Run:
 
 
 def measure(contenders: dict[str, Run], base: str, flops: dict[str, float], device: torch.device) -> list[dict]:
-    """A row per contender: milliseconds, speed relative to `base`, and MFU relative to the peak in the same rounds."""
+    """Return a row per contender: milliseconds, speed relative to `base`, and MFU relative to the measured peak."""
     product, product_flops = peak(device)
     runs = {name: synchronised(run, device) for name, run in (contenders | {"peak": product}).items()}
     seconds = alternate(runs, ROUNDS)

@@ -1,12 +1,12 @@
-"""Would it pay to send the rows of one half of the experts while the other half computes?
+"""Benchmark of expert parallelism: overlap of the all-to-all exchanges with the experts' products.
 
     mpirun -np 2 python -m benchmarks.moe.overlap
 
-Experts are spread over pairs of ranks. `together` is the dispatcher's way: all rows travel, all experts compute, all
-rows travel back. `overlapped` has two halves of each rank's experts: both halves' rows set out at once, the first half
-computes while the second may travel, and goes back while the second computes. The products are the same, and so is
-every bit. `travel` is the exchanges alone: no overlap can save more. Forward only; a backward has the same exchanges
-beside twice the products.
+The experts are spread over pairs of ranks. `sequential` is the dispatcher's order: dispatch all rows, compute all
+experts, combine all rows. `overlapped` divides each rank's experts into two halves: both dispatches start at the same
+time, the first half is computed during the second dispatch, and its combine runs while the second half is computed.
+The results are bitwise identical. `exchanges` is dispatch and combine alone, the upper limit of what overlap can save.
+Only the forward pass is measured; the backward pass has the same exchanges and twice the products.
 """
 
 import statistics
@@ -29,46 +29,47 @@ LOCAL = EXPERTS // EP
 
 
 class Chunk:
-    """Some of every rank's experts: which rows go to them, in the order of rank and expert."""
+    """The same subset of experts on every rank, and the assignments to them in the order of rank and expert."""
 
-    def __init__(self, chosen: Tensor, places: list[int], group: dist.ProcessGroup) -> None:
-        mine = [[rank * LOCAL + place for place in places] for rank in range(EP)]
-        self.rows = torch.cat([(chosen.flatten() == e).nonzero()[:, 0] for rank in mine for e in rank])
-        outgoing = torch.tensor([[int((chosen == e).sum()) for e in rank] for rank in mine])
+    def __init__(self, chosen: Tensor, local_experts: list[int], group: dist.ProcessGroup) -> None:
+        experts_by_rank = [[rank * LOCAL + expert for expert in local_experts] for rank in range(EP)]
+        self.rows = torch.cat([(chosen.flatten() == e).nonzero()[:, 0] for rank in experts_by_rank for e in rank])
+        outgoing = torch.tensor([[int((chosen == e).sum()) for e in rank] for rank in experts_by_rank])
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=group)
         self.send, self.receive = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
-        arriving = torch.arange(len(places)).repeat(EP).repeat_interleave(incoming.flatten())
+        arriving = torch.arange(len(local_experts)).repeat(EP).repeat_interleave(incoming.flatten())
         self.regroup = arriving.argsort(stable=True)
-        self.groups = RowGroups(None, dict(zip(places, incoming.sum(0).tolist(), strict=True)))
+        self.groups = RowGroups(None, dict(zip(local_experts, incoming.sum(0).tolist(), strict=True)))
         self.group = group
 
-    def start(self, x: Tensor) -> tuple[Tensor, dist.Work]:
-        """The rows set out: where they will be, and what to wait for."""
-        there = x.new_empty(sum(self.receive), x.shape[1])
+    def dispatch(self, x: Tensor) -> tuple[Tensor, dist.Work]:
+        """Start the dispatch; return the received rows and the work to wait for."""
+        received = x.new_empty(sum(self.receive), x.shape[1])
         rows = x[self.rows // TOP_K]
-        return there, dist.all_to_all_single(there, rows, self.receive, self.send, self.group, async_op=True)
+        return received, dist.all_to_all_single(received, rows, self.receive, self.send, self.group, async_op=True)
 
-    def compute(self, there: Tensor, experts: GatedExperts) -> Tensor:
-        y = torch.empty_like(there)
-        y[self.regroup] = experts(there[self.regroup], self.groups, None)
+    def compute(self, received: Tensor, experts: GatedExperts) -> Tensor:
+        y = torch.empty_like(received)
+        y[self.regroup] = experts(received[self.regroup], self.groups, None)
         return y
 
-    def back(self, y: Tensor) -> tuple[Tensor, dist.Work]:
-        home = y.new_empty(len(self.rows), y.shape[1])
-        return home, dist.all_to_all_single(home, y, self.send, self.receive, self.group, async_op=True)
+    def combine(self, y: Tensor) -> tuple[Tensor, dist.Work]:
+        """Start the combine; return the outputs in the order of `rows` and the work to wait for."""
+        returned = y.new_empty(len(self.rows), y.shape[1])
+        return returned, dist.all_to_all_single(returned, y, self.send, self.receive, self.group, async_op=True)
 
 
 def overlapped(x: Tensor, chunks: list[Chunk], experts: GatedExperts) -> Tensor:
-    under_way = [chunk.start(x) for chunk in chunks]
-    returning = []
-    for chunk, (there, work) in zip(chunks, under_way, strict=True):
+    dispatched = [chunk.dispatch(x) for chunk in chunks]
+    combined = []
+    for chunk, (received, work) in zip(chunks, dispatched, strict=True):
         work.wait()
-        returning.append(chunk.back(chunk.compute(there, experts)))
+        combined.append(chunk.combine(chunk.compute(received, experts)))
     y = x.new_empty(len(x) * TOP_K, x.shape[1])
-    for chunk, (home, work) in zip(chunks, returning, strict=True):
+    for chunk, (returned, work) in zip(chunks, combined, strict=True):
         work.wait()
-        y[chunk.rows] = home
+        y[chunk.rows] = returned
     return y
 
 
@@ -86,24 +87,24 @@ def main() -> None:
     x, chosen = torch.randn(TOKENS, WIDTH), torch.rand(TOKENS, EXPERTS).topk(TOP_K).indices
     dispatcher = AllToAllDispatcher(group)
     plan = dispatcher.plan(chosen, EXPERTS)
-    places = list(range(LOCAL))
-    chunks = [Chunk(chosen, half, group) for half in (places[: LOCAL // 2], places[LOCAL // 2 :])]
+    local_experts = list(range(LOCAL))
+    chunks = [Chunk(chosen, half, group) for half in (local_experts[: LOCAL // 2], local_experts[LOCAL // 2 :])]
 
-    def together(compute: Callable[[Tensor], Tensor]) -> Tensor:
+    def sequential(compute: Callable[[Tensor], Tensor]) -> Tensor:
         return dispatcher.combine(compute(dispatcher.dispatch(x, plan, TOP_K)), plan)[plan.inverse]
 
     calls = {
-        "together": lambda: together(lambda rows: experts(rows, plan.groups, None)),
+        "sequential": lambda: sequential(lambda rows: experts(rows, plan.groups, None)),
         "overlapped": lambda: overlapped(x, chunks, experts),
-        "travel": lambda: together(lambda rows: rows),
+        "exchanges": lambda: sequential(lambda rows: rows),
     }
-    same = torch.equal(calls["together"](), calls["overlapped"]())
+    identical = torch.equal(calls["sequential"](), calls["overlapped"]())
     seconds = alternate({name: lambda call=call: (call(), dist.barrier()) for name, call in calls.items()}, ROUNDS)
     if rank == 0:
         print(
-            f"{ranks} ranks, same bits: {same}; ms:",
+            f"{ranks} ranks, bitwise identical: {identical}; ms:",
             {name: round(1e3 * statistics.median(v), 1) for name, v in seconds.items()},
-            f"together / overlapped {ratio(seconds['together'], seconds['overlapped']):.3f}",
+            f"sequential / overlapped {ratio(seconds['sequential'], seconds['overlapped']):.3f}",
         )
 
 

@@ -1,7 +1,7 @@
-"""Our MoE layer beside a dense layer of equal active FLOPs, transformers' Mixtral block and a naive loop.
+"""MoE layer compared with a dense layer of equal active FLOPs, transformers' Mixtral block and a naive loop.
 
     python -m benchmarks.moe.run              # all cases
-    python -m benchmarks.moe.run 8x2 64x2     # some: experts x top-k
+    python -m benchmarks.moe.run 8x2 64x2     # selected cases: experts x top-k
 
 Forward and backward of one layer in fp32 on the CPU, with the same weights. Writes results.csv and results.png.
 """
@@ -37,8 +37,8 @@ SKEWED = [(8, 2), (64, 2)]
 SLOW_UP_TO = 8  # experts, for contenders that take seconds with more
 
 
-class Naive(nn.Module):
-    """Every expert computes every token, and most of it is multiplied by zero."""
+class NaiveMoE(nn.Module):
+    """MoE layer in which every expert computes every token; outputs of experts not chosen are multiplied by zero."""
 
     def __init__(self, ours: MoE) -> None:
         super().__init__()
@@ -56,7 +56,10 @@ class Naive(nn.Module):
 
 
 def layers(experts: int, top_k: int, skew: float) -> tuple[dict[str, Callable[[Tensor], Tensor]], list[nn.Module]]:
-    """The contenders. skew: expert e is chosen with a weight of 1 / (e + 1)^skew; channel 0 of every token is one."""
+    """Return the contenders and the modules with their weights.
+
+    skew: expert e is chosen with a weight of 1 / (e + 1)^skew, through channel 0, which is one in every token.
+    """
     torch.manual_seed(0)
     ours = MoE(
         Router(WIDTH, experts, top_k, bias=False),
@@ -86,12 +89,12 @@ def layers(experts: int, top_k: int, skew: float) -> tuple[dict[str, Callable[[T
         **theirs,
     }
     if experts <= SLOW_UP_TO:
-        contenders["naive loop"] = Naive(ours)
+        contenders["naive loop"] = NaiveMoE(ours)
     return contenders, [ours, dense]
 
 
 def measure(experts: int, top_k: int, skew: float) -> dict[str, object]:
-    """One row of the results: milliseconds of every contender, ratios, load, MFU."""
+    """Return one row of the results: milliseconds of every contender, ratios, largest load and MFU."""
     contenders, modules = layers(experts, top_k, skew)
     x = torch.randn(SEQUENCES, LENGTH, WIDTH)
     x[..., 0] = 1
@@ -126,7 +129,7 @@ def measure(experts: int, top_k: int, skew: float) -> dict[str, object]:
 
 
 def plot(frame) -> None:
-    """Speed relative to the dense layer, case by case."""
+    """Draw the speed relative to the dense layer for each case."""
     names = ["Fira", "Mixtral grouped_mm", "Mixtral eager", "naive loop"]
     figure, axes = plt.subplots(figsize=(10, 4), layout="constrained")
     labels = [
@@ -147,9 +150,9 @@ def plot(frame) -> None:
 
 def main() -> None:
     keep_freed_memory()
-    wanted = sys.argv[1:]
+    selected = sys.argv[1:]
     for experts, top_k in CASES:
-        if wanted and f"{experts}x{top_k}" not in wanted:
+        if selected and f"{experts}x{top_k}" not in selected:
             continue
         for skew in (0.0, 1.0) if (experts, top_k) in SKEWED else (0.0,):
             row = measure(experts, top_k, skew)

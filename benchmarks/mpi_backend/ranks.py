@@ -31,7 +31,7 @@ def main(rounds: int, operation: str, sizes: list[int]) -> None:
         seconds = alternate(calls, rounds)
         if world.rank == 0:
             for name, value in seconds.items():
-                record = {"ranks": world.size, "operation": operation, "bytes": size, "who": name}
+                record = {"ranks": world.size, "operation": operation, "bytes": size, "contender": name}
                 print(json.dumps(record | {"seconds": value}), flush=True)
 
 
@@ -54,10 +54,10 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 
 def timed(call: Callable[[], object], repeats: int) -> float:
-    began = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - began) / repeats
+    return (time.perf_counter() - started) / repeats
 
 
 def torch_call(group: dist.ProcessGroup | None, operation: str, count: int) -> Callable[[], object]:

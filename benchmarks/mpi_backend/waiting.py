@@ -45,14 +45,17 @@ def main() -> None:
 
 
 def products(meet: Callable[[], object], wait: Callable[[], object]) -> Callable[[], float]:
-    """The first half of the ranks computes, then calls ``meet``. The second half calls ``wait`` immediately."""
+    """Measure the products of the first half of the ranks, while the second half waits.
+
+    The first half calls ``meet`` after its products, the second half calls ``wait`` immediately.
+    """
 
     def measure() -> float:
         if dist.get_rank() >= dist.get_world_size() // 2:
             wait()
             return 0.0
-        matrix, done, began = torch.ones(128, 128), 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < COMPUTE_S:
+        matrix, done, started = torch.ones(128, 128), 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < COMPUTE_S:
             matrix @ matrix
             done += 1
         meet()
@@ -73,11 +76,11 @@ def trips(call: Callable[[bool], object]) -> Callable[[], float]:
 
     def measure() -> float:
         first = dist.get_rank() == 0
-        began = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(TRIPS):
             call(first)
             call(not first)
-        return (time.perf_counter() - began) / TRIPS / 2 * 1e6
+        return (time.perf_counter() - started) / TRIPS / 2 * 1e6
 
     return measure
 

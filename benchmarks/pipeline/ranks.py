@@ -46,13 +46,13 @@ Run = Callable[[], None]
 
 @dataclass
 class BenchContext(Context):
-    """A context with labels for the objective. Its `targets` stay None, so that the head returns logits."""
+    """A context with labels for the objective. Its `targets` remain None, so that the head returns logits."""
 
     labels: Tensor | None = None
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
-    """The sum over tokens, times weight; from logits, which PyTorch's and DeepSpeed's pipelines return as well."""
+    """Return the weighted sum over tokens; computed from logits, as in PyTorch's and DeepSpeed's pipelines."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") * weight
 
 
@@ -63,7 +63,7 @@ def objective(logits: Tensor, context: BenchContext) -> tuple[Tensor, Tensor]:
 
 
 class Layers(nn.Module):
-    """Consecutive layers as PyTorch's pipelining calls them, with one argument."""
+    """Consecutive layers with one argument, as PyTorch's pipelining calls them."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
@@ -90,14 +90,14 @@ class Bench:
         self.weight = 1 / self.tokens.numel()
 
     def stages(self, schedule: str) -> list[nn.Sequential]:
-        """The layers of all stages: equal numbers of blocks, the embedding in the first and the head in the last."""
+        """Return the layers of all stages: equal numbers of blocks, embedding in the first and head in the last."""
         count = self.ranks * SCHEDULES[schedule].stages_per_rank
         edges = [1 + CONFIG.num_layers * s // count for s in range(count + 1)]
         edges[0], edges[-1] = 0, CONFIG.num_layers + 2
         return [self.model.layers[slice(*span)] for span in pairwise(edges)]
 
     def own_stages(self, schedule: str) -> dict[int, nn.Sequential]:
-        """The layers of this rank's stages, by stage."""
+        """Return the layers of this rank's stages by stage."""
         placement = SCHEDULES[schedule].placement(self.ranks)
         return {s: layers for s, layers in enumerate(self.stages(schedule)) if placement[s] == self.rank}
 
@@ -128,16 +128,16 @@ class Bench:
         def loss(logits: Tensor, targets: Tensor) -> Tensor:
             return cross_entropy(logits, targets, self.weight)
 
-        several = schedule not in ("gpipe", "1f1b")
+        multi_stage = schedule not in ("gpipe", "1f1b")
         schedule_run: Any = TORCH_SCHEDULES[schedule](
-            stages if several else stages[0], self.count, loss_fn=loss, scale_grads=False
+            stages if multi_stage else stages[0], self.count, loss_fn=loss, scale_grads=False
         )  # type: ignore[arg-type]
         inputs = [self.tokens] if 0 in own else []
         labels = {"target": self.targets} if total - 1 in own else {}
         return lambda: schedule_run.step(*inputs, **labels)
 
     def without_communication(self) -> Run:
-        """This rank's stage of 1F1B for all micro-batches without communication: a lower bound for every schedule."""
+        """Return a run of this rank's stage of 1F1B without communication, a lower bound for every schedule."""
         ((number, layers),) = self.own_stages("1f1b").items()
         stage = Stage(DeviceLayers(layers), torch.device("cpu"))
         hidden = torch.randn(ROWS, CONFIG.seq_len, CONFIG.d_model)
@@ -154,7 +154,7 @@ class Bench:
         return run
 
     def gradient_norm(self) -> float:
-        """The norm of the gradients of all ranks, which are then set to None."""
+        """Return the norm of the gradients of all ranks, and set the gradients to None."""
         square = sum(p.grad.double().square().sum() for p in self.model.parameters() if p.grad is not None)
         total = torch.as_tensor(square, dtype=torch.float64)
         dist.all_reduce(total)
@@ -163,7 +163,7 @@ class Bench:
 
 
 def zeroing_gradients(bench: Bench, run: Run) -> Run:
-    """A run followed by zero_grad."""
+    """Return a run followed by zero_grad."""
 
     def call() -> None:
         run()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.pipeline.run [PYTHON]
 
-PYTHON: the interpreter of an environment with DeepSpeed; without it DeepSpeed is left out.
+PYTHON: the interpreter of an environment with DeepSpeed; without it DeepSpeed is not run.
 Writes results.csv and results.png to the folder of this file, and prints the table of README.md.
 """
 
@@ -46,7 +46,7 @@ def measure(ranks: int, microbatches: int, deepspeed: str | None) -> Iterator[di
         for number in range(ROUNDS):
             for job, name in turns[:: -1 if number % 2 else 1]:  # every other round in reverse order
                 engine, schedule = name.split(": ")
-                row = {"ranks": ranks, "microbatches": microbatches, "who": engine, "schedule": schedule}
+                row = {"ranks": ranks, "microbatches": microbatches, "contender": engine, "schedule": schedule}
                 yield row | {"round": number, "seconds": job.time(name)}
 
 
@@ -56,14 +56,14 @@ def report(frame: pd.DataFrame) -> None:
         "ranks, micro-batches",
         "schedule",
         "ms",
-        "of 1F1B's ideal",
+        "ideal of 1F1B / ours",
         "× our 1F1B",
         *(f"× {engine}" for engine in OTHERS),
     ]
     print(f"| {' | '.join(columns)} |")
     print("|" + "---|" * 8)
     for (ranks, microbatches), job in frame.groupby(["ranks", "microbatches"]):
-        by = {key: part.set_index("round")["seconds"] for key, part in job.groupby(["who", "schedule"])}
+        by = {key: part.set_index("round")["seconds"] for key, part in job.groupby(["contender", "schedule"])}
         ideal = by["alone", "stage"] * (microbatches + ranks - 1) / microbatches
         for schedule in (name for engine, name in by if engine == "ours"):
             own = by["ours", schedule]
@@ -74,7 +74,7 @@ def report(frame: pd.DataFrame) -> None:
 
 
 def ratio(other: pd.Series | None, own: pd.Series) -> str:
-    """The median of other / own over the rounds."""
+    """Return the median of other / own over the rounds."""
     return "–" if other is None else f"{(other / own).median():.2f}"
 
 
@@ -82,7 +82,7 @@ def draw(frame: pd.DataFrame) -> None:
     jobs = list(frame.groupby(["ranks", "microbatches"]))
     figure, axes = plt.subplots(1, len(jobs), figsize=(5 * len(jobs), 4), squeeze=False)
     for ax, ((ranks, microbatches), job) in zip(axes[0], jobs, strict=True):
-        median = job.groupby(["who", "schedule"])["seconds"].median()
+        median = job.groupby(["contender", "schedule"])["seconds"].median()
         ideal = median["alone", "stage"] * (microbatches + ranks - 1) / microbatches
         schedules = list(dict.fromkeys(job["schedule"]))[1:]
         for shift, (engine, colour) in enumerate(COLOURS.items()):

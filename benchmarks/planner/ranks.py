@@ -40,7 +40,7 @@ CANDIDATES = {
 
 
 def step_seconds(config, candidate: Candidate) -> float:
-    """The median step time on the slowest rank."""
+    """Return the median step time on the slowest rank."""
     trainer, loader = trainer_of(config, candidate), RandomTokens(config.vocab_size, config.seq_len)
     times = []
     for _ in range(STEPS):
@@ -54,7 +54,7 @@ def step_seconds(config, candidate: Candidate) -> float:
 
 
 def peak_bytes(config, candidate: Candidate) -> float:
-    """The largest amount of memory that torch allocates on a rank in two steps, by its profiler."""
+    """Return the largest number of bytes that torch allocates on a rank in two steps, as reported by its profiler."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer, loader = trainer_of(config, candidate), RandomTokens(config.vocab_size, config.seq_len)
@@ -65,7 +65,7 @@ def peak_bytes(config, candidate: Candidate) -> float:
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
     memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]  # by layouts that were measured before
+    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]  # by earlier layouts
     peak = torch.tensor(float(max(e["args"]["Total Allocated"] for e in memory) - before))
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return float(peak)

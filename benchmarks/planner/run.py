@@ -1,4 +1,4 @@
-"""Predicted and measured steps side by side: python -m benchmarks.planner.run"""
+"""Compare predicted with measured step time and memory: python -m benchmarks.planner.run"""
 
 import csv
 import json
@@ -15,11 +15,11 @@ COLUMNS = ("predicted_ms", "measured_ms", "predicted_mb", "measured_mb")
 def main() -> None:
     rows = []
     for ranks in (1, 2, 4):
-        command = ["mpirun", "-np", str(ranks), sys.executable, str(HERE / "ranks.py")]
+        command = ["mpirun", "-np", str(ranks), sys.executable, "-m", "benchmarks.planner.ranks"]
         with tempfile.TemporaryDirectory() as cache:  # do not reuse costs that were measured under another load
             environment = os.environ | {"FIRA_CACHE": cache}
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-        rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        rows += [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     with (HERE / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["model", "layout", "schedule", *COLUMNS])
         writer.writeheader()

@@ -21,7 +21,7 @@ MODEL = ["--model-set", "d_model=256,d_ff=512", "--batch-size", "12", "--micro-b
 
 
 def from_zero(timeline: Timeline) -> Timeline:
-    """Shift a timeline so that its first action starts at zero; a measured one starts with preparing the batch."""
+    """Shift a timeline so that its first action starts at zero. A measured one begins with preparing the batch."""
     zero = min(spans[0][1] for spans in timeline.spans)
     return Timeline(tuple(tuple((a, s - zero, e - zero) for a, s, e in spans) for spans in timeline.spans))
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.startup.run [--ranks 4] [--rounds 5]
 
-The two take turns. Caches are warm: the data is prepared, Python's bytecode is written, all files have been read.
+The two jobs alternate. The caches are warm: the data is prepared, and Python's bytecode is compiled.
 """
 
 import argparse
@@ -24,14 +24,14 @@ COLUMNS = ("import torch", "to the first step", "to its end")
 
 
 def import_torch(ranks: int, environ: dict[str, str]) -> float:
-    """Seconds of a job that only imports torch."""
+    """Return the seconds of a job that only imports torch."""
     started = time.perf_counter()
     subprocess.run(["mpirun", "-np", str(ranks), sys.executable, "-c", "import torch"], check=True, env=environ)
     return time.perf_counter() - started
 
 
 def first_step(ranks: int, environ: dict[str, str]) -> tuple[float, float]:
-    """Seconds from the start of a job until its first training step of fira-tiny begins, and until it ends."""
+    """Return the seconds from the start of a job until its first training step begins, and until it ends."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["mpirun", "-np", str(ranks), sys.executable, "scripts/train.py", "--steps", "2", "--out", folder]
         started = time.perf_counter()

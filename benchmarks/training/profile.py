@@ -3,7 +3,7 @@
     python -m benchmarks.training.profile [THREADS]
 
 Runs forward and backward of fira-tiny and of a fira of 21 million parameters on random tokens, in fp32 on the CPU. The
-peak is that of matrix products, which take turns with the steps.
+peak is measured by matrix products that alternate with the steps.
 """
 
 import sys
@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[FiraConfig, int]] = {  # config and sequences per step
 
 
 def step(model: LanguageModel, config: Any, sequences: int) -> None:
-    """Forward and backward of a batch of random tokens, without dropout."""
+    """Run forward and backward of a batch of random tokens, without dropout."""
     tokens = sequences * config.seq_len
     inputs, targets = torch.randint(config.vocab_size, (2, sequences, config.seq_len))
     weights = torch.full((sequences,), 1 / sequences)

@@ -1,4 +1,4 @@
-"""The contenders of one number of ranks, each with a model of its own. Started by run.py under mpirun."""
+"""The contenders for one number of ranks, each with its own model. Started by run.py under mpirun."""
 
 from collections.abc import Callable
 
@@ -46,14 +46,14 @@ Run = Callable[[], object]
 
 
 def name_of(candidate: Candidate) -> str:
-    """The name of a candidate in the table."""
+    """Return the name of a candidate in the table."""
     layout = candidate.layout
     name = f"ours, pp {layout.pp} × dp {layout.dp}" + (f" (ep {layout.ep})" if layout.ep > 1 else "")
     return name + (f", {candidate.schedule}" if candidate.layout.pp > 1 else "")
 
 
 def tokens() -> tuple[Tensor, Tensor]:
-    """A global batch: inputs and targets, [BATCH, seq_len]."""
+    """Return inputs and targets of a global batch, each [BATCH, seq_len]."""
     inputs, targets = RandomTokens(CONFIG.vocab_size, CONFIG.seq_len).batch(0, BATCH)
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
@@ -68,7 +68,7 @@ def ours(candidate: Candidate) -> Run:
 
 
 def data_parallel(group: dist.ProcessGroup) -> Run:
-    """The same model in PyTorch's DistributedDataParallel."""
+    """Return a step of the same model in PyTorch's DistributedDataParallel."""
     model = DistributedDataParallel(FIRA(CONFIG), process_group=group, gradient_as_bucket_view=True)
     optimizer = optimizer_of(model)
     share = BATCH // dist.get_world_size()
@@ -87,7 +87,7 @@ def data_parallel(group: dist.ProcessGroup) -> Run:
 
 
 def torch_pipeline(group: dist.ProcessGroup) -> Run:
-    """The same model in stages of PyTorch's pipelining with 1F1B; gradients are not clipped."""
+    """Return a step of the same model in PyTorch's pipelining with 1F1B; gradients are not clipped."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = FIRA(CONFIG)
     span = partition(layer_flops(model), ranks)[rank]
@@ -110,7 +110,10 @@ def torch_pipeline(group: dist.ProcessGroup) -> Run:
 
 
 def mixtral() -> Run:
-    """transformers' Mixtral of equal width, depth, experts and active FLOPs: three matrices of 2/3 the size."""
+    """Return a step of transformers' Mixtral with equal width, depth, number of experts and active FLOPs.
+
+    Its experts have three matrices of 2/3 the size.
+    """
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -139,7 +142,7 @@ def mixtral() -> Run:
 
 
 def main() -> None:
-    world = pipeline.init(timeout_s=3600)  # the other jobs' turns are long
+    world = pipeline.init(timeout_s=3600)  # a rank waits while other jobs are timed
     keep_freed_memory()
     runs = {name_of(candidate): ours(candidate) for candidate in CANDIDATES[world.size]}
     if world.size == 1:

@@ -26,7 +26,7 @@ BASE = "ours, pp 1 × dp 1"  # one process with all cores
 
 
 def measure() -> dict[tuple[int, str], list[float]]:
-    """Seconds of each round, by ranks and contender."""
+    """Return the seconds of each round by number of ranks and contender."""
     with ExitStack() as stack:
         jobs = {ranks: stack.enter_context(Job(ranks, "benchmarks.training.ranks")) for ranks in (1, 2, 4)}
         turns = [(ranks, name) for ranks, job in jobs.items() for name in job.names]
@@ -39,7 +39,7 @@ def measure() -> dict[tuple[int, str], list[float]]:
 
 
 def table(seconds: dict[tuple[int, str], list[float]]) -> pd.DataFrame:
-    """A row per contender; its speed is the median of the rounds' ratios to one process of Fira."""
+    """Return a row per contender; its speed is the median of the rounds' ratios to one process of Fira."""
     model = FIRA(CONFIG)
     count = BATCH * CONFIG.seq_len
     flops = 3 * sum(layer_flops(model)) * count

@@ -9,6 +9,7 @@ The rewriting does not change the files of a flat folder, so a model loaded from
 
 import ast
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ENTRY_POINTS = ("configuration_fira", "modeling_fira")  # the modules that `auto_map` in config.json names
@@ -45,7 +46,10 @@ def write_model_code(folder: str | Path, package: str) -> None:
 
 def _flatten(module: str) -> tuple[str, list[str]]:
     """Source of a module with the project's imports made relative to one folder, and the modules they refer to."""
-    source = Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8")
+    spec = find_spec(module)  # not in sys.modules: fused kernels are imported on a GPU only
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
     root, imported = module.partition(".")[0], []
     for node in ast.walk(ast.parse(source)):

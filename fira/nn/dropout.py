@@ -11,6 +11,8 @@ import zlib
 import torch
 from torch import Tensor, nn
 
+from fira.nn.kernels.fused import use_fused
+
 
 def _signed(x: int) -> int:
     return x - (1 << 32) if x >> 31 else x
@@ -30,6 +32,10 @@ def _mix(x: Tensor) -> Tensor:
 
 def token_keys(keys: Tensor, start: int, length: int) -> Tensor:
     """[B] int64 sequence keys → [B, length] int32 keys of their tokens at positions start, start + 1, …"""
+    if use_fused(keys):
+        from fira.nn.kernels.hash_dropout import fused_token_keys
+
+        return fused_token_keys(keys, start, length)
     low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
     position = torch.arange(start, start + length, dtype=torch.int32, device=keys.device) * _GOLDEN
     return _mix(_mix(low[:, None] + position) ^ high[:, None])
@@ -46,7 +52,12 @@ def random_bits(rows: Tensor, columns: int) -> Tensor:
 
 def keep_mask(rows: Tensor, columns: int, p: float) -> Tensor:
     """[…] int32 row keys → […, columns] bool, each entry true with probability 1 − p."""
-    return random_bits(rows, columns) >= round(p * 2**32) - 2**31
+    return random_bits(rows, columns) >= _threshold(p)
+
+
+def _threshold(p: float) -> int:
+    """The int32 that a random int32 is less than with probability p."""
+    return round(p * 2**32) - 2**31
 
 
 def normal(rows: Tensor, columns: int) -> Tensor:
@@ -79,9 +90,18 @@ class Dropout(nn.Module):
         self.p = p
         self.salt = salt(name)
 
+    @property
+    def hash_arguments(self) -> tuple[int, int, float]:
+        """Arguments of the fused kernels: salt, threshold of kept random bits, and scale of kept values."""
+        return self.salt, _threshold(self.p), 1 / (1 - self.p)
+
     def forward(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """x: […, C]; rows: […] int32 token keys, or None for no dropout."""
         if self.p == 0 or rows is None:
             return x
+        if use_fused(x):
+            from fira.nn.kernels.hash_dropout import HashDropout
+
+            return HashDropout.apply(x, rows, *self.hash_arguments)
         keep = keep_mask(at_place(rows, self.salt), x.shape[-1], self.p)
         return x * keep.to(x.dtype).mul_(1 / (1 - self.p))

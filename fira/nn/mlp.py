@@ -5,6 +5,19 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fira.nn.kernels.fused import use_fused
+
+
+def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, a: Tensor | None = None) -> Tensor:
+    """activation(gate) ⊙ a, elementwise. Without a, the last dimension of `gate` is that of the gate followed by a."""
+    if use_fused(gate) and activation in (F.silu, F.gelu):
+        from fira.nn.kernels.gated_activation import Gated
+
+        return Gated.apply(gate, a, activation is F.silu)
+    if a is None:
+        gate, a = gate.chunk(2, dim=-1)
+    return activation(gate) * a
+
 
 class GatedMLP(nn.Module):
     """W2 (silu(W1 x) ⊙ W3 x), without biases (Shazeer 2020, arXiv 2002.05202). linear: constructor of W1, W2 and W3."""
@@ -16,4 +29,4 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, d] → […, d]."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(gated(F.silu, self.w1(x), self.w3(x)))

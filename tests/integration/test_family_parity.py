@@ -1,4 +1,4 @@
-"""Training of every family does not depend on the layout; `test_parity.py` tests fira in more detail.
+"""Training of every family is independent of the layout; `test_parity.py` tests fira in more detail.
 
 Here fira has routing noise, a capacity limit and load balancing by a bias.
 """
@@ -30,7 +30,7 @@ MODELS = {
     ),
     "microrwkv": MicroRWKVConfig(**SMALL, n_head=3, n_group=2, window=5, d_moe=10, top_k=2, aux_coefficient=0.1),
 }
-MOVED = ["blues", "fira"]  # saved on one layout and resumed on others: a tied weight, and a router bias
+RESHARDED = ["blues", "fira"]  # saved on one layout and resumed on others: a tied weight, and a router bias
 ONE = [1, 1, 1]
 OTHER_SCHEDULES = ["gpipe", "interleaved", "zb-h1", "zb-v"]
 EXACT = {"microbatch": 2, "dtype": "float64"}
@@ -68,10 +68,12 @@ def job(ranks: int) -> list[Any]:
     if ranks != 2:
         return run_function(ranks, "tests.ranks.family_ranks", "train_all", timeout=170, cases=selected)
     with tempfile.TemporaryDirectory() as folder:
-        models = {f"{folder}/{name}": to_document(MODELS[name]) for name in MOVED}
-        moved = {"models": models, "layouts": [[2, 1, 1], [1, 2, 2]]}
-        by_rank = run_function(2, "tests.ranks.family_ranks", "train_and_move", timeout=170, cases=selected, **moved)
-        for name, one in zip(MOVED, by_rank[0]["moved"], strict=True):
+        models = {f"{folder}/{name}": to_document(MODELS[name]) for name in RESHARDED}
+        resharded = {"models": models, "layouts": [[2, 1, 1], [1, 2, 2]]}
+        by_rank = run_function(
+            2, "tests.ranks.family_ranks", "train_and_reshard", timeout=170, cases=selected, **resharded
+        )
+        for name, one in zip(RESHARDED, by_rank[0]["resharded"], strict=True):
             one["loaded"] = load_model(f"{folder}/{name}")
         return by_rank
 
@@ -126,19 +128,19 @@ def test_replicas_expert_shards_and_torchgpipe_equal_one_rank(name: str) -> None
     assert np.any(result(plain)["experts"]["dropped"]) == (name == "fira")
 
 
-@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.parametrize("name", RESHARDED)
 def test_checkpoint_resumes_on_every_layout(name: str) -> None:
-    moved = dict(zip(MOVED, job(2)[0]["moved"], strict=True))[name]
-    uninterrupted, same, other = moved["continued"]
+    resharded = dict(zip(RESHARDED, job(2)[0]["resharded"], strict=True))[name]
+    uninterrupted, same, other = resharded["continued"]
     assert same == uninterrupted
     np.testing.assert_allclose(other, uninterrupted, rtol=1e-12)
-    weights = [name for name in moved["names"] if not name.startswith("exp_avg")]
-    assert sorted(moved["loaded"].weights()) == weights
-    assert not any(tensor.is_meta for tensor in moved["loaded"].parameters())
+    weights = [name for name in resharded["names"] if not name.startswith("exp_avg")]
+    assert sorted(resharded["loaded"].weights()) == weights
+    assert not any(tensor.is_meta for tensor in resharded["loaded"].parameters())
 
 
 def test_tied_weight_is_saved_once_and_bias_is_kept() -> None:
-    tied, biased = (one["loaded"] for one in job(2)[0]["moved"])
+    tied, biased = (one["loaded"] for one in job(2)[0]["resharded"])
     assert "layers.3.project.weight" not in tied.weights()
     assert tied.layers[-1].project.weight is tied.layers[0].token.weight
     assert biased.layers[1].moe.router.balance.abs().max() > 0

@@ -1,4 +1,4 @@
-"""The engine against plain autograd, on one rank and on several ranks that are threads of this process."""
+"""The engine compared with plain autograd, on one rank and on several ranks that are threads of this process."""
 
 import threading
 import time
@@ -8,6 +8,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,14 @@ from tests.pipeline.toy_layers import CPU, LAYERS, MICROBATCHES, make, objective
 
 
 class Group:
-    """The process group of a channel. The ranks in it are ordered by their number in the pipeline."""
+    """Stand-in for the process group of a channel. The ranks in it are ordered by their number in the pipeline."""
 
     def __init__(self, channel: Channel, rank: int) -> None:
         self.channel, self.rank = channel, sorted([channel.source, channel.destination]).index(rank)
 
 
 def groups_of(placement: Sequence[int], rank: int) -> Any:
-    """The channels of a rank with their groups."""
+    """Return the channels of a rank with their groups."""
     return {channel: Group(channel, rank) for channel in channels_of(placement, rank)}
 
 
@@ -45,7 +46,7 @@ class Network:
         self.changed = threading.Condition()
         self.sent: dict[Channel, list[tuple[int, Tensor]]] = defaultdict(list)
         self.tags: dict[Direction, list[int]] = defaultdict(list)
-        self.receives: dict[Channel, int] = defaultdict(int)  # how many have been posted
+        self.receives: dict[Channel, int] = defaultdict(int)  # number of posted receives
 
     def dist(self) -> SimpleNamespace:
         return SimpleNamespace(
@@ -81,9 +82,13 @@ class Network:
 
 
 def run_ranks(
-    schedule: Schedule, layers: list[Any], batches: list[MicroBatch], recompute: bool = False
+    schedule: Schedule,
+    layers: list[Any],
+    batches: list[MicroBatch],
+    recompute: bool = False,
+    message_dtype: torch.dtype | None = None,
 ) -> tuple[list[float], Network]:
-    """Run a schedule with every rank in a thread; the reported losses and the network with its record."""
+    """Run a schedule with every rank in a thread; return the reported losses and the network with its record."""
     network = Network()
     edges = [s * LAYERS // schedule.stages for s in range(schedule.stages + 1)]
     parts = [layers[a:b] for a, b in pairwise(edges)]
@@ -96,7 +101,7 @@ def run_ranks(
             for s, r in enumerate(schedule.placement)
             if r == rank
         }
-        engine = Engine(stages, objective, rank, groups_of(schedule.placement, rank))
+        engine = Engine(stages, objective, rank, groups_of(schedule.placement, rank), message_dtype=message_dtype)
         try:
             reports[rank] = engine.run(schedule, batches)
             assert not any(stage._saved or stage._weight_backwards for stage in stages.values())
@@ -132,7 +137,7 @@ def test_every_schedule_is_bitwise_identical_to_plain_autograd(name, ranks):
 
 
 def test_tags():
-    """(micro-batch · stages + receiving stage) · 2 + direction."""
+    """A tag is (micro-batch · stages + receiving stage) · 2 + direction."""
     layers, batches = make()
     _, network = run_ranks(SCHEDULES["gpipe"].builder(2, MICROBATCHES), layers, batches)
     assert network.tags[Direction.FORWARD] == [(i * 2 + 1) * 2 for i in range(MICROBATCHES)]
@@ -179,7 +184,7 @@ def all_on_one_rank(stages: int, split: bool) -> Schedule:
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("stages", [1, 2, 6])
 def test_one_rank_is_bitwise_identical_to_plain_autograd(stages, recompute, split):
-    """Without process groups, and with all micro-batches in flight."""
+    """One rank needs no process groups. All micro-batches are in flight."""
     layers, batches = make()
     losses, gradients = reference(layers, batches)
     edges = [s * LAYERS // stages for s in range(stages + 1)]
@@ -280,3 +285,17 @@ def test_inputs_are_copied_to_the_device_without_waiting(monkeypatch: pytest.Mon
     engine = Engine({0: Stage(DeviceLayers([]), CPU)}, lambda y, context: (y.sum(), y.sum()))
     engine.run(forward_only((0,), 1), [MicroBatch(inputs, inputs.shape)])
     assert copies == [{"non_blocking": True}]
+
+
+def test_messages_are_sent_in_their_dtype_and_stages_take_theirs():
+    """bf16 messages halve the traffic; the layers behind a boundary still compute in the engine's dtype."""
+    layers, batches = make()
+    losses, _ = reference(layers, batches)
+    reports, network = run_ranks(
+        SCHEDULES["1f1b"].builder(2, MICROBATCHES), layers, batches, message_dtype=torch.bfloat16
+    )
+    sent = [tensor for messages in network.sent.values() for _, tensor in messages]
+    assert len(sent) == 2 * MICROBATCHES
+    assert {tensor.dtype for tensor in sent} == {torch.bfloat16}
+    assert reports != losses
+    np.testing.assert_allclose(reports, losses, rtol=0.02)

@@ -1,4 +1,4 @@
-"""The partition of layers into stages against brute force."""
+"""The partition of layers into stages compared with brute force."""
 
 from itertools import combinations, pairwise
 

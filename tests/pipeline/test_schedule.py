@@ -1,4 +1,4 @@
-"""Schedules against the diagrams of their docstrings and the formulas of their papers."""
+"""Schedules compared with the diagrams of their docstrings and the formulas of their papers."""
 
 import pytest
 from hypothesis import given, settings
@@ -22,13 +22,13 @@ SIZES = [(1, 1), (1, 4), (2, 1), (2, 2), (3, 5), (4, 3), (4, 8), (8, 20)]
 
 
 def run(schedule: Schedule) -> Timeline:
-    """F, I and W take one unit and B two, divided by the number of stages per rank, so that each rank's work is 3m."""
+    """Return durations: one unit for F, I and W, two for B, divided by the stages per rank, so that a rank works 3m."""
     unit = len(schedule.actions) / schedule.stages
     return simulate(schedule, {kind: [unit * (2.0 if kind is B else 1.0)] * schedule.stages for kind in ActionKind})
 
 
 def peak_activations(schedule: Schedule) -> tuple[int, ...]:
-    """Per rank: the most activations kept at once, one per stage and micro-batch."""
+    """Return for each rank the maximum number of kept activations, one per stage and micro-batch."""
     return peak_memory(schedule, [1] * schedule.stages)
 
 
@@ -71,7 +71,7 @@ def test_diagram_in_docstring(name):
 @pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(("ranks", "microbatches"), SIZES)
 def test_bubble_of_gpipe_and_1f1b(name, ranks, microbatches):
-    """(p − 1) / (m + p − 1) for stages of equal cost (Narayanan et al. 2021, arXiv 2104.04473, §2.2)."""
+    """The bubble is (p − 1) / (m + p − 1) for stages of equal cost (Narayanan et al. 2021, arXiv 2104.04473, §2.2)."""
     timeline = run(SCHEDULES[name].builder(ranks, microbatches))
     assert timeline.bubble == pytest.approx((ranks - 1) / (microbatches + ranks - 1))
     assert timeline.length == pytest.approx(3 * (microbatches + ranks - 1))
@@ -88,7 +88,7 @@ def test_memory_of_gpipe_and_1f1b(ranks, microbatches):
 @pytest.mark.parametrize("chunks", [2, 3])
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 4), (2, 2), (2, 4), (3, 9), (4, 8), (8, 16)])
 def test_bubble_of_interleaved(ranks, microbatches, chunks):
-    """(p − 1)(F + B) / v where p divides m (Narayanan et al. 2021, arXiv 2104.04473, §2.2)."""
+    """The bubble is (p − 1)(F + B) / v where p divides m (Narayanan et al. 2021, arXiv 2104.04473, §2.2)."""
     timeline = run(interleaved(ranks, microbatches, chunks))
     assert timeline.length == pytest.approx(3 * (microbatches + (ranks - 1) / chunks))
 
@@ -111,8 +111,11 @@ def test_interleaved_with_an_uneven_number_of_microbatches():
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 4), (2, 4), (3, 6), (4, 8), (4, 16), (8, 16), (8, 32)])
 def test_bubble_and_memory_of_zero_bubble_schedules(ranks, microbatches):
-    """Qi et al. 2023, table 2 with F = I = W: p − 1 for ZB-H1, none between a rank's first and last action for ZB-2p;
-    memory as 1F1B for ZB-H1 and ZB-V, at most twice that for ZB-2p."""
+    """Compare with table 2 of Qi et al. 2023 for F = I = W.
+
+    The bubble is p − 1 for ZB-H1, and zero between a rank's first and last action for ZB-2p. The memory equals that of
+    1F1B for ZB-H1 and ZB-V, and is at most twice that for ZB-2p.
+    """
     schedules = [SCHEDULES[name].builder(ranks, microbatches) for name in ("zb-h1", "zb-2p", "zb-v")]
     h1, zb_2p, zb_v = map(run, schedules)
     assert h1.length == zb_2p.length == pytest.approx(3 * microbatches + ranks - 1)
@@ -122,7 +125,7 @@ def test_bubble_and_memory_of_zero_bubble_schedules(ranks, microbatches):
     h1_peak, zb_2p_peak, zb_v_peak = (max(peak_activations(schedule)) for schedule in schedules)
     assert h1_peak <= ranks
     assert zb_2p_peak == min(microbatches, 2 * ranks - 1)
-    assert zb_v_peak <= 2 * ranks  # each of half the layers
+    assert zb_v_peak <= 2 * ranks  # each has half the layers of a 1F1B stage
 
 
 @pytest.mark.parametrize("name", ["zb-h1", "zb-2p"])
@@ -141,7 +144,7 @@ def test_warmup_and_delay_of_weight_gradients(name, ranks, microbatches):
 @given(ranks=st.integers(1, 5), microbatches=st.integers(1, 12))
 @settings(deadline=None, max_examples=40)
 def test_zb_v_starts_the_best_action_that_is_ready(ranks, microbatches):
-    """I before F before W, then the later stage; a rank that keeps 2p activations runs no forward."""
+    """Priority is I, F, W, then the later stage; a rank that keeps 2p activations runs no forward."""
     schedule = SCHEDULES["zb-v"].builder(ranks, microbatches)
     timeline = simulate(schedule, {kind: [1.0] * schedule.stages for kind in ActionKind})
     end = {action: stop for spans in timeline.spans for action, _, stop in spans}

@@ -1,4 +1,4 @@
-"""The simulator against timelines computed by hand and an independent longest-path search."""
+"""The simulator compared with timelines computed by hand and an independent longest-path search."""
 
 from functools import cache
 
@@ -114,7 +114,7 @@ def test_earliest_ends_by_hand():
 
 
 def hand_made(*ranks: str) -> Schedule:
-    """A schedule of one stage per rank and two micro-batches, from texts such as "F0 B0"."""
+    """Return a schedule of one stage per rank and two micro-batches, from texts such as "F0 B0"."""
     actions = tuple(
         tuple(Action(ActionKind(word[0]), s, int(word[1])) for word in words.split()) for s, words in enumerate(ranks)
     )

@@ -1,4 +1,4 @@
-"""The two parts of a split backward against the full one: bitwise identical, and no matrix product computed twice."""
+"""The two parts of a split backward: bitwise identical to the full one, and no matrix product computed twice."""
 
 from collections.abc import Callable
 
@@ -67,7 +67,7 @@ def test_blocks_of_every_family(family):
     parameters = list(blocks.parameters())
     early = compare(lambda x: blocks[1](blocks[0](x, context), context), x, parameters)
     late = sum(p.numel() for p, gradient in zip(parameters, early, strict=True) if gradient is None)
-    assert late > 0.9 * sum(p.numel() for p in parameters)  # most gradients are left to the second part
+    assert late > 0.9 * sum(p.numel() for p in parameters)  # most gradients are computed in the second part
 
 
 def test_vectors_first_and_matrices_later():

@@ -1,4 +1,4 @@
-"""A stage over several local devices, by torchgpipe, against plain autograd."""
+"""A stage over several local devices, by torchgpipe, compared with plain autograd."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ from tests.pipeline.toy_layers import (
 @pytest.mark.parametrize("devices", [2, 4])
 @pytest.mark.parametrize("chunks", [1, 3, 8])
 def test_each_chunk_has_its_context(devices, chunks, recompute):
-    """With all micro-batches in flight at once, recomputation must find the context of the right one."""
+    """With all micro-batches in flight, recomputation must use the context of its own micro-batch."""
     layers, batches = make(torch.float64)
     losses, gradients = reference(layers, batches)
     balance = [2, 4] if devices == 2 else [1, 1, 1, 3]

@@ -52,7 +52,7 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[list[ToyLayer], list[Micro
 
 
 def reference(layers: list[ToyLayer], batches: list[MicroBatch]) -> tuple[list[float], list[Tensor]]:
-    """Reported losses by micro-batch, and the gradients of all parameters, from plain autograd."""
+    """Return the losses by micro-batch and the gradients of all parameters, computed by plain autograd."""
     losses = []
     for batch in batches:
         x = batch.inputs

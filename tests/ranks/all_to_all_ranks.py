@@ -1,4 +1,4 @@
-"""What each rank of the all-to-all tests runs."""
+"""Functions that each rank of the all-to-all tests runs."""
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ def exchange(sizes: list[list[int]]) -> dict[str, list[list[float]]]:
 
 
 def second_derivative() -> float:
-    """d²/dx² of x² sent to the next of two ranks, at x = 3."""
+    """Return d²/dx² at x = 3 of the square of x sent to the other of two ranks."""
     x = torch.tensor([[3.0]], requires_grad=True)
     send, receive = ([0, 1], [0, 1]) if dist.get_rank() == 0 else ([1, 0], [1, 0])
     y = all_to_all(x, send, receive, dist.new_group()) ** 2

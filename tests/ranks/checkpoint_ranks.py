@@ -1,4 +1,4 @@
-"""Functions that the ranks of the checkpoint tests run, and the state that they save, a function of the names."""
+"""Functions that each rank of the checkpoint tests runs, and the tensors that they save."""
 
 import os
 import resource
@@ -72,7 +72,7 @@ def ranges_match(checkpoint: Checkpoint) -> bool:
 
 
 def read_state(path: str) -> bool:
-    """Open the checkpoint at `path` and compare all of it."""
+    """Open the checkpoint at `path`; return whether all tensors and all ranges of rows are equal."""
     checkpoint = Checkpoint.open(find(path))
     return matches(checkpoint, salt=0) and ranges_match(checkpoint)
 
@@ -108,7 +108,7 @@ def save_without_room(root: str, step: int, rank: int, limit: int) -> str:
 
 
 def overlap_error(root: str) -> str:
-    """Return the error message of this rank where all ranks pass the same rows."""
+    """Return the error message of this rank when all ranks pass the same rows."""
     tensor = value("embedding.weight")
     try:
         save_checkpoint(

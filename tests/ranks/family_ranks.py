@@ -35,18 +35,23 @@ class Training:
 
 
 def train_all(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """`parity_ranks.train` of all cases."""
+    """Return the results of `parity_ranks.train` for all cases."""
     return {"trained": parity_ranks.train_all(cases)}
 
 
-def train_and_move(
+def train_and_reshard(
     cases: list[dict[str, Any]], models: dict[str, dict[str, Any]], layouts: list[list[int]]
 ) -> dict[str, Any]:
-    """`train_all`, then save each model and resume it on every layout. models: documents by the folder to save in."""
-    return train_all(cases) | {"moved": [_move(model, layouts, Path(folder)) for folder, model in models.items()]}
+    """Run `train_all`; then save each model and resume it on every layout.
+
+    models: config documents by the folder in which the model is saved.
+    """
+    return train_all(cases) | {
+        "resharded": [_reshard(model, layouts, Path(folder)) for folder, model in models.items()]
+    }
 
 
-def _move(model: dict[str, Any], layouts: list[list[int]], folder: Path) -> dict[str, Any]:
+def _reshard(model: dict[str, Any], layouts: list[list[int]], folder: Path) -> dict[str, Any]:
     """Train four steps on the first layout and save after two; resume on every layout for the other two."""
     uninterrupted = Training(model, layouts[0])
     uninterrupted.steps(2)

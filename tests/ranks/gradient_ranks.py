@@ -31,7 +31,7 @@ def check_all(layout: list[int]) -> dict[str, Any]:
 
 
 def reduced(mesh: Mesh) -> dict[str, list[float]]:
-    """The first and the last element of reduced gradients; rank r contributes r + 1 and twice that."""
+    """Return the first and the last element of reduced gradients; rank r contributes r + 1 and 2(r + 1)."""
     sizes = {"small": 8, "almost large": UNBUCKETED - 4, "large": UNBUCKETED, "more than a bucket": BUCKET + 4}
     sizes |= {f"bucket {i}": UNBUCKETED - 8 for i in range(6)}
     shards = []
@@ -48,7 +48,7 @@ def reduced(mesh: Mesh) -> dict[str, list[float]]:
 
 
 def norms(mesh: Mesh) -> dict[str, Any]:
-    """The norm vector, summed over ranks, of gradients that equal the weights."""
+    """Return the norm vector, summed over ranks, of gradients that equal the weights plus 0.5."""
     model = parallelize(meta_model(CONFIG), mesh, 7, [CPU], dtype=torch.float64)
     expected = []
     for shard in model.shards:
@@ -62,7 +62,7 @@ def norms(mesh: Mesh) -> dict[str, Any]:
 
 
 def clipped(mesh: Mesh, clip: float) -> list[float]:
-    """The gradient norm that a step reports, and the norm of the gradients that the optimizer saw."""
+    """Return the gradient norm that a step reports, and the norm of the gradients after clipping."""
     model = parallelize(meta_model(CONFIG), mesh, 7, [CPU], dtype=torch.float64)
     split = BatchSplit(2, 1, 0, CONFIG.d_model)
     trainer = Trainer(model, mesh, split, "1f1b", weight_decay=0.1, clip=clip, fp16=False)
@@ -72,7 +72,7 @@ def clipped(mesh: Mesh, clip: float) -> list[float]:
 
 
 def tied(mesh: Mesh) -> dict[str, Any]:
-    """An embedding with value 3 and gradient 2, and a head with value 0 and gradient 3."""
+    """Return gradients and values of a tied weight: embedding 3 with gradient 2, head 0 with gradient 3."""
     is_first, is_last = mesh.pp_rank == 0, mesh.pp_rank == mesh.layout.pp - 1
     original = nn.Parameter(torch.full((2,), 3.0)) if is_first else None
     copy = nn.Parameter(torch.zeros(2)) if is_last else None

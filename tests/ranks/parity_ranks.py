@@ -52,10 +52,12 @@ def train(
     d_ff: int = 20,
     model: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train, and return loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the
-    sum of each of this rank's replicated weights.
+    """Train a model on one layout.
 
-    model: the document of a config, in place of the small fira.
+    model: the document of a config; by default a small fira.
+
+    Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the sum of each
+    of this rank's replicated weights.
     """
     torch.set_num_threads(1)
     config = FiraConfig(
@@ -70,9 +72,11 @@ def train(
     )
     if model is not None:
         config = from_document(model)
-    places = [CPU] * devices
-    mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), places)
-    built = parallelize(meta_model(config), mesh, 7, places, schedule, getattr(torch, dtype), recompute=recompute)
+    local_devices = [CPU] * devices
+    mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), local_devices)
+    built = parallelize(
+        meta_model(config), mesh, 7, local_devices, schedule, getattr(torch, dtype), recompute=recompute
+    )
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
     loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]

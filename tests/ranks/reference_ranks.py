@@ -1,4 +1,4 @@
-"""What each rank of a reference test does: the training run that `tests.reference_training` computes independently."""
+"""The training run that `tests.reference_training` computes independently, run on each rank of a test."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ class Tokens:
 def train(
     model: dict[str, Any], settings: dict[str, Any], layout: list[int], dtype: str, microbatch: int, validation: int
 ) -> dict[str, Any]:
-    """Losses, norms and learning rates of each step, the validation loss at the end, and the weights this rank holds.
+    """Return losses, norms and learning rates of each step, the final validation loss, and this rank's weights.
 
     validation: the number of validation tokens. "initial", "weights": by name, (first row, values).
     """
@@ -59,5 +59,5 @@ def _weights(built: DistributedModel) -> dict[str, Any]:
 
 
 def train_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Several trainings one after another: starting ranks takes longer than training them."""
+    """Run several trainings in one job, because starting ranks takes longer than training."""
     return [train(**case) for case in cases]

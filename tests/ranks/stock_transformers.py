@@ -43,7 +43,7 @@ def run_isolated(results: Path, *folders: Path) -> dict[str, dict[str, Any]]:
 
 
 def main(site: str, results: str, *folders: str) -> None:
-    sys.path.append(site)  # without its .pth files, which may contain paths of checkouts
+    sys.path.append(site)  # does not read .pth files, which may contain paths of checkouts
     assert find_spec("fira") is None
     assert find_spec("pipeline") is None
 

@@ -1,11 +1,11 @@
-"""The errors of the train command for invalid command lines."""
+"""Errors of the train command for invalid command lines."""
 
 from fira.commands.train import main
 from fira.errors import UserError
 
 
 def messages(flags: list[list[str]]) -> list[str]:
-    """The message of the UserError of each command line, all in one process; empty where there is no error."""
+    """Return the message of each command line's UserError, or an empty string where there is no error."""
     found = []
     for arguments in flags:
         try:

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from fira.nn.dropout import Dropout
 from fira.nn.init import PerExpertInit
-from fira.nn.moe.grouped_linear import RowGroups, grouped_linear
+from fira.nn.kernels.fused import use_fused
+from fira.nn.mlp import gated
+from fira.nn.moe.grouped_linear import RowGroups, fused_bias_gelu, grouped_linear
 
 
 class ExpertBank(PerExpertInit, nn.Module):
@@ -48,7 +50,11 @@ class Experts(ExpertBank):
 
     def forward(self, x: Tensor, groups: RowGroups, keys: Tensor | None) -> Tensor:
         """[n, d] → [n, d]."""
-        h = self.dropout(F.gelu(grouped_linear(x, groups, self.w1, self.b1)), keys)
+        if use_fused(x):
+            mask = None if keys is None or self.dropout.p == 0 else (keys, *self.dropout.hash_arguments)
+            h = fused_bias_gelu(grouped_linear(x, groups, self.w1), groups, self.b1, mask)
+        else:
+            h = self.dropout(F.gelu(grouped_linear(x, groups, self.w1, self.b1)), keys)
         return grouped_linear(h, groups, self.w2, self.b2)
 
 
@@ -71,8 +77,8 @@ class GatedExperts(ExpertBank):
 
     def forward(self, x: Tensor, groups: RowGroups, keys: Tensor | None) -> Tensor:
         """[n, d] → [n, d]."""
-        gate, a = grouped_linear(x, groups, self.w1).chunk(2, dim=-1)
-        return grouped_linear(self.activation(gate) * a, groups, self.w2)
+        h = gated(self.activation, grouped_linear(x, groups, self.w1))
+        return grouped_linear(h, groups, self.w2)
 
 
 class LinearExperts(ExpertBank):

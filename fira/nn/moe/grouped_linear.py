@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fira.nn.autocast import product_dtype
+from fira.nn.kernels.fused import use_fused
 
 
 class RowGroups:
@@ -84,14 +85,40 @@ def _has_grouped_kernel(x: Tensor) -> bool:
 
 def _grouped_mm(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`grouped_linear` without copying the sizes to the host."""
-    group = torch.searchsorted(groups.ends, torch.arange(len(x), device=x.device), right=True)
-    inside = (group < len(weight))[:, None]
-    if groups.ragged:  # the kernel leaves these rows uninitialised in y and in the gradient of x
-        x = x.where(inside, 0)
-    y = _aligned_grouped_mm(x, weight, groups.ends)
-    if bias is not None:
-        y = y + bias[group.clamp(max=len(weight) - 1)]
-    return y.where(inside, 0) if groups.ragged else y
+    if not groups.ragged:
+        y = _aligned_grouped_mm(x, weight, groups.ends)
+        return y if bias is None else _add_bias(y, groups, bias)
+    # The kernel leaves rows after the last group uninitialised in y and in the gradient of x.
+    inside = (torch.arange(len(x), device=x.device) < groups.ends[-1])[:, None]
+    y = _aligned_grouped_mm(x.where(inside, 0), weight, groups.ends).where(inside, 0)
+    return y if bias is None else _add_bias(y, groups, bias)
+
+
+def _add_bias(y: Tensor, groups: RowGroups, bias: Tensor) -> Tensor:
+    """y [n, out] plus the bias [E, out] of each row's expert, without copying the sizes to the host."""
+    if use_fused(y):
+        from fira.nn.kernels.bias_gelu import AddBias
+
+        return AddBias.apply(_join_bias(y, groups, bias), bias.detach(), groups.ends)
+    # The gradient of an indexed bias would add one row after another; that of a product with a one-hot matrix does not.
+    expert = torch.searchsorted(groups.ends, torch.arange(len(y), device=y.device), right=True)
+    one_hot = expert[:, None] == torch.arange(len(bias), device=y.device)
+    return torch.addmm(y, one_hot.to(y.dtype), bias)
+
+
+def fused_bias_gelu(z: Tensor, groups: RowGroups, bias: Tensor, mask: tuple[Tensor, int, int, float] | None) -> Tensor:
+    """drop(gelu(z + bias)) of a product z [n, out] without its bias [E, out], in one kernel.
+
+    mask: row keys [n] and `hash_arguments` of the dropout; None: no dropout.
+    """
+    from fira.nn.kernels.bias_gelu import BiasGelu
+
+    return BiasGelu.apply(_join_bias(z, groups, bias), bias.detach(), groups.ends, mask)
+
+
+def _join_bias(z: Tensor, groups: RowGroups, bias: Tensor) -> Tensor:
+    """z, connected to the bias: the gradient of z is passed on, and summed over the rows of each expert."""
+    return _Join.apply(z, _BiasSums.apply(bias, groups.ends, len(z)))
 
 
 def _aligned_grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -163,6 +190,22 @@ class _Weights(torch.autograd.Function):
             if grad_bias is not None:
                 torch.sum(grad_rows, 0, out=grad_bias[e])
         return grad_weight, grad_bias, None, None
+
+
+class _BiasSums(torch.autograd.Function):
+    """Placeholder of shape [n, out] for the bias of each row; its backward is grad_bias, in one kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, ends: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(ends)
+        ctx.dtype = bias.dtype
+        return bias.new_empty(()).expand(rows, bias.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        from fira.nn.kernels.bias_gelu import sum_by_group
+
+        return sum_by_group(grad, ctx.saved_tensors[0], ctx.dtype), None, None
 
 
 class _Join(torch.autograd.Function):

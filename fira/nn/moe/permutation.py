@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fira.nn.kernels.fused import use_fused
+
 
 def sort_by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
     """Expert numbers [n] int64 → the stable `order` that sorts them, and its `inverse`."""
@@ -30,6 +32,10 @@ def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, copies: int = 1) -> T
     """x [n, …] with each row repeated `copies` times, permuted by `order` [n·copies]. Differentiable in x."""
     if len(x) == 1:
         return x.expand(copies, *x.shape[1:])
+    if copies > 1 and use_fused(x):
+        from fira.nn.kernels.expert_rows import GatherRows
+
+        return GatherRows.apply(x, order, inverse, copies)
     if not torch.is_grad_enabled():
         return x.index_select(0, order // copies if copies > 1 else order)
     return _Gather.apply(x, order, inverse, copies)
@@ -37,6 +43,10 @@ def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, copies: int = 1) -> T
 
 def weighted_sum(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """rows [N·k, h] sorted by expert, weights [N, k] of each token's rows → [N, h]. Differentiable in both."""
+    if use_fused(rows, weights):
+        from fira.nn.kernels.expert_rows import WeightedSum
+
+        return WeightedSum.apply(rows, weights, order, inverse)
     dtype = torch.promote_types(rows.dtype, weights.dtype)
     if not torch.is_grad_enabled():
         return _sum_rows(rows.to(dtype), inverse, weights.shape[1], weights.to(dtype).flatten())

@@ -13,11 +13,6 @@ from tests.fira.checkpoint.checkpoint_files import FILES, MODEL, edit_index, edi
 from tests.ranks.checkpoint_ranks import open_error, save_state
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoints"
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_flipped_bit_raises_error_naming_the_file(root: Path, name: str) -> None:
     folder = Path(save_state(str(root), 1))

@@ -20,11 +20,6 @@ from tests.ranks.checkpoint_ranks import SHAPES, matches, newest_step, ranges_ma
 RANKS = "tests.ranks.checkpoint_ranks"
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoints"
-
-
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 

@@ -17,11 +17,6 @@ from tests.fira.checkpoint.checkpoint_files import MODEL, file_names
 from tests.ranks.checkpoint_ranks import matches, newest_step, open_error, save_state, save_without_room
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "checkpoints"
-
-
 def test_find_accepts_run_checkpoints_and_step_folders(root: Path) -> None:
     for step in (50, 100, 1_000_000):
         save_state(str(root), step, keep=3)

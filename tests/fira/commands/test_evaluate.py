@@ -8,15 +8,10 @@ import pytest
 from tokenizers import Tokenizer
 
 import fira
-from fira.data.tokenizer import eos_id, train_tokenizer
+from fira.data.tokenizer import eos_id
 from fira.generation.perplexity import TextLoss, perplexity
-from tests.fira.small_model import TEXT, make_model, save
+from tests.fira.small_model import TEXT, make_model
 from tests.launch import ROOT
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer([TEXT], 300)
 
 
 def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
@@ -25,15 +20,18 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
 
 
 def test_loss_of_each_file_and_of_all_files_and_expert_utilisation(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_folder: Path,
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    save(tmp_path / "run", make_model(), {"tokenizer.json": tokenizer.to_str().encode()})
     (tmp_path / "one.txt").write_text(TEXT)
     (tmp_path / "rows.csv").write_text("Text\nDie Bäume\nim Wald\n")
-    evaluate(monkeypatch, "--checkpoint", tmp_path / "run", "--data", tmp_path / "one.txt")
+    evaluate(monkeypatch, "--checkpoint", run_folder, "--data", tmp_path / "one.txt")
     single = capsys.readouterr().out.splitlines()
     files = ["--data", tmp_path / "rows.csv", tmp_path / "rows.csv", "--text_column", "Text"]
-    evaluate(monkeypatch, "--checkpoint", tmp_path / "run", *files)
+    evaluate(monkeypatch, "--checkpoint", run_folder, *files)
     several = capsys.readouterr().out.splitlines()
 
     eos = eos_id(tokenizer)
@@ -52,9 +50,8 @@ def test_loss_of_each_file_and_of_all_files_and_expert_utilisation(
 
 
 def test_invalid_arguments_end_with_a_one_line_error(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(tmp_path / "run", make_model(), {"tokenizer.json": tokenizer.to_str().encode()})
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     for message, arguments in (
         ("give --data or --tasks", []),
@@ -62,7 +59,7 @@ def test_invalid_arguments_end_with_a_one_line_error(
         (r"pip install .[eval]", ["--tasks", "hellaswag"]),
     ):
         with pytest.raises(SystemExit) as end:
-            evaluate(monkeypatch, "--checkpoint", tmp_path / "run", *arguments)
+            evaluate(monkeypatch, "--checkpoint", run_folder, *arguments)
         assert end.value.code == 2
         err = capsys.readouterr().err
         assert message in err

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fira.models.registry import PRESETS, build
+from tests.fira.small_model import perturbed
 
 
 def small(family: str, **changes: Any) -> Any:
@@ -15,11 +16,7 @@ def small(family: str, **changes: Any) -> Any:
     sizes |= {"n_kv_head": 1} if family in ("rish", "blues") else {}
     sizes |= {"d_moe": 8, "window": 4} if family == "microrwkv" else {"d_ff": 24}
     torch.manual_seed(0)
-    model = build(replace(PRESETS[f"{family}-tiny"], **sizes | changes)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.4 * torch.randn_like(parameter))
-    return model.eval()
+    return perturbed(build(replace(PRESETS[f"{family}-tiny"], **sizes | changes)).double(), 0.4).eval()
 
 
 def chi_square(counts: Tensor, chances: Tensor) -> float:

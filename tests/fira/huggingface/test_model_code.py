@@ -4,9 +4,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 from fira.huggingface import FiraLMConfig
 from fira.huggingface.model_code import flat_sources
+from tests.launch import ROOT
 
 
 def test_modules_with_the_same_base_name_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +33,14 @@ def test_config_is_saved_with_the_code_of_the_models(tmp_path: Path) -> None:
     assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.py")} == sources
     assert {"configuration_fira.py", "modeling_fira.py", "registry.py"} <= set(sources)
     assert not any("\nfrom fira." in source for source in sources.values())
+
+
+def test_code_with_fused_kernels_does_not_require_triton() -> None:
+    """The kernels are part of the code, though nothing imports them on a CPU; transformers does not demand Triton."""
+    sources = flat_sources("fira.huggingface")
+    kernels = {path.name for path in (ROOT / "fira/nn/kernels").glob("[a-z]*.py")}
+    assert len(kernels) > 5
+    assert kernels <= set(sources)
+    for name in kernels:
+        path = ROOT / "fira/nn/kernels" / name
+        assert "triton" not in get_imports(path), f"{name} imports Triton outside of a try block"

@@ -13,19 +13,12 @@ from fira.models.microrwkv import MicroRWKVConfig
 from fira.models.mooshak import MooshakConfig
 from fira.models.registry import build
 from fira.models.rish import RishConfig
+from tests.fira.small_model import perturbed
 
 SMALL: dict[str, Any] = {"vocab_size": 31, "seq_len": 24, "d_model": 24, "num_layers": 2}
-
-
 RISH = RishConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, num_experts=5, top_k=2, max_position=9, rope_factor=2.0)
-
-
 MOOSHAK = MooshakConfig(**SMALL, n_head=6, d_ff=20)
-
-
 BLUES = BluesConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, top_k=2, dropout=0.0, aux_coefficient=0.3)
-
-
 MICRORWKV = MicroRWKVConfig(**SMALL, n_head=3, n_group=2, window=5, d_moe=10, top_k=2, aux_coefficient=0.1)
 
 
@@ -45,11 +38,7 @@ families = pytest.mark.parametrize("name", CONFIGS)
 def make_model(config: Any, dtype: torch.dtype = torch.float64) -> LanguageModel:
     """A model whose parameters all differ from special initial values, such as a gain of one."""
     torch.manual_seed(0)
-    model = build(config).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
+    return perturbed(build(config).to(dtype), 0.1).eval()
 
 
 def make_tokens(config: Any, batch: int = 2, length: int = 12) -> Tensor:

@@ -10,21 +10,16 @@ from fira import FIRA
 from fira.models.fira import FiraConfig
 from fira.nn.context import Context, TrainingContext
 from fira.nn.moe.layer import MoE
+from tests.fira.small_model import perturbed
 
 CONFIG = FiraConfig(vocab_size=13, seq_len=9, d_model=8, n_head=2, num_layers=2, d_ff=12, dropout=0.0)
-
-
 LENGTHS = [9, 5]
 
 
 def make_model(config: FiraConfig = CONFIG, dtype: torch.dtype = torch.float64) -> FIRA:
     """A model whose parameters all differ from special initial values, such as a bias of zero."""
     torch.manual_seed(0)
-    model = FIRA(config).to(dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return perturbed(FIRA(config).to(dtype), 0.2)
 
 
 def make_moe(top_k: int = 2, num_experts: int = 4, width: int = 6) -> MoE:

@@ -1,4 +1,4 @@
-"""The fused projection and cross-entropy against torch's cross_entropy of the logits."""
+"""The fused projection and cross-entropy compared with torch's cross_entropy of the logits."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from fira.nn.cross_entropy import LOGITS, linear_cross_entropy
 
 @pytest.mark.parametrize("logits", [256 * 7, 2**20])
 def test_linear_cross_entropy_equals_cross_entropy_of_logits(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one block, and in several with a shorter last one; some targets are ignored."""
+    """One block, and several blocks of which the last is shorter; some targets are ignored."""
     monkeypatch.setitem(LOGITS, "cpu", logits)
     torch.manual_seed(0)
     targets = torch.randint(7, (600,))

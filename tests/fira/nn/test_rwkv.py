@@ -16,7 +16,7 @@ from tests import reference_models as reference
 @pytest.mark.parametrize("decay", [-8.0, -1.0, 2.0, 6.0])
 @pytest.mark.parametrize("chunk", [1, 4, 7, 64])
 def test_chunked_recurrence_equals_token_by_token_recurrence(decay: float, chunk: int) -> None:
-    """Values and gradients, from a given state, in float64 and fp32; w is 0.9997 to exp(−403)."""
+    """Compare values and gradients from a given state in float64 and fp32; w is 0.9997 to exp(−403)."""
     torch.manual_seed(0)
     length, heads = 18, 2
     r, k, v = (torch.randn(1, heads, length, 3, dtype=torch.float64) for _ in range(3))
@@ -58,7 +58,7 @@ def test_recurrence_continues_from_a_returned_state() -> None:
 
 
 def test_time_mix_in_bf16_is_close_to_fp32() -> None:
-    """Over a thousand tokens, with decays from almost 1 to almost 0."""
+    """A thousand tokens, with decays from almost 1 to almost 0."""
     torch.manual_seed(0)
     mix = TimeMix(16, 4, 1, 2)
     with torch.no_grad():

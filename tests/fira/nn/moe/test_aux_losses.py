@@ -1,4 +1,4 @@
-"""Auxiliary losses against their formulas."""
+"""Auxiliary losses compared with their formulas."""
 
 import math
 

@@ -19,7 +19,7 @@ def test_dispatch_then_combine_is_the_identity(top_k: int, tokens: int, seed: in
     order = list(plan.groups.sizes)  # of experts
     assert plan.groups.sizes == {e: n for e in order if (n := int((experts == e).sum())) or tokens != 1}
     rows = dispatcher.dispatch(x, plan, top_k)
-    # for each assignment the place of its expert in the sorted order, and its token
+    # position of each assignment's expert in the sorted order, and the assignment's token
     at = [(order.index(e), n) for n, chosen in enumerate(experts.tolist()) for e in chosen]
     assert torch.equal(rows, x[[n for _, n in sorted(at, key=lambda pair: pair[0])]])
     combined = gather_rows(dispatcher.combine(rows, plan), plan.inverse, plan.order)

@@ -25,7 +25,7 @@ def test_input_and_weight_gradients_are_computed_separately() -> None:
 
 
 def test_rows_without_expert_have_zero_output_and_gradient() -> None:
-    """By a product for each expert, and by the kernel for all, which leaves what it likes in such rows."""
+    """Both implementations; the grouped kernel leaves such rows uninitialised, so that they must be cleared."""
     counts, weight, bias = torch.tensor([3, 0, 2]), torch.randn(3, 8, 4), torch.randn(3, 8)
     results = []
     for product in (grouped_linear, _grouped_mm):

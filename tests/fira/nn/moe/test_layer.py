@@ -165,7 +165,7 @@ def test_single_token_gives_zero_gradient_to_other_experts() -> None:
     together = [p.grad.clone() for p in block.parameters()]
     block.zero_grad()
     for token in x.unbind(1):
-        junk = [torch.full_like(p, 7.0) for p in block.parameters()]  # what memory that is not cleared would show
+        junk = [torch.full_like(p, 7.0) for p in block.parameters()]  # uninitialised memory would contain these values
         del junk
         block(token[:, None], Context(), None).sum().backward()
     for parameter, expected in zip(block.parameters(), together, strict=True):

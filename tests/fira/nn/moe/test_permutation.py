@@ -24,11 +24,11 @@ def test_gather_rows_gradient() -> None:
 
 
 def test_weighted_sum_equals_loop() -> None:
-    """Of rows in the order of their experts, with the gradients of both; also where a weight is of less precision."""
+    """Rows are in the order of their experts. Compare values and gradients, also with weights of lower precision."""
     plan = TokenDispatcher().plan(torch.tensor([[2, 0], [1, 0], [2, 1]]), 3)
     rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
-    at = [(4, 0), (2, 1), (5, 3)]  # where each token's rows are, expert 0's before expert 1's before expert 2's
+    at = [(4, 0), (2, 1), (5, 3)]  # indices of each token's rows, sorted by expert
     expected = torch.stack([sum(weights[n, j] * rows[at[n][j]] for j in range(2)) for n in range(3)])
     torch.testing.assert_close(weighted_sum(rows, weights, plan.order, plan.inverse), expected)
     assert gradcheck(lambda *inputs: weighted_sum(*inputs, plan.order, plan.inverse), (rows, weights))

@@ -20,7 +20,7 @@ def test_fraction_is_rounded_down_to_at_least_one(top_k: int | float, num_expert
 
 
 @pytest.mark.parametrize("top_k", [0, 5, 1.5, -1])
-def test_numbers_outside_the_experts_are_refused(top_k: int | float) -> None:
+def test_invalid_top_k_raises(top_k: int | float) -> None:
     with pytest.raises(ValueError, match="top_k"):
         Router(6, 4, top_k)
 
@@ -90,7 +90,7 @@ def test_weights_are_renormalised_or_entries_of_the_full_softmax(temperature: fl
 
 
 def test_bias_balances_the_load_and_does_not_affect_the_weights() -> None:
-    """Without an auxiliary loss, on tokens that all prefer the same experts."""
+    """There is no auxiliary loss, and all tokens prefer the same experts."""
     moe = make_moe(balance_rate=0.003)
     with torch.no_grad():
         moe.router.gate.weight *= 0.3  # small logits, as at the start of training

@@ -1,0 +1,39 @@
+"""Invalid values on the command line."""
+
+from tests.fira.training.small_runs import cache
+from tests.launch import run_function
+
+INVALID_FLAGS = {
+    "--pp 3": "choose pp × dp = 1",
+    "--ep 3": "--ep 3 does not divide",
+    "--no-such-flag": "unrecognized arguments: --no-such-flag",
+    "--model fira-huge": "no such preset; choose from fira-base",
+    "--model_set n_head=7": "not divisible by n_head 7",
+    "--model-set colour=7": "fira-tiny has no field colour",
+    "--model-set d_model": "give NAME=VALUE",
+    "--model-set num_layers=2.5": "num_layers=2.5: num_layers must be int",
+    "--model-set top_k=true": "top_k must be int or float",
+    "--model mooshak-tiny --model-set norm_order=1": "norm_order must be str",
+    "--model mooshak-tiny --model-set norm_order=side": "norm_order 'side' is neither",
+    "--lr -1": "--lr -1.0: must be greater than 0",
+    "--timeout 0": "--timeout 0.0: must be greater than 0",
+    "--steps many": "invalid int value: 'many'",
+    "--data no/such/file": "no/such/file",
+    "--tokenizer setup.py": "setup.py: not a tokenizer.json",
+    "--config setup.py": "setup.py is not TOML",
+    "--resume tests": "tests: no checkpoint here",
+    "--recompute some": "--recompute some: give none, full, auto, or a number",
+    "--recompute 1 --local-devices cpu,cpu": "torchgpipe recomputes all or nothing",
+    "--plan maybe": "invalid choice: 'maybe'",
+    "--seq-len 100000": "--seq-len",
+    "--local-devices gpu:x": "--local-devices gpu:x",
+}
+
+
+def test_invalid_flags_raise_one_line_errors(settings, tmp_path):
+    flags = [["--config", str(settings), "--out", str(tmp_path / "run"), *words.split()] for words in INVALID_FLAGS]
+    (messages,) = run_function(1, "tests.ranks.train_ranks", "messages", env=cache(settings), flags=flags)
+    for message, (words, expected) in zip(messages, INVALID_FLAGS.items(), strict=True):
+        assert "\n" not in message
+        assert expected in message, words
+    assert not (tmp_path / "run").exists()

@@ -88,7 +88,7 @@ def choose_precision(precision: str, devices: Sequence[torch.device]) -> str:
         precision = AUTO_PRECISIONS[levels[0]]
     if dist.get_rank() == 0 and precision in AUTO_PRECISIONS and levels[1 + AUTO_PRECISIONS.index(precision)] < 0:
         logger.warning(
-            "--precision %s: the %s has no instructions for it and emulates it slowly; --precision auto selects %s",
+            "precision %s: the %s has no instructions for it and emulates it slowly; give --precision %s",
             *(precision, devices[0].type.upper(), AUTO_PRECISIONS[levels[0]]),
         )
     return precision

@@ -101,7 +101,7 @@ def test_emulated_precision_is_reported_in_one_line(monkeypatch, caplog, one_ran
     simulate_capability(monkeypatch, capability)
     with caplog.at_level(logging.WARNING):
         assert devices.choose_precision(given, [GPU]) == chosen
-    assert [record.getMessage().startswith(f"--precision {given}: ") for record in caplog.records] == [True] * warned
+    assert [record.getMessage().startswith(f"precision {given}: ") for record in caplog.records] == [True] * warned
 
 
 @pytest.mark.parametrize(("flags", "warned"), [("flags : fpu avx512f", True), ("flags : avx512_bf16 avx2", False)])

@@ -95,21 +95,21 @@ class Sampler:
         for process in self.penalties:
             logits = process(ids, logits)
         if s.temperature == 0:
-            return torch.zeros_like(logits).scatter(1, logits.argmax(-1, keepdim=True), 1.0)
-        logits = (
-            logits - logits.amax(-1, keepdim=True)
-        ) / s.temperature  # the largest is 0: no overflow at any temperature
-        if s.top_k is not None and s.top_k < logits.shape[-1]:
-            logits = logits.masked_fill(logits < logits.topk(s.top_k).values[:, -1:], float("-inf"))
+            return torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+        # The largest is 0: no overflow at any temperature.
+        logits = (logits - logits.amax(1, keepdim=True)) / s.temperature
+        if s.top_k is not None:
+            kept = logits.topk(min(s.top_k, logits.shape[1])).values
+            logits = logits.masked_fill(logits < kept[:, -1:], float("-inf"))
         if s.top_p is not None and s.top_p < 1:
             sorted_logits, order = logits.sort(descending=True)
-            sorted_p = sorted_logits.softmax(-1)
-            preceding = sorted_p.cumsum(-1) - sorted_p  # total probability of the more probable tokens
+            sorted_p = sorted_logits.softmax(1)
+            preceding = sorted_p.cumsum(1) - sorted_p  # total probability of the more probable tokens
             removed = torch.zeros_like(preceding, dtype=torch.bool).scatter(1, order, preceding >= s.top_p)
             logits = logits.masked_fill(removed, float("-inf"))
         for process in self.filters:
             logits = process(ids, logits)
-        return logits.softmax(-1)
+        return logits.softmax(1)
 
 
 def draw(probabilities: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
@@ -123,7 +123,7 @@ def draw(probabilities: Tensor, generators: Sequence[torch.Generator] | None = N
     else:
         for row, generator in zip(times, generators, strict=True):
             row.exponential_(generator=generator)
-    return (probabilities / times).argmax(-1)
+    return (probabilities / times).argmax(1)
 
 
 def _transformers(name: str, option: str, value: Any) -> Processor:

@@ -43,9 +43,9 @@ def reduce_gradients(shards: Sequence[ParamShard], mesh: Mesh) -> None:
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Group consecutive tensors on one device; a group is complete when it has at least BUCKET bytes."""
     buckets: list[list[Tensor]] = []
-    size = 0
+    size = BUCKET  # the first tensor starts a group
     for tensor in tensors:
-        if not buckets or size >= BUCKET or tensor.device != buckets[-1][0].device:
+        if size >= BUCKET or tensor.device != buckets[-1][0].device:
             buckets.append([])
             size = 0
         buckets[-1].append(tensor)

@@ -1,8 +1,11 @@
 """Cosmic Ray's mutants of a module and what identifies each of them.
 
-Left out: mutants of annotations, type aliases and raised errors, whose texts are not specified; lines marked
-`pragma: no mutate`; all but one replacement of each binary
-operator; and identity in place of an order. No operator mutates strings.
+Left out, because they are equivalent, duplicates or not specified:
+- annotations, type aliases, raised errors, whose texts are not specified, and lines marked `pragma: no mutate`;
+- all but one replacement of each binary operator and of `is` and `is not`; identity in place of an order;
+- `frozen=True` of dataclasses and `strict=True` of zip, which forbid what no caller does;
+- a second mutant with the same constants: +1 and 1 for −1, or ~1 and −2.
+No operator mutates strings.
 """
 
 import ast
@@ -39,7 +42,8 @@ def mutants(path: Path) -> list[Mutant]:
     """All mutants of a module but those that the filters below exclude, in the order of their lines."""
     source = path.read_text(encoding="utf-8")
     ignored, tree = _ignored_lines(source), get_ast(source)
-    found: dict[str, Mutant] = {}  # by code, since two operators may give the same
+    original = _program(source)
+    found: dict[str, Mutant] = {}  # by program, since two operators may give the same
     for name in operator_names():
         if name in EXCLUDED or not _is_representative(name):
             continue
@@ -47,41 +51,58 @@ def mutants(path: Path) -> list[Mutant]:
         places = [(node, start) for node in ast_nodes(tree) for start, _ in operator.mutation_positions(node)]
         for occurrence, (node, start) in enumerate(places):
             code = None if start[0] in ignored else mutate_code(source, operator, occurrence)
-            if code is None or not _changes_program(source, code):
+            program = original if code is None else _program(code)
+            if code is None or program in (original, "") or program in found:
                 continue
             before, after, line = _first_difference(source, code)
             definition = ASTQuery(node).get_definition_name() or ""
-            found.setdefault(code, Mutant(definition, before, after, line, name.removeprefix("core/"), code))
+            found[program] = Mutant(definition, before, after, line, name.removeprefix("core/"), code)
     return sorted(found.values(), key=lambda mutant: (mutant.line, mutant.operator, mutant.after))
 
 
 def _is_representative(name: str) -> bool:
-    if name.endswith(("_Is", "_IsNot")) and "_Is_" not in name and "_IsNot_" not in name:
-        return False  # identity instead of an ordering, which is False for most numbers
+    source, _, target = name.removeprefix("core/ReplaceComparisonOperator_").partition("_")
+    if name.startswith("core/ReplaceComparisonOperator_"):
+        identities = {"Is", "IsNot"}  # instead of an order: False for most numbers; replaced by one: always the same
+        return {source, target} == identities or not {source, target} & identities
     kind, _, pair = name.removeprefix("core/").partition("BinaryOperator_")
     source, _, target = pair.partition("_")
     return kind != "Replace" or REPLACEMENTS[source] == target
 
 
-def _changes_program(source: str, code: str) -> bool:
-    """False for code that does not compile and for a change in annotations."""
-    try:
-        return _program(source) != _program(code)
-    except SyntaxError:
-        return False
-
-
 def _program(code: str) -> str:
-    """The syntax tree without annotations, which do not change what the program computes."""
-    tree = ast.parse(code)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            node.annotation = None
-        elif isinstance(node, ast.AnnAssign):
-            node.annotation = ast.Constant(None)
-        elif isinstance(node, ast.FunctionDef):
-            node.returns = None
-    return ast.dump(tree)
+    """The syntax tree, without what does not change the results (see the top); empty for code that does not compile."""
+    try:
+        return ast.dump(_Normalise().visit(ast.parse(code)))
+    except SyntaxError:
+        return ""
+
+
+class _Normalise(ast.NodeTransformer):
+    """Removes annotations, `frozen` and `strict`, and evaluates unary operators on numbers."""
+
+    def visit_arg(self, node: ast.arg) -> ast.AST:
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        node.annotation = ast.Constant(None)
+        return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST | None:
+        return None if node.arg in ("frozen", "strict") else self.generic_visit(node)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Not) or not (
+            isinstance(node.operand, ast.Constant) and type(node.operand.value) is int
+        ):
+            return node
+        return ast.Constant(ast.literal_eval(node) if not isinstance(node.op, ast.Invert) else ~node.operand.value)
 
 
 def _ignored_lines(source: str) -> set[int]:

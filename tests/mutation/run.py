@@ -33,7 +33,8 @@ EQUIVALENT = tomllib.loads(Path(__file__).with_name("equivalent.toml").read_text
 
 def is_equivalent(target: str, mutant: Mutant) -> bool:
     key = (mutant.definition, mutant.before, mutant.after)
-    return any((e["definition"], e["before"], e["after"]) == key for e in EQUIVALENT.get(target, []))
+    entries = EQUIVALENT.get(target, [])
+    return any((e["definition"], e["before"], e.get("after", mutant.after)) == key for e in entries)
 
 
 def passes(tree: Path, tests: list[str], timeout: float) -> bool:

@@ -47,6 +47,11 @@ def test_impossible_number_of_stages_raises(stages):
         partition([1.0, 1.0], stages)
 
 
+def test_squares_rank_partitions_with_the_same_largest_sum():
+    """6, 7, 2, 3 has the squares 98 and 1, 5, 7, 5 has 100; their sums of cubes are equal."""
+    assert partition([1, 5, 7, 2, 3], 4) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
+
+
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=9), st.data())
 def test_scaled_costs_give_the_same_partition(costs, data):
     """Scaling by a power of two is exact, so that equal partitions stay equal."""

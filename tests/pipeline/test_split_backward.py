@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fira.models.registry import build, make_config
 from fira.nn.context import Context
-from pipeline.split_backward import SplitBackward
+from pipeline.split_backward import SplitBackward, run_backward
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten._grouped_mm, aten.embedding_dense_backward}
@@ -75,6 +75,13 @@ def test_vectors_first_and_matrices_later():
     linear, norm = nn.Linear(5, 5), nn.LayerNorm(5)
     early = compare(lambda x: linear(norm(x)), torch.randn(4, 5), [*linear.parameters(), *norm.parameters()])
     assert [gradient is None for gradient in early] == [True, False, False, False]  # weight, bias, gain, bias
+
+
+def test_scalars_are_in_the_first_part():
+    torch.manual_seed(0)
+    weight, scale = nn.Parameter(torch.randn(5, 5)), nn.Parameter(torch.tensor(2.0))
+    early = compare(lambda x: (x * scale) @ (weight * 3), torch.randn(4, 5), [weight, scale])
+    assert [gradient is None for gradient in early] == [True, False]
 
 
 def test_vectors_on_both_sides_of_a_product():
@@ -143,3 +150,51 @@ def test_saved_bytes_count_each_storage_once():
     split = SplitBackward(second(torch.tanh(first(x))), x)
     split.backward_input(torch.ones(4, 5))
     assert split.saved_bytes() == 2 * 4 * 5 * 4
+
+
+@pytest.mark.parametrize("uses", [1, 2, 3, 4])
+def test_gradients_of_a_shared_weight_are_summed_before_they_are_added_to_earlier_ones(uses):
+    """Bitwise as in two full backwards."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(5, 5), torch.randn(40, 5, requires_grad=True)
+
+    def f() -> Tensor:
+        y = x
+        for _ in range(uses):
+            y = linear(y.tanh())
+        return y
+
+    for _ in range(2):
+        f().backward(torch.full((40, 5), 0.3))
+    expected, linear.weight.grad = linear.weight.grad, None
+    for _ in range(2):
+        split = SplitBackward(f(), x)
+        split.backward_input(torch.full((40, 5), 0.3))
+        split.backward_weight()
+    assert torch.equal(linear.weight.grad, expected)
+
+
+def test_weight_gradients_belong_to_the_first_part():
+    """Another backward through the same graph in between does not change them."""
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 5, bias=False)
+    x = torch.randn(4, 5, requires_grad=True)
+    y = linear(x)
+    split = SplitBackward(y, x)
+    split.backward_input(torch.ones(4, 5))
+    torch.autograd.grad(y, x, torch.zeros(4, 5), retain_graph=True)
+    split.backward_weight()
+    torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(5, 5))
+
+
+def test_run_backward_equals_torch():
+    x, unused = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    y = (x**2).sin()
+    gradients = run_backward([y], [torch.ones(3)], [x, unused], retain_graph=True)
+    assert torch.equal(gradients[0], torch.autograd.grad(y, x, torch.ones(3), retain_graph=True)[0])
+    assert gradients[1] is None
+    assert x.grad is None
+    run_backward([y], [torch.ones(3)])
+    assert torch.equal(x.grad, gradients[0])
+    with pytest.raises(RuntimeError, match="second time"):
+        run_backward([y], [torch.ones(3)])  # the graph was freed

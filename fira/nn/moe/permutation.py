@@ -23,9 +23,8 @@ def sort_by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
 def count_by_expert(experts: Tensor, num_experts: int, weights: Tensor | None = None) -> Tensor:
     """Expert numbers [n] → [E] int64, the count of each expert, or the sum of its weights [n] int64."""
     weights = torch.ones_like(experts) if weights is None else weights
-    return weights.new_zeros(num_experts).scatter_add_(
-        0, experts, weights
-    )  # bincount would synchronise with the device
+    counts = weights.new_zeros(num_experts)  # not bincount, which would synchronise with the device
+    return counts.scatter_add_(0, experts, weights)
 
 
 def gather_rows(x: Tensor, order: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:

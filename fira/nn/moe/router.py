@@ -73,13 +73,13 @@ class Router(nn.Module):
             if self.noise and keys is not None:
                 logits = logits + self.noise * normal(at_place(keys, self.salt), logits.shape[1]).to(logits.dtype)
             if self.balance_rate:
-                experts = (logits.softmax(dim=-1) + self.balance).topk(self.top_k, dim=-1).indices
-                kept = logits.gather(-1, experts)
+                experts = (logits.softmax(1) + self.balance).topk(self.top_k, 1).indices
+                kept = logits.gather(1, experts)
             else:
-                kept, experts = logits.topk(self.top_k, dim=-1)
+                kept, experts = logits.topk(self.top_k, 1)
             if self.renormalise:
-                return Routed(experts, kept.softmax(dim=-1), logits)
-            return Routed(experts, logits.softmax(dim=-1).gather(-1, experts), logits)
+                return Routed(experts, kept.softmax(1), logits)
+            return Routed(experts, logits.softmax(1).gather(1, experts), logits)
 
     def rebalance(self, load: Tensor) -> None:
         """Update the bias. load: [E] assignments of a whole step, summed over all ranks."""

@@ -116,6 +116,7 @@ def test_manifest_must_list_the_index_and_a_record_per_file(root: Path) -> None:
         ((5, 2), [(1, 4)], False),
         ((5, 2), [(0, 6)], False),
         ((5, 2), [(0, 3), (2, 3)], False),  # overlap
+        ((5, 2), [(0, 3), (1, 2)], False),  # overlap and gap at the end
         ((5, 2), [(0, 2), (3, 2)], False),  # gap
         ((5, 2), [(0, 5), (0, 5)], False),
         ((5, 2), [(0, 6), (6, -1)], False),

@@ -113,6 +113,47 @@ def test_nucleus_is_the_smallest_set_that_reaches_p() -> None:
         assert (totals - least < p + 1e-6).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "valid", "invalid"),
+    [
+        ("temperature", [0.0, 1e-38, 1e38], [-1e-9, -0.5, -1.0, float("inf"), float("nan")]),
+        ("top_k", [1, 2], [0, -1]),
+        ("top_p", [1e-9, 1.0], [0.0, -0.5, 1.001, 2.0, float("nan")]),
+    ],
+)
+def test_options_out_of_range_raise(name: str, valid: list[float], invalid: list[float]) -> None:
+    for value in valid:
+        assert getattr(Sampling(**{name: value}), name) == value
+    for value in invalid:
+        with pytest.raises(UserError, match=f"{name} {value}: give"):
+            Sampling(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "greedy"),
+    [
+        ({}, False),
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.5}, False),
+        ({"temperature": 0.0, "top_k": 3, "min_p": 0.1}, True),
+        ({"temperature": 0.0, "repetition_penalty": 1.5}, False),
+        ({"temperature": 0.0, "presence_penalty": 0.5}, False),
+        ({"presence_penalty": 0.5}, False),
+    ],
+)
+def test_sampler_is_greedy_at_temperature_zero_without_penalties(options: dict[str, Any], greedy: bool) -> None:
+    assert Sampler(Sampling(**options)).greedy is greedy
+
+
+def test_extreme_values_lose_no_probability() -> None:
+    logits = torch.tensor([[30.0, 29.0, 10.0], [-30.0, -40.0, -29.0]])
+    ids = torch.empty(2, 0)
+    assert Sampler(Sampling(temperature=1e-38)).probabilities(ids, logits).tolist() == [[1, 0, 0], [0, 0, 1]]
+    assert (Sampler(Sampling(top_p=1.0)).probabilities(ids, logits) > 0).all()  # although the sum reaches 1 early
+    for k in (3, 4):
+        torch.testing.assert_close(Sampler(Sampling(top_k=k)).probabilities(ids, logits), logits.softmax(1))
+
+
 CHANCES = [0.05, 0.4, 0.15, 0.3, 0.1]
 
 

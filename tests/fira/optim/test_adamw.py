@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -38,11 +39,14 @@ def test_adamw_equals_torch_and_decays_matrices_only():
         torch.testing.assert_close(exp_avg_sq, reference.state[theirs[name]]["exp_avg_sq"], rtol=1e-6, atol=1e-18)
 
 
-def test_only_matrices_without_bias_do_not_raise():
-    parameter = nn.Parameter(torch.ones(2, 2))
-    parameter.grad = torch.zeros(2, 2)
-    AdamW({"w": parameter}, {"w"}, weight_decay=0.5).step(0.1)
-    torch.testing.assert_close(parameter, torch.full((2, 2), 0.95))
+@pytest.mark.parametrize(("decayed", "expected"), [({"w"}, 0.95), (set(), 1.0)])
+def test_one_of_the_two_groups_may_be_empty(decayed, expected):
+    """With a gradient of one, the update is the learning rate."""
+    for grad in (0.0, 1.0):
+        parameter = nn.Parameter(torch.ones(2, 2))
+        parameter.grad = torch.full((2, 2), grad)
+        AdamW({"w": parameter}, decayed, weight_decay=0.5).step(0.1)
+        torch.testing.assert_close(parameter, torch.full((2, 2), expected - 0.1 * grad))
 
 
 def test_training_does_not_import_torchs_compiler():

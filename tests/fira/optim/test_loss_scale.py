@@ -44,5 +44,8 @@ def test_state_is_restored():
     restored = LossScale(enabled=True)
     restored.load_state_dict(scale.state_dict())
     assert (restored.value, restored.good_steps) == (2**14, 1)
+    restored.load_state_dict({"value": 2.0, "good_steps": 1})
+    assert restored.value == 2.0
+    restored.load_state_dict(scale.state_dict())
     restored.load_state_dict(LossScale(enabled=False).state_dict())  # of a run without loss scaling
     assert (restored.value, restored.good_steps) == (2**14, 1)

@@ -31,3 +31,8 @@ def test_without_warmup_the_decay_starts_at_once():
 def test_warmup_as_long_as_the_run():
     assert learning_rate(10, 10, 1.0, 0.1, 10) == 1.0
     assert learning_rate(11, 10, 1.0, 0.1, 10) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("peak", [6e-4, 3e-4, 0.3])
+def test_rate_at_the_end_of_the_warmup_is_exactly_the_peak(peak):
+    assert learning_rate(10, 100, peak, 0.1 * peak, 10) == learning_rate(10, 100, peak, 0.1, 10) == peak

@@ -83,3 +83,9 @@ def test_tensors_for_a_gpu_are_copied_from_pinned_memory_without_waiting(monkeyp
     BatchSplit(2, 1, 0, 5, torch.device("cpu")).microbatches(read, 0, 2, dropout_seed=3)
     BatchSplit(2, 1, 0, 5).microbatches(read, 0, 2, dropout_seed=3)
     assert not pinned
+
+
+def test_contexts_are_on_the_device_of_the_split_and_inputs_on_the_cpu():
+    (microbatch,) = BatchSplit(2, 1, 0, 5, torch.device("meta")).microbatches(read, 7, 2, dropout_seed=3)
+    assert microbatch.context.lengths.device.type == "meta"
+    assert microbatch.inputs.device.type == "cpu"

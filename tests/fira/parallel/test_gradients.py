@@ -8,6 +8,7 @@ import torch
 
 from fira.parallel import gradients
 from fira.parallel.gradients import BUCKET, UNBUCKETED
+from fira.parallel.parallelize import ParamShard
 from tests.launch import run_function
 
 
@@ -61,6 +62,20 @@ def test_buckets_keep_order_and_are_complete_at_their_size():
     assert [id(tensor) for bucket in buckets for tensor in bucket] == [id(tensor) for tensor in tensors]
     assert gradients._buckets([]) == []
     assert UNBUCKETED < BUCKET
+
+
+def test_bucket_with_one_byte_less_than_its_size_is_not_complete():
+    tensors = [torch.empty(size, dtype=torch.uint8, device="meta") for size in (BUCKET, BUCKET - 1, 1, 1)]
+    assert [len(bucket) for bucket in gradients._buckets(tensors)] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 1.5, 2.0])
+def test_gradients_are_scaled_in_place(factor):
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for value, parameter in enumerate(parameters, 1):
+        parameter.grad = torch.full((2,), float(value))
+    gradients.scale_gradients([ParamShard("w", p, 0, (2,), False) for p in parameters], factor)
+    assert [p.grad.tolist() for p in parameters] == [[factor] * 2, [2 * factor] * 2]
 
 
 def test_buckets_are_split_by_device():

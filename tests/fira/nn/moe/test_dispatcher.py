@@ -28,3 +28,26 @@ def test_dispatch_then_combine_is_the_identity(top_k: int, tokens: int, seed: in
     factor = torch.randn(combined.shape, generator=generator, dtype=torch.float64)
     (combined * factor).sum().backward()
     torch.testing.assert_close(x.grad, factor.unflatten(0, (tokens, top_k)).sum(1))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3), st.integers(1, 6), st.booleans(), st.integers(0, 2**31))
+def test_dropped_assignments_are_sorted_last_and_belong_to_no_group(
+    top_k: int, tokens: int, dropped: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    experts = torch.rand(tokens, 4, generator=generator).topk(top_k).indices
+    if dropped:
+        experts[torch.rand(experts.shape, generator=generator) < 0.4] = 4
+    plan = TokenDispatcher().plan(experts, 4, dropped=dropped)
+    flat = experts.flatten().tolist()
+    assert plan.groups.ragged == dropped
+    if tokens == 1 and not dropped:  # not sorted: the groups are in the order of the choices
+        assert plan.groups.counts is None
+        assert list(plan.groups.sizes.items()) == [(e, 1) for e in flat]
+        assert plan.order.tolist() == plan.inverse.tolist() == list(range(top_k))
+    else:
+        assert plan.groups.counts is not None
+        assert plan.groups.counts.tolist() == [flat.count(e) for e in range(4)]
+        assert plan.order.tolist() == sorted(range(len(flat)), key=lambda i: flat[i])
+        assert plan.order[plan.inverse].tolist() == list(range(len(flat)))

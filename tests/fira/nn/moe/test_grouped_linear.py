@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -96,3 +98,65 @@ def test_sizes_are_read_once_for_all_products_of_a_layer(monkeypatch) -> None:
     x = torch.randn(8, 4, requires_grad=True)
     grouped_linear(grouped_linear(x, groups, weights[0]), groups, weights[1]).sum().backward()
     assert len(reads) == 1
+
+
+def loop(x: torch.Tensor, groups: list[tuple[int, int]], weight: torch.Tensor, bias: torch.Tensor | None):
+    """The product, one row at a time. groups: (expert, rows) in order."""
+    experts = [e for e, rows in groups for _ in range(rows)]
+    rows = [weight[e] @ row + (0 if bias is None else bias[e]) for e, row in zip(experts, x, strict=False)]
+    return torch.stack([*rows, *(0 * x[len(rows) :] @ weight[0].T)])
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.dictionaries(st.integers(0, 4), st.integers(0, 3), min_size=1),
+    rest=st.integers(0, 2),
+    biased=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_output_and_gradients_equal_a_loop_over_rows(sizes: dict[int, int], rest: int, biased: bool, seed: int) -> None:
+    """For any order of the groups; `rest` rows belong to no expert, and some of the five experts have no rows."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(sum(sizes.values()) + rest, 3), (5, 2, 3), *([(5, 2)] if biased else [])]
+    if not shapes[0][0]:
+        return
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    x, weight, bias = inputs if biased else [*inputs, None]
+    junk = [torch.full((n, m), 7.0, dtype=torch.float64) for n in range(1, 19) for m in (2, 3)]
+    del junk  # uninitialised memory contains sevens
+    y = grouped_linear(x, RowGroups(None, sizes), weight, bias)
+    expected = loop(x, list(sizes.items()), weight, bias)
+    torch.testing.assert_close(y, expected)
+    grad_y = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(y, inputs, grad_y),
+        torch.autograd.grad(expected, inputs, grad_y, allow_unused=True, materialize_grads=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        assert torch.equal(grouped_linear(x, RowGroups(None, sizes), weight, bias), y)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_computes_in_its_dtype(biased: bool, enabled: bool) -> None:
+    """On a CPU also bfloat16 is computed per expert, so that counts of rows on the device are not needed."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(4, 3), torch.randn(3, 2, 3), torch.randn(3, 2) if biased else None
+    groups = RowGroups(None, {2: 1, 0: 3})
+    with torch.set_grad_enabled(enabled), torch.autocast("cpu", torch.bfloat16):
+        y = grouped_linear(x, groups, weight, bias)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), loop(x, [(2, 1), (0, 3)], weight, bias), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_single_kernel_equals_a_loop_over_rows(biased: bool) -> None:
+    """Without rows of no expert, the input is passed unchanged."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(8, 4), torch.randn(4, 8, 4), torch.randn(4, 8) if biased else None
+    groups = RowGroups(torch.tensor([0, 3, 0, 5]))
+    torch.testing.assert_close(_grouped_mm(x, groups, weight, bias), loop(x, [(1, 3), (3, 5)], weight, bias))
+    assert groups.ends.dtype == torch.int32
+    assert (groups.sizes, groups.ragged) == ({0: 0, 1: 3, 2: 0, 3: 5}, False)

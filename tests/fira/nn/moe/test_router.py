@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from fira.nn.dropout import token_keys
+from fira.nn.dropout import at_place, normal, salt, token_keys
 from fira.nn.moe.router import Router, number_chosen
 from tests.fira.nn.moe.small_moe import make_moe, training
 
@@ -124,3 +124,41 @@ def test_routing_noise_depends_on_sequence_and_name() -> None:
     assert noisy.weights.shape == (6, 2)
     difference = (noisy.logits - plain.logits).detach() / 0.5
     assert 0.3 < difference.std() < 2
+
+
+def test_noise_is_normal_by_token_key_and_name_and_is_scaled() -> None:
+    torch.manual_seed(0)
+    x, keys = torch.randn(5, 6), torch.arange(5, dtype=torch.int32)
+    plain = Router(6, 4, 2)
+    for noise, name in ((0.3, "layers.1.router"), (1.5, "layers.2.router")):
+        router = Router(6, 4, 2, noise=noise, name=name)
+        router.load_state_dict(plain.state_dict())
+        expected = plain(x).logits + noise * normal(at_place(keys, salt(name)), 4)
+        torch.testing.assert_close(router(x, keys).logits, expected, check_dtype=False)
+        assert torch.equal(router(x).logits, plain(x).logits)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_bias_chooses_experts_but_does_not_change_their_weights(renormalise: bool) -> None:
+    torch.manual_seed(0)
+    router, x = Router(6, 4, 2, balance_rate=0.25, renormalise=renormalise), torch.randn(50, 6)
+    router.rebalance(torch.tensor([0, 4, 2, 2]).double())
+    router.rebalance(torch.tensor([1, 5, 7, 3]).double())
+    assert router.balance.tolist() == [0.5, -0.5, -0.25, 0.25]
+    routed = router(x)
+    p = routed.logits.softmax(1)
+    chosen = (p + torch.tensor([0.5, -0.5, -0.25, 0.25])).argsort(1, descending=True)[:, :2]
+    assert torch.equal(routed.experts, chosen)
+    kept = p.gather(1, chosen)
+    torch.testing.assert_close(routed.weights, kept / kept.sum(1, keepdim=True) if renormalise else kept)
+    unbiased = Router(6, 4, 2)
+    unbiased.rebalance(torch.tensor([0, 4, 2, 2]).double())
+    assert not list(unbiased.buffers())
+
+
+def test_logits_are_computed_in_the_precision_of_the_weights_under_autocast() -> None:
+    torch.manual_seed(0)
+    router, x = Router(6, 4, 2), torch.randn(5, 6).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = router(x).logits
+    assert torch.equal(logits, router(x.float()).logits)

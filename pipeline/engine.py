@@ -173,7 +173,7 @@ class _ScheduleRun:
             start = clock.mark()
             self.engine.stages[stage].backward_weight(i)  # [3]
         elif kind is ActionKind.FORWARD and stage == 0:
-            x = self.microbatches[i].inputs.to(self.engine.stages[0].input_device)
+            x = self.microbatches[i].inputs.to(self.engine.stages[0].input_device, non_blocking=True)
             start = clock.mark()
             self._forward(action, x)
         else:

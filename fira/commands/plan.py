@@ -13,11 +13,12 @@ import torch
 
 import pipeline
 from fira import cli
-from fira.devices import choose_devices
+from fira.devices import choose_devices, choose_precision
 from fira.errors import UserError
 from fira.metrics.timeline_plot import write_timeline
 from fira.models.registry import build, make_config
 from fira.planner.best_candidates import plan_for, plan_here
+from fira.planner.device_specs import load
 from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig, add_options, given_flags
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser = cli.Parser(__doc__, prog)
     add_options(parser, KEYS)
     parser.add_argument("--ranks", type=int, required=True, help="number of ranks of the run")
-    parser.add_argument("--device", default="this", help="this, h200, a100, t4 or a TOML file (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="this", help="this, h200, h100, a100, t4 or a TOML file (default: %(default)s)"
+    )
     parser.add_argument("--top", type=int, default=10, help="number of candidates shown (default: %(default)s)")
     parser.add_argument(
         "--timeline", metavar="JSON", help="write the timeline of the best candidate as trace events and PNG"
@@ -61,12 +64,16 @@ def plan(options: Namespace, world: pipeline.World | None) -> None:
     if options.device == "this":
         assert world
         device = choose_devices("auto", None, world.local_rank)[0]
-        result, hardware = plan_here(model, constraints, config.precision, options.ranks, device, world, options.top)
+        precision = choose_precision(config.precision, [device])
+        result, hardware = plan_here(model, constraints, precision, options.ranks, device, world, options.top)
     else:
-        result, hardware = plan_for(model, constraints, config.precision, options.ranks, options.device, options.top)
+        hardware = load(options.device)
+        precision = hardware.fastest_precision() if config.precision == "auto" else config.precision
+        result = plan_for(model, constraints, precision, options.ranks, hardware, options.top)
     if world and world.rank > 0:
         return
-    print(describe_plan(result, hardware, batch * model.config.seq_len, given_flags(config, without=PLANNED)))
+    command = given_flags(config, without=PLANNED)
+    print(describe_plan(result, hardware, precision, batch * model.config.seq_len, command))
     if options.timeline:
         best = result.best[0]
         if best.timeline is None:

@@ -19,6 +19,6 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     del settings["config"]
     quiet, verbose = settings.pop("quiet"), settings.pop("verbose")
     config = TrainConfig(**settings)
-    world = pipeline.init(config.timeout)
+    world = pipeline.init(config.timeout, cuda=config.device != "cpu")
     cli.start_logging(quiet, verbose, world.rank)
     train(config, world, quiet)

@@ -78,7 +78,10 @@ class SelfAttention(nn.Module):
             y, context.decoding.attentions[self.name] = _attend(q, k, v, mask)
         else:
             causal = mask is None and q.shape[2] > 1
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.shared)
+            shared = self.shared
+            if shared and _lacks_flash_attention(q.device):
+                (k, v), shared = _repeat_heads(q, k, v), False
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
         y = y.transpose(1, 2).flatten(2)
         return self.o(y if self.g is None else y * self.g(x))
 
@@ -104,9 +107,20 @@ class SelfAttention(nn.Module):
         return 2.0 * self.o.in_features * min(length, 2 * (self.window or length))
 
 
+def _lacks_flash_attention(device: torch.device) -> bool:
+    """Whether a device is a GPU older than sm_80. With shared heads torch would store all of its scores."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def _repeat_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with each head repeated for the query heads that it serves."""
+    repeats = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """scaled_dot_product_attention, and the probabilities [B, H, new, seen], which it does not return."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    k, v = _repeat_heads(q, k, v)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is None:
         mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril(k.shape[2] - q.shape[2])

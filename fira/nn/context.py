@@ -15,6 +15,11 @@ from fira.nn.dropout import token_keys
 from fira.nn.kv_cache import KVCache
 
 
+def pinned_for(device: torch.device, x: Tensor) -> Tensor:
+    """A tensor that can be copied to a device without waiting for it: on a CPU, pinned if the device is a GPU."""
+    return x.pin_memory() if x.device.type == "cpu" and device.type == "cuda" else x
+
+
 @dataclass
 class MoEStats:
     """Routing statistics of one MoE layer for one micro-batch, or for one chunk of it."""
@@ -92,8 +97,8 @@ class Context:
         return [replace(self._map(rows(chunk)), chunk=chunk) for chunk in range(len(sizes))]
 
     def to(self, device: torch.device) -> Self:
-        """The same context with its tensors on a device."""
-        return self._map(lambda x: x.to(device, non_blocking=True))
+        """The same context with its tensors on a device. From a CPU to a GPU they are copied asynchronously."""
+        return self._map(lambda x: pinned_for(device, x).to(device, non_blocking=True))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same context with a function applied to every tensor that has one row per sequence."""

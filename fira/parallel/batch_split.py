@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fira.nn.context import Context, TrainingContext
+from fira.nn.context import Context, TrainingContext, pinned_for
 from fira.nn.cross_entropy import IGNORE_INDEX
 from pipeline.engine import MicroBatch
 
@@ -61,6 +61,8 @@ class BatchSplit:
                 context.keys = torch.tensor([_key(dropout_seed, number) for number in numbers])
                 context.training.aux_weights = valid * weight
             inputs = torch.from_numpy(_pad(tokens[rows], missing, 0))
+            if self.device:
+                inputs = pinned_for(self.device, inputs)
             result.append(
                 MicroBatch(
                     inputs=inputs,

@@ -43,11 +43,13 @@ def create_pipeline_model(
     devices: Sequence[torch.device | str],
     chunks: int | None = None,
     recompute: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> PipelineModel:
     """Split a model, or a new one of a config, over devices such as `["cuda:0", "cuda:1"]`, balanced by FLOPs.
 
     chunks: the number of micro-batches of a batch (default: four per device). recompute: save only the tensors between
-    devices and recompute the others in the backward. The model's parameters are moved, not copied.
+    devices and recompute the others in the backward. autocast: dtype of matrix products; None: disabled. Autocast
+    around a call has no effect, because torchgpipe runs layers in threads of its own. Parameters are moved, not copied.
     Raises ValueError if there are more devices than layers.
     """
     if not isinstance(model, LanguageModel):
@@ -55,4 +57,5 @@ def create_pipeline_model(
     if model.tied:
         del model.layers[-1].get_submodule("project").weight
     balance = [len(span) for span in partition(layer_flops(model), len(devices))]
-    return PipelineModel(model, LocalPipeline(list(model.layers), balance, devices, chunks=chunks, recompute=recompute))
+    local = LocalPipeline(list(model.layers), balance, devices, chunks, autocast, recompute)
+    return PipelineModel(model, local)

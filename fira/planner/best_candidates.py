@@ -9,7 +9,7 @@ from fira.models.language_model import LanguageModel
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate, Constraints, candidates
 from fira.planner.costs import roofline_costs
-from fira.planner.device_specs import Hardware, load
+from fira.planner.device_specs import Hardware
 from fira.planner.measure import device_memory, measure
 from fira.planner.memory import rank_memory, with_least_recompute
 from fira.planner.model_profile import profile_of
@@ -34,19 +34,19 @@ def plan_here(
 
 
 def plan_for(
-    model: LanguageModel, constraints: Constraints, precision: str, ranks: int, device: str, limit: int = 10
-) -> tuple[SearchResult, Hardware]:
-    """Find the best candidates on a described device, given by its name or its TOML file.
+    model: LanguageModel, constraints: Constraints, precision: str, ranks: int, hardware: Hardware, limit: int = 10
+) -> SearchResult:
+    """Find the best candidates on a described device.
 
     model: on the meta device. Raises UserError if the description has no FLOP/s for the precision.
     """
-    profile, hardware = profile_of(model), load(device)
     if precision not in hardware.flops:
         raise UserError(
-            f"--precision {precision}: {device} has no FLOP/s for it; choose one of {', '.join(hardware.flops)}"
+            f"--precision {precision}: {hardware.name} has no FLOP/s for it; choose one of {', '.join(hardware.flops)}"
         )
+    profile = profile_of(model)
     cost_model = roofline_costs(profile, hardware, precision)
-    return search(PlanInputs(profile, hardware, cost_model, precision), ranks, constraints, limit), hardware
+    return search(PlanInputs(profile, hardware, cost_model, precision), ranks, constraints, limit)
 
 
 def least_recompute(

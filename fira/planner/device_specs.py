@@ -39,6 +39,10 @@ class Hardware:
     inside: Links  # between ranks of a node
     between: Links  # between nodes
 
+    def fastest_precision(self) -> str:
+        """The first of bf16, fp16 and fp32 with the highest FLOP/s, which is what `--precision auto` selects."""
+        return max(("bf16", "fp16", "fp32"), key=lambda precision: self.flops.get(precision, 0.0))
+
     def links(self, ranks: int, stride: int) -> Links:
         """The slowest links within a group of ranks whose numbers are `stride` apart."""
         return self.inside if (ranks - 1) * stride < self.ranks_per_node else self.between

@@ -89,10 +89,13 @@ def measure(
 
 
 def _hardware(machine: dict[str, Any], device: torch.device, local_ranks: int) -> Hardware:
+    """The description of this machine, with the least memory of all ranks (collective)."""
+    memory = torch.tensor(device_memory(device, local_ranks), dtype=torch.float64)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)  # every rank must find the same plan
     links = {name: Link(**machine["links"][name]) for name in OPERATIONS}
     return Hardware(
         name=f"this machine ({platform.node()})",
-        memory=device_memory(device, local_ranks),
+        memory=float(memory),
         memory_bandwidth=machine["memory_bandwidth"],
         flops={},
         seconds_per_layer=0.0,
@@ -117,9 +120,14 @@ def _scaled(cost: LayerCost, slowdown: float, size: float) -> LayerCost:
 
 
 def device_memory(device: torch.device, ranks: int) -> float:
-    """Bytes of memory available to each of a machine's `ranks` ranks."""
+    """Bytes of memory available to each of a machine's `ranks` ranks.
+
+    On CUDA this is the free memory with what this process's allocator has reserved. Contexts and other programs occupy
+    the rest of the total.
+    """
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / -(-ranks // torch.cuda.device_count())
+        available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return available / -(-ranks // torch.cuda.device_count())
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     container = limit.read_text().strip() if limit.exists() else "max"
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

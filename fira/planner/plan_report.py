@@ -21,7 +21,7 @@ CAUSES = {
 HEADINGS = ("", "pp × dp (ep)", "schedule", "micro-batches", "step", "tokens/s", "bubble", "memory", "compute")
 
 
-def describe_plan(result: SearchResult, hardware: Hardware, tokens: int, command: Sequence[str]) -> str:
+def describe_plan(result: SearchResult, hardware: Hardware, precision: str, tokens: int, command: Sequence[str]) -> str:
     """A table of the best candidates; for the first of them the breakdown of its step time and the command line.
 
     tokens: per batch. command: the flags of the training command that the planner does not choose.
@@ -45,7 +45,7 @@ def describe_plan(result: SearchResult, hardware: Hardware, tokens: int, command
         [
             *(line.rstrip() for line in table),
             "",
-            f"the best of {result.candidates:,} candidates on {hardware.name}, "
+            f"the best of {result.candidates:,} candidates on {hardware.name} in {precision}, "
             f"{hardware.memory / 1e9:.1f} GB per rank{too_large}",
             f"step: {shares}",
             f"bottleneck: {CAUSES[best.bottleneck]}",

@@ -58,7 +58,11 @@ class TrainConfig:
     )
     device: str = _option("auto", "device type", ("auto", "cpu", "cuda"))
     local_devices: str | None = _option(None, "devices torchgpipe splits a stage over, such as cuda:0,cuda:1")
-    precision: str = _option("fp32", "precision of the matrix products", ("fp32", "bf16", "fp16", "fp64"))
+    precision: str = _option(
+        "auto",
+        "precision of the matrix products; auto: bf16 or fp16 if the GPUs have instructions for it, fp32 on a CPU",
+        ("auto", "fp32", "bf16", "fp16", "fp64"),
+    )
     recompute: str | None = _option(
         None,
         "blocks recomputed in the backward, of which only the input is kept: none, full, N (the first N per stage) "

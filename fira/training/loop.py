@@ -2,10 +2,12 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from fira.checkpoint.shards import Checkpoint, newest_valid
 from fira.checkpoint.step_folders import find
+from fira.devices import choose_devices, choose_precision
 from fira.errors import UserError
 from fira.models.family import Recipe
 from fira.optim.lr_schedule import learning_rate
@@ -25,7 +27,9 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
     """
     recipe = config.recipe()
     out = run_folder.choose(config)
-    run = set_up(config, recipe.batch_size, world, quiet)
+    devices = choose_devices(config.device, config.local_devices, world.local_rank, world.local_size)
+    config = replace(config, precision=choose_precision(run_folder.precision(config, out), devices))
+    run = set_up(config, recipe.batch_size, devices, world, quiet)
     first = _resume(config, out, run) + 1
     report = RunReport(config, out, run, first, recipe, quiet) if world.rank == 0 else None
     initial_loss = _validate(run, recipe, first - 1)

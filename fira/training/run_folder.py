@@ -2,16 +2,19 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from fira.checkpoint.step_folders import find
 from fira.errors import UserError
 from fira.metrics.csv_log import LOG_NAME
 from fira.training.config import TrainConfig
 
 RUNS = Path("runs")
+CONFIG_NAME = "config.toml"
 T = TypeVar("T")
 
 
@@ -51,6 +54,25 @@ def _numbered(model: str) -> list[tuple[int, Path]]:
     return [(int(match[1] or 1), path) for match, path in matches if match]
 
 
+def precision(config: TrainConfig, out: Path) -> str:
+    """The given precision; for "auto", that of the run that --resume continues, if its folder states it (collective).
+
+    A run therefore keeps its precision when it continues on other devices. out: the run folder of this run.
+    """
+    if config.precision != "auto" or config.resume is None:
+        return config.precision
+    resumed = out if config.resume == "auto" else find(config.resume).parent.parent
+    return _broadcast(_stored_precision(resumed / CONFIG_NAME) or config.precision)
+
+
+def _stored_precision(path: Path) -> str | None:
+    """The precision in the config.toml of a run; None if there is no readable file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8")).get("precision")
+    except (OSError, ValueError):
+        return None
+
+
 def create(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
     """Create the folder and write config.toml and data.json. Called by one rank only.
 
@@ -58,7 +80,7 @@ def create(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        (out / CONFIG_NAME).write_text(config.to_toml(), encoding="utf-8")
         baselines = {name: summary[name] for name in ("unigram", "trigram") if summary.get(name) is not None}
         (out / "data.json").write_text(json.dumps({**summary, "baselines": baselines}, indent=1), encoding="utf-8")
     except OSError as error:

@@ -11,7 +11,7 @@ from fira.data.corpus import Corpus, prepare
 from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
-from fira.devices import AUTOCAST_DTYPES, choose_devices, keep_freed_memory, measure_peak, parameter_dtype
+from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
 from fira.metrics.console import RunDescription
 from fira.models.language_model import LanguageModel
@@ -44,14 +44,16 @@ class Run:
     description: RunDescription
 
 
-def set_up(config: TrainConfig, batch_size: int, world: World, quiet: bool = False) -> Run:
-    """Prepare the data, build this rank's part of the model and measure the peak FLOP/s (collective)."""
+def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], world: World, quiet: bool = False) -> Run:
+    """Prepare the data, build this rank's part of the model and measure the peak FLOP/s (collective).
+
+    config: with the chosen precision. devices: of this rank.
+    """
     saved = open_saved(config.init) if config.init else None
     model_config, tokenizer_path = choose_model(config, saved)
     with torch.device("meta"):
         model = build(model_config)
     keep_freed_memory()
-    devices = choose_devices(config.device, config.local_devices, world.local_rank)
     if config.plan:
         config = with_plan(config, model, batch_size, devices[0], world)
     schedule = config.schedule or "1f1b"
@@ -83,7 +85,7 @@ def set_up(config: TrainConfig, batch_size: int, world: World, quiet: bool = Fal
         corpus=corpus,
         tokenizer=corpus.tokenizer.read_bytes() if corpus.tokenizer else None,
         flops_per_token=3 * distributed.flops_per_token,
-        peak=measure_peak(devices[0], autocast or dtype),
+        peak=measure_peak(devices, autocast or dtype),
         description=describe_run(config, model.num_parameters(), trainer, candidate, corpus),
     )
 

@@ -21,7 +21,7 @@ import termios
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn
@@ -75,15 +75,16 @@ def abort(status: int) -> NoReturn:
     raise AssertionError("MPI_Abort returned")
 
 
-def install(comm: Any, watch: Any) -> None:
+def install(comm: Any, watch: Any, close: Callable[[], None]) -> None:
     """Install the hooks by which the failure of this rank ends all ranks of ``comm``.
 
     Args:
         comm: a communicator of all ranks, an ``MPI.Intracomm``.
         watch: this rank's ``Watch``, which has the state of the other ranks.
+        close: called at exit, when no rank uses its process groups any more and while all ranks still answer.
     """
     global _job
-    _job = _Job(comm, watch)
+    _job = _Job(comm, watch, close)
     sys.excepthook = _job.on_exception
     threading.excepthook = _job.on_thread_exception
     sys.exit = _job.exit
@@ -93,8 +94,9 @@ def install(comm: Any, watch: Any) -> None:
 class _Job:
     """All ranks of the job, from the point of view of one rank."""
 
-    def __init__(self, comm: Any, watch: Any) -> None:
+    def __init__(self, comm: Any, watch: Any, close: Callable[[], None]) -> None:
         self._watch = watch
+        self._close = close
         self._comm = comm.Dup()  # a private communicator: no other message can interfere
         self._rank = comm.Get_rank()
         self._size = comm.Get_size()
@@ -172,6 +174,7 @@ class _Job:
                 self._watch.announce_exit(self._exit_status)
                 deadline = float("inf")
             time.sleep(0.001)
+        self._close()
         self._watch.stop()
         barrier = self._comm.Ibarrier()  # a rank that exits while another rank's watch runs would be reported as dead
         while not barrier.Test():

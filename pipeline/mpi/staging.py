@@ -8,8 +8,9 @@ and messages overlap:
     MPI                  | piece 1 | piece 2 | piece 3 |
     to device            |         | piece 1 | piece 2 | piece 3
 
-Copies start after the work that the caller's stream contains at the time of the call. An operation ends when its
-outputs are on the device; from then on, any stream may use them and all memory may be reused.
+Copies start after the work that the caller's stream contains at the time of the call, also if the operation is queued
+behind another one and another thread starts its steps. An operation ends when its outputs are on the device; from then
+on, any stream may use them and all memory may be reused.
 """
 
 import functools
@@ -35,12 +36,11 @@ class Lane:
     """Copies of one direction in order on a separate stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def follow(self) -> None:
-        """Make subsequent copies wait for the work that the caller's stream contains now."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+    def follow(self, event: torch.cuda.Event) -> None:
+        """Make subsequent copies wait for an event."""
+        self._stream.wait_event(event)
 
     def copy(self, target: Tensor, source: Tensor) -> Done:
         """Start a copy. Return a function that returns whether the copy has finished."""
@@ -58,6 +58,11 @@ def lanes(device: torch.device) -> tuple[Lane, Lane]:
     return Lane(device), Lane(device)
 
 
+def current_work(device: torch.device) -> torch.cuda.Event:
+    """Return an event at the end of the work that the caller's stream contains now."""
+    return torch.cuda.current_stream(device).record_event()
+
+
 def staged(moves: Moves, inputs: list[Tensor], outputs: list[Tensor], send_now: bool = False) -> Steps:
     """Return the steps of an operation on tensors of one device via the host.
 
@@ -67,30 +72,50 @@ def staged(moves: Moves, inputs: list[Tensor], outputs: list[Tensor], send_now: 
         outputs: output tensors; the same list as ``inputs`` if the operation works in place.
         send_now: whether the messages must be sent before the call returns, because their order identifies them.
     """
-    to_host, to_device = lanes((inputs or outputs)[0].device)
+    device = (inputs or outputs)[0].device
     sources, targets = [tensor.detach() for tensor in inputs], [tensor.detach() for tensor in outputs]
-    rows = [tensor.contiguous().view(-1) for tensor in sources] if inputs is outputs else []
-    to_host.follow()
-    to_device.follow()
-    if rows:
-        pieces = [piece for row in rows for piece in row.split(max(1, PIECE_BYTES // row.element_size()))]
-        hosts = [_host(piece) for piece in pieces]
-        returned = []
-        for piece, host, arrived in zip(pieces, hosts, _copies(to_host, hosts, pieces), strict=True):
-            yield arrived
-            yield from moves([host], [host])
-            returned.append(to_device.copy(piece, host))
-        gaps = [(tensor, row) for tensor, row in zip(targets, rows, strict=True) if not tensor.is_contiguous()]
-        returned += [to_device.copy(tensor, row.view(tensor.shape)) for tensor, row in gaps]
-    else:
-        sent, received = [_host(tensor) for tensor in sources], [_host(tensor) for tensor in targets]
-        arrivals = _copies(to_host, sent, sources)
-        if send_now:
-            _await(arrivals)
-        yield from arrivals
-        yield from moves(sent, received)
-        returned = _copies(to_device, targets, received)
+    if inputs is outputs:
+        rows = [tensor.contiguous().view(-1) for tensor in sources]
+        return _in_place(moves, targets, rows, *lanes(device), current_work(device))
+    return _out_of_place(moves, sources, targets, *lanes(device), current_work(device), send_now)
+
+
+def _in_place(
+    moves: Moves, targets: list[Tensor], rows: list[Tensor], to_host: Lane, to_device: Lane, called: torch.cuda.Event
+) -> Steps:
+    """The steps of an operation that works in place. rows: the targets' elements, contiguous and flat."""
+    to_host.follow(called)
+    to_device.follow(called)
+    pieces = [piece for row in rows for piece in row.split(max(1, PIECE_BYTES // row.element_size()))]
+    hosts = [_host(piece) for piece in pieces]
+    returned = []
+    for piece, host, arrived in zip(pieces, hosts, _copies(to_host, hosts, pieces), strict=True):
+        yield arrived
+        yield from moves([host], [host])
+        returned.append(to_device.copy(piece, host))
+    gaps = [(tensor, row) for tensor, row in zip(targets, rows, strict=True) if not tensor.is_contiguous()]
+    returned += [to_device.copy(tensor, row.view(tensor.shape)) for tensor, row in gaps]
     yield from returned
+
+
+def _out_of_place(
+    moves: Moves,
+    sources: list[Tensor],
+    targets: list[Tensor],
+    to_host: Lane,
+    to_device: Lane,
+    called: torch.cuda.Event,
+    send_now: bool,
+) -> Steps:
+    to_host.follow(called)
+    to_device.follow(called)
+    sent, received = [_host(tensor) for tensor in sources], [_host(tensor) for tensor in targets]
+    arrivals = _copies(to_host, sent, sources)
+    if send_now:
+        _await(arrivals)
+    yield from arrivals
+    yield from moves(sent, received)
+    yield from _copies(to_device, targets, received)
 
 
 def direct(moves: Moves, inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
@@ -98,7 +123,7 @@ def direct(moves: Moves, inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
     if not all(tensor.is_contiguous() for tensor in (*inputs, *outputs)):
         return staged(moves, inputs, outputs, send_now=True)
     device = (inputs or outputs)[0].device
-    _await([torch.cuda.current_stream(device).record_event().query])
+    _await([current_work(device).query])
     return moves([tensor.detach() for tensor in inputs], [tensor.detach() for tensor in outputs])
 
 

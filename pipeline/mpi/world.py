@@ -26,7 +26,7 @@ class World:
     local_size: int
 
 
-def init(timeout_s: float | None = None) -> World:
+def init(timeout_s: float | None = None, cuda: bool = True) -> World:
     """Initialize MPI and ``torch.distributed``. Further calls in the same process return the same world.
 
     The default group and every group made from it use the backend "mpi". Without ``mpirun`` the world has one rank.
@@ -35,6 +35,7 @@ def init(timeout_s: float | None = None) -> World:
     Args:
         timeout_s: longest time in seconds that an operation may be waited for before the job is ended with a report.
             Default: the environment variable PIPELINE_MPI_TIMEOUT_S, or 600.
+        cuda: whether CUDA tensors may be communicated. False: CUDA is not touched.
 
     Raises:
         ImportError: if no MPI library is installed.
@@ -48,7 +49,7 @@ def init(timeout_s: float | None = None) -> World:
         seconds = _seconds(given)
         MPI = _load_mpi()
         try:
-            _world = _start(MPI.COMM_WORLD, seconds or TIMEOUT_S)
+            _world = _start(MPI.COMM_WORLD, seconds or TIMEOUT_S, cuda)
         except BaseException as error:
             if MPI.COMM_WORLD.Get_size() > 1 and not isinstance(error, SystemExit):  # the others would wait forever
                 traceback.print_exc()
@@ -87,11 +88,11 @@ def _load_mpi() -> Any:
     return MPI
 
 
-def _start(comm: Any, timeout_s: float) -> World:
+def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
     import torch
     from mpi4py import MPI
 
-    from pipeline.mpi.cuda_transport import choose_transport
+    from pipeline.mpi.cuda_transport import choose_transport, destroy_nccl_groups
     from pipeline.mpi.group import start
     from pipeline.mpi.watch import Watch
     from pipeline.mpi.work import ProgressEngine
@@ -105,9 +106,9 @@ def _start(comm: Any, timeout_s: float) -> World:
 
     watch = Watch(comm, timeout_s)
     progress = ProgressEngine(spins=1000 if len(cores) >= world.local_size else 2)
-    start(comm, progress, watch, *choose_transport(world.local_rank))
+    start(comm, progress, watch, *choose_transport(world.local_rank, cuda))
     watch.start()
-    install(comm, watch)  # after torch, which installs its own excepthook
+    install(comm, watch, destroy_nccl_groups)  # after torch, which installs its own excepthook
     return world
 
 

@@ -272,6 +272,21 @@ def test_input_without_gradient_raises_and_the_stages_are_cleared():
     assert not any(stage._saved for stage in stages.values())
 
 
+def test_inputs_are_copied_to_the_device_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, copies = torch.randn(2, 3), []
+    to = Tensor.to
+
+    def recorded(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        if x is inputs:
+            copies.append(options)
+        return to(x, *args, **options)
+
+    monkeypatch.setattr(Tensor, "to", recorded)
+    engine = Engine({0: Stage(DeviceLayers([]), CPU)}, lambda y, context: (y.sum(), y.sum()))
+    engine.run(forward_only((0,), 1), [MicroBatch(inputs, inputs.shape)])
+    assert copies == [{"non_blocking": True}]
+
+
 def test_messages_are_sent_in_their_dtype_and_stages_take_theirs():
     """bf16 messages halve the traffic; the layers behind a boundary still compute in the engine's dtype."""
     layers, batches = make()

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fira.nn.autocast import product_dtype
 from fira.nn.kernels.fused import use_fused
 
 
@@ -56,14 +57,15 @@ class RowGroups:
 def grouped_linear(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [n, in], weight [E, out, in], bias [E, out] → y [n, out]; see the shapes at the top of this file.
 
-    The gradient of an expert without rows is zero. On CUDA in bf16 this is one kernel that reads the sizes on the
-    device. Otherwise each group is a product that writes into a slice of the result, in the backward as well, without
-    copies. On a CPU that is at least as fast as torch's grouped_mm.
+    The gradient of an expert without rows is zero. In bf16, on GPUs that have it, one kernel reads the sizes
+    on the device. Otherwise each group is a product that writes into a slice of the result, in the backward as well,
+    without copies. On a CPU that is at least as fast as torch's grouped_mm; on CUDA it copies the sizes to the host
+    once for all products with the same groups, where torch's grouped_mm would do so in every call.
     """
     if torch.is_autocast_enabled(x.device.type):  # autocast does not apply inside an autograd.Function
-        dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = product_dtype(x)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if x.is_cuda and x.dtype == torch.bfloat16:
+    if _has_grouped_kernel(x):
         return _grouped_mm(x, groups, weight, bias)
     if not torch.is_grad_enabled():
         return _product(x, weight, bias, groups.sizes)
@@ -71,14 +73,24 @@ def grouped_linear(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | 
     return _Join.apply(y, _Weights.apply(weight, bias, x.detach(), groups.sizes))
 
 
+def _has_grouped_kernel(x: Tensor) -> bool:
+    """Whether grouped_mm of torch is a kernel for rows x: in bf16 on sm_90 and sm_100. It is absent in older versions.
+
+    On other devices grouped_mm copies the sizes to the host and runs one product per group.
+    """
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not hasattr(F, "grouped_mm"):
+        return False
+    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
 def _grouped_mm(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`grouped_linear` without copying the sizes to the host."""
     if not groups.ragged:
-        y = F.grouped_mm(x, weight.transpose(1, 2), offs=groups.ends)
+        y = _aligned_grouped_mm(x, weight, groups.ends)
         return y if bias is None else _add_bias(y, groups, bias)
     # The kernel leaves rows after the last group uninitialised in y and in the gradient of x.
     inside = (torch.arange(len(x), device=x.device) < groups.ends[-1])[:, None]
-    y = F.grouped_mm(x.where(inside, 0), weight.transpose(1, 2), offs=groups.ends).where(inside, 0)
+    y = _aligned_grouped_mm(x.where(inside, 0), weight, groups.ends).where(inside, 0)
     return y if bias is None else _add_bias(y, groups, bias)
 
 
@@ -107,6 +119,17 @@ def fused_bias_gelu(z: Tensor, groups: RowGroups, bias: Tensor, mask: tuple[Tens
 def _join_bias(z: Tensor, groups: RowGroups, bias: Tensor) -> Tensor:
     """z, connected to the bias: the gradient of z is passed on, and summed over the rows of each expert."""
     return _Join.apply(z, _BiasSums.apply(bias, groups.ends, len(z)))
+
+
+def _aligned_grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The product without bias. The kernel needs rows of a multiple of 16 bytes; other widths are padded with zeros."""
+    width, unit = weight.shape[1], 16 // x.element_size()
+    pad_out, pad_in = (-size % unit for size in weight.shape[1:])
+    if pad_in:
+        x = F.pad(x, (0, pad_in))
+    if pad_in or pad_out:
+        weight = F.pad(weight, (0, pad_in, 0, pad_out))
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)[:, :width]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[int, int]) -> Tensor:

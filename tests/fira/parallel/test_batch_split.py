@@ -62,6 +62,29 @@ def test_count_is_rounded_up(sequences, count):
     assert BatchSplit(3, 2, 0, 5).count(sequences) == count
 
 
+def test_tensors_for_a_gpu_are_copied_from_pinned_memory_without_waiting(monkeypatch):
+    """Simulated: pin_memory and copies to the device are recorded."""
+    pinned, copied = [], []
+
+    def pin_memory(x: torch.Tensor) -> torch.Tensor:
+        pinned.append(x.clone())
+        return pinned[-1]
+
+    def to(x: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        copied.append((any(x is other for other in pinned), non_blocking))
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    (batch,) = BatchSplit(2, 1, 0, 5, torch.device("cuda", 0)).microbatches(read, 0, 2, dropout_seed=3)
+    assert copied == [(True, True)] * 4  # lengths, keys, targets, weights of the auxiliary loss
+    assert any(batch.inputs is x for x in pinned)  # the engine copies it on the rank of the first stage
+    pinned.clear()
+    BatchSplit(2, 1, 0, 5, torch.device("cpu")).microbatches(read, 0, 2, dropout_seed=3)
+    BatchSplit(2, 1, 0, 5).microbatches(read, 0, 2, dropout_seed=3)
+    assert not pinned
+
+
 def test_contexts_are_on_the_device_of_the_split_and_inputs_on_the_cpu():
     (microbatch,) = BatchSplit(2, 1, 0, 5, torch.device("meta")).microbatches(read, 7, 2, dropout_seed=3)
     assert microbatch.context.lengths.device.type == "meta"

@@ -56,3 +56,17 @@ def test_pipeline_model_of_every_family_equals_plain_model(name: str, recompute:
             with torch.no_grad():
                 parameter -= 0.1 * parameter.grad
                 other -= 0.1 * other.grad
+
+
+def test_autocast_is_in_effect_in_the_threads_of_torchgpipe() -> None:
+    tokens = batch(CONFIG)[0]
+    plain, low = make_model(CONFIG).float(), make_model(CONFIG).float()
+    pipelined = create_pipeline_model(low, ["cpu", "cpu"], chunks=2, autocast=torch.bfloat16)
+    dtypes = []
+    for block in low.layers[1:-1]:
+        block.moe.experts.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    logits = pipelined(tokens)
+    assert set(dtypes) == {torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(tokens)
+    torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.02)

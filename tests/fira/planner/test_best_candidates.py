@@ -9,6 +9,7 @@ from fira.planner.best_candidates import least_recompute, plan_for
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate
 from fira.planner.costs import roofline_costs
+from fira.planner.device_specs import load
 from fira.planner.memory import rank_memory
 from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
@@ -24,7 +25,8 @@ def meta_model(preset: str):
 def test_plan_for_16384_ranks():
     config = TrainConfig(model="rish-base", precision="bf16", batch_size=16384)
     constraints = constraints_of(config, 16384)
-    result, hardware = plan_for(meta_model(config.model), constraints, config.precision, 16384, "h200")
+    hardware = load("h200")
+    result = plan_for(meta_model(config.model), constraints, config.precision, 16384, hardware)
     times = [estimate.seconds for estimate in result.best]
     assert times == pytest.approx(sorted(times), rel=1e-5)
     assert len(result.best) == 10
@@ -32,9 +34,9 @@ def test_plan_for_16384_ranks():
         assert estimate.candidate.layout.world == 16384
         assert max(estimate.memory) <= hardware.memory
         assert sum(estimate.breakdown.values()) == pytest.approx(estimate.seconds)
-    text = describe_plan(result, hardware, 16384 * 4096, ["--model", "rish-base"])
+    text = describe_plan(result, hardware, "bf16", 16384 * 4096, ["--model", "rish-base"])
     assert text.splitlines()[-1] == command_line(result.best[0].candidate, ["--model", "rish-base"])
-    assert f"the best of {result.candidates} candidates on NVIDIA H200, 141.0 GB per rank" in text
+    assert f"the best of {result.candidates} candidates on NVIDIA H200 in bf16, 141.0 GB per rank" in text
 
 
 def test_command_line():
@@ -64,16 +66,17 @@ def test_least_recompute(tiny, hardware, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "ranks", "device", "message"),
     [
-        ({}, 2, "h2000", "--device h2000: no such device; choose this, a100, h200, t4, or give a TOML file"),
+        ({}, 2, "h2000", "--device h2000: no such device; choose this, a100, h100, h200, t4, or give a TOML file"),
         ({}, 2, "nowhere.toml", "no such device"),
+        ({"precision": "fp8"}, 2, "t4", "--precision fp8: NVIDIA T4 has no FLOP/s for it; choose one of fp64, fp32"),
         ({"model": "rish-base"}, 1, "t4", "does not fit: the smallest of .* needs .* NVIDIA T4 has 16.0"),
         ({"pp": 3}, 4, "t4", "no layout of 4 ranks"),
         ({"batch_size": 2, "pp": 1}, 4, "t4", "no layout of 4 ranks .* 2 sequences"),
     ],
 )
 def test_invalid_constraints_raise_one_line_error(change, ranks, device, message):
-    config = TrainConfig(**{"model": "fira-tiny", **change})
+    config = TrainConfig(**{"model": "fira-tiny", "precision": "fp32", **change})
     constraints = constraints_of(config, config.recipe().batch_size)
     with pytest.raises(UserError, match=message) as error:
-        plan_for(meta_model(config.model), constraints, config.precision, ranks, device)
+        plan_for(meta_model(config.model), constraints, config.precision, ranks, load(device))
     assert "\n" not in str(error.value)

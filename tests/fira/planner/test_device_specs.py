@@ -13,6 +13,17 @@ def test_shipped_description():
     assert t4.links(2, 1)["p2p"].seconds(12e9) == 1 + 15e-6
 
 
+@pytest.mark.parametrize(
+    ("device", "precision"), [("t4", "fp16"), ("a100", "bf16"), ("h100", "bf16"), ("h200", "bf16")]
+)
+def test_fastest_precision(device, precision):
+    assert load(device).fastest_precision() == precision
+
+
+def test_fastest_precision_is_one_that_the_description_has(hardware):
+    assert hardware.fastest_precision() == "fp32"
+
+
 def test_links_of_a_group_within_a_node_and_across_nodes(hardware):
     assert hardware.links(2, 1) is hardware.inside
     assert hardware.links(3, 1) is hardware.between

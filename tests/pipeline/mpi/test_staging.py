@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.mpi import staging
 from tests.launch import run_function
 from tests.pipeline.mpi import test_operations as operations
 
@@ -18,7 +19,7 @@ class SlowLane:
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._looks = 0
 
-    def follow(self) -> None:
+    def follow(self, event: None) -> None:
         """There is no stream."""
 
     def copy(self, target: Tensor, source: Tensor) -> Callable[[], bool]:
@@ -40,10 +41,10 @@ class SlowLane:
 def simulate() -> None:
     """Run all operations with staged float32 tensors of several pieces, mixed with tensors that are not staged."""
     from pipeline.mpi import operations as calls
-    from pipeline.mpi import staging
 
     lanes = SlowLane(), SlowLane()
     staging.lanes = lambda device: lanes  # type: ignore[assignment]
+    staging.current_work = lambda device: None  # type: ignore[assignment, return-value]
     staging.PIECE_BYTES = 100_000
     calls.on_device = lambda tensor: tensor.dtype == torch.float32
     operations.FLOATS, operations.INTEGERS, operations.OTHERS = [torch.float32], [torch.int64], []
@@ -102,6 +103,25 @@ def on_gpu() -> list[str]:
             torch.testing.assert_close(total, gathered.sum(0))
     concurrently("cuda")
     return [cuda_backend([device])]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_copies_follow_the_work_at_the_call_even_if_the_steps_start_later(monkeypatch, in_place: bool) -> None:
+    """Steps that are queued behind another operation are started later, possibly by a thread with another stream."""
+    work, followed = ["before the call"], []
+
+    class Lane(SlowLane):
+        def follow(self, event: str) -> None:
+            followed.append(event)
+
+    monkeypatch.setattr(staging, "lanes", lambda device: (Lane(), Lane()))
+    monkeypatch.setattr(staging, "current_work", lambda device: work[-1])
+    inputs = [torch.arange(6.0).view(2, 3).T]
+    outputs = inputs if in_place else [torch.zeros(3, 2)]
+    steps = staging.staged(lambda inputs, outputs: iter(()), inputs, outputs)
+    work.append("after the call")
+    next(steps)
+    assert followed == ["before the call"] * 2
 
 
 def test_operations_on_a_simulated_device() -> None:

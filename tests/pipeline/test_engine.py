@@ -8,6 +8,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,11 @@ class Network:
 
 
 def run_ranks(
-    schedule: Schedule, layers: list[Any], batches: list[MicroBatch], recompute: bool = False
+    schedule: Schedule,
+    layers: list[Any],
+    batches: list[MicroBatch],
+    recompute: bool = False,
+    message_dtype: torch.dtype | None = None,
 ) -> tuple[list[float], Network]:
     """Run a schedule with every rank in a thread; the reported losses and the network with its record."""
     network = Network()
@@ -96,7 +101,7 @@ def run_ranks(
             for s, r in enumerate(schedule.placement)
             if r == rank
         }
-        engine = Engine(stages, objective, rank, groups_of(schedule.placement, rank))
+        engine = Engine(stages, objective, rank, groups_of(schedule.placement, rank), message_dtype=message_dtype)
         try:
             reports[rank] = engine.run(schedule, batches)
             assert not any(stage._saved or stage._weight_backwards for stage in stages.values())
@@ -265,3 +270,17 @@ def test_input_without_gradient_raises_and_the_stages_are_cleared():
     with pytest.raises(RuntimeError, match="stage 1 returned no gradient for its input"):
         Engine(stages, objective).run(all_on_one_rank(2, False), batches)
     assert not any(stage._saved for stage in stages.values())
+
+
+def test_messages_are_sent_in_their_dtype_and_stages_take_theirs():
+    """bf16 messages halve the traffic; the layers behind a boundary still compute in the engine's dtype."""
+    layers, batches = make()
+    losses, _ = reference(layers, batches)
+    reports, network = run_ranks(
+        SCHEDULES["1f1b"].builder(2, MICROBATCHES), layers, batches, message_dtype=torch.bfloat16
+    )
+    sent = [tensor for messages in network.sent.values() for _, tensor in messages]
+    assert len(sent) == 2 * MICROBATCHES
+    assert {tensor.dtype for tensor in sent} == {torch.bfloat16}
+    assert reports != losses
+    np.testing.assert_allclose(reports, losses, rtol=0.02)

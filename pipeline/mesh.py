@@ -149,5 +149,5 @@ def _connect(mesh: Mesh, devices: Sequence[torch.device]) -> None:
             dist.send(probe, group=group, group_dst=other)
         else:
             dist.recv(probe, group=group, group_src=other)
-    if probe.is_cuda:
+    if probe.device.type == "cuda":
         torch.cuda.synchronize(probe.device)

@@ -42,20 +42,20 @@ class Layout:
     def __str__(self) -> str:
         return f"pp {self.pp} × dp {self.dp} (ep {self.ep})"
 
-    def grid(self) -> torch.Tensor:
-        """The ranks as a tensor [pp, edp, ep]."""
-        return torch.arange(self.world).view(self.pp, self.dp // self.ep, self.ep)
+    def group(self, axis: str, rank: int) -> list[int]:
+        """The ranks that differ from `rank` along one axis only: "pp", "dp", "ep", or "edp" (replicas of one expert).
 
-    def groups(self, axis: str) -> list[list[int]]:
-        """The sets of ranks that differ along one axis only: "pp", "dp", "ep", or "edp" (replicas of one expert)."""
-        grid = self.grid()
+        Other groups are not enumerated, so that the time does not grow with the size of the world.
+        """
+        dp_rank = rank % self.dp
+        stage, expert = rank - dp_rank, rank - dp_rank % self.ep  # first ranks of the groups along dp and ep
         by_axis = {
-            "pp": grid.flatten(1).T,
-            "dp": grid.flatten(1),
-            "ep": grid.flatten(0, 1),
-            "edp": grid.transpose(1, 2).flatten(0, 1),
+            "pp": range(dp_rank, self.world, self.dp),
+            "dp": range(stage, stage + self.dp),
+            "ep": range(expert, expert + self.ep),
+            "edp": range(stage + dp_rank % self.ep, stage + self.dp, self.ep),
         }
-        return by_axis[axis].tolist()
+        return list(by_axis[axis])
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ def make_mesh(layout: Layout, placement: Sequence[int], devices: Sequence[torch.
         return cast(dist.ProcessGroup, group)
 
     def axis_group(axis: str) -> dist.ProcessGroup:
-        return new_group(next(ranks for ranks in layout.groups(axis) if rank in ranks), axis)
+        return new_group(layout.group(axis, rank), axis)
 
-    pipeline = next(ranks for ranks in layout.groups("pp") if rank in ranks)
+    pipeline = layout.group("pp", rank)
     channels = channels_of(placement, pipeline.index(rank))
     mesh = Mesh(
         layout,
@@ -149,5 +149,5 @@ def _connect(mesh: Mesh, devices: Sequence[torch.device]) -> None:
             dist.send(probe, group=group, group_dst=other)
         else:
             dist.recv(probe, group=group, group_src=other)
-    if probe.is_cuda:
+    if probe.device.type == "cuda":
         torch.cuda.synchronize(probe.device)

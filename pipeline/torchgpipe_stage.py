@@ -1,7 +1,10 @@
 """A stage pipelined over the devices of one process by torchgpipe (Kim et al. 2020, arXiv 2004.09910).
 
 torchgpipe splits a micro-batch into chunks and calls every layer with one argument. Before the forward, each layer
-therefore gets a queue with one context per chunk:
+therefore gets a queue with one context per chunk. The whole context is moved to each device once and then split,
+because a copy from one GPU to another is a barrier between the streams of the two:
+
+    context ──► [0] moved to the layer's device ──► contexts of the chunks
 
     contexts of the chunks ──► [1] pending ──► forward of chunk 0, 1, …             ──► [2] for_recompute
     [2] for_recompute ───────────────────────► recomputation of chunk …, 1, 0  [3]
@@ -9,6 +12,7 @@ therefore gets a queue with one context per chunk:
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Protocol, Self
 
 import torch
@@ -19,11 +23,11 @@ from pipeline.stage import Autocast
 
 
 class SplitContext(Protocol):
-    """A context that can be split like its micro-batch and moved to the device of a layer."""
-
-    def split(self, sizes: list[int]) -> list[Self]: ...
+    """A context that can be moved to the device of a layer and split like its micro-batch."""
 
     def to(self, device: torch.device) -> Self: ...
+
+    def split(self, sizes: list[int]) -> list[Self]: ...
 
 
 class _QueuedContextLayer(nn.Module):
@@ -48,7 +52,7 @@ class _QueuedContextLayer(nn.Module):
             context = self.pending.pop(0)
             if is_checkpointing():
                 self.for_recompute[-1].append(context)  # [2]
-        return self.layer(x, None if context is None else context.to(x.device))
+        return self.layer(x, context)
 
 
 class LocalPipeline(nn.Module):
@@ -69,11 +73,14 @@ class LocalPipeline(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
-        self.layers = [_QueuedContextLayer(Autocast(layer, autocast)) for layer in layers]
+        queued = [_QueuedContextLayer(Autocast(layer, autocast)) for layer in layers]
+        self.layers_by_device = [
+            queued[end - count : end] for count, end in zip(balance, accumulate(balance), strict=True)
+        ]
         self.recompute = recompute
         self.splits_backward = False  # torchgpipe hides the autograd graph
         self.gpipe = GPipe(
-            nn.Sequential(*self.layers),
+            nn.Sequential(*queued),
             balance=list(balance),
             devices=list(devices),
             chunks=chunks or 4 * len(devices),
@@ -82,10 +89,11 @@ class LocalPipeline(nn.Module):
 
     def forward(self, x: Tensor, context: SplitContext | None = None) -> Tensor:
         sizes = [len(chunk) for chunk in x.chunk(self.gpipe.chunks)]
-        contexts: list[Any] = [None] * len(sizes) if context is None else context.split(sizes)
         self.gpipe.train(torch.is_grad_enabled())  # torchgpipe recomputes in train mode only
-        for layer in self.layers:
-            layer.pending = list(contexts)  # [1]
-            if self.recompute and torch.is_grad_enabled():
-                layer.for_recompute.append([])
+        for device, layers in zip(self.gpipe.devices, self.layers_by_device, strict=True):
+            contexts = [None] * len(sizes) if context is None else context.to(device).split(sizes)  # [0]
+            for layer in layers:
+                layer.pending = list(contexts)  # [1]
+                if self.recompute and torch.is_grad_enabled():
+                    layer.for_recompute.append([])
         return self.gpipe(x)

@@ -8,12 +8,18 @@ from pipeline.mesh import Layout, Mesh
 def test_groups_of_every_axis():
     """The example of pipeline/mesh.py: pp 2, dp 4, ep 2."""
     layout = Layout(2, 4, 2)
+
+    def groups(axis: str) -> list[list[int]]:
+        by_rank = [layout.group(axis, rank) for rank in range(8)]
+        assert all(rank in group for rank, group in enumerate(by_rank))
+        return [list(group) for group in sorted(set(map(tuple, by_rank)))]
+
     assert layout.world == 8
     assert str(layout) == "pp 2 × dp 4 (ep 2)"
-    assert layout.groups("pp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
-    assert layout.groups("dp") == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert layout.groups("ep") == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert layout.groups("edp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert groups("pp") == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert groups("dp") == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert groups("ep") == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert groups("edp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
 
 
 def test_coordinates_of_every_rank():

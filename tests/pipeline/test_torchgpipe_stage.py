@@ -1,6 +1,8 @@
 """A stage over several local devices, by torchgpipe, compared with plain autograd."""
 
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.pipeline.toy_layers import (
     MICROBATCHES,
     ROWS,
     WIDTH,
+    ToyContext,
     ToyLayer,
     make,
     objective,
@@ -37,6 +40,37 @@ def test_each_chunk_has_its_context(devices, chunks, recompute):
     assert [float(report) for report in reports] == pytest.approx(losses, rel=1e-13)
     torch.testing.assert_close(take_gradients(layers), gradients, rtol=1e-12, atol=1e-12)
     assert len(engine.run(forward_only((0,), MICROBATCHES), batches)) == MICROBATCHES
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_context_is_moved_once_per_device(recompute):
+    """Neither the number of layers nor that of chunks adds moves, and every layer gets its device's copy."""
+    moves, used = [], []
+
+    @dataclass
+    class Counted(ToyContext):
+        copy: int = -1  # number of the move that returned it
+
+        def split(self, sizes: list[int]) -> list[Self]:
+            return [replace(part, copy=self.copy) for part in super().split(sizes)]
+
+        def to(self, device: torch.device) -> Self:
+            moves.append(device)
+            return replace(self, copy=len(moves) - 1)
+
+    class Probe(ToyLayer):
+        def forward(self, x: Tensor, context: Counted) -> Tensor:
+            used.append((self.number, context.copy))
+            return super().forward(x, context)
+
+    layers = [Probe() for _ in range(4)]
+    for number, layer in enumerate(layers):
+        layer.number = number
+    module = LocalPipeline(layers, [1, 3], ["cpu"] * 2, chunks=ROWS, recompute=recompute)
+    context = Counted(torch.ones(ROWS), torch.zeros(ROWS, WIDTH))
+    module(torch.randn(ROWS, WIDTH, requires_grad=True), context).sum().backward()
+    assert moves == [CPU, CPU]
+    assert Counter(used) == dict.fromkeys([(0, 0), (1, 1), (2, 1), (3, 1)], ROWS * (1 + recompute))
 
 
 def test_schedule_that_splits_the_backward():

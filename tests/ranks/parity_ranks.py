@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fira.data.loader import Loader
+from fira.data.loader import Loader, ValidationSequences
 from fira.models.fira import FiraConfig
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, from_document
@@ -51,13 +51,14 @@ def train(
     layers: int = 4,
     d_ff: int = 20,
     model: dict[str, Any] | None = None,
+    observe: bool = False,
 ) -> dict[str, Any]:
     """Train a model on one layout.
 
-    model: the document of a config; by default a small fira.
+    model: the document of a config; by default a small fira. observe: also evaluate after each step and trace all steps.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the sum of each
-    of this rank's replicated weights.
+    of this rank's replicated weights; with `observe`, the validation losses and the numbers of traced actions as well.
     """
     torch.set_num_threads(1)
     config = FiraConfig(
@@ -80,13 +81,20 @@ def train(
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
     loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
-    results = []
+    results, validation, traced = [], [], []
     for step in range(1, steps + 1):
+        if observe:
+            built.engine.start_trace()
         result = trainer.step(loader, batch, learning_rate(step, steps, 1e-2, 1e-3, 3), seed=11)
         results.append([result.loss, result.aux_loss, result.grad_norm])
+        if observe:
+            traced.append(len(built.engine.stop_trace()))
+            unseen = ValidationSequences(Tokens(config.vocab_size, 100), SEQ_LEN)  # type: ignore[arg-type]
+            validation.append(trainer.evaluate(unseen, batch))
     weights = {s.name: float(s.parameter.detach().double().sum()) for s in built.shards if not s.expert}
     experts = {"load": result.expert_load, "dropped": result.expert_dropped, "entropy": [result.router_entropy]}
-    return {"steps": results, "experts": experts, "weights": weights}
+    observed = {"validation": validation, "traced": traced} if observe else {}
+    return {"steps": results, "experts": experts, "weights": weights, **observed}
 
 
 def train_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ class TokenDispatcher:
     def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> DispatchPlan:
         """Plan of experts [N, k]. dropped: some entries may be `num_experts`, which means no expert."""
         flat = experts.flatten()
-        if len(experts) == 1 and not (dropped or flat.is_cuda):  # one token: nothing to sort
+        if len(experts) == 1 and not (dropped or flat.device.type != "cpu"):  # one token: nothing to sort
             order = torch.arange(len(flat))
             return DispatchPlan(order, order, RowGroups(None, dict.fromkeys(flat.tolist(), 1)))
         counts = count_by_expert(flat, num_experts + 1)[:num_experts]

@@ -1,0 +1,177 @@
+"""Programs on the fake GPU of `fake_gpu.py`. The file runs as a process of its own: cases as JSON in, results out.
+
+A case is [function, keyword arguments]. A case that raises an error has the result {"error": …}.
+"""
+
+import json
+import sys
+import traceback
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from fira.devices import AUTOCAST_DTYPES, parameter_dtype
+from fira.models.language_model import LanguageModel
+from fira.models.registry import PRESETS, build
+from fira.nn.context import Context, DecodingContext
+from fira.nn.kv_cache import KVCache
+from fira.parallel import parallelize as parallelize_module
+from fira.parallel.batch_split import BatchSplit
+from fira.parallel.parallelize import parallelize
+from fira.training.trainer import Trainer
+from pipeline.mesh import Layout, make_mesh
+from tests.integration.fake_gpu import Recorder, set_up
+
+SEQUENCES = 2  # per micro-batch
+
+
+class _Sequences:
+    """Training and validation sequences without data."""
+
+    consumed = 0
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return 2 * SEQUENCES
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((count, self.length), np.int64), np.zeros((count, self.length), np.int64)
+
+
+def train(
+    preset: str,
+    precision: str = "bf16",
+    dropout: bool = True,
+    layout: tuple[int, int, int] = (1, 1, 1),
+    recompute: int = 0,
+    layers: int = 2,
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One step with two micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything."""
+    config = replace(PRESETS[preset], num_layers=layers, **(changes or {}))
+    if hasattr(config, "dropout"):
+        config = replace(config, dropout=0.1 if dropout else 0.0)
+    device = torch.device("gpu:0")
+    with ExitStack() as stack:
+        whole, mesh = _meta_model(config), _mesh(stack, Layout(*layout), device)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        dtype, autocast = parameter_dtype(precision), AUTOCAST_DTYPES.get(precision)
+        model = parallelize(whole, mesh, 7, [device], "1f1b", dtype, autocast, recompute)
+        split = BatchSplit(SEQUENCES, mesh.layout.dp, mesh.dp_rank, config.d_model, device)
+        trainer = Trainer(model, mesh, split, "1f1b", 0.1, 1.0, precision == "fp16")
+        answer = SEQUENCES * config.seq_len * _top_k(whole) // getattr(config, "num_experts", 1)
+        step, evaluation = Recorder(answer), Recorder(answer)
+        data = _Sequences(config.seq_len)
+        sequences = 2 * SEQUENCES * mesh.layout.dp
+        with step:
+            trainer.step(data, sequences, 1e-3, seed=1)  # type: ignore[arg-type]
+        with evaluation:
+            trainer.evaluate(data, sequences)  # type: ignore[arg-type]
+        return {"step": step.result(), "evaluation": evaluation.result()}
+
+
+def count_layer(preset: str) -> dict[str, int]:
+    """Kernels of the forward and backward of one block in bf16, with dropout, by operator."""
+    config = replace(PRESETS[preset], num_layers=1, dropout=0.1)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        block = _empty(_meta_model(config)).layers[1]
+        x = torch.empty(SEQUENCES, config.seq_len, config.d_model, device="gpu", requires_grad=True)
+        context = Context(
+            lengths=torch.zeros(SEQUENCES, dtype=torch.int64, device="gpu"),
+            keys=torch.zeros(SEQUENCES, dtype=torch.int64, device="gpu"),
+        )
+        context.training.aux_weights = torch.zeros(SEQUENCES, device="gpu")
+        with Recorder() as recorder:
+            with torch.autocast("gpu", torch.bfloat16):
+                y = block(x, context)
+            y.backward(torch.zeros_like(y))
+        return dict(recorder.kernels)
+
+
+def decode(preset: str, precision: str) -> dict[str, Any]:
+    """A prompt of eight tokens, and then two single tokens, with a cache."""
+    config = replace(PRESETS[preset], num_layers=2)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        model = _empty(_meta_model(config)).eval()
+        answer = 8 * _top_k(model) // getattr(config, "num_experts", 1)
+        recorder, cache = Recorder(answer), KVCache()
+        with recorder, torch.autocast("gpu", AUTOCAST_DTYPES.get(precision), enabled=precision in AUTOCAST_DTYPES):
+            for length in (8, 1, 1):
+                tokens = torch.zeros(1, length, dtype=torch.int64, device="gpu")
+                recorder.answer = answer if length == 8 else 1
+                logits = model(tokens, Context(decoding=DecodingContext(cache, logits_to_keep=1)))
+        assert logits.shape == (1, 1, config.vocab_size)
+        assert logits.device.type == "gpu"
+        return recorder.result()
+
+
+def mix_devices() -> None:
+    with FakeTensorMode():
+        torch.zeros(2, device="gpu") + torch.zeros(2)
+
+
+def read_value() -> None:
+    with FakeTensorMode(), Recorder():
+        torch.zeros(2, device="gpu").tolist()
+
+
+def _meta_model(config: Any) -> LanguageModel:
+    with torch.device("meta"):
+        return build(config)
+
+
+def _to_empty(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """`parallelize._to_empty` without nn.Module._apply, which cannot replace fake tensors."""
+    for module in layer.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    kind = dtype if tensor.is_floating_point() else tensor.dtype
+                    empty = torch.empty(tensor.shape, dtype=kind, device=device)
+                    tensors[name] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _empty(model: LanguageModel) -> LanguageModel:
+    """The model with tensors on the fake GPU."""
+    for layer in model.layers:
+        _to_empty(layer, torch.device("gpu:0"), torch.float32)
+    model.tie()
+    return model
+
+
+def _top_k(model: LanguageModel) -> int:
+    return max((module.router.top_k for module in model.modules() if hasattr(module, "router")), default=1)
+
+
+def _mesh(stack: ExitStack, layout: Layout, device: torch.device) -> Any:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world)
+    stack.callback(dist.destroy_process_group)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make_mesh(layout, range(layout.pp), [device])
+
+
+def _main(capability: tuple[int, int], cases: list[Any]) -> list[Any]:
+    set_up(capability)
+    dist.Backend.backend_capability["fake"].append("gpu")
+    parallelize_module._to_empty = _to_empty
+    results: list[Any] = []
+    for function, arguments in cases:
+        try:
+            results.append(globals()[function](**arguments))
+        except Exception as error:
+            traceback.print_exc()
+            results.append({"error": f"{type(error).__name__}: {error}"})
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps(_main(*json.loads(sys.stdin.read())), default=lambda value: None))

@@ -147,11 +147,3 @@ def _synchronise(devices: Sequence[torch.device]) -> None:
 def parameter_dtype(precision: str) -> torch.dtype:
     """Dtype of the parameters and of the tensors between stages for a value of --precision."""
     return torch.float64 if precision == "fp64" else torch.float32
-
-
-def auto_precision(device: torch.device) -> str:
-    """The precision that `--precision auto` selects: the fastest one that the device does not emulate."""
-    if device.type != "cuda":
-        return "fp32"
-    capability = torch.cuda.get_device_capability(device)
-    return "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"

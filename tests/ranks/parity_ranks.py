@@ -55,7 +55,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a model on one layout.
 
-    model: the document of a config; by default a small fira. observe: also evaluate after each step and trace all steps.
+    model: the document of a config; by default a small fira. observe: also evaluate after each step, and trace all
+    steps.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the sum of each
     of this rank's replicated weights; with `observe`, the validation losses and the numbers of traced actions as well.

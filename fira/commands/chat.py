@@ -17,7 +17,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--tokenizer", help="a tokenizer.json; default: the checkpoint's own")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
     add_sampling(parser)
+    parser.add_verbosity()
     options = parser.parse_args(arguments)
+    cli.start_logging(options.quiet, options.verbose)
     model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0])
     if options.tokenizer:
         model.tokenizer = load_tokenizer(options.tokenizer)
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 def answer_questions(conversation: Conversation, options: Namespace) -> None:
     """Read questions from a terminal, or one per line from a pipe, and print each answer while it is generated."""
     terminal = sys.stdin.isatty()
-    if terminal:
+    if terminal and not options.quiet:
         print(__doc__, file=sys.stderr)
     while True:
         try:

@@ -1,5 +1,6 @@
 """The settings of a training run: a dataclass that defines the flags and the keys of a --config file."""
 
+import math
 import tomllib
 from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Collection
@@ -20,6 +21,7 @@ POSITIVE = [  # settings that must be greater than 0
     *("batch_size", "micro_batch_size", "steps", "seq_len", "vocab_size", "lr", "pp", "dp", "ep", "keep", "timeout"),
     *("eval_every", "eval_sequences", "save_every"),
 ]
+NOT_NEGATIVE = ["min_lr", "warmup", "weight_decay", "clip"]
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
 
@@ -85,10 +87,16 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be greater than 0")
+        for name in (*POSITIVE, *NOT_NEGATIVE):
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if value is None:
+                continue
+            if not math.isfinite(value):
+                raise UserError(f"{flag} {value}: must be a finite number")
+            if name in POSITIVE and value <= 0:
+                raise UserError(f"{flag} {value}: must be greater than 0")
+            if value < 0:
+                raise UserError(f"{flag} {value}: must not be negative")
         self.recomputed()  # raises UserError if `recompute` is invalid
 
     def recomputed(self) -> int | None:

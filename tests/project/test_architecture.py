@@ -1,4 +1,4 @@
-"""The order of the folders: every import points downwards, and no files import each other in a circle."""
+"""The order of the folders: every import points downwards, and no files import each other in a cycle."""
 
 import ast
 import re
@@ -82,7 +82,7 @@ def test_imports_point_downwards(module):
     assert not GRAPH[module] & set(PUBLIC) or module.startswith(("scripts.", "fira.commands"))
 
 
-def test_there_is_no_circle():
+def test_there_is_no_cycle():
     inside = {module: GRAPH[module] - set(PUBLIC) for module in FILES if module not in PUBLIC}
     try:
         list(TopologicalSorter(inside).static_order())

@@ -1,4 +1,4 @@
-"""The learning-rate schedule at its corners."""
+"""Boundary cases of the learning-rate schedule."""
 
 import pytest
 

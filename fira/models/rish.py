@@ -78,10 +78,8 @@ class Block(Layer):
         )
         router = Router(c.d_model, c.num_experts, c.top_k, bias=False, renormalise=False)
         experts = GatedExperts(c.num_experts, c.d_model, c.d_ff, F.silu, std=0.02)
-        balance = (
-            load_balance,
-            c.aux_coefficient / c.num_layers,
-        )  # as in transformers, whose loss is a mean over layers
+        # as in transformers, whose loss is a mean over layers
+        balance = (load_balance, c.aux_coefficient / c.num_layers)
         self.moe = MoE(router, experts, c.num_experts, index, [balance])
         self.norm1, self.norm2 = (RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
 

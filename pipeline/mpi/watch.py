@@ -2,8 +2,8 @@
 
 A rank whose operation exceeds the timeout asks all other ranks for their traces. The responding rank with the lowest
 number writes all traces to a folder, prints one report and, unless a signal requested the report, ends the job. The
-thread sleeps most of the time. A rank that computes, waits or blocks in an MPI call answers within ``POLL_S``. A stopped or dead
-process does not answer, and the report states this.
+thread sleeps most of the time. A rank that computes, waits or blocks in an MPI call answers within ``POLL_S``. A
+stopped or dead process does not answer, and the report states this.
 
 The job also ends if a rank waits for a rank that has already left its script and never began the operation.
 """

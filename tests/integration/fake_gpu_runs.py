@@ -8,7 +8,10 @@ import sys
 import traceback
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fira.devices import AUTOCAST_DTYPES, parameter_dtype
 from fira.models.language_model import LanguageModel
 from fira.models.registry import PRESETS, build
+from fira.nn import kernels
 from fira.nn.context import Context, DecodingContext
 from fira.nn.kv_cache import KVCache
 from fira.parallel import parallelize as parallelize_module
@@ -79,8 +83,8 @@ def train(
         return {"step": step.result(), "evaluation": evaluation.result()}
 
 
-def count_layer(preset: str) -> dict[str, int]:
-    """Kernels of the forward and backward of one block in bf16, with dropout, by operator."""
+def count_layer(preset: str, fused: bool) -> dict[str, int]:
+    """Kernels of the forward and backward of one block in bf16, with dropout, by operator or by fused kernel."""
     config = replace(PRESETS[preset], num_layers=1, dropout=0.1)
     with FakeTensorMode(allow_non_fake_inputs=True):
         block = _empty(_meta_model(config)).layers[1]
@@ -90,11 +94,25 @@ def count_layer(preset: str) -> dict[str, int]:
             keys=torch.zeros(SEQUENCES, dtype=torch.int64, device="gpu"),
         )
         context.training.aux_weights = torch.zeros(SEQUENCES, device="gpu")
-        with Recorder() as recorder:
+        with Recorder() as recorder, ExitStack() as patches:
+            if fused:
+                _count_launches(recorder, patches)
             with torch.autocast("gpu", torch.bfloat16):
                 y = block(x, context)
             y.backward(torch.zeros_like(y))
         return dict(recorder.kernels)
+
+
+def _count_launches(recorder: Recorder, patches: ExitStack) -> None:
+    """Select the fused kernels on the fake GPU, and count their launches instead of running them."""
+
+    def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        recorder.kernels[f"fused {kernel.fn.__name__}"] += 1
+
+    patches.enter_context(patch.object(kernels.fused, "DEVICE", "gpu"))
+    for module in (import_module(f"{kernels.__name__}.{info.name}") for info in iter_modules(kernels.__path__)):
+        if hasattr(module, "launch"):
+            patches.enter_context(patch.object(module, "launch", launch))
 
 
 def decode(preset: str, precision: str) -> dict[str, Any]:

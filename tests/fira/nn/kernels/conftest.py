@@ -1,9 +1,5 @@
 """Fused and plain forms of a function are compared on the CPU, where Triton's interpreter runs the kernels."""
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
-
 from collections.abc import Callable
 
 import numpy as np

@@ -83,8 +83,9 @@ def test_recomputed_layers_run_twice():
     assert not stage._saved
 
 
+@pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("split", [False, True])
-def test_integer_inputs_have_no_gradient(split):
+def test_integer_inputs_have_no_gradient(split, segments):
     """backward_weight runs the full backward of the first stage."""
 
     class Embed(nn.Module):
@@ -96,7 +97,8 @@ def test_integer_inputs_have_no_gradient(split):
             return self.table(x)
 
     layers = [Embed(), nn.Identity()]
-    stage = Stage(DeviceLayers([layers[0]]), CPU)
+    before = DeviceLayers(layers[:1], recompute=True) if segments == 2 else None
+    stage = Stage(DeviceLayers(layers[segments - 1 : segments]), CPU, before)
     y = stage.forward(3, torch.tensor([1, 1, 2]), None)
     assert (stage.backward_input if split else stage.backward)(3, torch.ones_like(y)) is None
     if split:

@@ -159,7 +159,7 @@ def test_gradients_of_a_shared_weight_are_summed_before_they_are_added_to_earlie
     linear, x = nn.Linear(5, 5), torch.randn(40, 5, requires_grad=True)
 
     def f() -> Tensor:
-        y = x
+        y = x + x.sin()  # two uses of the input too
         for _ in range(uses):
             y = linear(y.tanh())
         return y

@@ -83,8 +83,9 @@ def test_recomputed_layers_run_twice():
     assert not stage._saved
 
 
+@pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("split", [False, True])
-def test_integer_inputs_have_no_gradient(split):
+def test_integer_inputs_have_no_gradient(split, segments):
     """backward_weight runs the full backward of the first stage."""
 
     class Embed(nn.Module):
@@ -95,14 +96,19 @@ def test_integer_inputs_have_no_gradient(split):
         def forward(self, x: Tensor, context: Any) -> Tensor:
             return self.table(x)
 
-    layers = [Embed(), nn.Identity()]
-    stage = Stage(DeviceLayers([layers[0]]), CPU)
+    class Double(nn.Module):
+        def forward(self, x: Tensor, context: Any) -> Tensor:
+            return 2 * x
+
+    layers = [Embed(), Double()]
+    before = DeviceLayers(layers[:1], recompute=True) if segments == 2 else None
+    stage = Stage(DeviceLayers(layers[segments - 1 : segments]), CPU, before)  # the embedding, and a factor of 2
     y = stage.forward(3, torch.tensor([1, 1, 2]), None)
     assert (stage.backward_input if split else stage.backward)(3, torch.ones_like(y)) is None
     if split:
         assert layers[0].table.weight.grad is None
         stage.backward_weight(3)
-    assert layers[0].table.weight.grad[:, 0].tolist() == [0, 2, 1, 0, 0, 0, 0]
+    assert layers[0].table.weight.grad[:, 0].tolist() == [n * segments for n in (0, 2, 1, 0, 0, 0, 0)]
 
 
 def test_clear_drops_all_microbatches():

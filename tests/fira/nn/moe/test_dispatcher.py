@@ -51,3 +51,8 @@ def test_dropped_assignments_are_sorted_last_and_belong_to_no_group(
         assert plan.groups.counts.tolist() == [flat.count(e) for e in range(4)]
         assert plan.order.tolist() == sorted(range(len(flat)), key=lambda i: flat[i])
         assert plan.order[plan.inverse].tolist() == list(range(len(flat)))
+
+
+def test_single_assignment_is_dispatched_unchanged() -> None:
+    plan = TokenDispatcher().plan(torch.tensor([[2]]), 4)
+    assert TokenDispatcher().dispatch(torch.tensor([7]), plan).tolist() == [7]

@@ -11,6 +11,8 @@ import torch
 
 
 class HostClock:
+    """Marks are times of the host in seconds."""
+
     def mark(self) -> float:
         """A point in time."""
         return time.perf_counter()

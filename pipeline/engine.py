@@ -167,21 +167,15 @@ class _ScheduleRun:
 
     def execute(self, action: Action) -> tuple[Any, Any]:
         """[2] to [4] for one action. Returns marks of the clock after the wait for its message and at its end."""
-        kind, stage, i = action
-        clock = self.engine.clock
-        if kind is ActionKind.BACKWARD_WEIGHT:
-            start = clock.mark()
-            self.engine.stages[stage].backward_weight(i)  # [3]
-        elif kind is ActionKind.FORWARD and stage == 0:
-            x = self.microbatches[i].inputs.to(self.engine.stages[0].input_device, non_blocking=True)
-            start = clock.mark()
-            self._forward(action, x)
+        tensor = self._input(action)  # [2]
+        start = self.engine.clock.mark()
+        if tensor is None:
+            self.engine.stages[action.stage].backward_weight(action.microbatch)  # [3]
+        elif action.kind is ActionKind.FORWARD:
+            self._forward(action, tensor)
         else:
-            tensor = self._take(_message_to(action))  # [2]
-            start = clock.mark()
-            run = self._forward if kind is ActionKind.FORWARD else self._backward
-            run(action, tensor)
-        return start, clock.mark()
+            self._backward(action, tensor)
+        return start, self.engine.clock.mark()
 
     def wait_for_sends(self) -> None:
         """[5] Wait until all messages have been sent."""
@@ -227,8 +221,14 @@ class _ScheduleRun:
         source = self.schedule.placement[sender]
         return None if source == self.engine.rank else Channel(message.direction, source, self.engine.rank)
 
-    def _take(self, message: Message) -> Tensor:
-        """Wait for the receive of a message and return its tensor."""
+    def _input(self, action: Action) -> Tensor | None:
+        """The tensor that an action takes, after the wait for its message; None for BACKWARD_WEIGHT."""
+        kind, stage, i = action
+        if kind is ActionKind.BACKWARD_WEIGHT:
+            return None
+        if kind is ActionKind.FORWARD and stage == 0:
+            return self.microbatches[i].inputs.to(self.engine.stages[0].input_device, non_blocking=True)
+        message = _message_to(action)
         if message in self.local:
             return self.local.pop(message)
         work, buffer = self.receiving.pop(message)

@@ -20,7 +20,7 @@ from torch import nn
 
 import pipeline
 from benchmarks.measure import alternate, merge, ratio
-from benchmarks.steps import RandomTokens, trainer_of
+from fira.doctor.one_step import RandomTokens, make_trainer
 from fira.models.language_model import LanguageModel
 from fira.models.registry import PRESETS, build
 from fira.nn.context import Context, TrainingContext
@@ -31,7 +31,6 @@ from fira.nn.moe.router import Router
 from fira.parallel.objective import objective
 from fira.parallel.parallelize import layer_flops
 from fira.parallel.pipeline_model import create_pipeline_model
-from fira.planner.candidates import Candidate
 from pipeline.mesh import Layout
 
 HERE = Path(__file__).parent
@@ -72,8 +71,7 @@ def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
 
 def ours(config: Any, layout: Layout, device: torch.device) -> Run:
     sequences, microbatch = SIZES[device.type]
-    candidate = Candidate(layout, "1f1b", microbatch, sequences // microbatch // layout.dp, 0)
-    trainer = trainer_of(config, candidate, device, torch.bfloat16)
+    trainer = make_trainer(config, layout, "1f1b", device, microbatch, torch.bfloat16)
     loader = RandomTokens(config.vocab_size, config.seq_len)
     return lambda: trainer.step(loader, sequences, 1e-4, 0, [])
 

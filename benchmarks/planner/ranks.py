@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 import pipeline
-from benchmarks.steps import RandomTokens, trainer_of
+from fira.doctor.one_step import RandomTokens, make_trainer
 from fira.models.registry import build, make_config
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate
 from fira.planner.measure import measure
 from fira.planner.model_profile import profile_of
 from fira.planner.step_time import predict
-from pipeline.mesh import Layout
+from pipeline.mesh import CPU, Layout
 
 MODELS = {
     "fira-tiny": {},
@@ -41,7 +41,8 @@ CANDIDATES = {
 
 def step_seconds(config, candidate: Candidate) -> float:
     """Return the median step time on the slowest rank."""
-    trainer, loader = trainer_of(config, candidate), RandomTokens(config.vocab_size, config.seq_len)
+    trainer = make_trainer(config, candidate.layout, candidate.schedule, CPU, candidate.microbatch)
+    loader = RandomTokens(config.vocab_size, config.seq_len)
     times = []
     for _ in range(STEPS):
         dist.barrier()
@@ -57,7 +58,8 @@ def peak_bytes(config, candidate: Candidate) -> float:
     """Return the largest number of bytes that torch allocates on a rank in two steps, as reported by its profiler."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer, loader = trainer_of(config, candidate), RandomTokens(config.vocab_size, config.seq_len)
+        trainer = make_trainer(config, candidate.layout, candidate.schedule, CPU, candidate.microbatch)
+        loader = RandomTokens(config.vocab_size, config.seq_len)
         for _ in range(2):
             trainer.step(loader, BATCH, 1e-4, 0, [])
     with tempfile.TemporaryDirectory() as folder:

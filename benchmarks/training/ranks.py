@@ -11,15 +11,15 @@ from torch.nn.parallel import DistributedDataParallel
 import pipeline
 from benchmarks.measure import products
 from benchmarks.pipeline.ranks import Layers, cross_entropy
-from benchmarks.steps import RandomTokens, trainer_of
 from benchmarks.turns import serve
 from fira.devices import keep_freed_memory
+from fira.doctor.one_step import RandomTokens, make_trainer
 from fira.models.fira import FIRA, FiraConfig
 from fira.nn.context import Context, TrainingContext
 from fira.parallel.objective import objective
 from fira.parallel.parallelize import layer_flops
 from fira.planner.candidates import Candidate
-from pipeline.mesh import Layout
+from pipeline.mesh import CPU, Layout
 from pipeline.partition import partition
 
 CONFIG = FiraConfig(
@@ -63,7 +63,8 @@ def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:
 
 
 def ours(candidate: Candidate) -> Run:
-    trainer, loader = trainer_of(CONFIG, candidate), RandomTokens(CONFIG.vocab_size, CONFIG.seq_len)
+    trainer = make_trainer(CONFIG, candidate.layout, candidate.schedule, CPU, candidate.microbatch)
+    loader = RandomTokens(CONFIG.vocab_size, CONFIG.seq_len)
     return lambda: trainer.step(loader, BATCH, 1e-4, 0, [])
 
 

@@ -96,7 +96,7 @@ def run_checks(
     """Run the checks one after another, each in a process of its own. The report is rewritten after each of them."""
     results: list[Result] = []
     longest = sum(check.limit_s for check in checks) / 60
-    show_line(f"{len(checks)} checks, usually about ten minutes, at most {longest:.0f} minutes")
+    show_line(f"{len(checks)} checks, at most {longest:.0f} minutes")
     for number, check in enumerate(checks, 1):
         show_line(f"[{number}/{len(checks)}] {check.name} …")
         results.append(run_check(check, target))

@@ -116,7 +116,8 @@ def match_finding(library: Library, launchers: Sequence[Launcher], outcome: Outc
     """Whether the library and the first of the launchers belong together. outcome: of `start_ranks`."""
     subject, launcher = "mpirun and MPI", launchers[0]
     reports = _reports(outcome)
-    if outcome.status == 0 and sorted((fact["rank"], fact["size"]) for fact in reports) == [(0, 2), (1, 2)]:
+    one_job = [(rank, RANKS) for rank in range(RANKS)]
+    if outcome.status == 0 and sorted((fact["rank"], fact["size"]) for fact in reports) == one_job:
         return Finding(subject, f"belong together: {RANKS} ranks know each other")
     if outcome.status is None:
         text = f"{RANKS} ranks have not started within {LIMIT_S:.0f} s"

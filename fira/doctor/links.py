@@ -14,7 +14,7 @@ from fira.progress_bar import progress_bar
 from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
 
-SMALL, LARGE = 8, 2**22  # bytes of the messages that measure latency and bandwidth
+LATENCY_BYTES, BANDWIDTH_BYTES = 8, 2**22  # sizes of the messages that measure the two
 PAIR_SECONDS = 0.2  # for each size of message; a slow link takes at least two round trips
 ROUND_TRIPS = 50  # at most
 ALL_PAIRS = 8  # ranks up to which all pairs are measured, one after another; above, neighbours only
@@ -22,7 +22,7 @@ SHOWN = 8  # rows of the table above ALL_PAIRS ranks
 
 
 @dataclass(frozen=True)
-class Link:
+class PairLink:
     """The connection between two ranks. latency: seconds of a small message. bandwidth: bytes/s of a large one."""
 
     ranks: tuple[int, int]
@@ -30,7 +30,7 @@ class Link:
     bandwidth: float
 
 
-def measure_links(world: World, device: torch.device) -> tuple[list[Link], str]:
+def measure_links(world: World, device: torch.device) -> tuple[list[PairLink], str]:
     """Measure the links between ranks, and return them with the name of the backend (collective)."""
     group = make_mesh(Layout(1, world.size, 1), (0,), [device]).groups["dp"]
     rounds = pairs_of(world.size)
@@ -40,17 +40,16 @@ def measure_links(world: World, device: torch.device) -> tuple[list[Link], str]:
             dist.barrier()
             for pair in pairs:
                 if world.rank == pair[0]:
-                    small, large = (_ping(pair[1], size, device, group) for size in (SMALL, LARGE))
-                    own.append(Link(pair, small / 2, 2 * LARGE / large))
+                    small, large = (_ping(pair[1], size, device, group) for size in (LATENCY_BYTES, BANDWIDTH_BYTES))
+                    own.append(PairLink(pair, small / 2, 2 * BANDWIDTH_BYTES / large))
                 elif world.rank == pair[1]:
-                    for size in (SMALL, LARGE):
+                    for size in (LATENCY_BYTES, BANDWIDTH_BYTES):
                         _pong(pair[0], size, device, group)
             bar.update(1)
     links: list[Any] = [None] * world.size
     dist.all_gather_object(links, own)
-    return sorted((link for part in links for link in part), key=lambda link: link.ranks), dist.get_backend(
-        group
-    ).split(":")[-1]
+    backend = dist.get_backend(group).split(":")[-1]
+    return sorted((link for part in links for link in part), key=lambda link: link.ranks), backend
 
 
 def pairs_of(size: int) -> list[list[tuple[int, int]]]:
@@ -86,7 +85,7 @@ def _pong(peer: int, size: int, device: torch.device, group: dist.ProcessGroup) 
         dist.send(message, peer, group=group)
 
 
-def describe_links(links: Sequence[Link], size: int, device: torch.device, backend: str) -> str:
+def describe_links(links: Sequence[PairLink], size: int, device: torch.device, backend: str) -> str:
     """The links as a table; above `ALL_PAIRS` ranks the slowest ones."""
     shown = list(links)
     title = f"links between ranks: {device.type} tensors over {backend}"

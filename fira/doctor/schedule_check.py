@@ -36,7 +36,7 @@ def check_schedules(world: World, device: torch.device, show_line: Callable[[str
         numbers = one_step(layout, schedule, device, sequences)
         difference = largest_difference(numbers, expected)
         agree &= difference <= TOLERANCE
-        show_line(describe(layout, schedule, numbers, difference))
+        show_line(describe_comparison(layout, schedule, numbers, difference))
     return agree
 
 
@@ -72,7 +72,8 @@ def largest_difference(numbers: StepNumbers, expected: StepNumbers) -> float:
     return max(d if d == d else float("inf") for d in differences)
 
 
-def describe(layout: Layout, schedule: str, numbers: StepNumbers, difference: float) -> str:
+def describe_comparison(layout: Layout, schedule: str, numbers: StepNumbers, difference: float) -> str:
+    """One row of the comparison."""
     verdict = "OK" if difference <= TOLERANCE else "DIFFERS"
     shown = "identical" if difference == 0 else f"{difference:.0e}"
     return f"  {schedule:<12}{layout!s:<22}{verdict:<9}{shown:<11}{numbers.seconds:.2f} s"

@@ -49,12 +49,7 @@ class Network:
         self.receives: dict[Channel, int] = defaultdict(int)  # number of posted receives
 
     def dist(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            get_rank=lambda group: group.rank,
-            isend=self.isend,
-            irecv=self.irecv,
-            Work=Work,
-        )
+        return SimpleNamespace(get_rank=lambda group: group.rank, isend=self.isend, irecv=self.irecv, Work=Work)
 
     def isend(self, tensor: Tensor, group: Group, group_dst: int, tag: int) -> Work:
         assert tensor.is_contiguous()

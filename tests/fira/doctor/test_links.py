@@ -2,7 +2,7 @@
 
 import torch
 
-from fira.doctor.links import ALL_PAIRS, SHOWN, Link, describe_links, measure_links, pairs_of
+from fira.doctor.links import ALL_PAIRS, SHOWN, PairLink, describe_links, measure_links, pairs_of
 from pipeline.mpi import init
 from tests.launch import run_function
 
@@ -40,14 +40,14 @@ def test_many_ranks_measure_their_neighbours_in_two_rounds():
 
 
 def test_table():
-    text = describe_links([Link((0, 1), 42e-6, 3.25e9)], 2, CPU, "mpi")
+    text = describe_links([PairLink((0, 1), 42e-6, 3.25e9)], 2, CPU, "mpi")
     title, _, row = text.splitlines()
     assert title == "links between ranks: cpu tensors over mpi"
     assert row.split() == ["0", "–", "1", "42", "µs", "3.25", "GB/s"]
 
 
 def test_table_of_many_ranks_shows_the_slowest_links():
-    links = [Link((rank, rank + 1), 1e-6, (rank + 1) * 1e9) for rank in range(ALL_PAIRS + 12)]
+    links = [PairLink((rank, rank + 1), 1e-6, (rank + 1) * 1e9) for rank in range(ALL_PAIRS + 12)]
     title, _, *rows = describe_links(links[::-1], ALL_PAIRS + 13, CPU, "mpi").splitlines()
     assert title.endswith(f"the {SHOWN} slowest of 20 neighbours, median 10.50 GB/s")
     assert [int(row.split()[0]) for row in rows] == list(range(SHOWN))

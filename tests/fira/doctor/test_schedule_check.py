@@ -10,7 +10,7 @@ import torch
 from fira.doctor import schedule_check
 from fira.doctor.limited_process import Outcome
 from fira.doctor.one_step import StepNumbers
-from fira.doctor.schedule_check import check_schedules, describe, largest_difference, layouts
+from fira.doctor.schedule_check import check_schedules, describe_comparison, largest_difference, layouts
 from pipeline.mesh import Layout
 from pipeline.mpi import init
 from pipeline.schedule import SCHEDULES
@@ -75,5 +75,5 @@ def test_difference_is_relative_and_infinite_for_nan():
 
 def test_a_row_says_whether_the_step_differs():
     numbers = StepNumbers(2.0, 4.0, 0.25)
-    assert describe(Layout(2, 1, 1), "zb-v", numbers, 0.0).split()[-4:] == ["OK", "identical", "0.25", "s"]
-    assert describe(Layout(2, 1, 1), "zb-v", numbers, 2e-3).split()[-4:] == ["DIFFERS", "2e-03", "0.25", "s"]
+    assert describe_comparison(Layout(2, 1, 1), "zb-v", numbers, 0.0).split()[-4:] == ["OK", "identical", "0.25", "s"]
+    assert describe_comparison(Layout(2, 1, 1), "zb-v", numbers, 2e-3).split()[-4:] == ["DIFFERS", "2e-03", "0.25", "s"]

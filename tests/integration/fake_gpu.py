@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 ROOT = Path(__file__).parents[2]
+SOURCES = (ROOT / "fira", ROOT / "pipeline")
 
 # The operators that autocast changes on CUDA, as listed in torch's autocast_mode.h. All others that have an autocast
 # kernel for CUDA take fp32.
@@ -168,7 +169,7 @@ def _place() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests"):
+        if any(path.is_relative_to(folder) for folder in SOURCES):
             return f"{path.relative_to(ROOT)}: {frame.f_code.co_name}"
         frame = frame.f_back
     return "test"

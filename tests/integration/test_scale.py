@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import fira
 import pipeline
 from fira.models.blues import BluesConfig
 from fira.models.fira import FiraConfig
@@ -31,7 +32,7 @@ META = torch.device("meta")
 SMALL: dict[str, Any] = {"vocab_size": 31, "seq_len": 8, "d_model": 8, "d_ff": 4, "num_layers": 14}
 FIRA = FiraConfig(**SMALL, n_head=2, num_experts=16)
 BLUES = BluesConfig(**SMALL, n_head=2, n_kv_head=1, num_experts=16)  # tied
-ROOT = str(Path(pipeline.__file__).parents[1])
+SOURCES = tuple(f"{Path(package.__file__).parent}/" for package in (fira, pipeline))
 
 CASES = [
     (FIRA, Layout(1, 8, 8), "1f1b"),
@@ -143,7 +144,7 @@ def test_set_up_does_not_grow_with_the_number_of_ranks(schedule, monkeypatch):
 
         def trace(frame: FrameType, event: str, _: Any, calls: Counter[str] = calls) -> Any:
             calls["lines"] += event == "line"
-            return trace if frame.f_code.co_filename.startswith(ROOT) else None
+            return trace if frame.f_code.co_filename.startswith(SOURCES) else None
 
         with monkeypatch.context() as patch, process(layout.dp + 1, layout.world):
             for name in ("new_group", "all_reduce", "send", "recv"):

@@ -122,6 +122,7 @@ def works(work: dist.Work | None) -> list[dist.Work]:
     return [work] if work is not None else []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_random_sequences_agree_with_gloo() -> None:
     compared = run_function(3, __name__, "compare", timeout=280, examples=500)

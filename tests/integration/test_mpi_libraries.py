@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
@@ -210,10 +211,12 @@ def everything() -> None:
         dist.barrier()
 
 
+@pytest.mark.slow
 def test_libraries_on_four_ranks() -> None:
     run_function(4, __name__, "everything", timeout=150)
 
 
+@pytest.mark.slow
 def test_distributed_checkpoint_loads_at_another_world_size() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_function(3, __name__, "save", folder=str(Path(folder, "saved")))

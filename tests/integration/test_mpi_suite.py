@@ -12,6 +12,7 @@ LINES = Path(__file__).with_name("mpi_suite").joinpath("passes.txt").read_text()
 PASSES = [line.split() for line in LINES if line and not line.startswith("#")]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mask", ["gloo", "mpi"])
 def test_listed_tests_pass(mask: str) -> None:

@@ -64,6 +64,7 @@ def test_export_loads_with_the_registered_classes(older: Path, family: str) -> N
     assert model.generate(ids[:, :4], max_new_tokens=len(greedy) - 4, do_sample=False)[0].tolist() == greedy
 
 
+@pytest.mark.slow
 def test_export_loads_with_its_own_code_in_a_clean_process(older: Path, tmp_path: Path) -> None:
     folders = [older / family / "export" for family in FAMILIES] + [older / family / "stock" for family in STOCK]
     named = []

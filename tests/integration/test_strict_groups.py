@@ -45,6 +45,7 @@ def test_training_evaluation_and_trace(case):
         assert min(strict[place]["traced"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "message"),
     [

@@ -23,16 +23,22 @@ def command_with(*words: str) -> str:
     return found
 
 
-def test_first_command_trains_and_its_output_names_the_next_command(place):
-    first, write = COMMANDS[:2]
-    assert first == SETUP + "mpirun -np 4 python scripts/train.py"
-    output = run(shortened(first), place)
-    assert "next: " + write in output
+@pytest.fixture(scope="module")
+def first_output(place):
+    """The output of the first command, which trains a model."""
+    assert COMMANDS[0] == SETUP + "mpirun -np 4 python scripts/train.py"
+    return run(shortened(COMMANDS[0]), place)
+
+
+def test_first_command_trains_and_its_output_names_the_next_command(first_output, place):
+    assert "next: " + COMMANDS[1] in first_output
     files = {path.name for path in (place / "runs" / "fira-tiny").iterdir()}
     assert files >= {"training_log.csv", "training_progress.png", "checkpoints"}
-    assert run(shortened(write), place).startswith("def ")
+    assert run(shortened(COMMANDS[1]), place).startswith("def ")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("first_output")
 def test_next_steps_after_the_first_run(place):
     assert "resumed after step 2" in run(shortened(command_with("--resume auto")), place)
     assert run(command_with("chat.py"), place, stdin="/quit\n") is not None
@@ -40,6 +46,7 @@ def test_next_steps_after_the_first_run(place):
     assert "exported" in run(command_with("export.py"), place)
 
 
+@pytest.mark.slow
 def test_training_on_own_text(place):
     assert "validation loss" in run(shortened(command_with("--data texts/ --vocab")), place)
 

@@ -41,7 +41,7 @@ def meta_model(config: Any) -> LanguageModel:
 def train(
     layout: list[int],
     schedule: str = "1f1b",
-    steps: int = 20,
+    steps: int = 6,
     batch: int = 5,
     microbatch: int = 1,
     dropout: float = 0.0,

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fira.commands.doctor import train_program
 from pipeline.schedule import SCHEDULES
 from tests.launch import ROOT, inherited, run_ranks
@@ -32,6 +34,7 @@ def test_a_problem_that_makes_training_impossible_has_status_1(tmp_path: Path):
     assert done.stdout.endswith("fira cannot train on this machine; resolve the lines marked FATAL\n")
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_links_and_compare_schedules(tmp_path: Path):
     done = run_ranks(2, SCRIPT, timeout=150)
     assert done.returncode == 0, done.stderr
@@ -43,6 +46,7 @@ def test_two_ranks_measure_links_and_compare_schedules(tmp_path: Path):
     assert all(" OK " in row for row in rows)
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_status_1_on_an_unusable_machine(tmp_path: Path):
     (tmp_path / "file").write_text("")
     done = run_ranks(2, SCRIPT, timeout=100, env={"FIRA_CACHE": str(tmp_path / "file" / "cache")})

@@ -53,13 +53,17 @@ def test_suggested_commands_follow_the_way_of_starting(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "status", "output"),
     [
-        (["--version"], 0, "fira "),
+        pytest.param(["--version"], 0, "fira ", marks=pytest.mark.slow),
         (["trian"], 2, "fira: unknown command trian"),
         (["generate", "--checkpoint", "nowhere"], 2, "nowhere: no checkpoint here"),
         (["train", "--steps", "0"], 2, "--steps 0: must be greater than 0"),
-        (["train", "--help"], 0, "usage: fira train"),
-        (["plan", "--device", "h200", "--ranks", "2", "--top", "1"], 0, "the best of "),
-        (["plan", "--device", "h2000", "--ranks", "2"], 2, "--device h2000: no such device"),
+        pytest.param(["train", "--help"], 0, "usage: fira train", marks=pytest.mark.slow),
+        pytest.param(
+            ["plan", "--device", "h200", "--ranks", "2", "--top", "1"], 0, "the best of ", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["plan", "--device", "h2000", "--ranks", "2"], 2, "--device h2000: no such device", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_each_command_acts_once_under_mpirun(arguments, status, output):

@@ -33,6 +33,7 @@ def checked() -> list[list[object]]:
     return found
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_with_one_and_differ_from_wrong_numbers():
     first, second = run_function(2, __name__, "checked", timeout=150)
     (agree, (title, *rows)), (agree_with_wrong, (_, *wrong)) = first

@@ -67,6 +67,7 @@ def exports(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> d
     return exported
 
 
+@pytest.mark.slow
 def test_export_loads_without_this_package(exports: dict[str, tuple[LanguageModel, Path]], tmp_path: Path) -> None:
     results = run_isolated(tmp_path, *(folder for _, folder in exports.values()))
     for family, (model, folder) in exports.items():

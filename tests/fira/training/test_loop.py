@@ -5,8 +5,11 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.fira.training.small_runs import ONE, PP2_DP2_EP2, PP4, kill_all, losses, start, train, wait_for
+
+pytestmark = pytest.mark.slow
 
 
 def hashes(run: Path, step: int) -> dict[str, str]:

@@ -7,7 +7,9 @@ import pytest
 from tests.fira.training.small_runs import PP2_DP2_EP2, kill_all, losses, start, wait_for
 
 
-@pytest.mark.parametrize(("number", "ends"), [(signal.SIGUSR1, False), (signal.SIGTERM, True)])
+@pytest.mark.parametrize(
+    ("number", "ends"), [pytest.param(signal.SIGUSR1, False, marks=pytest.mark.slow), (signal.SIGTERM, True)]
+)
 def test_signals_save_a_checkpoint(settings, tmp_path, number, ends):
     run = tmp_path / "run"
     process = start(settings, *PP2_DP2_EP2, "--out", run, "--steps", 3000, "--save-every", 3000, "--eval-every", 3000)

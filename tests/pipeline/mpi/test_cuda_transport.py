@@ -34,11 +34,11 @@ def choose(devices: int, visible: list[str] | None = None, cuda: bool = True) ->
     [
         ({"devices": 2}, ["nccl", False, "EAGER"]),
         ({"devices": 1}, ["mpi", False, "EAGER"]),
-        ({"devices": 0}, [None, False, "EAGER"]),
-        ({"devices": 1, "visible": ["0", "1"]}, ["nccl", False, "EAGER"]),
-        ({"devices": 1, "visible": ["1", "1"]}, ["mpi", False, "EAGER"]),
+        pytest.param({"devices": 0}, [None, False, "EAGER"], marks=pytest.mark.slow),
+        pytest.param({"devices": 1, "visible": ["0", "1"]}, ["nccl", False, "EAGER"], marks=pytest.mark.slow),
+        pytest.param({"devices": 1, "visible": ["1", "1"]}, ["mpi", False, "EAGER"], marks=pytest.mark.slow),
         ({"devices": 2, "visible": ["0,1", "1,0"]}, ["mpi", False, "EAGER"]),
-        ({"devices": 2, "cuda": False}, [None, False, None]),
+        pytest.param({"devices": 2, "cuda": False}, [None, False, None], marks=pytest.mark.slow),
     ],
 )
 def test_transport_is_chosen_without_initialising_cuda(arguments: dict[str, Any], expected: list[Any]) -> None:

@@ -63,27 +63,30 @@ def _remaining(session: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def jobs() -> Iterator[dict[tuple[str, int], Future[Job]]]:
+def jobs(ranks: int) -> Iterator[dict[str, Future[Job]]]:
     """Run several jobs at a time on one host, which must not interfere with each other."""
     pool = ThreadPoolExecutor(3)
-    yield {(name, ranks): pool.submit(Job, name, ranks) for name in JOBS for ranks in (2, 4)}
+    yield {name: pool.submit(Job, name, ranks) for name in JOBS}
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+numbers_of_ranks = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)], scope="module")
+
+
+@numbers_of_ranks
 @pytest.mark.parametrize("name", JOBS)
-def test_job_ends_with_status_and_message(name: str, ranks: int, jobs: dict[tuple[str, int], Future[Job]]) -> None:
-    job, (statuses, error) = jobs[name, ranks].result(), JOBS[name]
+def test_job_ends_with_status_and_message(name: str, ranks: int, jobs: dict[str, Future[Job]]) -> None:
+    job, (statuses, error) = jobs[name].result(), JOBS[name]
     assert not job.left
     assert job.status in statuses, job.error
     assert job.error.count(error) == 1 if error else "Traceback" not in job.error, job.error
     assert statuses != [0] or not job.error
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_concurrent_jobs_are_independent(ranks: int, jobs: dict[tuple[str, int], Future[Job]]) -> None:
+@numbers_of_ranks
+def test_concurrent_jobs_are_independent(ranks: int, jobs: dict[str, Future[Job]]) -> None:
     for name in ("returned", "destroyed"):
-        assert jobs[name, ranks].result().output.split() == ["sum", str(sum(range(ranks)))] * ranks
+        assert jobs[name].result().output.split() == ["sum", str(sum(range(ranks)))] * ranks
 
 
 def test_job_runs_without_network_and_with_unknown_host_name() -> None:

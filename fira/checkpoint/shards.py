@@ -69,7 +69,7 @@ def save_checkpoint(
     documents: dict[str, dict[str, Any]],
     files: dict[str, bytes],
     layout: dict[str, Any],
-    keep: int = 2,
+    keep: int,
 ) -> Path:
     """Write the checkpoint `root/step-NNNNNN` (collective) and return its folder.
 

@@ -70,7 +70,7 @@ def _prune(root: Path, step: int, keep: int) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove a checkpoint. It is renamed first, so that a killed process leaves no incomplete checkpoint."""
-    if folder.suffix != ".tmp":
+    if not folder.name.endswith(".tmp"):
         temporary = folder.with_name(f"{folder.name}.tmp")
         if temporary.exists():
             shutil.rmtree(temporary)

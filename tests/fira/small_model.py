@@ -40,4 +40,4 @@ def save(folder: Path, model: FIRA, files: dict[str, bytes], document: dict | No
     """Save a checkpoint of step 7 in a run folder; `document` replaces its config.json."""
     weights = [TensorShard(name, p.detach(), 0, tuple(p.shape)) for name, p in model.named_parameters()]
     documents = {"config": document or to_document(model.config)}
-    return save_checkpoint(folder / "checkpoints", 7, weights, [], documents, files, {"pp": 1, "dp": 1, "ep": 1})
+    return save_checkpoint(folder / "checkpoints", 7, weights, [], documents, files, {"pp": 1, "dp": 1, "ep": 1}, 2)

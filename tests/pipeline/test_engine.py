@@ -233,11 +233,12 @@ def test_completed_sends_are_released():
     assert waited == [1, 3, 4]
 
 
-def test_wrong_number_of_microbatches_raises():
+@pytest.mark.parametrize("number", [4, 6])
+def test_wrong_number_of_microbatches_raises(number):
     layers, batches = make()
     engine = Engine({0: Stage(DeviceLayers(layers), CPU)}, objective)
-    with pytest.raises(ValueError, match="the schedule is for 5 micro-batches, not 2"):
-        engine.run(all_on_one_rank(1, False), batches[:2])
+    with pytest.raises(ValueError, match=f"the schedule is for 5 micro-batches, not {number}"):
+        engine.run(all_on_one_rank(1, False), [*batches, *batches][:number])
 
 
 def test_missing_process_group_raises():

@@ -112,7 +112,7 @@ def overlap_error(root: str) -> str:
     tensor = value("embedding.weight")
     try:
         save_checkpoint(
-            Path(root), 1, [TensorShard("embedding.weight", tensor, 0, tuple(tensor.shape))], [], {}, {}, {}
+            Path(root), 1, [TensorShard("embedding.weight", tensor, 0, tuple(tensor.shape))], [], {}, {}, {}, 2
         )
     except ValueError as error:
         return str(error)

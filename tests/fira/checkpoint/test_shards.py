@@ -62,7 +62,7 @@ def test_files_can_be_read_with_safetensors_json_and_sha256(root: Path) -> None:
     ids=lambda tensor: f"{tensor.dtype}-{tuple(tensor.shape)}",
 )
 def test_every_dtype_and_shape_is_restored_bitwise(root: Path, tensor: torch.Tensor) -> None:
-    folder = save_checkpoint(root, 1, [TensorShard("x", tensor, 0, tuple(tensor.shape))], [], {}, {}, {})
+    folder = save_checkpoint(root, 1, [TensorShard("x", tensor, 0, tuple(tensor.shape))], [], {}, {}, {}, 2)
     restored = Checkpoint.open(folder).read("x")
     assert (restored.dtype, restored.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(as_bytes(restored), as_bytes(tensor))
@@ -78,7 +78,7 @@ def test_missing_or_duplicate_rows_raise(root: Path) -> None:
         [TensorShard("x", rows.to(torch.complex64), 0, (2, 3))],
     ):
         with pytest.raises(ValueError, match=r"^x: "):
-            save_checkpoint(root, 1, shards, [], {}, {}, {})
+            save_checkpoint(root, 1, shards, [], {}, {}, {}, 2)
     assert not root.exists()
 
 

@@ -50,7 +50,7 @@ def save(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> Path:
     """Save a model as a step folder of training."""
     weights = [TensorShard(name, value.detach(), 0, tuple(value.shape)) for name, value in model.weights().items()]
     files = {"tokenizer.json": tokenizer.to_str().encode()}
-    return save_checkpoint(folder, 7, weights, [], {"config": to_document(model.config)}, files, {})
+    return save_checkpoint(folder, 7, weights, [], {"config": to_document(model.config)}, files, {}, 2)
 
 
 def model_for_tokenizer(family: str, **changes: Any) -> LanguageModel:

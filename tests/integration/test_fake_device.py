@@ -57,7 +57,9 @@ def grid(family: str) -> dict[str, Any]:
         for precision in precisions
         for dropout in dropouts
     ]
-    arguments += [{"preset": tiny, "precision": precision, "recompute": 1} for precision in precisions]
+    for dropout in dropouts:
+        recompute = {"recompute": 1, "dropout": dropout}
+        arguments += [{"preset": tiny, "precision": precision, **recompute} for precision in precisions]
     arguments += [{"preset": tiny, "precision": p, **LONG, "logits": n} for p in precisions for n in (1, 2**27)]
     if hasattr(PRESETS[tiny], "num_experts"):
         arguments += [{"preset": tiny, "precision": precision, **EXPERTS} for precision in precisions]
@@ -102,6 +104,7 @@ def check_waits(function: str, arguments: dict[str, Any], result: dict[str, Any]
         step, evaluation, passes = result["step"], result["evaluation"], 1 + ("recompute" in arguments)
         assert step["reads"] == layer_reads(arguments, grouped, MICROBATCHES, passes), arguments
         assert step["downloads"] == {SUMS: 1}, arguments
+        assert {"_foreach_mul_", "_fused_adamw_"} <= set(step["kernels"]), arguments  # clipping and the update
         batch = {EVALUATE: 1 + MICROBATCHES}
         assert evaluation["reads"] == layer_reads(arguments, grouped, MICROBATCHES, 1) | batch, arguments
         assert not evaluation["downloads"], arguments
@@ -154,6 +157,12 @@ def test_grid(family):
             for n in (1, 2**27)
         )
         assert blocks - whole == 3 * MICROBATCHES, precision
+        step = {"preset": f"{family}-tiny", "precision": precision}
+        plain, recomputed = (
+            sum(results[json.dumps(["train", step | option])]["step"]["kernels"].values())
+            for option in ({"dropout": False}, {"recompute": 1, "dropout": False})
+        )
+        assert recomputed > plain, precision
 
 
 @pytest.mark.slow

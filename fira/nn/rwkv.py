@@ -51,7 +51,7 @@ def recurrence(
     y, last = y.flatten(2, 3)[:, :, missing:], states[:, :, -1]
     if state is not None:
         y = y + (r * _decay(log_w, torch.arange(length, device=r.device))[..., None]) @ state
-        last = last + _decay(log_w, torch.tensor(length, device=r.device))[:, None, None] * state
+        last = last + _decay(log_w, torch.full((), length, device=r.device))[:, None, None] * state
     return y, last
 
 

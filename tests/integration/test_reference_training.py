@@ -100,7 +100,9 @@ def test_some_steps_are_clipped_and_some_are_not(name: str) -> None:
     assert 5 <= sum(norms < 0.99 * CLIP[name]) <= 15
 
 
-@pytest.mark.parametrize(("name", "layout", "dtype"), ONE_RANK + TWO_RANKS)
+@pytest.mark.parametrize(
+    ("name", "layout", "dtype"), [*ONE_RANK, *(pytest.param(*case, marks=pytest.mark.slow) for case in TWO_RANKS)]
+)
 def test_training_equals_the_plain_loop(name: str, layout: list[int], dtype: str) -> None:
     ranks, expected = trained((name, layout, dtype)), reference(name)
     tolerance = TOLERANCE[dtype]

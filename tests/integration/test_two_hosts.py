@@ -30,7 +30,7 @@ steps = 3
 eval_every = 3
 eval_sequences = 4
 """
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
 
 def ip(*words: str) -> str:
@@ -87,7 +87,6 @@ def test_local_ranks_and_sum_over_two_hosts(hosts: dict[str, str]) -> None:
     assert received() - before > 4_000_000
 
 
-@pytest.mark.slow
 def test_training_on_two_hosts_matches_one_rank(hosts: dict[str, str], tmp_path: Path) -> None:
     shutil.copy(json.decoder.__file__, tmp_path / "text.txt")
     (tmp_path / "settings.toml").write_text(SETTINGS + f'data = "{tmp_path / "text.txt"}"\n')

@@ -130,6 +130,7 @@ def test_preparation_is_deterministic(tmp_path) -> None:
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_concurrent_processes_leave_one_complete_result_after_a_kill(tmp_path, cache) -> None:
     data = jsonl(tmp_path / "a.jsonl", STORIES * 10)
     command = [sys.executable, str(SCRIPT), "--data", data, "--vocab_size=400"]

@@ -185,6 +185,7 @@ def everything() -> int:
     return counted
 
 
+@pytest.mark.slow
 def test_groups_threads_and_other_backends() -> None:
     counted = run_function(3, __name__, "everything", timeout=120)
     assert counted[1] > 1000

@@ -116,6 +116,7 @@ def test_killed_rank_ends_job_without_report(tmp_path: Path) -> None:
     assert "pipeline: " not in job.error
 
 
+@pytest.mark.slow
 def test_dead_rank_is_reported_if_mpirun_ignores_it(tmp_path: Path) -> None:
     lenient = ["sh", "-c", 'mpirun=$1; shift; exec "$mpirun" -disable-auto-cleanup "$@"', "-"]
     if "-disable-auto-cleanup" not in subprocess.run([mpirun(), "--help"], capture_output=True, text=True).stdout:

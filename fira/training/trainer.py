@@ -186,7 +186,7 @@ class Trainer:
             entropy=entropy,
             aux_loss=aux_loss,
             loss=_total(losses, device),
-            bubble=load.new_full((), bubble),
+            bubble=load.new_full((), bubble),  # new_tensor would wait for the device
             extra=pinned_for(device, torch.tensor(extra, dtype=load.dtype)).to(device, non_blocking=True),
         )
 

@@ -46,7 +46,7 @@ JOBS = {  # function of hang_ranks.py: texts that the report must contain, in th
     "stopped_first": ["rank 1 waits in barrier #1", "rank 0 did not answer: its process", "is stopped (SIGSTOP)"],
     "raised": ["rank 1 failed:", "no more data", "rank 0 waits in barrier #2"],
 }
-QUICK = ["skipped_collective", "wrong_order", "finished", "stopped", "raised"]  # the others are slow
+FIRST = ["skipped_collective", "wrong_order", "finished", "stopped", "raised"]  # the tests of the others are slow
 
 
 class Job:
@@ -69,37 +69,31 @@ class Job:
             assert position >= 0, f"missing {text!r} in: {self.error}"
 
 
-class Jobs:
-    """Jobs, each run once. The first one asked for starts all that are equally fast, because they mostly wait."""
-
-    def __init__(self, folders: pytest.TempPathFactory) -> None:
-        self.pool, self.folders = ThreadPoolExecutor(3), folders
-        self.started: dict[str, Future[Job]] = {}
-
-    def __getitem__(self, name: str) -> Job:
-        if name not in self.started:
-            for one in JOBS:
-                if (one in QUICK) == (name in QUICK):
-                    self.started[one] = self.pool.submit(Job, one, self.folders.mktemp(one))
-        return self.started[name].result()
-
-
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    all_jobs = Jobs(tmp_path_factory)
-    yield all_jobs
-    all_jobs.pool.shutdown(cancel_futures=True)
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Job]]]:
+    """Run several of the first jobs at a time, because they mostly wait."""
+    pool = ThreadPoolExecutor(3)
+    yield {name: pool.submit(Job, name, tmp_path_factory.mktemp(name)) for name in FIRST}
+    pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in JOBS])
-def test_report_describes_the_cause_and_job_ends(name: str, jobs: Jobs) -> None:
-    job = jobs[name]
+@pytest.mark.parametrize("name", FIRST)
+def test_report_describes_the_cause_and_job_ends(name: str, jobs: dict[str, Future[Job]]) -> None:
+    job = jobs[name].result()
     job.expect(*JOBS[name])
     assert job.status == 1
 
 
-def test_every_answering_rank_writes_its_trace(jobs: Jobs) -> None:
-    files = jobs["skipped_collective"].files
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in JOBS if name not in FIRST])
+def test_report_describes_further_causes_and_job_ends(name: str, tmp_path: Path) -> None:
+    job = Job(name, tmp_path)
+    job.expect(*JOBS[name])
+    assert job.status == 1
+
+
+def test_every_answering_rank_writes_its_trace(jobs: dict[str, Future[Job]]) -> None:
+    files = jobs["skipped_collective"].result().files
     trace_0, trace_1 = (json.loads(files[f"rank-{rank}.json"].read_text()) for rank in (0, 1))
     waiting = trace_0["operations"][-1]
     assert (waiting["operation"], waiting["shape"], waiting["finished"]) == ("all_to_all_single", [4, 1024], None)
@@ -107,7 +101,7 @@ def test_every_answering_rank_writes_its_trace(jobs: Jobs) -> None:
     assert files["report.txt"].stat().st_mtime - waiting["started"] < TIMEOUT_S + 10
     assert trace_1["operations"][-1]["operation"] == "recv"
     assert any("hang_ranks.py:20" in call for call in trace_1["stacks"]["MainThread"])
-    assert "rank-1.json" not in jobs["stopped"].files
+    assert "rank-1.json" not in jobs["stopped"].result().files
 
 
 def test_killed_rank_ends_job_without_report(tmp_path: Path) -> None:

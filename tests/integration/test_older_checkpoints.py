@@ -2,6 +2,8 @@
 
 Each archive in tests/fixtures/before_redesign holds for one family `checkpoint/`, `export/`, for some `stock/`, and
 `expected.json`: `ids`, the logits of their last position as hexadecimal floats, and a greedy continuation.
+The recorded logits are compared within 1e-5, because the order of summation in a matrix product depends on the CPU. The
+present code and the code inside an older export are compared on one machine and are bitwise identical.
 """
 
 import json
@@ -50,7 +52,7 @@ def expected(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
 def test_load_model_gives_equal_logits_and_tokens(older: Path, family: str, source: str) -> None:
     ids, logits, greedy = expected(older / family)
     model = load_model(older / family / source)
-    assert torch.equal(model(ids)[0, -1], logits)
+    torch.testing.assert_close(model(ids)[0, -1], logits, rtol=0, atol=1e-5)
     assert model.generate(greedy[:4], len(greedy) - 4, temperature=0) == greedy
 
 
@@ -60,12 +62,13 @@ def test_export_loads_with_the_registered_classes(older: Path, family: str) -> N
     ids, logits, greedy = expected(older / family)
     model = AutoModelForCausalLM.from_pretrained(older / family / "export")
     assert type(model).__name__ in fira.huggingface.__all__
-    assert torch.equal(model(ids).logits[0, -1], logits)
+    torch.testing.assert_close(model(ids).logits[0, -1], logits, rtol=0, atol=1e-5)
     assert model.generate(ids[:, :4], max_new_tokens=len(greedy) - 4, do_sample=False)[0].tolist() == greedy
 
 
 @pytest.mark.slow
-def test_export_loads_with_its_own_code_in_a_clean_process(older: Path, tmp_path: Path) -> None:
+@torch.no_grad()
+def test_export_computes_the_same_with_its_own_code_in_a_clean_process(older: Path, tmp_path: Path) -> None:
     folders = [older / family / "export" for family in FAMILIES] + [older / family / "stock" for family in STOCK]
     named = []
     for folder in folders:
@@ -73,7 +76,8 @@ def test_export_loads_with_its_own_code_in_a_clean_process(older: Path, tmp_path
         named[-1].symlink_to(folder)
     found = run_isolated(tmp_path, *named)
     for folder, link in zip(folders, named, strict=True):
-        _, logits, greedy = expected(folder.parent)
+        ids, _, greedy = expected(folder.parent)
+        logits = load_model(folder.parent / "checkpoint")(ids)[0, -1]
         results = torch.from_numpy(np.load(tmp_path / f"{link.name}.npy"))[-1]
         torch.testing.assert_close(results, logits, rtol=0, atol=1e-5 if folder.name == "stock" else 0)
         assert found[link.name]["greedy"] == greedy

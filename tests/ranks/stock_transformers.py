@@ -58,6 +58,10 @@ def main(site: str, results: str, *folders: str) -> None:
         for copy in (Path(results, "copy", folder.name), Path(results, "copy-of-copy", folder.name)):
             model.save_pretrained(copy)  # with its code
             model = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
+        for parameter in model.parameters():
+            # Loaded weights are views of the file. Sums in a product depend on the alignment of its operands, at least
+            # with MKL on AMD processors, and a copy is aligned as the weights in a training process are.
+            parameter.data = parameter.data.clone()
         ids = torch.tensor([[*IDS]])
         with torch.no_grad():
             np.save(Path(results, folder.name), model(ids).logits[0].numpy())

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -40,6 +41,8 @@ FILES = {
 }
 NOT_DISTRIBUTED = ("fira.data", "fira.models", "fira.decoding", "fira.nn")
 MODULE = re.compile(r"(?:fira|pipeline|scripts)(?:\.\w+)+")
+BY_NAME = {"import_module", "resolve_name", "run_module", "run_path", "__import__", "exec", "eval"}
+IMPORTS_BY_NAME = {"fira", "fira.commands.entry_point", "fira.doctor.gpu_check", "fira.decoding.sampling"}
 
 
 def folder_of(module: str) -> str:
@@ -56,9 +59,22 @@ def imports(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: imports are absolute"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE.fullmatch(node.value):
-            found.add(node.value)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {match[0] for match in [MODULE.match(node.value)] if match}  # "fira.x:f" and f"fira.x.{f}", too
     return found
+
+
+def functions_that_import(module: str) -> set[str]:
+    """The functions of BY_NAME that a module uses; only `eval` has other meanings, as a method."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and node.attr != "eval":
+            found.add(node.attr)
+    return found & BY_NAME
 
 
 def modules_imported(module: str) -> set[str]:
@@ -109,14 +125,20 @@ def uses(module: str, *packages: str) -> list[str]:
 
 @pytest.mark.parametrize("module", sorted(FILES))
 def test_packages_with_a_place_of_their_own(module):
-    """mpi4py, torchgpipe and torch.distributed are imported where they belong, and pickle nowhere."""
-    assert not uses(module, "pickle")
+    """Imports of mpi4py, torchgpipe and torch.distributed are where they belong; no pickle, nothing uninstalled."""
+    assert not uses(module, "pickle", "tests", "benchmarks")
     assert module.startswith("pipeline.mpi") or not uses(module, "mpi4py")
     assert module == "pipeline.torchgpipe_stage" or not uses(module, "torchgpipe")
     if module.startswith(NOT_DISTRIBUTED):
         assert not uses(module, "torch.distributed", "pipeline")
     if module.startswith("pipeline.mpi"):
         assert not [name for name in GRAPH[module] if not name.startswith("pipeline.mpi")]
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_by_name_are_rare(module):
+    """A name can be assembled from strings, so import_module is used in four files only and its relatives nowhere."""
+    assert functions_that_import(module) <= ({"import_module"} if module in IMPORTS_BY_NAME else set())
 
 
 def test_schedules_know_neither_torch_nor_ranks():
@@ -129,10 +151,51 @@ def test_the_order_names_every_folder():
     assert all((ROOT / folder.replace(".", "/")).is_dir() for folder in ORDER if folder != "fira.commands")
 
 
-def test_an_upward_import_in_any_form_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The test above can fail: a statement inside a function, one for type checkers only, and a string are all seen."""
-    source = "if TYPE_CHECKING:\n    from fira.training.loop import train\ndef f():\n    import fira.planner.search\n"
-    path = tmp_path / "x.py"
-    path.write_text(source + "name = 'fira.checkpoint.shards'\n")
-    monkeypatch.setitem(FILES, "fira.nn.x", path)
-    assert modules_imported("fira.nn.x") == {"fira.training.loop", "fira.planner.search", "fira.checkpoint.shards"}
+@pytest.fixture
+def module_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Function that adds a module with the given source to fira/nn and returns its name."""
+
+    def add(source: str) -> str:
+        path = tmp_path / "x.py"
+        path.write_text(source)
+        monkeypatch.setitem(FILES, "fira.nn.x", path)
+        return "fira.nn.x"
+
+    return add
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if TYPE_CHECKING:\n    from fira.training.loop import train",
+        "def f():\n    import fira.training.loop as loop",
+        "from fira.training import *",
+        "name = 'fira.training.loop'",
+        "name = 'fira.training.loop:train'",
+        "name = f'fira.training.{name}'",
+        "def f() -> 'fira.training.loop.X': ...",
+    ],
+)
+def test_an_upward_import_in_any_form_is_found(module_with: Callable[[str], str], source: str):
+    (name,) = modules_imported(module_with(source))
+    assert name in ("fira.training", "fira.training.loop")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import importlib\nimportlib.import_module('.training.loop', 'fira')",
+        "import importlib\nimportlib.import_module('fira').training",
+        "from importlib import import_module as get\nget('fira' + '.training')",
+        "from pkgutil import resolve_name",
+        "f = __import__",
+        "exec('from fira.training import loop')",
+    ],
+)
+def test_an_import_by_name_in_any_form_is_found(module_with: Callable[[str], str], source: str):
+    assert functions_that_import(module_with(source))
+
+
+def test_a_relative_import_is_refused(module_with: Callable[[str], str]):
+    with pytest.raises(AssertionError, match="absolute"):
+        imports(module_with("from ..training import loop"))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fira.cli import Parser
 from fira.errors import UserError
 from fira.models.family import Recipe
 from fira.models.registry import PRESETS, RECIPES
@@ -162,19 +163,24 @@ class _LoadConfig(Action):
     """`--config FILE`: parse the keys of a file at its position in the command line; later flags override them."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
+        name = f"--config {value}"
         try:
             values = tomllib.loads(Path(value).read_text(encoding="utf-8"))
         except OSError as error:
-            raise UserError(f"--config {value}: {error.strerror}") from None
+            raise UserError(f"{name}: {error.strerror}; give a TOML file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {value} is not TOML: {error}") from None
+            raise UserError(f"{name} is not TOML: {error}") from None
+        keys = Parser(None, name)  # without the flags that the program requires; it names the file in its messages
+        _add_settings(keys, only=vars(namespace))
+        keys.add_verbosity()
+        known = vars(keys.parse_args([]))
         for key, entry in values.items():
+            if key.replace("-", "_") not in known:
+                raise UserError(f"{name}: unknown key {key}; the keys are the flags of --help")
             flag = "--" + key.replace("_", "-")
-            if flag not in parser._option_string_actions or flag == "--config":
-                raise UserError(f"--config {value}: unknown key {key}; the keys are the flags of --help")
             off = flag.replace("--", "--no-", 1)
             arguments = [flag if entry else off] if isinstance(entry, bool) else [f"{flag}={entry}"]
-            parser.parse_args(arguments, namespace)
+            keys.parse_args(arguments, namespace)
 
 
 def given_flags(config: TrainConfig, without: Collection[str] = ()) -> list[str]:
@@ -194,6 +200,10 @@ def given_flags(config: TrainConfig, without: Collection[str] = ()) -> list[str]
 def add_options(parser: ArgumentParser, only: Collection[str] | None = None) -> None:
     """Add `--config` and a flag for every setting, or for those named in `only`, to a parser."""
     parser.add_argument("--config", metavar="TOML", action=_LoadConfig, help="a file with these flags as keys")
+    _add_settings(parser, only)
+
+
+def _add_settings(parser: ArgumentParser, only: Collection[str] | None) -> None:
     for setting in fields(TrainConfig):
         if only is not None and setting.name not in only:
             continue

@@ -1,5 +1,12 @@
-"""Invalid values on the command line."""
+"""Invalid values on the command line and in --config files."""
 
+import argparse
+
+import pytest
+
+from fira.cli import Parser
+from fira.errors import UserError
+from fira.training.config import add_options
 from tests.fira.training.small_runs import cache
 from tests.launch import run_function
 
@@ -41,3 +48,37 @@ def test_invalid_flags_raise_one_line_errors(settings, tmp_path):
         assert "\n" not in message
         assert expected in message, words
     assert not (tmp_path / "run").exists()
+
+
+def parse(tmp_path, text: str, *flags: str) -> argparse.Namespace:
+    """Parse flags behind a --config file, with a parser that requires a flag as that of plan.py does."""
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    parser = Parser("test", "test.py")
+    add_options(parser, ("steps", "lr", "model"))
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_verbosity()
+    return parser.parse_args(["--config", str(path), *flags])
+
+
+def test_config_files_set_flags_that_later_flags_override(tmp_path):
+    found = parse(tmp_path, 'steps = 3\nlr = 0.5\nmodel = "a"\nquiet = true\n', "--ranks", "2", "--lr", "0.25")
+    assert (found.steps, found.lr, found.model, found.ranks, found.quiet) == (3, 0.25, "a", 2, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = 'many'", r"run.toml: argument --steps: invalid int value: 'many'"),
+        ("lr = [1, 2]", r"run.toml: argument --lr: invalid float value: '\[1, 2\]'"),
+        ("lr = true", r"run.toml: argument --lr: expected one argument"),
+        ("[training]\nlr = 1", r"run.toml: unknown key training"),
+        ("pp = 2", r"run.toml: unknown key pp"),  # a setting that this program does not have
+        ("ranks = 2", r"run.toml: unknown key ranks"),
+        ("config = 'a.toml'", r"run.toml: unknown key config"),
+        ("help = true", r"run.toml: unknown key help"),
+    ],
+)
+def test_errors_in_a_config_file_name_the_file(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        parse(tmp_path, text, "--ranks", "2")

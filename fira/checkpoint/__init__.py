@@ -1,0 +1,1 @@
+"""Checkpoints: files and manifest, step folders, pretrained weights, and names of transformers."""

@@ -1,0 +1,1 @@
+"""Data: tokenizer, sources, packed tokens, loader, mixtures, and n-gram baselines."""

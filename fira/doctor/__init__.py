@@ -1,0 +1,1 @@
+"""`fira doctor`: what a machine can do, with a remedy for each problem, and tests of its GPUs."""

@@ -148,5 +148,5 @@ def as_markdown(results: Sequence[Result], planned: int, findings: list[Finding]
 
 
 def _cell(text: str) -> str:
-    """Text that does not end a cell of a Markdown table."""
+    """Escape a text for a cell of a Markdown table."""
     return text.replace("|", "\\|")

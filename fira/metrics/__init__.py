@@ -1,0 +1,1 @@
+"""Metrics of a run: CSV log, console output, and plots."""

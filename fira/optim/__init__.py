@@ -1,0 +1,1 @@
+"""Optimizer: AdamW, learning-rate schedule, and loss scale."""

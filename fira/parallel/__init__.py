@@ -1,0 +1,1 @@
+"""Distribution of a model and its batch over ranks: stages, replicas, and experts."""

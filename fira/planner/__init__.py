@@ -1,0 +1,1 @@
+"""Planner: predict step time and memory of each layout, and search the fastest one."""

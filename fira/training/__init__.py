@@ -1,0 +1,1 @@
+"""Training: configuration, set-up, loop, step, and run folder."""

@@ -113,6 +113,11 @@ def test_no_two_files_have_the_same_name():
     assert sorted(names) == sorted(set(names))
 
 
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_every_module_and_package_has_a_docstring(module):
+    assert ast.get_docstring(ast.parse(FILES[module].read_text()))
+
+
 def test_test_files_mirror_the_source_tree():
     tests = [path for folder in PUBLIC for path in (ROOT / "tests" / folder).rglob("test_*.py")]
     names = {path.relative_to(ROOT / "tests").as_posix() for path in tests}

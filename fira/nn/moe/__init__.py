@@ -1,0 +1,1 @@
+"""Mixture-of-Experts layer: router, dispatcher, experts, and auxiliary losses."""

@@ -16,8 +16,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Language
     """Load a model in eval mode.
 
     path: a run folder, a checkpoints folder, a step folder (written by any layout) or a folder of transformers (an
-    export, a Llama or a FlexOlmo). `model.tokenizer` is None where the model was trained on shards without a tokenizer.
-    Raises UserError where there is no checkpoint, or where it is damaged or does not match its config.
+    export, a Llama or a FlexOlmo). `model.tokenizer` is None if the model was trained on shards without a tokenizer.
+    Raises UserError if there is no checkpoint, or where it is damaged or does not match its config.
     """
     saved = open_saved(path)
     with torch.device("meta"):
@@ -36,7 +36,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Language
 
 
 def own_tokenizer(model: LanguageModel) -> Tokenizer:
-    """Return the model's tokenizer. Raises UserError where it has none."""
+    """Return the model's tokenizer. Raises UserError if it has none."""
     if model.tokenizer is None:
         raise UserError("the model has no tokenizer; give the --tokenizer of its training data")
     return model.tokenizer

@@ -113,7 +113,7 @@ def encode_manifest(manifest: Manifest, **environment: Any) -> bytes:
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of `folder` without checking the files that it lists.
 
-    Raises UserError where it is missing, damaged, of another program or version, or lists a file outside the folder.
+    Raises UserError if it is missing, damaged, of another program or version, or lists a file outside the folder.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -152,7 +152,7 @@ def encode_index(entries: dict[str, TensorEntry]) -> bytes:
 
 
 def read_index(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
-    """Read the tensor entries by name. Raises UserError where a row is not stored exactly once."""
+    """Read the tensor entries by name. Raises UserError if a row is not stored exactly once."""
     path = folder / INDEX
     with errors_naming(path):
         raw = path.read_bytes()

@@ -35,7 +35,7 @@ class Saved(Protocol):
 def open_saved(path: str | Path) -> Saved:
     """Open a folder of transformers, or a checkpoint, whose files are all checked (collective).
 
-    Raises UserError where `path` is neither, where it is damaged, and where no family computes its model.
+    Raises UserError if `path` is neither, where it is damaged, and where no family computes its model.
     """
     path = Path(path)
     if (path / "config.json").is_file() and not (path / MANIFEST).is_file():

@@ -75,8 +75,8 @@ def save_checkpoint(
 
     Every rank passes the shards that it owns; over all ranks, each row of a tensor is passed exactly once. `documents`
     (`{"config": {...}}` becomes `config.json`), `files` (`{"tokenizer.json": b"..."}`) and `layout` are taken from rank
-    0. Afterwards all but the newest `keep - 1` older checkpoints are removed. Raises ValueError on every rank where
-    rows are missing or passed twice, and UserError on every rank where a file cannot be written; existing checkpoints
+    0. Afterwards all but the newest `keep - 1` older checkpoints are removed. Raises ValueError on every rank if
+    rows are missing or passed twice, and UserError on every rank if a file cannot be written; existing checkpoints
     remain.
     """
     shards = {"model": weights, "optimizer": optimizer}
@@ -179,7 +179,7 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> "Checkpoint":
         """Check every file of `folder`, divided over the ranks (collective), and open it.
 
-        Raises UserError with the name of the file on every rank where a file is missing, damaged or incomplete.
+        Raises UserError with the name of the file on every rank if a file is missing, damaged or incomplete.
         """
         folder = Path(folder)
         with collective_errors():
@@ -198,7 +198,7 @@ class Checkpoint:
         return name in self._files
 
     def file(self, name: str) -> bytes:
-        """Return the content of the file `name`. Raises UserError where there is none."""
+        """Return the content of the file `name`. Raises UserError if there is none."""
         if name not in self._files:
             raise UserError(f"{self.folder} has no {name}")
         with errors_naming(self.folder / name):
@@ -246,9 +246,9 @@ class Checkpoint:
 
 
 def newest_valid(root: Path) -> Checkpoint | None:
-    """Open the newest undamaged checkpoint in `root` (collective). Returns None where `root` has no checkpoint.
+    """Open the newest undamaged checkpoint in `root` (collective). Returns None if `root` has no checkpoint.
 
-    Rank 0 logs a warning for each damaged checkpoint that is skipped. Raises UserError where all checkpoints
+    Rank 0 logs a warning for each damaged checkpoint that is skipped. Raises UserError if all checkpoints
     are damaged, because only the user can decide to start from the beginning.
     """
     damaged = []

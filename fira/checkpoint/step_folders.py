@@ -83,7 +83,7 @@ def find(path: str | Path, before: int | None = None) -> Path:
     """Return the checkpoint folder for a step folder, a `checkpoints` folder or a run folder.
 
     Of several checkpoints, return the one named in `latest`, or else the newest; with `before`, the newest before that
-    step. Raises UserError where there is none. `Checkpoint.open` checks the content.
+    step. Raises UserError if there is none. `Checkpoint.open` checks the content.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():

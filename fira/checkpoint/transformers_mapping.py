@@ -126,7 +126,7 @@ SHARED = {
 
 
 def to_transformers(config: Any, form: str) -> dict[str, Any]:
-    """Return the arguments of transformers' config class `form`. Raises UserError where it has no equivalent."""
+    """Return the arguments of transformers' config class `form`. Raises UserError if it has no equivalent."""
     target = TRANSFORMERS[form]
     if not isinstance(config, target.config):
         raise UserError(f"--format {form}: a {_family(type(config))} has no equivalent; export with --format fira")
@@ -138,7 +138,7 @@ def to_transformers(config: Any, form: str) -> dict[str, Any]:
 def from_transformers(document: dict[str, Any]) -> tuple[Any, dict[str, str]]:
     """Return the config for a config.json of transformers, and the names of the weights (see `weight_names`).
 
-    Raises UserError where it has no equivalent or lacks a key.
+    Raises UserError if it has no equivalent or lacks a key.
     """
     form = str(document.get("model_type")).replace("_", "")
     if form not in TRANSFORMERS:

@@ -268,7 +268,7 @@ def _summarise(folder: Path, inputs: list[_Input], summaries: list[Summary]) -> 
 
 
 def _total(summaries: list[Summary]) -> Summary:
-    """Return the sums of the counts, None where a source has none, and tokens_per_word over all words."""
+    """Return the sums of the counts, None if a source has none, and tokens_per_word over all words."""
     columns = {name: [counts[name] for counts in summaries] for name in summaries[0]}
     total = {name: None if None in values else sum(values) for name, values in columns.items()}
     if total["words"] is not None:

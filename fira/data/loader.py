@@ -18,7 +18,7 @@ from fira.nn.cross_entropy import IGNORE_INDEX
 class Loader:
     """Training batches: windows of `seq_len` tokens that do not overlap, in a new seeded order in each epoch.
 
-    Raises UserError where there are fewer tokens than one window needs.
+    Raises UserError if there are fewer tokens than one window needs.
     """
 
     def __init__(self, tokens: PackedTokens, seq_len: int, seed: int) -> None:
@@ -56,7 +56,7 @@ class ValidationSequences:
 
     The last window is padded with the target −100 instead of dropped, so that every token counts and a validation text
     shorter than one window has a loss. Rows beyond the end contain only −100, so that ranks can share uneven batches.
-    Raises UserError where there is no token to predict.
+    Raises UserError if there is no token to predict.
     """
 
     def __init__(self, tokens: PackedTokens, seq_len: int, limit: int | None = None) -> None:

@@ -73,6 +73,6 @@ def _interpolate(
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Return values[keys == query] for each query, 0 where there is no such key; `keys` are sorted."""
+    """Return values[keys == query] for each query, 0 if there is no such key; `keys` are sorted."""
     index = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
     return np.where(keys[index] == queries, values[index], 0)

@@ -53,9 +53,9 @@ def _map(path: Path) -> np.ndarray:
 
 
 def find_shards(data: str | None) -> tuple[list[Path], list[Path]] | None:
-    """Find FineWeb-Edu style shards in the folder `data`: (`*_train_*.npy`, `*_val_*.npy`), or None where it has none.
+    """Find FineWeb-Edu style shards in the folder `data`: (`*_train_*.npy`, `*_val_*.npy`), or None if it has none.
 
-    Raises UserError where there are shards of one kind only, or where `data` is a single shard.
+    Raises UserError if there are shards of one kind only, or where `data` is a single shard.
     """
     if data is None:
         return None

@@ -31,7 +31,7 @@ def documents(data: str | None, text_column: str) -> Iterator[str]:
     """Yield the documents of a file, a folder, a named Hugging Face dataset, or (None) Python's standard library.
 
     The order is deterministic; blank documents are skipped. `text_column` is the column of CSV and Parquet or the key
-    of JSONL. Raises UserError where a file cannot be read as text or no document is found.
+    of JSONL. Raises UserError if a file cannot be read as text or no document is found.
     """
     found = False
     for path in input_files(data):

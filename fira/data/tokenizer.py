@@ -39,7 +39,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     A small text yields fewer tokens. Text is normalised to NFC, so that equivalent character sequences have equal
     tokens; apart from this, `decode(encode(text).ids, skip_special_tokens=False) == text`. Names of special tokens
     inside a text are encoded as these tokens, so that chats marked with `<|prompter|>` and `<|assistant|>` need no
-    preprocessing. Raises UserError where `vocab_size` is less than MIN_VOCABULARY.
+    preprocessing. Raises UserError if `vocab_size` is less than MIN_VOCABULARY.
     """
     if vocab_size < MIN_VOCABULARY:
         raise UserError(
@@ -83,7 +83,7 @@ def vocabulary(tokenizer: Tokenizer) -> int:
 
 
 def eos_id(tokenizer: Tokenizer) -> int:
-    """Return the id of the end-of-document token, the first of END_NAMES. Raises UserError where there is none."""
+    """Return the id of the end-of-document token, the first of END_NAMES. Raises UserError if there is none."""
     for name in END_NAMES:
         if (token := tokenizer.token_to_id(name)) is not None:
             return token

@@ -33,7 +33,7 @@ def speculate(
 ) -> Iterator[int]:
     """Yield the tokens that follow a prompt, with the same distribution as `continuation`.
 
-    draft: a model with the same vocabulary. Raises UserError where it differs, or where a model has a recurrent state.
+    draft: a model with the same vocabulary. Raises UserError if it differs, or where a model has a recurrent state.
     """
     if draft.config.vocab_size != model.config.vocab_size:
         sizes = f"{draft.config.vocab_size} and {model.config.vocab_size}"

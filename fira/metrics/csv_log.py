@@ -25,7 +25,7 @@ class Row:
 
     iter: int  # the step's number, from 1
     train_loss: float  # nats per token over the global batch, without the auxiliary loss
-    val_loss: float | None = None  # None where the step has no validation
+    val_loss: float | None = None  # None if the step has no validation
     lr: float
     mfu: float | None = None  # model FLOPs over the machine's peak, 0 to 1
     tokens_per_s: float  # over all ranks
@@ -52,7 +52,7 @@ class TrainingLog:
     """Appends rows to `path`; a row is in the file when `write` returns. Only one rank writes.
 
     With `resume_step` 0 the file is replaced. Otherwise the rows up to this step are kept; an incomplete last line and
-    later rows, whose steps will be repeated, are removed. Raises UserError where the file is not a training log.
+    later rows, whose steps will be repeated, are removed. Raises UserError if the file is not a training log.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -74,7 +74,7 @@ def read_log(path: Path) -> DataFrame:
     """Return the log as a frame with the columns of `Row`.
 
     An empty cell is NaN; columns of PER_LAYER contain text (see `parse_layers`). Only the first five columns are
-    required. Raises UserError where the file is missing or not a training log.
+    required. Raises UserError if the file is missing or not a training log.
     """
     import pandas as pd
 

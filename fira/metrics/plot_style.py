@@ -24,7 +24,7 @@ MAX_COLUMNS = 300  # of a heat map
 
 
 def save_png(figure: Figure, out: Path) -> None:
-    """Write a PNG. Raises UserError where `out` has another suffix or cannot be written."""
+    """Write a PNG. Raises UserError if `out` has another suffix or cannot be written."""
     if out.suffix != ".png":
         raise UserError(f"{out}: the plot is a PNG; give a name that ends in .png")
     try:

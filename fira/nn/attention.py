@@ -88,7 +88,7 @@ class SelfAttention(nn.Module):
     def _mask(self, q: Tensor, k: Tensor, length: int, starts: Tensor | None) -> Tensor | None:
         """Attention mask, [new, seen] or [B, 1, new, seen] bool: whether a query attends to a key.
 
-        The last query and the last key are those of token `length` − 1. Return None where no mask is needed: one query
+        The last query and the last key are those of token `length` − 1. Return None if no mask is needed: one query
         that attends to all keys, or as many queries as keys with the plain causal mask.
         """
         new, seen = q.shape[2], k.shape[2]

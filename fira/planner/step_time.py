@@ -28,7 +28,7 @@ class Estimate:
     seconds: float  # per step
     memory: tuple[float, ...]  # bytes, by rank of the pipeline
     breakdown: Mapping[str, float]
-    timeline: Timeline | None  # of one pipeline; None where it was not simulated
+    timeline: Timeline | None  # of one pipeline; None if it was not simulated
 
     @property
     def bubble(self) -> float:

@@ -110,7 +110,8 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)  # if this fails, the next save removes the folder
         intact = gather(list(step_folders(root).values()))[0]
         state = f"{intact[0]} is intact" if intact else "there is no earlier checkpoint"
-        raise UserError(f"checkpoint of step {step} failed: {error}; {state}") from error
+        remedy = "free some space, or make the folder writable"
+        raise UserError(f"checkpoint of step {step} failed: {error}; {remedy}; {state}") from error
     return root / step_name(step)
 
 

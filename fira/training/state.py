@@ -89,8 +89,9 @@ def _check_compatible(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | No
     """Raise UserError if a checkpoint was written with another model config or another tokenizer."""
     stored = to_document(from_document(saved.document("config")))  # with defaults for fields newer than the checkpoint
     current = to_document(trainer.model.config)
-    if different := [key for key in current if stored.get(key) != current[key]]:
-        values = ", ".join(f"{key} is {stored.get(key)} (here {current[key]})" for key in different)
+    fields = current if stored["family"] == current["family"] else ["family"]  # families have different fields
+    if different := [key for key in fields if stored[key] != current[key]]:
+        values = ", ".join(f"{key} is {stored[key]} (here {current[key]})" for key in different)
         raise UserError(
             f"{saved.folder} is of another model: its {values}; give the flags it was trained with, or another --out"
         )

@@ -175,7 +175,7 @@ class _Preparation:
                         yield from [text] * max(1, round(repeat))
 
         tokenizer = train_tokenizer(sample(), self.vocab_size)
-        tokenizer.save(str(self.folder / TOKENIZER))
+        (self.folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")  # OSError if it fails
         return tokenizer
 
     def pack(self, entry: _Input, number: int, tokenizer: Tokenizer) -> Summary:

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -221,6 +222,13 @@ def test_unwritable_cache_is_named(tmp_path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="file"):
         prepare(jsonl(tmp_path / "a.jsonl", STORIES), cache_dir=tmp_path / "file" / "cache")
+
+
+def test_full_disk_is_a_one_line_error(tmp_path) -> None:
+    words = [SCRIPT, "--data", jsonl(tmp_path / "a.jsonl", STORIES), "--vocab-size", "300"]
+    command = ["prlimit", "--fsize=1000", sys.executable, *words]  # acts like a full disk
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert re.fullmatch(".*File too large; check the path, or set FIRA_CACHE to another folder\n", failed.stderr)
 
 
 def test_too_few_tokens_raise(tmp_path) -> None:

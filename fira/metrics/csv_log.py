@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
@@ -60,11 +61,20 @@ class TrainingLog:
         temporary = path.with_name(path.name + ".tmp")
         write(temporary, "".join(line + "\n" for line in [_HEADER, *kept]).encode())
         temporary.replace(path)  # atomic: if the process is killed, the old or the new file remains
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
-        self._file.write(",".join(_cell(getattr(row, name)) for name in COLUMNS) + "\n")
-        self._file.flush()
+        """Append a row. Raises UserError if the disk is full; the rows before it remain."""
+        try:
+            self._file.write(",".join(_cell(getattr(row, name)) for name in COLUMNS) + "\n")
+            self._file.flush()
+        except OSError as error:
+            with suppress(OSError):  # the rest of the row, which would be written at exit
+                self._file.close()
+            raise UserError(
+                f"{self._path}: {error.strerror}; free some space, then continue with --resume auto"
+            ) from None
 
     def close(self) -> None:
         self._file.close()

@@ -1,6 +1,7 @@
 """The training log, read with the csv module and compared with hand-written files."""
 
 import csv
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,22 @@ def test_resume_keeps_the_rows_up_to_its_step(tmp_path: Path, step: int) -> None
     write(path, range(1, 6))
     TrainingLog(path, resume_step=step).close()
     assert list(read_log(path)["iter"]) == list(range(1, step + 1))
+
+
+def test_full_disk_raises_user_error_and_the_log_can_be_resumed(tmp_path: Path) -> None:
+    """A limit on the size of files acts like a full disk."""
+    path = tmp_path / "log.csv"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"log\.csv: File too large; free some space, then continue"):
+            write(path, range(1, 100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    written = len(read_log(path))
+    assert 0 < written < 99
+    write(path, range(written + 1, 11), resume_step=written)
+    assert list(read_log(path)["iter"]) == list(range(1, 11))
 
 
 def test_logging_imports_neither_pandas_nor_matplotlib() -> None:

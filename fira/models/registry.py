@@ -33,7 +33,7 @@ def make_config(preset: str, changes: dict[str, Any]) -> Any:
 
 
 def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
-    """Return a copy of a config with some fields changed. Raises UserError for an unknown field or a wrong type.
+    """Return a copy of a config with some fields changed. Raises UserError for an unknown field or an invalid value.
 
     name: name of the model in error messages, for example the preset.
     """
@@ -46,6 +46,8 @@ def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
         allowed = get_args(types[field]) or (types[field],)
         if type(value) not in allowed and not (type(value) is int and float in allowed):
             raise UserError(f"{field}={value}: {field} must be {' or '.join(type_.__name__ for type_ in allowed)}")
+        if type(value) is int and float not in allowed and value < 1:  # sizes and counts
+            raise UserError(f"{field}={value}: {field} must be greater than 0")
     return replace(config, **changes)
 
 

@@ -22,7 +22,7 @@ POSITIVE = [  # settings that must be greater than 0
     *("batch_size", "micro_batch_size", "steps", "seq_len", "vocab_size", "lr", "pp", "dp", "ep", "keep", "timeout"),
     *("eval_every", "eval_sequences", "save_every"),
 ]
-NOT_NEGATIVE = ["min_lr", "warmup", "weight_decay", "clip"]
+NOT_NEGATIVE = ["min_lr", "warmup", "weight_decay", "clip", "seed"]
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
 

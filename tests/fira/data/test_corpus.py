@@ -225,8 +225,7 @@ def test_unwritable_cache_is_named(tmp_path) -> None:
 
 
 def test_full_disk_is_a_one_line_error(tmp_path) -> None:
-    words = [SCRIPT, "--data", jsonl(tmp_path / "a.jsonl", STORIES), "--vocab-size", "300"]
-    command = ["prlimit", "--fsize=1000", sys.executable, *words]  # acts like a full disk
+    command = ["prlimit", "--fsize=1000", sys.executable, SCRIPT, "--data", jsonl(tmp_path / "a.jsonl", STORIES)]
     failed = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert re.fullmatch(".*File too large; check the path, or set FIRA_CACHE to another folder\n", failed.stderr)
 

@@ -10,10 +10,12 @@ Autocast casts the fp32 matrices of a layer in each of its calls. Within `cast_w
 [2] In each call of a layer, use new leaves of the autograd graph, which share the memory of the copies.
 [3] As soon as autograd has computed the gradient of a leaf, add it to the `.grad` of the parameter.
 
-The numbers are those of plain autocast, which converts the same gradient to fp32 and adds it. Addition with mixed
-dtypes does both in one kernel, without a temporary gradient in fp32. One leaf for all calls would not be exact: autograd
-sums the gradients of a leaf in one backward in the dtype of the leaf, and the backward of all chunks of torchgpipe is
-one. Within one call the sum has that dtype in plain autocast as well, because it caches the cast weight.
+The gradient is bitwise that of plain autocast, which converts leaf.grad to fp32 and adds it. An addition with mixed
+dtypes does both in one kernel and needs no temporary gradient in fp32.
+
+One leaf for all calls would be less precise. Within one backward autograd sums the gradients of a leaf in its dtype,
+and torchgpipe computes the backward of all chunks of a micro-batch as one. Within one call of a layer plain autocast
+sums in the low precision as well, because its cache then holds a single cast of the weight.
 """
 
 from collections.abc import Iterable, Iterator

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fira.models.language_model import LanguageModel
-from fira.models.registry import FAMILIES, build
 from fira.nn.context import Context, TrainingContext
 from fira.parallel.cast_weights import cast_parameters, cast_weights
 from pipeline.stage import DeviceLayers
 from pipeline.torchgpipe_stage import LocalPipeline
-from tests.fira.models.small_families import make_model, make_tokens
-from tests.integration.test_family_parity import MODELS
+from tests.fira.models import small_fira
+from tests.fira.models.small_families import CONFIGS, make_model, make_tokens
 
 BF16 = torch.bfloat16
+MODELS = {**CONFIGS, "fira": small_fira.CONFIG}
 
 
 class Casts(TorchDispatchMode):
@@ -34,17 +34,12 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def small_model(family: str) -> LanguageModel:
-    torch.manual_seed(0)
-    return build(MODELS[family]).float()
-
-
 def run(layers: nn.Module, model: LanguageModel, calls: int, cast: bool, backward: bool = True) -> list[Tensor]:
     """Losses of several micro-batches, with their gradients added to the parameters' `.grad`."""
     with cast_weights(layers.modules()) if cast else nullcontext():
         losses = []
         for number in range(calls):
-            tokens = (make_tokens(model.config) + number) % model.config.vocab_size
+            tokens = (make_tokens(model.config, length=9) + number) % model.config.vocab_size
             context = Context(torch.full((2,), tokens.shape[1]), training=TrainingContext(tokens))
             losses.append(layers(tokens, context).sum())
             if backward:
@@ -59,15 +54,15 @@ def matrices(model: LanguageModel) -> dict[str, Tensor]:
     return {names[id(p)]: p for p in found}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_matrix_that_autocast_casts_is_cast_once(family: str) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_each_matrix_that_autocast_casts_is_cast_once(name: str) -> None:
     """Whatever the number of micro-batches; vectors and biases are left to autocast."""
-    model = small_model(family)
+    model = make_model(MODELS[name], torch.float32)
     layers = DeviceLayers(model.layers, BF16)
     plain = Casts(dict(model.named_parameters()))
     with plain:
         run(layers, model, 1, cast=False)
-    by_autocast = {name for name in plain.counts if model.get_parameter(name).dim() > 1 and not name.endswith((".b1", ".b2"))}
+    by_autocast = {n for n in plain.counts if model.get_parameter(n).dim() > 1 and not n.endswith((".b1", ".b2"))}
     assert set(matrices(model)) == by_autocast
     for calls in (1, 4):
         casts = Casts(matrices(model))
@@ -78,11 +73,11 @@ def test_each_matrix_that_autocast_casts_is_cast_once(family: str) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradients_are_bitwise_those_of_plain_autocast(family, dtype, recompute) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_losses_and_gradients_are_bitwise_those_of_plain_autocast(name, dtype, recompute) -> None:
     results = []
     for cast in (False, True):
-        model = small_model(family)
+        model = make_model(MODELS[name], torch.float32)
         losses = run(DeviceLayers(model.layers, dtype, recompute), model, 3, cast)
         results.append([*losses, *(p.grad for p in model.parameters())])
     assert all(map(torch.equal, *results))
@@ -93,7 +88,7 @@ def test_losses_and_gradients_are_bitwise_those_of_plain_autocast(family, dtype,
 def test_gradients_of_torchgpipe_chunks_are_summed_in_fp32(recompute: bool) -> None:
     results = []
     for cast in (False, True):
-        model = small_model("mooshak")
+        model = make_model(MODELS["mooshak"], torch.float32)
         local = LocalPipeline(list(model.layers), [2, 2], ["cpu", "cpu"], 2, BF16, recompute)
         run(local, model, 1, cast)
         results.append([p.grad for p in model.parameters()])
@@ -102,7 +97,7 @@ def test_gradients_of_torchgpipe_chunks_are_summed_in_fp32(recompute: bool) -> N
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_an_error_restores_the_parameters(backward: bool) -> None:
-    model = small_model("fira")
+    model = make_model(MODELS["fira"], torch.float32)
     layers, before = DeviceLayers(model.layers, BF16), dict(model.named_parameters())
 
     def fail() -> None:
@@ -131,7 +126,7 @@ def test_without_autocast_nothing_is_changed(dtype: torch.dtype) -> None:
 
 
 def test_evaluation_uses_the_copies() -> None:
-    model = small_model("fira")
+    model = make_model(MODELS["fira"], torch.float32)
     layers = DeviceLayers(model.layers, BF16)
     casts = Casts(matrices(model))
     with torch.no_grad(), casts:

@@ -68,7 +68,8 @@ def train(
 ) -> dict[str, Any]:
     """One step of several micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything.
 
-    The model has one block. microbatches: of the step and of the evaluation. logits: the largest number of logits that the loss computes at once.
+    The model has one block. logits: the largest number of logits that the loss computes at once. microbatches: of the
+    step and of the evaluation.
     """
     config = _config(preset, dropout, changes or {})
     device = torch.device("gpu:0")

@@ -68,7 +68,7 @@ def test_copies_for_autocast_are_counted_once_per_rank(tiny, hardware, precision
     attention = sum(p.numel() for name, p in block.attention.named_parameters() if name.endswith("weight"))
     experts = block.moe.experts.w1.numel() + block.moe.experts.w2.numel()
     for ep, count in ((1, 1), (1, 50), (2, 50)):
-        candidate = Candidate(Layout(2, ep, ep), "1f1b", 1, count)
+        candidate = Candidate(Layout(2, ep, ep), "1f1b", 1, count, 0)
         plain, low = (
             rank_memory(CandidateCosts(PlanInputs(tiny, hardware, saved_costs, name), candidate))
             for name in ("fp32", precision)

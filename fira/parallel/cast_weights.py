@@ -15,7 +15,10 @@ dtypes does both in one kernel and needs no temporary gradient in fp32.
 
 One leaf for all calls would be less precise. Within one backward autograd sums the gradients of a leaf in its dtype,
 and torchgpipe computes the backward of all chunks of a micro-batch as one. Within one call of a layer plain autocast
-sums in the low precision as well, because its cache then holds a single cast of the weight.
+sums in the low precision as well, because its cache then holds a single cast of the weight. Only the order differs in
+which the chunks of several micro-batches are summed in fp32.
+
+The loss sums the gradient of the head's weight in fp32, so the head keeps its parameter and gets the copy in addition.
 """
 
 from collections.abc import Iterable, Iterator

@@ -12,7 +12,7 @@ Models contain no distributed code. Parameters keep their global names, such as 
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,6 +86,12 @@ class DistributedModel:
     def device(self) -> torch.device:
         """The first of this rank's devices, on which results of all its layers are combined."""
         return self.shards[0].parameter.device
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules of this rank's layers, and those that wrap them."""
+        for stage in self.engine.stages.values():
+            for segment in stage.segments:
+                yield from segment.modules()
 
 
 def layer_flops(model: LanguageModel) -> list[float]:

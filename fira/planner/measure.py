@@ -32,6 +32,7 @@ from fira.nn.init import initialise
 from fira.nn.moe.experts import ExpertBank
 from fira.optim.adamw import AdamW
 from fira.parallel.batch_split import BatchSplit
+from fira.parallel.cast_weights import cast_weights
 from fira.parallel.gradients import gradient_of, scale_gradients
 from fira.parallel.objective import objective
 from fira.parallel.parallelize import ParamShard
@@ -43,7 +44,7 @@ from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
 from pipeline.stage import DeviceLayers, Stage
 
-MEASUREMENT_FORMAT = 3  # part of every cache key; increase it when the cached values change
+MEASUREMENT_FORMAT = 4  # part of every cache key; increase it when the cached values change
 REPEATS = 5
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
 PASSES = ("forward", "backward_input", "backward_weight", "backward")  # methods of a stage that are timed
@@ -186,26 +187,29 @@ def _measure_layer(
         loss, _ = objective(y, batch.context)
         return torch.autograd.grad(loss, y)[0]
 
-    for repeat in range(REPEATS + 1):
-        batches = split.microbatches(lambda a, n: (tokens[0][:n], tokens[1][:n]), 0, size * IN_FLIGHT, dropout_seed=1)
-        hidden = [torch.randn(*batch.boundary, dtype=dtype, device=device) for batch in batches]
-        for split_backward in (True, False):
-            gradients = [timed("forward", forward, i) for i in range(IN_FLIGHT)]
-            for i, gradient in enumerate(gradients):
-                if split_backward:
-                    timed("backward_input", stage.backward_input, i, gradient)
-                    timed("backward_weight", stage.backward_weight, i)
-                else:
-                    timed("backward", stage.backward, i, gradient)
-        if repeat == 0:  # warm-up
-            timed.seconds.clear()
-    x = batches[0].inputs.to(device) if is_first else hidden[0].requires_grad_()
-    saved_for_backward, saved_for_weight_grad = measure_saved_bytes(layers, x, batches[0].context)
+    with cast_weights(layers.modules()):
+        for repeat in range(REPEATS + 1):
+            batches = split.microbatches(
+                lambda a, n: (tokens[0][:n], tokens[1][:n]), 0, size * IN_FLIGHT, dropout_seed=1
+            )
+            hidden = [torch.randn(*batch.boundary, dtype=dtype, device=device) for batch in batches]
+            for split_backward in (True, False):
+                gradients = [timed("forward", forward, i) for i in range(IN_FLIGHT)]
+                for i, gradient in enumerate(gradients):
+                    if split_backward:
+                        timed("backward_input", stage.backward_input, i, gradient)
+                        timed("backward_weight", stage.backward_weight, i)
+                    else:
+                        timed("backward", stage.backward, i, gradient)
+            if repeat == 0:  # warm-up
+                timed.seconds.clear()
+        x = batches[0].inputs.to(device) if is_first else hidden[0].requires_grad_()
+        saved_for_backward, saved_for_weight_grad = measure_saved_bytes(layers, x, batches[0].context)
     return {
         **{name: statistics.median(timed.seconds[name]) for name in PASSES},
         "saved_for_backward": saved_for_backward,
         "saved_for_weight_grad": saved_for_weight_grad,
-        "optimizer": _measure_optimizer(layer),
+        "optimizer": _measure_optimizer(layers),
         "workspace": logits_bytes(profile, size, device.type) if is_last else 0,
     }
 
@@ -232,18 +236,20 @@ def _initialised(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     return layer.to(dtype)
 
 
-def _measure_optimizer(layer: nn.Module) -> float:
-    """Seconds per step for the gradients' norm, clipping and AdamW."""
-    banks = [module for module in layer.modules() if isinstance(module, ExpertBank)]
+def _measure_optimizer(layers: DeviceLayers) -> float:
+    """Seconds per step for the gradients' norm, clipping, AdamW, and the cast of the weights."""
+    banks = [module for module in layers.modules() if isinstance(module, ExpertBank)]
     experts = {p for bank in banks for p in bank.parameters(recurse=False)}
-    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts) for name, p in layer.named_parameters()]
-    optimizer = AdamW(dict(layer.named_parameters()), {shard.name for shard in shards if shard.is_matrix}, 0.1)
+    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts) for name, p in layers.named_parameters()]
+    optimizer = AdamW(dict(layers.named_parameters()), {shard.name for shard in shards if shard.is_matrix}, 0.1)
 
     def step() -> None:
         for shard in shards:
             torch.linalg.vector_norm(gradient_of(shard).flatten(), dtype=torch.float64)
         scale_gradients(shards, 0.99)
         optimizer.step(0.0)
+        with cast_weights(layers.modules()):
+            pass
 
     return _median(step, shards[0].parameter.device, REPEATS)
 

@@ -1,13 +1,12 @@
 """Measure the costs of layers and links on this machine, and cache them on disk. All ranks measure simultaneously.
 
-measure ─ _measure_machine ─ memory bandwidth and links
+measure ─ measure_machine  ─ memory bandwidth and links
         └ _measure_layers  ─ _measure_layer per kind of layer and micro-batch size
 """
 
 import copy
 import hashlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -15,7 +14,6 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,9 +36,9 @@ from fira.parallel.objective import objective
 from fira.parallel.parallelize import ParamShard
 from fira.planner.costs import CostModel, LayerCost
 from fira.planner.device_specs import OPERATIONS, Hardware, Link
+from fira.planner.measure_machine import measure_machine, median_seconds, synchronize
 from fira.planner.model_profile import ModelProfile, logits_bytes, measure_saved_bytes
 from fira.progress_bar import progress_bar
-from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
 from pipeline.stage import DeviceLayers, Stage
 
@@ -49,9 +47,6 @@ REPEATS = 5
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
 PASSES = ("forward", "backward_input", "backward_weight", "backward")  # methods of a stage that are timed
 MAX_SECONDS = 2.0  # of one layer's forward and backward; costs of larger micro-batches are scaled instead of measured
-# The link assumed between processes of one machine when only one process measures.
-SHARED_MEMORY = Link(latency=5e-5, bandwidth=2e9)
-MESSAGE_SIZES = (2**10, 2**22)  # bytes
 
 
 def measure(
@@ -69,7 +64,7 @@ def measure(
     slowdown = max(1.0, ranks / cores) if simulated else 1.0
     identity = [MEASUREMENT_FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 
-    machine = _cached([*identity, "links"], partial(_measure_machine, device, world), world)
+    machine = _cached([*identity, "links"], partial(measure_machine, device, world), world)
     table: dict[int, list[LayerCost]] = {}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -222,10 +217,10 @@ class _Timer:
         self.seconds: dict[str, list[float]] = defaultdict(list)
 
     def __call__(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        _synchronize(self.device)
+        synchronize(self.device)
         started = time.perf_counter()
         result = work(*arguments)
-        _synchronize(self.device)
+        synchronize(self.device)
         self.seconds[name].append(time.perf_counter() - started)
         return result
 
@@ -251,55 +246,4 @@ def _measure_optimizer(layers: DeviceLayers) -> float:
         with cast_weights(layers.modules()):
             pass
 
-    return _median(step, shards[0].parameter.device, REPEATS)
-
-
-def _measure_machine(device: torch.device, world: World) -> dict[str, Any]:
-    """Memory bandwidth, and the links between all ranks of the world (collective)."""
-    a, b = torch.empty(2, 2**24, device=device)
-    seconds = _median(lambda: a.copy_(b), device)
-    links = {name: asdict(SHARED_MEMORY) for name in OPERATIONS}
-    if world.size > 1:
-        group = make_mesh(Layout(1, world.size, 1), [0], [device]).groups["dp"]
-        hops = {"p2p": 2, "all_to_all": 1, "all_reduce": 2 * math.ceil(math.log2(world.size))}
-        shares = {"p2p": 2.0, "all_to_all": 1 - 1 / world.size, "all_reduce": 2 - 2 / world.size}
-        for name in OPERATIONS:
-            small, large = (_median(_operation(name, size, device, world, group), device) for size in MESSAGE_SIZES)
-            bandwidth = shares[name] * (MESSAGE_SIZES[1] - MESSAGE_SIZES[0]) / max(large - small, 1e-9)
-            links[name] = asdict(Link(small / hops[name], bandwidth))
-    return {"memory_bandwidth": 2 * a.nbytes / seconds, "links": links}
-
-
-def _operation(name: str, size: int, device: torch.device, world: World, group: dist.ProcessGroup) -> Callable[[], Any]:
-    """A message of `size` bytes from rank 0 to rank 1 and back, or a collective operation of all ranks."""
-    x, y = torch.zeros(2, size // 4 // world.size * world.size, device=device)
-    if name == "all_reduce":
-        return lambda: dist.all_reduce(x, group=group)
-    if name == "all_to_all":
-        return lambda: dist.all_to_all_single(y, x, group=group)
-
-    def round_trip() -> None:
-        if world.rank == 0:
-            dist.send(x, 1, group=group)
-            dist.recv(x, 1, group=group)
-        elif world.rank == 1:
-            dist.recv(x, 0, group=group)
-            dist.send(x, 0, group=group)
-
-    return round_trip
-
-
-def _median(work: Callable[[], Any], device: torch.device, repeats: int = 4 * REPEATS) -> float:
-    """Median seconds of one call."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        _synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return median_seconds(step, shards[0].parameter.device, REPEATS)

@@ -59,7 +59,8 @@ def choose_on_machine(visible: list[list[str]], names: str) -> list[str]:
 
 
 FOUR = ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
-CANNOT_SHARE = "--local-devices {}: the 2 ranks that see these devices cannot share {} equally; give a multiple of the "
+THREE = "cuda:0,cuda:1,cuda:2"
+CANNOT = "--local-devices {}: the 2 ranks that see these devices cannot share {} equally; give a multiple of the"
 
 
 @pytest.mark.parametrize(
@@ -76,8 +77,8 @@ CANNOT_SHARE = "--local-devices {}: the 2 ranks that see these devices cannot sh
         # too few
         ([FOUR[:1]], "cuda:0,cuda:1", [["--local-devices cuda:0,cuda:1: torch sees 1 CUDA device"]]),
         ([[]], "cuda:0", [["--local-devices cuda:0: torch sees 0 CUDA devices"]]),
-        ([FOUR[:1]] * 2, "cuda:0", [[CANNOT_SHARE.format("cuda:0", 1) + "number of ranks"]] * 2),
-        ([FOUR] * 2, "cuda:0,cuda:1,cuda:2", [[CANNOT_SHARE.format("cuda:0,cuda:1,cuda:2", 3) + "number of ranks"]] * 2),
+        ([FOUR[:1]] * 2, "cuda:0", [[CANNOT.format("cuda:0", 1) + " number of ranks"]] * 2),
+        ([FOUR] * 2, THREE, [[CANNOT.format(THREE, 3) + " number of ranks"]] * 2),
     ],
 )
 def test_local_devices_of_ranks_that_see_the_same_or_their_own_devices(visible, names, expected):

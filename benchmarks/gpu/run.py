@@ -40,8 +40,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Setting:
-    """dtype: of the products. preset and changes: the model. microbatch: sequences of a micro-batch, of which there are four.
-
+    """dtype: of the products. preset and changes: the model. microbatch: sequences of each of the four micro-batches.
 
     product: rows and columns of the factors that measure the peak. layer: width and hidden width of the experts, and
     sequences and tokens of their input. rounds: in which the contenders take turns.

@@ -36,7 +36,8 @@ def check_operation(target: Target, name: str) -> str:
     size = SIZES[device.type]
     tested, reference = operations(device, *size), operations(torch.device("cpu"), *size)
     lines = []
-    for dtype in dict.fromkeys((torch.float32, AUTOCAST_DTYPES.get(auto_precision(device), torch.bfloat16))):
+    selected = AUTOCAST_DTYPES.get(auto_precision(device), torch.float32 if device.type == "cuda" else torch.bfloat16)
+    for dtype in dict.fromkeys((torch.float32, selected)):
         errors = [
             _largest_error(operation, reference[full], dtype, full)
             for full, operation in tested.items()

@@ -39,9 +39,9 @@ def automatic_precision(target: Target) -> str:
         expected = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     assert selected == expected, f"{selected} is selected instead of {expected}"
     init()
-    dtypes = dict.fromkeys((torch.float32, AUTOCAST_DTYPES.get(selected, torch.float32)))
-    peaks = " and ".join(f"{measure_peak([device], dtype) / 1e12:.3g}" for dtype in dtypes)
-    return f"{selected}, products with {peaks} TFLOP/s in fp32 and {selected}; {compare(log, cpu(target), selected)}"
+    dtypes = {"fp32": torch.float32} | {name: d for name, d in AUTOCAST_DTYPES.items() if name == selected}
+    peaks = ", ".join(f"{measure_peak([device], d) / 1e12:.3g} TFLOP/s in {name}" for name, d in dtypes.items())
+    return f"{selected} selected; products {peaks}; {compare(log, cpu(target), selected)}"
 
 
 def recompute(target: Target) -> str:

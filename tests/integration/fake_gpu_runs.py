@@ -30,6 +30,7 @@ from fira.models.registry import PRESETS, build
 from fira.nn import cross_entropy, kernels
 from fira.nn.context import Context, DecodingContext
 from fira.nn.kv_cache import KVCache
+from fira.optim.adamw import AdamW
 from fira.parallel import parallelize as parallelize_module
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
@@ -151,6 +152,19 @@ def generate(preset: str, rows: int) -> dict[str, Any]:
         with Recorder(repeat(1)) as recorder, torch.autocast("gpu", torch.bfloat16):
             assert len(list(generator(model, prompts, 3, Sampling(top_k=5)))) == 3
         return recorder.result()
+
+
+def update() -> dict[str, int]:
+    """Kernels of an update by AdamW of parameters on two devices, each with decayed ones and others."""
+    with FakeTensorMode():
+        names = [f"{kind}{device}" for kind in ("matrix", "vector") for device in range(2)]
+        parameters = {name: torch.empty(3, device=f"gpu:{name[-1]}", requires_grad=True) for name in names}
+        for parameter in parameters.values():
+            parameter.grad = torch.empty_like(parameter)
+        with Recorder() as recorder:
+            AdamW(parameters, {"matrix0", "matrix1"}, weight_decay=0.1).step(lr=1e-3)
+        assert not recorder.reads
+        return dict(recorder.kernels)
 
 
 def mix_devices() -> None:

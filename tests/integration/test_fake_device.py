@@ -39,6 +39,7 @@ LONG = {"changes": {"seq_len": 512}}  # 1,024 tokens per micro-batch, in blocks 
 QUICK: dict[str, Any] = {
     "mix": ["mix_devices", {}],
     "read": ["read_value", {}],
+    "update": ["update", {}],
     "bf16": ["train", {"preset": "fira-tiny"}],
     "fp32": ["train", {"preset": "fira-tiny", "precision": "fp32"}],
     **{f"step of {n}": ["train", {"preset": "fira-base", "dropout": False, "microbatches": n}] for n in (2, 4)},
@@ -132,6 +133,11 @@ def check_waits(function: str, arguments: dict[str, Any], result: dict[str, Any]
 def test_device_detects_mixed_devices_and_reads():
     assert "FakeTensorDeviceMismatchError" in quick()["mix"]["error"]
     assert "DataDependentOutputException" in quick()["read"]["error"]
+
+
+def test_optimizer_updates_the_parameters_of_each_device_separately():
+    """One kernel for each device and value of the weight decay; it reads no value of the device."""
+    assert quick()["update"]["_fused_adamw_"] == 4
 
 
 @pytest.mark.parametrize("name", [name for name, case in QUICK.items() if case[0] in ("train", "decode", "generate")])

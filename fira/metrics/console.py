@@ -5,8 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +14,6 @@ from fira.metrics.csv_log import Row
 
 SECONDS_BETWEEN_LINES = 2.0
 RECENT_STEPS = 50
-
-
-@dataclass(frozen=True)
-class RunDescription:
-    """Facts about a run that are shown before its first step."""
-
-    name: str
-    parameters: int
-    device: str
-    precision: str
-    layout: str
-    schedule: str
-    microbatches: int  # per replica and step
-    microbatch_size: int  # sequences
-    seq_len: int
-    stages: Sequence[range]  # layers of each stage
-    recomputed: str  # blocks recomputed in each stage; empty: none
-    train_tokens: int
-    val_tokens: int
-    vocab_size: int
-
-    def heading(self) -> str:
-        """The description as three lines."""
-        stages = " | ".join(f"{layers.start}–{layers.stop - 1}" for layers in self.stages)
-        recomputed = f" · {self.recomputed} blocks per stage recomputed" if self.recomputed else ""
-        return (
-            f"{self.name}: {self.parameters:,} parameters · {self.device} {self.precision} · {self.layout}\n"
-            f"{self.schedule} · micro-batches per replica: {self.microbatches}, each {self.microbatch_size} × "
-            f"{self.seq_len} tokens · stages of layers {stages}{recomputed}\n"
-            f"data: {self.train_tokens:,} training and {self.val_tokens:,} validation tokens, "
-            f"vocabulary {self.vocab_size}"
-        )
 
 
 def loss_change(before: float, after: float, corpus: Mapping[str, Any]) -> str:

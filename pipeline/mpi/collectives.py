@@ -22,10 +22,10 @@ from torch import Tensor
 
 from pipeline.mpi.buffers import (
     EMPTY,
+    REDUCED_BY_MPI_ONLY,
     Reduction,
     as_bytes,
     as_numbers,
-    combines,
     copy,
     memories,
     memory,
@@ -236,7 +236,7 @@ class Collectives:
             _complete(received[peer].nbytes, status, peer)
 
     def _exchanges(self, nbytes: int, dtype: torch.dtype) -> bool:
-        return nbytes >= LARGE and self.size > 1 and combines(dtype)
+        return nbytes >= LARGE and self.size > 1 and dtype not in REDUCED_BY_MPI_ONLY
 
     def _parts(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return one flat part per rank: the tensors themselves, or the parts of a single tensor."""

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from types import CodeType, FrameType
 from typing import Any
@@ -155,13 +156,9 @@ def _line(code: CodeType, at: int) -> int:
     return next((line for start, end, line in code.co_lines() if start <= at < end and line), code.co_firstlineno)
 
 
-def _stack(frame: FrameType | None) -> list[str]:
+def _stack(frame: FrameType) -> list[str]:
     """Return the calls that lead to ``frame``, innermost first."""
-    places = []
-    while frame is not None:
-        places.append(_describe(frame))
-        frame = frame.f_back
-    return places
+    return [_describe(caller) for caller, _ in traceback.walk_stack(frame)]
 
 
 def _place(frame: FrameType | None) -> str | None:

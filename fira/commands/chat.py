@@ -1,4 +1,7 @@
-"""Chat with a trained model. /reset clears the conversation, /quit or Ctrl-D ends, Ctrl-C interrupts an answer."""
+"""Chat with a trained model.
+
+/reset clears the conversation, /quit or Ctrl-D ends, Ctrl-C interrupts an answer.
+"""
 
 import sys
 from argparse import Namespace

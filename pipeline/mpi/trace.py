@@ -1,5 +1,6 @@
 """Trace of a rank: a ring buffer of its last operations that is cheap to write and read only for a report."""
 
+import functools
 import math
 import os
 import sys
@@ -18,17 +19,13 @@ LAST = 256  # operations kept per rank
 POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})
 
 
-class _IsInternal(dict[str, bool]):
-    """Cache of whether a file belongs to torch or to this folder, and is skipped when a caller is looked up."""
-
-    _folders = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
-
-    def __missing__(self, file: str) -> bool:
-        self[file] = file.startswith(self._folders)
-        return self[file]
+_INTERNAL = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
 
 
-_is_internal = _IsInternal()
+@functools.cache
+def _is_internal(file: str) -> bool:
+    """Return whether a file belongs to torch or to this folder, and is skipped when a caller is looked up."""
+    return file.startswith(_INTERNAL)
 
 
 class Entry:
@@ -121,7 +118,7 @@ class GroupTrace:
         if tensors:
             entry.shape, entry.dtype = tensors[0].shape, tensors[0].dtype
         frame: FrameType | None = sys._getframe(2)  # the caller's frame
-        while frame is not None and _is_internal[frame.f_code.co_filename]:
+        while frame is not None and _is_internal(frame.f_code.co_filename):
             frame = frame.f_back
         if frame is not None:
             entry.code, entry.at = frame.f_code, frame.f_lasti
@@ -163,7 +160,7 @@ def _stack(frame: FrameType) -> list[str]:
 
 def _place(frame: FrameType | None) -> str | None:
     """Return the line of user code that a thread executes; None if it executes no user code."""
-    while frame is not None and _is_internal[frame.f_code.co_filename]:
+    while frame is not None and _is_internal(frame.f_code.co_filename):
         frame = frame.f_back
     return None if frame is None else _describe(frame)
 

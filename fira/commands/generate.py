@@ -23,9 +23,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     options = parser.start(arguments)
     device = choose_devices("auto", None, 0)[0]
     model = load_model(options.checkpoint or find_in_out(options.model_name), device, options.tokenizer)
-    tokenizer = own_tokenizer(model)
     if options.eval_text is not None:
-        text = text_or_content(options.eval_text)
+        tokenizer, text = own_tokenizer(model), text_or_content(options.eval_text)
         ids = [eos_id(tokenizer), *encode(text, tokenizer)]  # in training, EOS precedes every document
         print(perplexity(model, ids).describe(len(text.encode())))
     if options.eval_text is None or options.prompt is not None:

@@ -174,7 +174,6 @@ class Checkpoint:
     def __init__(self, folder: Path, manifest: Manifest, index: dict[str, TensorEntry]) -> None:
         self.folder = folder
         self.step = manifest.step
-        self.layout = manifest.layout
         self._files = manifest.files
         self._index = index
         self._opened: dict[str, Any] = {}
@@ -207,10 +206,6 @@ class Checkpoint:
             raise UserError(f"{self.folder} has no {name}")
         with errors_naming(self.folder / name):
             return (self.folder / name).read_bytes()
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors, sorted."""
-        return sorted(self._index)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the global shape of a tensor."""

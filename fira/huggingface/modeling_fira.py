@@ -6,7 +6,7 @@ files that it imports.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -282,9 +282,8 @@ def _router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
     def append_logits(module: nn.Module, inputs: Any, routed: Routed) -> None:
         logits.append(routed.logits)
 
-    handles = [module.register_forward_hook(append_logits) for module in model.modules() if isinstance(module, Router)]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, Router):
+                hooks.enter_context(module.register_forward_hook(append_logits))
         yield logits
-    finally:
-        for handle in handles:
-            handle.remove()

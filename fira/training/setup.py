@@ -13,7 +13,6 @@ from fira.data.mixture import Joined, Mixture
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
-from fira.metrics.console import RunDescription
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, change, from_document, make_config
 from fira.parallel.batch_split import BatchSplit
@@ -41,7 +40,7 @@ class Run:
     tokenizer: bytes | None  # the content of tokenizer.json
     flops_per_token: float  # forward and backward
     peak: float  # FLOP/s of all ranks together
-    description: RunDescription
+    description: str  # printed before the first step
 
 
 def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], world: World, quiet: bool = False) -> Run:
@@ -143,24 +142,16 @@ def choose_recompute(
     return int(blocks)
 
 
-def describe_run(
-    config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus
-) -> RunDescription:
-    """The facts that the console prints before the first step. parameters: of the whole model."""
-    model = trainer.model.config
-    return RunDescription(
-        name=config.name(),
-        parameters=parameters,
-        device=trainer.model.device.type,
-        precision=config.precision,
-        layout=str(candidate.layout),
-        schedule=candidate.schedule,
-        microbatches=candidate.count,
-        microbatch_size=candidate.microbatch,
-        seq_len=model.seq_len,
-        stages=trainer.model.stages,
-        recomputed={0: "", EVERY_BLOCK: "all"}.get(candidate.recompute, str(candidate.recompute)),
-        train_tokens=corpus.summary["train_tokens"],
-        val_tokens=corpus.summary["val_tokens"],
-        vocab_size=model.vocab_size,
+def describe_run(config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus) -> str:
+    """The three lines that are printed before the first step. parameters: of the whole model."""
+    model, summary = trainer.model, corpus.summary
+    stages = " | ".join(f"{layers.start}–{layers.stop - 1}" for layers in model.stages)
+    blocks = "all" if candidate.recompute == EVERY_BLOCK else candidate.recompute
+    recomputed = f" · {blocks} blocks per stage recomputed" if blocks else ""
+    return (
+        f"{config.name()}: {parameters:,} parameters · {model.device.type} {config.precision} · {candidate.layout}\n"
+        f"{candidate.schedule} · micro-batches per replica: {candidate.count}, each {candidate.microbatch} × "
+        f"{model.config.seq_len} tokens · stages of layers {stages}{recomputed}\n"
+        f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
+        f"vocabulary {model.config.vocab_size}"
     )

@@ -37,12 +37,10 @@ class OverlappedReduction:
         self._stages = model.stages
         self._groups = {False: mesh.groups["dp"], True: mesh.groups["edp"]}
         self._per_layer = len(mesh.ep_groups) == 1  # one local device
-        tied = model.tied.original if model.tied else None
-        self._tied = [shard for shard in model.shards if shard.parameter is tied]
-        self._layers: dict[int, list[ParamShard]] = defaultdict(list)
+        self._tied = model.tied.original if model.tied else None
+        self._shards: dict[int, list[ParamShard]] = defaultdict(list)  # by layer
         for shard in model.shards:
-            if shard.parameter is not tied:
-                self._layers[int(shard.name.split(".")[1])].append(shard)
+            self._shards[int(shard.name.split(".")[1])].append(shard)
         self._works: list[dist.Work] = []
 
     @contextmanager
@@ -54,12 +52,12 @@ class OverlappedReduction:
             if layer not in waiting:
                 raise RuntimeError(f"a gradient of layer {layer} arrived after the reduction of the layer had started")
             while waiting[-1] > layer:
-                self._start(self._layers[waiting.pop()])  # [1]
+                self._start_layer(waiting.pop())  # [1]
 
         hooks = [
             shard.parameter.register_post_accumulate_grad_hook(lambda _, layer=layer: arrived(layer))
             for layer in waiting
-            for shard in self._layers[layer]
+            for shard in self._shards[layer]
             if self._per_layer
         ]
         try:
@@ -68,14 +66,17 @@ class OverlappedReduction:
             for hook in hooks:
                 hook.remove()
         while waiting:
-            self._start(self._layers[waiting.pop()])  # [2]
+            self._start_layer(waiting.pop())  # [2]
 
     def finish(self) -> None:
         """Let the device wait until all gradients are reduced. Those of a tied embedding must have been summed."""
-        self._start(self._tied)  # [3]
+        self._start([shard for shard in self._shards[0] if shard.parameter is self._tied])  # [3]
         for work in self._works:
             work.wait()
         self._works = []
+
+    def _start_layer(self, layer: int) -> None:
+        self._start([shard for shard in self._shards[layer] if shard.parameter is not self._tied])
 
     def _start(self, shards: Sequence[ParamShard]) -> None:
         """Start one reduction of the gradients of each group and device, in place."""

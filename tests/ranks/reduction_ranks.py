@@ -67,6 +67,7 @@ def compare(
     dtype: str = "float32",
     backend: str = "mpi",
     fp16: bool = False,
+    autocast: str | None = None,
 ) -> dict[str, Any]:
     """Train two steps in both ways.
 
@@ -77,7 +78,10 @@ def compare(
     mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), [CPU] * devices)
     if backend == "gloo":
         mesh = dataclasses.replace(mesh, groups=mesh.groups | {axis: gloo_group(mesh, axis) for axis in ("dp", "edp")})
-    after, during = (make_trainer(mesh, schedule, CONFIGS[model], recompute, devices, dtype, fp16) for _ in range(2))
+    precision = getattr(torch, dtype), autocast and getattr(torch, autocast)
+    after, during = (
+        make_trainer(mesh, schedule, CONFIGS[model], recompute, devices, *precision, fp16=fp16) for _ in range(2)
+    )
     assert after.reduction is None  # the groups are on a CPU
     during.reduction = reduction = LoggedReduction(during.model, mesh)
     steps = []
@@ -107,10 +111,17 @@ def gloo_group(mesh: Mesh, axis: str) -> Any:
 
 
 def make_trainer(
-    mesh: Mesh, schedule: str, config: Any, recompute: int, devices: int, dtype: str, fp16: bool
+    mesh: Mesh,
+    schedule: str,
+    config: Any,
+    recompute: int = 0,
+    devices: int = 1,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    fp16: bool = False,
 ) -> Trainer:
     built = parallelize(
-        meta_model(config), mesh, 7, [CPU] * devices, schedule, getattr(torch, dtype), recompute=recompute
+        meta_model(config), mesh, 7, [CPU] * devices, schedule, dtype, autocast=autocast, recompute=recompute
     )
     split = BatchSplit(devices, mesh.layout.dp, mesh.dp_rank, config.d_model)
     return Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=fp16)
@@ -119,7 +130,7 @@ def make_trainer(
 def late_gradient() -> str:
     """The error when a gradient arrives for a layer whose reduction has started."""
     mesh = make_mesh(Layout(1, dist.get_world_size(), 1), [0])
-    trainer = make_trainer(mesh, "1f1b", CONFIGS["fira"], 0, 1, "float32", False)
+    trainer = make_trainer(mesh, "1f1b", CONFIGS["fira"])
     trainer.reduction = OverlappedReduction(trainer.model, mesh)
     layer_2, layer_4 = (
         next(s.parameter for s in trainer.model.shards if s.name == f"layers.{i}.norm1.weight") for i in (2, 4)

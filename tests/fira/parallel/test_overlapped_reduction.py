@@ -15,6 +15,7 @@ FAST: list[dict[str, Any]] = [
     {"layout": [1, 2, 2], "schedule": "zb-h1", "backend": "gloo"},
     {"layout": [1, 2, 1], "schedule": "zb-v", "model": "tied"},
     {"layout": [1, 2, 2], "devices": 2},
+    {"layout": [1, 2, 2], "schedule": "zb-h1", "autocast": "bfloat16"},
 ]
 SLOW = [
     *({"layout": [1, 2, 2], "schedule": schedule} for schedule in SCHEDULES),
@@ -28,6 +29,7 @@ SLOW = [
     {"layout": [1, 2, 2], "dtype": "float64", "fp16": True},
     {"layout": [2, 2, 2], "schedule": "zb-h1", "recompute": 1},
     {"layout": [2, 2, 2], "backend": "gloo"},
+    {"layout": [1, 2, 1], "autocast": "bfloat16", "recompute": EVERY_BLOCK},
     *({"layout": [1, 4, 2], "dtype": dtype, "backend": "gloo"} for dtype in ("float32", "float64")),
 ]
 

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from typing import Self
 
 from fira.planner.candidates import Candidate
-from fira.planner.costs import CostModel, element_size
+from fira.planner.costs import CostModel, copy_size, element_size
 from fira.planner.device_specs import Hardware, Links
 from fira.planner.model_profile import ModelProfile
 from pipeline.partition import partition
@@ -33,6 +33,7 @@ class PlanInputs:
         self.hardware = hardware
         self.cost_model = cache(cost_model)
         self.element_size = element_size(precision)
+        self.copy_size = copy_size(precision)
         self.stages = cache(lambda count: partition(profile.flops, count))
 
 
@@ -44,7 +45,7 @@ class CandidateCosts:
         self.candidate = candidate
         self.layout = candidate.layout
         self.profile, self.hardware = inputs.profile, inputs.hardware
-        self.element_size = inputs.element_size
+        self.element_size, self.copy_size = inputs.element_size, inputs.copy_size
         spec = SCHEDULES[candidate.schedule]
         self.placement = spec.placement(self.layout.pp)
         self.splits_backward = spec.splits_backward
@@ -137,6 +138,11 @@ class CandidateCosts:
         if self.profile.tied and {0, len(self.profile.layers) - 1} <= set(self.rank_layers[rank]):
             replicated -= self.layer_kinds[0].largest
         return replicated, sum(kind.expert_parameters for kind in kinds) / self.layout.ep
+
+    def cast_parameters(self, rank: int) -> float:
+        """The number of parameters of a rank that autocast casts."""
+        casts = [self.layer_kinds[i].cast for i in self.rank_layers[rank]]
+        return sum(replicated + experts / self.layout.ep for replicated, experts in casts)
 
     def reduction(self, rank: int) -> float:
         """Seconds to reduce a rank's gradients: over dp, those of experts over edp, of a tied embedding over pp."""

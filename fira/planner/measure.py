@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -31,6 +32,7 @@ from fira.nn.init import initialise
 from fira.nn.moe.experts import ExpertBank
 from fira.optim.adamw import AdamW
 from fira.parallel.batch_split import BatchSplit
+from fira.parallel.cast_weights import cast_weights
 from fira.parallel.gradients import gradient_of, scale_gradients
 from fira.parallel.objective import objective
 from fira.parallel.parallelize import ParamShard
@@ -42,9 +44,10 @@ from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
 from pipeline.stage import DeviceLayers, Stage
 
-MEASUREMENT_FORMAT = 3  # part of every cache key; increase it when the cached values change
+MEASUREMENT_FORMAT = 4  # part of every cache key; increase it when the cached values change
 REPEATS = 5
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
+PASSES = ("forward", "backward_input", "backward_weight", "backward")  # methods of a stage that are timed
 MAX_SECONDS = 2.0  # of one layer's forward and backward; costs of larger micro-batches are scaled instead of measured
 # The link assumed between processes of one machine when only one process measures.
 SHARED_MEMORY = Link(latency=5e-5, bandwidth=2e9)
@@ -175,19 +178,7 @@ def _measure_layer(
     is_first, is_last = kind == profile.layers[0], kind == profile.layers[-1]
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, size * IN_FLIGHT, config.seq_len))
     split = BatchSplit(size, 1, 0, profile.width, device)
-    seconds: dict[str, list[float]] = {
-        name: [] for name in ("forward", "backward_input", "backward_weight", "backward")
-    }
-
-    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        result = work(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[name].append(time.perf_counter() - started)
-        return result
+    timed = _Timer(device)
 
     def forward(i: int) -> Tensor:
         batch = batches[i]
@@ -197,29 +188,47 @@ def _measure_layer(
         loss, _ = objective(y, batch.context)
         return torch.autograd.grad(loss, y)[0]
 
-    for repeat in range(REPEATS + 1):
-        batches = split.microbatches(lambda a, n: (tokens[0][:n], tokens[1][:n]), 0, size * IN_FLIGHT, dropout_seed=1)
-        hidden = [torch.randn(*batch.boundary, dtype=dtype, device=device) for batch in batches]
-        for split_backward in (True, False):
-            gradients = [timed("forward", forward, i) for i in range(IN_FLIGHT)]
-            for i, gradient in enumerate(gradients):
-                if split_backward:
-                    timed("backward_input", stage.backward_input, i, gradient)
-                    timed("backward_weight", stage.backward_weight, i)
-                else:
-                    timed("backward", stage.backward, i, gradient)
-        if repeat == 0:  # warm-up
-            for times in seconds.values():
-                times.clear()
-    x = batches[0].inputs.to(device) if is_first else hidden[0].requires_grad_()
-    saved_for_backward, saved_for_weight_grad = measure_saved_bytes(layers, x, batches[0].context)
+    with cast_weights(layers.modules()):
+        for repeat in range(REPEATS + 1):
+            batches = split.microbatches(
+                lambda a, n: (tokens[0][:n], tokens[1][:n]), 0, size * IN_FLIGHT, dropout_seed=1
+            )
+            hidden = [torch.randn(*batch.boundary, dtype=dtype, device=device) for batch in batches]
+            for split_backward in (True, False):
+                gradients = [timed("forward", forward, i) for i in range(IN_FLIGHT)]
+                for i, gradient in enumerate(gradients):
+                    if split_backward:
+                        timed("backward_input", stage.backward_input, i, gradient)
+                        timed("backward_weight", stage.backward_weight, i)
+                    else:
+                        timed("backward", stage.backward, i, gradient)
+            if repeat == 0:  # warm-up
+                timed.seconds.clear()
+        x = batches[0].inputs.to(device) if is_first else hidden[0].requires_grad_()
+        saved_for_backward, saved_for_weight_grad = measure_saved_bytes(layers, x, batches[0].context)
     return {
-        **{name: statistics.median(times) for name, times in seconds.items()},
+        **{name: statistics.median(timed.seconds[name]) for name in PASSES},
         "saved_for_backward": saved_for_backward,
         "saved_for_weight_grad": saved_for_weight_grad,
-        "optimizer": _measure_optimizer(layer),
+        "optimizer": _measure_optimizer(layers),
         "workspace": logits_bytes(profile, size, device.type) if is_last else 0,
     }
+
+
+class _Timer:
+    """Calls functions and records how long each call takes on the device, in seconds, by a name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def __call__(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        _synchronize(self.device)
+        started = time.perf_counter()
+        result = work(*arguments)
+        _synchronize(self.device)
+        self.seconds[name].append(time.perf_counter() - started)
+        return result
 
 
 def _initialised(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -228,18 +237,20 @@ def _initialised(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     return layer.to(dtype)
 
 
-def _measure_optimizer(layer: nn.Module) -> float:
-    """Seconds per step for the gradients' norm, clipping and AdamW."""
-    banks = [module for module in layer.modules() if isinstance(module, ExpertBank)]
+def _measure_optimizer(layers: DeviceLayers) -> float:
+    """Seconds per step for the gradients' norm, clipping, AdamW, and the cast of the weights."""
+    banks = [module for module in layers.modules() if isinstance(module, ExpertBank)]
     experts = {p for bank in banks for p in bank.parameters(recurse=False)}
-    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts) for name, p in layer.named_parameters()]
-    optimizer = AdamW(dict(layer.named_parameters()), {shard.name for shard in shards if shard.is_matrix}, 0.1)
+    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts) for name, p in layers.named_parameters()]
+    optimizer = AdamW(dict(layers.named_parameters()), {shard.name for shard in shards if shard.is_matrix}, 0.1)
 
     def step() -> None:
         for shard in shards:
             torch.linalg.vector_norm(gradient_of(shard).flatten(), dtype=torch.float64)
         scale_gradients(shards, 0.99)
         optimizer.step(0.0)
+        with cast_weights(layers.modules()):
+            pass
 
     return _median(step, shards[0].parameter.device, REPEATS)
 
@@ -285,7 +296,11 @@ def _median(work: Callable[[], Any], device: torch.device, repeats: int = 4 * RE
     for _ in range(repeats):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -18,6 +18,7 @@ from fira.nn.context import MoEStats, pinned_for
 from fira.optim.adamw import AdamW
 from fira.optim.loss_scale import LossScale
 from fira.parallel.batch_split import BatchSplit
+from fira.parallel.cast_weights import cast_weights
 from fira.parallel.gradients import NormVector, reduce_gradients, scale_gradients
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import DistributedModel
@@ -138,7 +139,9 @@ class Trainer:
         for shard in self.model.shards:
             shard.parameter.grad = None
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
-        losses = self.model.engine.run(schedule, microbatches, self.reduction.stage if self.reduction else nullcontext)
+        last_backward = self.reduction.stage if self.reduction else nullcontext
+        with cast_weights(self.model.modules()):
+            losses = self.model.engine.run(schedule, microbatches, last_backward)
         if self.model.tied:
             self.model.tied.sum_gradients()
         if self.reduction:
@@ -160,14 +163,15 @@ class Trainer:
     def evaluate(self, data: ValidationSequences | Joined, batch: int) -> float:
         """Mean loss in nats per token over all sequences of `data`, computed in batches of `batch` sequences."""
         total = torch.zeros(2, dtype=torch.float64)
-        for first in range(0, len(data), batch):
-            count = min(batch, len(data) - first)
-            microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
-            schedule = forward_only(self.model.placement, len(microbatches))
-            losses = self.model.engine.run(schedule, microbatches)
-            if losses:  # only the rank of the last stage has them
-                total[0] += float(_total(losses, self.model.device))
-                total[1] += sum(int(batch.context.lengths.sum()) for batch in microbatches)
+        with cast_weights(self.model.modules()):
+            for first in range(0, len(data), batch):
+                count = min(batch, len(data) - first)
+                microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
+                schedule = forward_only(self.model.placement, len(microbatches))
+                losses = self.model.engine.run(schedule, microbatches)
+                if losses:  # only the rank of the last stage has them
+                    total[0] += float(_total(losses, self.model.device))
+                    total[1] += sum(int(batch.context.lengths.sum()) for batch in microbatches)
         dist.all_reduce(total)
         return float(total[0] / total[1])
 

@@ -66,10 +66,12 @@ def train(
     recompute: int = 0,
     changes: dict[str, Any] | None = None,
     logits: int = 2**27,
+    microbatches: int = 2,
 ) -> dict[str, Any]:
-    """One step with two micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything.
+    """One step of several micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything.
 
-    The model has one block. logits: the largest number of logits that the loss computes at once.
+    The model has one block. logits: the largest number of logits that the loss computes at once. microbatches: of the
+    step and of the evaluation.
     """
     config = _config(preset, dropout, changes or {})
     device = torch.device("gpu:0")
@@ -84,7 +86,7 @@ def train(
         trainer.reduction = OverlappedReduction(model, mesh)  # as with NCCL
         rows = SEQUENCES * config.seq_len * _top_k(whole) // getattr(config, "num_experts", 1)  # of each expert
         step, evaluation = Recorder(repeat(rows)), Recorder(repeat(rows))
-        sequences = 2 * SEQUENCES * mesh.layout.dp
+        sequences = microbatches * SEQUENCES * mesh.layout.dp
         data = _Sequences(config.seq_len, sequences)
         with step:
             trainer.step(data, sequences, 1e-3, seed=1)  # type: ignore[arg-type]

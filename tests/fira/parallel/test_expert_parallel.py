@@ -1,6 +1,7 @@
 """The exchange of tokens between ranks with experts: against loops over tokens, and the bytes that are sent."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from fira.nn.moe import layer
 from fira.nn.moe.experts import Experts
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
-from fira.parallel import expert_parallel
 from fira.parallel.expert_parallel import AllToAllDispatcher
 from tests.launch import run_function
 
@@ -40,10 +40,10 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def results() -> list[list[dict[str, Any]]]:
+@pytest.fixture(scope="module", params=[1, 2], ids=["in line", "two parts"])
+def results(request: pytest.FixtureRequest) -> list[list[dict[str, Any]]]:
     """By rank and case."""
-    return run_function(RANKS, "tests.ranks.dispatch_ranks", "exchange", cases=CASES)
+    return run_function(RANKS, "tests.ranks.dispatch_ranks", "exchange", cases=CASES, parts=request.param)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
@@ -78,31 +78,18 @@ def test_outputs_and_gradients_return_to_their_tokens(results: Any, number: int)
 WIDTH, TOP_K = 16, 2
 
 
-class Counted(torch.autograd.Function):
-    """Identity that records the bytes of its input and of its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int]) -> Tensor:
-        ctx.sent = sent
-        sent.append(x.nbytes)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.sent.append(grad.nbytes)
-        return grad, None
-
-
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of each exchange of floating-point rows."""
+    """Bytes of each exchange of floating-point rows, forward and backward."""
     exchanges: list[int] = []
 
-    def all_to_all(x: Tensor, send: list[int], receive: list[int], group: object) -> Tensor:
-        return Counted.apply(x, exchanges) if x.is_floating_point() else x
+    def all_to_all_single(out: Tensor, x: Tensor, *sizes: list[int], **_: Any) -> Any:
+        if x.is_floating_point():
+            exchanges.append(x.nbytes)
+        out.copy_(x)
+        return SimpleNamespace(wait=lambda: None)
 
-    monkeypatch.setattr(expert_parallel, "all_to_all", all_to_all)
-    monkeypatch.setattr(dist, "all_to_all_single", lambda out, x, group: out.copy_(x))
+    monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
     return exchanges
 

@@ -90,9 +90,7 @@ def save_checkpoint(
     try:
         with collective_errors():
             if this_rank() == 0:
-                if partial.exists():
-                    shutil.rmtree(partial)
-                partial.mkdir(parents=True)
+                _make_empty(partial)
         with collective_errors():
             owned_files = {partial / names[kind][this_rank()]: owned for kind, owned in shards.items() if owned}
             records = _write_shards(owned_files)
@@ -112,6 +110,12 @@ def save_checkpoint(
         state = f"{intact[0]} is intact" if intact else "there is no earlier checkpoint"
         raise UserError(f"checkpoint of step {step} failed: {error}; {state}") from error
     return root / step_name(step)
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def _describe(shard: TensorShard) -> tuple[str, str, tuple[int, ...], int, int]:

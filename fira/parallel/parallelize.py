@@ -122,23 +122,15 @@ def parallelize(
     layers: dict[int, nn.Module] = {}  # of this rank
     rank_stages: dict[int, Stage] = {}
     for number in (s for s, rank in enumerate(placement) if rank == mesh.pp_rank):
-        stage_layers = [copy.deepcopy(model.layers[i]) for i in stages[number]]
-        layers |= dict(zip(stages[number], stage_layers, strict=True))
-        spans = partition([flops[i] for i in stages[number]], min(len(devices), len(stage_layers)))
-        for device, span, group in zip(devices, spans, mesh.ep_groups, strict=False):
-            for i in (stages[number][j] for j in span):
-                first_expert = _shard_experts(layers[i], mesh, group)
-                _to_empty(layers[i], device, dtype)
-                initialise(layers[i], f"layers.{i}", seed, first_expert)
+        spans = _device_spans(stages[number], flops, len(devices))
+        stage_layers = _initialised_layers(model, spans, devices, mesh, seed, dtype)
+        layers |= stage_layers
         if len(devices) > 1:
-            balance = [len(span) for span in spans]
-            local = LocalPipeline(
-                stage_layers, balance, devices[: len(spans)], autocast=autocast, recompute=recompute > 0
-            )
-            rank_stages[number] = Stage(local, devices[0])
+            rank_stages[number] = _local_pipeline_stage(stage_layers, spans, devices, autocast, recompute > 0)
         else:
-            blocks = [place for place, i in enumerate(stages[number], 1) if 0 < i < len(model.layers) - 1]
-            rank_stages[number] = _stage(stage_layers, max([0, *blocks[:recompute]]), autocast, devices[0])
+            blocks = [place for place, i in enumerate(stage_layers, 1) if 0 < i < len(model.layers) - 1]
+            cut = max([0, *blocks[:recompute]])
+            rank_stages[number] = _stage([*stage_layers.values()], cut, autocast, devices[0])
     tied = _tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
     return DistributedModel(
         config=model.config,
@@ -160,6 +152,44 @@ def _expert_tensors(model: nn.Module) -> set[str]:
     """The global names of the parameters whose dim 0 counts experts."""
     banks = ((path, module) for path, module in model.named_modules() if isinstance(module, ExpertBank))
     return {f"{path}.{name}" for path, bank in banks for name, _ in bank.named_parameters(recurse=False)}
+
+
+def _device_spans(stage: range, flops: Sequence[float], devices: int) -> list[range]:
+    """The layers of a stage by device; there are fewer spans than devices if the stage has fewer layers."""
+    spans = partition([flops[i] for i in stage], min(devices, len(stage)))
+    return [stage[span.start : span.stop] for span in spans]
+
+
+def _initialised_layers(
+    model: LanguageModel,
+    spans: Sequence[range],
+    devices: Sequence[torch.device],
+    mesh: Mesh,
+    seed: int,
+    dtype: torch.dtype,
+) -> dict[int, nn.Module]:
+    """Copies of the layers `spans[j]` on `devices[j]`, by index, with this rank's experts and their initial weights."""
+    layers = {}
+    for span, device, group in zip(spans, devices, mesh.ep_groups, strict=False):
+        for i in span:
+            layers[i] = copy.deepcopy(model.layers[i])
+            first_expert = _shard_experts(layers[i], mesh, group)
+            _to_empty(layers[i], device, dtype)
+            initialise(layers[i], f"layers.{i}", seed, first_expert)
+    return layers
+
+
+def _local_pipeline_stage(
+    layers: Mapping[int, nn.Module],
+    spans: Sequence[range],
+    devices: Sequence[torch.device],
+    autocast: torch.dtype | None,
+    recompute: bool,
+) -> Stage:
+    """A stage that torchgpipe splits over several devices of this process."""
+    balance = [len(span) for span in spans]
+    local = LocalPipeline([*layers.values()], balance, devices[: len(spans)], autocast=autocast, recompute=recompute)
+    return Stage(local, devices[0])
 
 
 def _stage(layers: list[nn.Module], cut: int, autocast: torch.dtype | None, device: torch.device) -> Stage:

@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -45,6 +46,7 @@ from pipeline.stage import DeviceLayers, Stage
 MEASUREMENT_FORMAT = 3  # part of every cache key; increase it when the cached values change
 REPEATS = 5
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
+PASSES = ("forward", "backward_input", "backward_weight", "backward")  # methods of a stage that are timed
 MAX_SECONDS = 2.0  # of one layer's forward and backward; costs of larger micro-batches are scaled instead of measured
 # The link assumed between processes of one machine when only one process measures.
 SHARED_MEMORY = Link(latency=5e-5, bandwidth=2e9)
@@ -174,19 +176,7 @@ def _measure_layer(
     is_first, is_last = kind == profile.layers[0], kind == profile.layers[-1]
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, size * IN_FLIGHT, config.seq_len))
     split = BatchSplit(size, 1, 0, profile.width, device)
-    seconds: dict[str, list[float]] = {
-        name: [] for name in ("forward", "backward_input", "backward_weight", "backward")
-    }
-
-    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        result = work(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[name].append(time.perf_counter() - started)
-        return result
+    timed = _Timer(device)
 
     def forward(i: int) -> Tensor:
         batch = batches[i]
@@ -208,17 +198,32 @@ def _measure_layer(
                 else:
                     timed("backward", stage.backward, i, gradient)
         if repeat == 0:  # warm-up
-            for times in seconds.values():
-                times.clear()
+            timed.seconds.clear()
     x = batches[0].inputs.to(device) if is_first else hidden[0].requires_grad_()
     saved_for_backward, saved_for_weight_grad = measure_saved_bytes(layers, x, batches[0].context)
     return {
-        **{name: statistics.median(times) for name, times in seconds.items()},
+        **{name: statistics.median(timed.seconds[name]) for name in PASSES},
         "saved_for_backward": saved_for_backward,
         "saved_for_weight_grad": saved_for_weight_grad,
         "optimizer": _measure_optimizer(layer),
         "workspace": logits_bytes(profile, size, device.type) if is_last else 0,
     }
+
+
+class _Timer:
+    """Calls functions and records how long each call takes on the device, in seconds, by a name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def __call__(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        _synchronize(self.device)
+        started = time.perf_counter()
+        result = work(*arguments)
+        _synchronize(self.device)
+        self.seconds[name].append(time.perf_counter() - started)
+        return result
 
 
 def _initialised(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -284,7 +289,11 @@ def _median(work: Callable[[], Any], device: torch.device, repeats: int = 4 * RE
     for _ in range(repeats):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -15,6 +15,7 @@ from fira.nn.moe.experts import Experts
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
 from fira.parallel.expert_parallel import AllToAllDispatcher
+from pipeline.split_backward import SplitBackward
 from tests.launch import run_function
 
 RANKS, EXPERTS = 3, 6
@@ -75,6 +76,21 @@ def test_outputs_and_gradients_return_to_their_tokens(results: Any, number: int)
         assert result["grad_w"] == [[f * total for f in row] for row, total in zip(factors, sums, strict=True)]
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_layer_in_two_parts_is_bitwise_identical(ranks: int) -> None:
+    """With dropout, experts without rows, dropped assignments, and a split backward; 4 ranks have one expert a part."""
+    cases = [
+        {"dropout": 0.0, "capacity": 0.0, "split": False},
+        {"dropout": 0.3, "capacity": 0.5, "split": False},
+        {"dropout": 0.3, "capacity": 0.5, "split": True},
+    ]
+    for of_rank in run_function(ranks, "tests.ranks.dispatch_ranks", "layers_in_parts", cases=cases):
+        for case, result in zip(cases, of_rank, strict=True):
+            assert set(result["distance of parts"]) == {0}, (case, result)
+            assert max(result["distance of ranks"]) < 1e-12, case
+            assert min(result["sizes"][:2]) > 1, case
+
+
 WIDTH, TOP_K = 16, 2
 
 
@@ -133,3 +149,41 @@ def test_without_autocast_nothing_changes(monkeypatch, sent, dtype) -> None:
     without_early_cast(monkeypatch)
     plain_y, plain_gradients = train(dtype, None)
     assert all(map(torch.equal, [y, *gradients], [plain_y, *plain_gradients]))
+
+
+def test_order_of_operations_in_two_parts(monkeypatch) -> None:
+    """Exchanges and experts, in the order in which the host starts them; an exchange is waited for as late as possible."""
+    events: list[str] = []
+
+    def all_to_all_single(out: Tensor, x: Tensor, *sizes: list[int], async_op: bool = False, **_: Any) -> Any:
+        out.copy_(x)
+        if not async_op:
+            return None
+        number = sum(event.startswith("start") for event in events)
+        events.append(f"start {number}")
+        return SimpleNamespace(wait=lambda: events.append(f"wait {number}"))
+
+    def record(module: nn.Module, arguments: Any) -> None:
+        events.append("experts")
+        arguments[0].register_hook(lambda gradient: events.append("gradient"))
+
+    monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
+    torch.manual_seed(0)
+    moe = MoE(Router(WIDTH, 4, TOP_K), Experts(4, WIDTH, 8, 0.0, "experts"), 4, 1, [])
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter)
+    moe.dispatcher = AllToAllDispatcher(None, parts=2)
+    moe.experts.register_forward_pre_hook(record)
+    for split in (False, True):
+        events.clear()
+        x = torch.randn(2, 4, WIDTH, requires_grad=True)
+        y = moe(x, Context(), None)
+        dispatch = ["start 0", "start 1", "wait 0", "experts", "start 2", "wait 1", "experts", "start 3"]
+        assert events == [*dispatch, "wait 2", "wait 3"]
+        if split:
+            SplitBackward(y, x).backward_input(torch.ones_like(y))
+        else:
+            y.sum().backward()
+        backward = ["start 4", "start 5", "wait 4", "gradient", "start 6", "wait 5", "gradient", "start 7"]
+        assert events[10:] == [*backward, "wait 6", "wait 7"]

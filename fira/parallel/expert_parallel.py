@@ -20,6 +20,7 @@ half before expert. The all-to-all of one half overlaps with the products of the
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,7 @@ class AllToAllDispatcher(TokenDispatcher):
         sizes = torch.stack([outgoing, incoming]).tolist()
         groups = RowGroups(incoming.sum(0), dict(enumerate(map(sum, zip(*sizes[1], strict=True)))))
         bounds = [-(-part * local // parts) for part in range(parts + 1)]
-        spans = [range(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        spans = [range(*pair) for pair in pairwise(bounds)]
         return ExchangePlan(order, inverse, groups, [_part(sizes, incoming, groups, span) for span in spans])
 
     def run(self, tokens: Tensor, keys: Tensor | None, plan: DispatchPlan, top_k: int, experts: RunExperts) -> Tensor:

@@ -18,10 +18,11 @@ from fira.parallel.expert_parallel import AllToAllDispatcher
 from pipeline.split_backward import SplitBackward
 
 
-def exchange(cases: list[dict[str, Any]], parts: int) -> list[dict[str, Any]]:
-    """Send tokens to experts of which number e multiplies by e + 1; by case, see `_exchange`."""
+def exchange(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Send tokens to experts of which number e multiplies by e + 1: in one part and in two, by case."""
     rank = dist.get_rank()
-    return [_exchange(parts, **{name: values[rank] for name, values in case.items()}) for case in cases]
+    own = [{name: values[rank] for name, values in case.items()} for case in cases]
+    return [[_exchange(parts, **case) for case in own] for parts in (1, 2)]
 
 
 def _exchange(
@@ -54,8 +55,8 @@ def _exchange(
     return {**arrived, "y": y.tolist(), "grad_x": x.grad.tolist(), "grad_w": w.grad.tolist()}
 
 
-# Rows are a multiple of 128 bytes: on a CPU the rounding of a product depends on the alignment of its operands, and that
-# of an elementwise function on whether an element is in the last, incomplete vector of the tensor.
+# Rows are a multiple of 128 bytes. On a CPU the rounding of a product depends on the alignment of its operands, and
+# that of an elementwise function on whether an element is in the last, incomplete vector of a tensor.
 EXPERTS, WIDTH, HIDDEN, SHAPE = 8, 16, 16, (2, 7)
 
 

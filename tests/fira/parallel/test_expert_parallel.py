@@ -41,10 +41,16 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["in line", "two parts"])
-def results(request: pytest.FixtureRequest) -> list[list[dict[str, Any]]]:
+@pytest.fixture(scope="module")
+def both_results() -> list[list[list[dict[str, Any]]]]:
+    """By rank, number of parts and case."""
+    return run_function(RANKS, "tests.ranks.dispatch_ranks", "exchange", cases=CASES)
+
+
+@pytest.fixture(params=[1, 2], ids=["in line", "two parts"])
+def results(request: pytest.FixtureRequest, both_results: Any) -> list[list[dict[str, Any]]]:
     """By rank and case."""
-    return run_function(RANKS, "tests.ranks.dispatch_ranks", "exchange", cases=CASES, parts=request.param)
+    return [of_rank[request.param - 1] for of_rank in both_results]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
@@ -152,7 +158,7 @@ def test_without_autocast_nothing_changes(monkeypatch, sent, dtype) -> None:
 
 
 def test_order_of_operations_in_two_parts(monkeypatch) -> None:
-    """Exchanges and experts, in the order in which the host starts them; an exchange is waited for as late as possible."""
+    """Exchanges and experts in the order of the host, which waits for an exchange as late as possible."""
     events: list[str] = []
 
     def all_to_all_single(out: Tensor, x: Tensor, *sizes: list[int], async_op: bool = False, **_: Any) -> Any:

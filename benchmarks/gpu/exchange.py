@@ -1,6 +1,6 @@
 """Simulated gain of overlapping the experts' all-to-all with their products, from the planner's device descriptions.
 
-    python -m benchmarks.gpu.overlap     # prints the tables; no GPU is needed
+    python -m benchmarks.gpu.exchange    # prints the table; no GPU is needed
 
 The experts of a rank form two halves, and an exchange of all rows becomes two exchanges of half the rows each:
 
@@ -18,7 +18,8 @@ device descriptions:
 - A product on SMS multiprocessors takes whole waves of tiles of TILE elements, so that half a product may take longer
   than half the time. Half of the experts have half of the tiles, because the rows of an expert are not split.
 - While an exchange runs, kernels are slower by the share SLOWDOWN, because it occupies multiprocessors and memory.
-- The halves' weight gradients are joined by one more copy, and their outputs as well.
+- Between machines, an exchange uses the network for the peers on other machines and the links inside for the others.
+- The halves' rows, outputs and weight gradients are joined by copies.
 """
 
 import math
@@ -56,10 +57,10 @@ class Operation(NamedTuple):
     exchange: int = -1
 
 
-def duration(operations: list[Operation], launch: float = LAUNCH, slowdown: float = SLOWDOWN) -> float:
+def duration(operations: list[Operation]) -> float:
     """Seconds until compute stream, link and host have finished all operations."""
-    timeline = _Timeline(slowdown)
-    host, ends = 0.0, []  # ends: of exchanges
+    timeline, host = _Timeline(), 0.0
+    ends: list[float] = []  # of exchanges
     for operation in operations:
         kind, seconds, kernels, exchange = operation
         if kind == "read":
@@ -67,10 +68,10 @@ def duration(operations: list[Operation], launch: float = LAUNCH, slowdown: floa
         elif kind == "wait":
             timeline.compute = max(timeline.compute, ends[exchange])
         elif kind == "link":
-            host += 2 * launch  # a collective takes more of the host's time than a kernel
+            host += 2 * LAUNCH  # a collective takes more of the host's time than a kernel
             ends.append(timeline.exchange(max(host, timeline.compute), seconds))
         else:
-            first, host = host + launch, host + kernels * launch
+            first, host = host + LAUNCH, host + kernels * LAUNCH
             timeline.run(first, max(seconds, kernels * SHORTEST), host + seconds / kernels)
     return max(host, timeline.compute, timeline.link)
 
@@ -78,8 +79,7 @@ def duration(operations: list[Operation], launch: float = LAUNCH, slowdown: floa
 class _Timeline:
     """Compute stream and link. Operations are added in the order of the host."""
 
-    def __init__(self, slowdown: float) -> None:
-        self.slowdown = slowdown
+    def __init__(self) -> None:
         self.compute = self.link = 0.0  # ends of the last operations
         self.busy: list[tuple[float, float]] = []  # times at which the link is busy
 
@@ -98,9 +98,9 @@ class _Timeline:
                 break
             seconds -= max(start - time, 0.0)
             time = max(start, time)
-            work = (end - time) * (1 - self.slowdown)
+            work = (end - time) * (1 - SLOWDOWN)
             if seconds <= work:
-                time, seconds = time + seconds / (1 - self.slowdown), 0.0
+                time, seconds = time + seconds / (1 - SLOWDOWN), 0.0
                 break
             time, seconds = end, seconds - work
         self.compute = max(time + seconds, least_end)
@@ -114,7 +114,6 @@ class Case:
     device: str
     ep: int
     tokens: int
-    peer: float = PEER
 
     @property
     def config(self) -> Any:
@@ -146,10 +145,13 @@ class Layer:
         return 4 * share * self.rows * width / self.hardware.memory_bandwidth
 
     def exchange(self, row_bytes: int, share: float) -> float:
-        ep = self.case.ep
-        link = self.hardware.links(ep, 1)["all_to_all"]
-        size = share * self.rows * row_bytes * (ep - 1) / ep
-        return link.seconds(size) + (ep - 1) * self.case.peer
+        ep, hardware = self.case.ep, self.hardware
+        size = share * self.rows * row_bytes / ep  # to each peer
+        near = min(ep, hardware.ranks_per_node)
+        seconds = hardware.inside["all_to_all"].seconds((near - 1) * size)
+        if ep > near:
+            seconds = max(seconds, hardware.between["all_to_all"].seconds((ep - near) * size))
+        return seconds + (ep - 1) * PEER
 
     def experts(self, parts: int, passes: int) -> float:
         """Products and elementwise kernels of 1 / parts of this rank's experts. passes: 1 forward, 2 backward."""
@@ -209,8 +211,8 @@ def forward(layer: Layer, parts: int, exchanges: Iterator[int]) -> list[Operatio
     rest, _ = KERNELS[layer.case.family]
     counts = next(exchanges)
     result = [Operation("compute", layer.rest[0], rest), Operation("link", layer.exchange(0, 1))]
-    result += [Operation("wait", exchange=counts), Operation("compute", 5e-6, 8), Operation("read")]
-    result += [Operation("compute", layer.copy(d, 1), 2)]
+    result += [Operation("wait", exchange=counts), Operation("compute", 5e-6, 22 if parts > 1 else 8)]
+    result += [Operation("read"), Operation("compute", layer.copy(d, 1), 2)]
     keys, rows, back = [], [], []
     for _ in range(parts):
         if hasattr(layer.case.config, "dropout"):
@@ -250,8 +252,9 @@ def backward(layer: Layer, parts: int, exchanges: Iterator[int]) -> list[Operati
     result += [Operation("wait", exchange=number) for number in rows]
     if parts > 1:
         experts = layer.case.config.num_experts // layer.case.ep
-        traffic = 4 * experts * layer.bank.own_numel()
-        result.append(Operation("compute", traffic / layer.hardware.memory_bandwidth, 2))
+        traffic = 8 * experts * layer.bank.own_numel()  # zeros of the other half, and a sum
+        result.append(Operation("compute", traffic / layer.hardware.memory_bandwidth, 4))
+        result.append(Operation("compute", layer.copy(d, 1)))
     result.append(Operation("compute", layer.copy(d, 1), 2))
     return [*result, Operation("compute", layer.rest[1], KERNELS[layer.case.family][1])]
 
@@ -261,7 +264,7 @@ def _width(layer: Layer) -> int:
     return [p for p in layer.bank.parameters() if p.dim() == 3][-1].shape[1]
 
 
-def simulate(case: Case, parts: int, slowdown: float = SLOWDOWN, launch: float = LAUNCH) -> tuple[float, float]:
+def simulate(case: Case, parts: int) -> tuple[float, float]:
     """Seconds of one layer and of one micro-batch through the model."""
     hardware = load(case.device)
     layer = layer_of(case, hardware)
@@ -272,27 +275,25 @@ def simulate(case: Case, parts: int, slowdown: float = SLOWDOWN, launch: float =
         operations = [op for _ in range(layers) for op in forward(layer, parts, exchanges)]
         operations.append(Operation("compute", head, 20))
         operations += [op for _ in range(layers) for op in backward(layer, parts, exchanges)]
-        return duration(operations, launch, slowdown)
+        return duration(operations)
 
-    count = case.config.num_layers
-    return (total(20) - total(10)) / 10, total(count)
+    return (total(20) - total(10)) / 10, total(case.config.num_layers)
 
 
 def main() -> None:
-    """Print the gain of every case."""
+    """Print the time of a layer in line, and the gain per layer and per micro-batch, of every case."""
+    cases = [(ep, tokens) for ep in (2, 8, 16, 64) for tokens in (4096, 16384)]
+    print("| device | model |", *(f"ep {ep}, {tokens // 1024}k |" for ep, tokens in cases))
+    print("|---" * (2 + len(cases)) + "|")
     for device in DEVICES:
         for family in FAMILIES:
-            for ep in (2, 8, 64):
-                for tokens in (4096, 16384):
-                    case = Case(family, device, ep, tokens)
-                    line, step = simulate(case, 1)
-                    half, overlapped = simulate(case, 2)
-                    ideal = 1 - simulate(case, 2, 0.0, 1e-9)[1] / simulate(case, 1, 0.0, 1e-9)[1]
-                    print(
-                        f"| {device} | {family} | {ep} | {tokens} | {1e3 * line:.2f} | {1e3 * half:.2f} | "
-                        f"{1 - half / line:+.1%} | {1 - overlapped / step:+.1%} | {ideal:+.1%} |",
-                        flush=True,
-                    )
+            cells = []
+            for ep, tokens in cases:
+                case = Case(family, device, ep, tokens)
+                (layer, step), overlapped = simulate(case, 1), simulate(case, 2)
+                gains = (100 * (1 - after / before) for after, before in zip(overlapped, (layer, step), strict=True))
+                cells.append(f"{1e3 * layer:.3g} ms: " + " / ".join(f"{gain:+.0f}" for gain in gains))
+            print("|", " | ".join([device, family, *cells]), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -136,21 +136,21 @@ def make_mesh(layout: Layout, placement: Sequence[int], devices: Sequence[torch.
 
 
 def _connect(mesh: Mesh, devices: Sequence[torch.device]) -> None:
-    """Use every group once, in the order of its creation, which is the same on all ranks.
+    """Use every group once on each device that it serves, in the same order on all ranks.
 
     NCCL creates a communicator when it is first used, and blocks the host until all its ranks have come. During a step
     that is a deadlock: a rank that posts a receive ahead would wait for a peer that waits for this rank's next message.
     """
     probe = torch.zeros(1, device=devices[0])
-    for group in mesh.groups.values():
-        dist.all_reduce(probe, group=group)
-    for device, group in zip(devices, mesh.ep_groups, strict=True):
-        dist.all_reduce(probe.to(device), group=group)
+    for device, ep_group in zip(devices, mesh.ep_groups, strict=True):
+        for group in (*mesh.groups.values(), ep_group):
+            dist.all_reduce(probe.to(device), group=group)
     for channel, group in mesh.channels.items():
         other = 1 - dist.get_rank(group)
         if channel.source == mesh.pp_rank:
             dist.send(probe, group=group, group_dst=other)
         else:
             dist.recv(probe, group=group, group_src=other)
-    if probe.device.type == "cuda":
-        torch.cuda.synchronize(probe.device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

@@ -94,28 +94,28 @@ class CandidateCosts:
         return [by_kind[kind] for kind in self.profile.layers]
 
     @cached_property
+    def layer_actions(self) -> list[dict[ActionKind, float]]:
+        """[layer][kind of action] seconds for one micro-batch."""
+        recomputed = {i for stage in range(len(self.stages)) for i in self.recomputed(stage)}
+        result = []
+        for i, (cost, exchange) in enumerate(zip(self.layer_costs, self.exchange, strict=True)):
+            forward = cost.forward + exchange[0]
+            recompute = forward if i in recomputed else 0.0
+            backward = cost.backward + exchange[1] + recompute
+            # The backward of a recomputed layer is not split: all of it is part of the first half.
+            backward_weight = 0.0 if i in recomputed else cost.backward_weight
+            first_half = cost.backward if i in recomputed else cost.backward_input
+            backward_input = first_half + exchange[1] + recompute
+            if i in self.stages[0]:  # tokens have no gradient, so the full backward is done in the second half
+                backward_input, backward_weight = 0.0, backward
+            kinds = (ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
+            result.append(dict(zip(kinds, (forward, backward, backward_input, backward_weight), strict=True)))
+        return result
+
+    @cached_property
     def actions(self) -> dict[ActionKind, list[float]]:
         """[kind of action][stage] seconds."""
-        result: dict[ActionKind, list[float]] = {kind: [] for kind in ActionKind}
-        for stage, span in enumerate(self.stages):
-            forward = backward = backward_input = backward_weight = 0.0
-            recomputed = self.recomputed(stage)
-            for i in span:
-                cost, (exchange_forward, exchange_backward) = self.layer_costs[i], self.exchange[i]
-                recompute = cost.forward + exchange_forward if i in recomputed else 0.0
-                forward += cost.forward + exchange_forward
-                backward += cost.backward + exchange_backward + recompute
-                # The backward of a recomputed layer is not split: all of it is part of the first half.
-                first_half = cost.backward if i in recomputed else cost.backward_input
-                backward_input += first_half + exchange_backward + recompute
-                backward_weight += 0.0 if i in recomputed else cost.backward_weight
-            if stage == 0:  # tokens have no gradient, so the full backward is done in the second half
-                backward_input, backward_weight = 0.0, backward
-            result[ActionKind.FORWARD].append(forward)
-            result[ActionKind.BACKWARD].append(backward)
-            result[ActionKind.BACKWARD_INPUT].append(backward_input)
-            result[ActionKind.BACKWARD_WEIGHT].append(backward_weight)
-        return result
+        return {kind: [sum(self.layer_actions[i][kind] for i in span) for span in self.stages] for kind in ActionKind}
 
     @cached_property
     def work(self) -> list[float]:
@@ -140,14 +140,36 @@ class CandidateCosts:
 
     def reduction(self, rank: int) -> float:
         """Seconds to reduce a rank's gradients: over dp, those of experts over edp, of a tied embedding over pp."""
+        seconds = self._over_replicas(*self.parameters(rank))
+        return seconds + (self._tied_messages if rank == 0 else 0.0)
+
+    def layer_reduction(self, layer: int) -> float:
+        """Seconds to reduce a layer's gradients over dp and edp, without those of a tied embedding."""
+        kind, table = self.layer_kinds[layer], 0
+        if self.profile.tied and layer in (0, len(self.profile.layers) - 1):
+            table = self.layer_kinds[0].largest
+        return self._over_replicas(kind.parameters - table, kind.expert_parameters / self.layout.ep)
+
+    @cached_property
+    def tied_reduction(self) -> float:
+        """Seconds to reduce the gradient of a tied embedding over pp and dp; zero if the model has none."""
+        return self._tied_messages + self._over_replicas(self.layer_kinds[0].largest, 0) if self.profile.tied else 0.0
+
+    @cached_property
+    def _tied_messages(self) -> float:
+        """Seconds to send the gradient of a tied embedding to rank 0 and its value back."""
+        if not self.profile.tied or self.layout.pp == 1:
+            return 0.0
+        table = self.element_size * self.layer_kinds[0].largest
+        return 2 * self.hardware.links(self.layout.pp, self.layout.dp)["p2p"].seconds(table)
+
+    def _over_replicas(self, replicated: float, experts: float) -> float:
+        """Seconds to reduce the gradients of `replicated` parameters over dp and of `experts` parameters over edp."""
         layout, seconds = self.layout, 0.0
         groups = ((layout.dp, 1), (layout.dp // layout.ep, layout.ep))
-        for parameters, (size, stride) in zip(self.parameters(rank), groups, strict=True):
+        for parameters, (size, stride) in zip((replicated, experts), groups, strict=True):
             if size > 1 and parameters:
                 seconds += _all_reduce(self.hardware.links(size, stride), size, self.element_size * parameters)
-        if self.profile.tied and layout.pp > 1 and rank == 0:
-            table = self.element_size * self.layer_kinds[0].largest
-            seconds += 2 * self.hardware.links(layout.pp, layout.dp)["p2p"].seconds(table)
         return seconds
 
     @cached_property

@@ -28,7 +28,10 @@ Links = Mapping[str, Link]  # by operation
 
 @dataclass(frozen=True)
 class Hardware:
-    """One rank's device and the links between ranks. FLOP/s and bandwidths are achieved values, not rated ones."""
+    """One rank's device and the links between ranks. FLOP/s and bandwidths are achieved values, not rated ones.
+
+    overlaps_reduction: whether gradients are reduced during the backward, as with NCCL, or after it, as on a CPU.
+    """
 
     name: str
     memory: float  # bytes
@@ -38,6 +41,7 @@ class Hardware:
     ranks_per_node: int
     inside: Links  # between ranks of a node
     between: Links  # between nodes
+    overlaps_reduction: bool
 
     def fastest_precision(self) -> str:
         """The first of bf16, fp16 and fp32 with the highest FLOP/s, which is what `--precision auto` selects."""
@@ -74,6 +78,7 @@ def load(name: str) -> Hardware:
             ranks_per_node=int(values["ranks_per_node"]),
             inside=_links(values["inside"]),
             between=_links(values["between"]),
+            overlaps_reduction=True,  # descriptions are of GPUs
         )
     except KeyError as error:
         example = DEVICES / "h200.toml"

@@ -4,6 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -18,6 +19,7 @@ from fira.optim.adamw import AdamW
 from fira.optim.loss_scale import LossScale
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.gradients import NormVector, reduce_gradients, scale_gradients
+from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import DistributedModel
 from pipeline.engine import MicroBatch
 from pipeline.mesh import Mesh
@@ -90,6 +92,8 @@ class Trainer:
         )
         self.scale = LossScale(fp16)
         self.norms = NormVector(model, mesh)
+        overlaps = dist.get_backend(mesh.groups["dp"]) == "nccl"  # on a CPU, a reduction slows down the backward
+        self.reduction = OverlappedReduction(model, mesh) if overlaps else None
 
     def step(
         self, loader: Loader | Mixture, sequences: int, lr: float, seed: int, extra: Sequence[float] = ()
@@ -134,10 +138,13 @@ class Trainer:
         for shard in self.model.shards:
             shard.parameter.grad = None
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
-        losses = self.model.engine.run(schedule, microbatches)
+        losses = self.model.engine.run(schedule, microbatches, self.reduction.stage if self.reduction else nullcontext)
         if self.model.tied:
             self.model.tied.sum_gradients()
-        reduce_gradients(self.model.shards, self.mesh)
+        if self.reduction:
+            self.reduction.finish()
+        else:
+            reduce_gradients(self.model.shards, self.mesh)
         return losses
 
     def _update(self, lr: float, norm: float, scale: float, load: Tensor) -> None:

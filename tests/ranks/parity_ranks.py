@@ -12,6 +12,7 @@ from fira.models.registry import build, from_document
 from fira.optim.lr_schedule import learning_rate
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.expert_parallel import AllToAllDispatcher
+from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
@@ -54,11 +55,12 @@ def train(
     model: dict[str, Any] | None = None,
     observe: bool = False,
     parts: int = 1,
+    overlapped: bool = False,
 ) -> dict[str, Any]:
     """Train a model on one layout.
 
     model: the document of a config; by default a small fira. observe: also evaluate after each step, and trace all
-    steps. parts: of the experts' exchange.
+    steps. parts: of the experts' exchange. overlapped: reduce gradients during the backward.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the sum of each
     of this rank's replicated weights; with `observe`, the validation losses and the numbers of traced actions as well.
@@ -86,6 +88,8 @@ def train(
             module.dispatcher.parts = parts
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
+    if overlapped:
+        trainer.reduction = OverlappedReduction(built, mesh)
     loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
     results, validation, traced = [], [], []
     for step in range(1, steps + 1):

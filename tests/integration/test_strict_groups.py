@@ -16,6 +16,9 @@ CASES = [
     {"layout": layout, "schedule": schedule, **SETTINGS}
     for layout in ([2, 1, 1], [4, 1, 1], [2, 2, 2])
     for schedule in SCHEDULES
+] + [
+    {"layout": layout, "schedule": schedule, "parts": 2, **SETTINGS}  # experts are exchanged in two parts
+    for layout, schedule in [([1, 2, 2], "1f1b"), ([2, 2, 2], "zb-h1")]
 ]
 CASES += [{"layout": [1, 2, ep], "schedule": schedule, **SETTINGS} for ep, schedule in ((1, "1f1b"), (2, "zb-v"))]
 

@@ -65,6 +65,7 @@ class Mesh:
     groups: by axis; "pp" carries collectives over the ranks of a pipeline, "dp" and "edp" carry reductions.
     ep_groups[j]: for the layers on this rank's j-th local device; each device has a group of its own, because
     torchgpipe runs the devices in different threads. channels: those from and to this rank, with their groups.
+    ep_between_machines: whether the ep group has GPUs of several machines.
     """
 
     layout: Layout
@@ -73,6 +74,7 @@ class Mesh:
     ep_groups: list[dist.ProcessGroup]
     channels: dict[Channel, dist.ProcessGroup]
     device_type: str = "cpu"
+    ep_between_machines: bool = False
 
     @property
     def pp_rank(self) -> int:
@@ -104,12 +106,12 @@ def make_mesh(layout: Layout, placement: Sequence[int], devices: Sequence[torch.
     """
     if dist.get_world_size() != layout.world:
         raise ValueError(f"{layout} needs {layout.world} ranks, but the job has {dist.get_world_size()}")
-    backend = None
+    rank, backend, ep_between_machines = dist.get_rank(), None, False
     if devices[0].type == "cuda":
-        from pipeline.mpi.cuda_transport import cuda_backend  # here, because it loads MPI
+        from pipeline.mpi.cuda_transport import cuda_backend, machines  # here, because it loads MPI
 
-        backend = cuda_backend(devices)
-    rank = dist.get_rank()
+        backend, names = cuda_backend(devices), machines()
+        ep_between_machines = len({names[member] for member in layout.group("ep", rank)}) > 1
 
     def new_group(ranks: list[int], description: str) -> dist.ProcessGroup:
         group = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc=description)
@@ -127,6 +129,7 @@ def make_mesh(layout: Layout, placement: Sequence[int], devices: Sequence[torch.
         [axis_group("ep") for _ in devices],
         {c: new_group([pipeline[c.source], pipeline[c.destination]], str(c)) for c in channels},
         devices[0].type,
+        ep_between_machines,
     )
     _connect(mesh, devices)
     return mesh

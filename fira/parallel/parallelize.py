@@ -224,7 +224,7 @@ def _shard_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> in
     ranks, first = mesh.layout.ep, 0
     for module in layer.modules():
         if isinstance(module, MoE) and ranks > 1:
-            module.dispatcher = AllToAllDispatcher(group)
+            module.dispatcher = AllToAllDispatcher(group, parts=2 if mesh.ep_between_machines else 1)
         if isinstance(module, ExpertBank):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 count = len(parameter) // ranks

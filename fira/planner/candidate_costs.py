@@ -18,7 +18,7 @@ from typing import Self
 from fira.planner.candidates import Candidate
 from fira.planner.costs import CostModel, copy_size, element_size
 from fira.planner.device_specs import Hardware, Links
-from fira.planner.model_profile import ModelProfile
+from fira.planner.model_profile import LayerKind, ModelProfile
 from pipeline.partition import partition
 from pipeline.schedule import SCHEDULES, ActionKind
 
@@ -81,18 +81,34 @@ class CandidateCosts:
 
     @cached_property
     def exchange(self) -> list[tuple[float, float]]:
-        """[layer] seconds of the experts' all-to-all in a forward and in a backward of one micro-batch."""
-        ep = self.layout.ep
-        link = self.hardware.links(ep, 1)["all_to_all"]
-        by_kind = []
-        for kind in self.profile.kinds:
-            if ep == 1 or not kind.moe_layers:
-                by_kind.append((0.0, 0.0))
+        """[layer] seconds that the experts' all-to-all adds to a forward and to a backward of one micro-batch."""
+        link = self.hardware.links(self.layout.ep, 1)["all_to_all"]
+        result = []
+        for kind, cost, flops in zip(self.layer_kinds, self.layer_costs, self.profile.flops, strict=True):
+            if self.layout.ep == 1 or not kind.moe_layers:
+                result.append((0.0, 0.0))
                 continue
-            one_way = link.seconds(self.boundary * kind.top_k * (ep - 1) / ep)
+            share = (
+                2 * kind.top_k * kind.expert_parameters / self.profile.num_experts / flops
+            )  # of experts in the layer
+            backward = cost.backward_input if self.splits_backward else cost.backward
+            forward_exchange, backward_exchange = (self._exchange(kind, share * t) for t in (cost.forward, backward))
             # A forward also exchanges the counts, which are small.
-            by_kind.append((kind.moe_layers * (link.latency + 2 * one_way), kind.moe_layers * 2 * one_way))
-        return [by_kind[kind] for kind in self.profile.layers]
+            result.append((kind.moe_layers * link.latency + forward_exchange, backward_exchange))
+        return result
+
+    def _exchange(self, kind: LayerKind, products: float) -> float:
+        """Seconds that sending rows to the experts and back adds to a layer. products: seconds of the experts."""
+        ep = self.layout.ep
+        links = self.hardware.links(ep, 1)
+        size = self.boundary * kind.top_k * (ep - 1) / ep
+        between_nodes = links is self.hardware.between and self.profile.num_experts >= 2 * ep
+        if not (self.hardware.overlaps_collectives and between_nodes):
+            return kind.moe_layers * 2 * links["all_to_all"].seconds(size)
+        # Four exchanges of half the rows, of which at least the first and the last are waited for: see
+        # fira/parallel/expert_parallel.py.
+        half = links["all_to_all"].seconds(size / 2)
+        return max(kind.moe_layers * 2 * half, kind.moe_layers * 4 * half - products)
 
     @cached_property
     def layer_actions(self) -> list[dict[ActionKind, float]]:

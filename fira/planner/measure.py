@@ -100,7 +100,7 @@ def _hardware(machine: dict[str, Any], device: torch.device, local_ranks: int) -
         ranks_per_node=local_ranks,
         inside=links,
         between=links,
-        overlaps_reduction=device.type != "cpu",
+        overlaps_collectives=device.type != "cpu",
     )
 
 

@@ -42,6 +42,11 @@ def _physical_name(device: torch.device) -> str:
     return f"{MPI.Get_processor_name()} {name.strip() or device.index}"
 
 
+def machines() -> list[str]:
+    """Return the name of each rank's machine. Collective over the world."""
+    return MPI.COMM_WORLD.allgather(MPI.Get_processor_name())
+
+
 def cuda_backend(devices: Sequence[torch.device]) -> str:
     """Return the backend for groups whose ranks use these devices, "nccl" or "mpi". Collective over the world.
 

@@ -68,16 +68,18 @@ def train(
     changes: dict[str, Any] | None = None,
     logits: int = 2**27,
     microbatches: int = 2,
+    between_machines: bool = False,
 ) -> dict[str, Any]:
     """One step of several micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything.
 
     The model has one block. logits: the largest number of logits that the loss computes at once. microbatches: of the
-    step and of the evaluation.
+    step and of the evaluation. between_machines: whether ranks that share experts are on several machines.
     """
     config = _config(preset, dropout, changes or {})
     device = torch.device("gpu:0")
     with ExitStack() as stack:
-        whole, mesh = _meta_model(config), _mesh(stack, Layout(*layout), device)
+        whole = _meta_model(config)
+        mesh = replace(_mesh(stack, Layout(*layout), device), ep_between_machines=between_machines)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         dtype, autocast = parameter_dtype(precision), AUTOCAST_DTYPES.get(precision)
         model = parallelize(whole, mesh, 7, [device], "1f1b", dtype, autocast, recompute)

@@ -44,6 +44,7 @@ QUICK: dict[str, Any] = {
     "fp32": ["train", {"preset": "fira-tiny", "precision": "fp32"}],
     **{f"step of {n}": ["train", {"preset": "fira-base", "dropout": False, "microbatches": n}] for n in (2, 4)},
     "experts": ["train", {"preset": "fira-tiny", **EXPERTS}],
+    "experts in parts": ["train", {"preset": "fira-tiny", **EXPERTS, "between_machines": True}],
     "decode": ["decode", {"preset": "fira-base", "precision": "bf16"}],
     "decode rwkv": ["decode", {"preset": "microrwkv-tiny", "precision": "bf16"}],
     "generate": ["generate", {"preset": "fira-tiny", "rows": 2}],
@@ -158,6 +159,12 @@ def test_kernels_of_a_block(family):
     for name, expected in zip((family, f"{family} fused"), KERNELS[family], strict=True):
         counts = quick()[name]
         assert sum(counts.values()) == expected, f"{name}: {sum(counts.values())} kernels, by operator: {counts}"
+
+
+def test_kernels_of_an_exchange_in_two_parts():
+    """The kernels that are added to a layer; half of them are dropout without the fused kernel."""
+    one, two = (sum(quick()[name]["step"]["kernels"].values()) for name in ("experts", "experts in parts"))
+    assert two - one == MICROBATCHES * 88
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ CASES = [
     for schedule in SCHEDULES
 ]
 CASES += [{"layout": [1, 2, ep], "schedule": schedule, **SETTINGS} for ep, schedule in ((1, "1f1b"), (2, "zb-v"))]
+CASES += [{"layout": [pp, 2, 2], "schedule": "zb-h1", "parts": 2, **SETTINGS} for pp in (1, 2)]
 
 pytestmark = pytest.mark.timeout(420)  # the first test of a number of ranks waits for all their cases
 

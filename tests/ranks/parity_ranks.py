@@ -11,6 +11,7 @@ from fira.models.language_model import LanguageModel
 from fira.models.registry import build, from_document
 from fira.optim.lr_schedule import learning_rate
 from fira.parallel.batch_split import BatchSplit
+from fira.parallel.expert_parallel import AllToAllDispatcher
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
@@ -53,12 +54,13 @@ def train(
     d_ff: int = 20,
     model: dict[str, Any] | None = None,
     observe: bool = False,
+    parts: int = 1,
     overlapped: bool = False,
 ) -> dict[str, Any]:
     """Train a model on one layout.
 
     model: the document of a config; by default a small fira. observe: also evaluate after each step, and trace all
-    steps. overlapped: reduce gradients during the backward.
+    steps. parts: of the experts' exchange. overlapped: reduce gradients during the backward.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the sum of each
     of this rank's replicated weights; with `observe`, the validation losses and the numbers of traced actions as well.
@@ -81,6 +83,9 @@ def train(
     built = parallelize(
         meta_model(config), mesh, 7, local_devices, schedule, getattr(torch, dtype), recompute=recompute
     )
+    for module in built.moe:
+        if isinstance(module.dispatcher, AllToAllDispatcher):
+            module.dispatcher.parts = parts
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
     if overlapped:

@@ -20,7 +20,7 @@ def costs_of(profile, hardware, cost_model, layout, schedule="1f1b", recompute=0
         hardware,
         ranks_per_node=layout.world,
         inside=dict.fromkeys(hardware.inside, Link(1e-4, bandwidth)),
-        overlaps_reduction=True,
+        overlaps_collectives=True,
     )
     inputs = PlanInputs(profile, hardware, cost_model, "fp32")
     return CandidateCosts(inputs, Candidate(layout, schedule, 1, 4, recompute))
@@ -51,7 +51,7 @@ def test_full_backward_by_hand(tiny, hardware, round_costs, bandwidth):
 
 def test_after_the_backward_without_overlap(tiny, hardware, round_costs):
     costs = costs_of(tiny, hardware, round_costs, Layout(1, 2, 1))
-    costs.hardware = replace(costs.hardware, overlaps_reduction=False)
+    costs.hardware = replace(costs.hardware, overlaps_collectives=False)
     assert visible_reduction(costs, 0) == costs.reduction(0)
     assert predict(costs).breakdown["reduce"] == pytest.approx(costs.reduction(0))
 

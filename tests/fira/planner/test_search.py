@@ -24,7 +24,7 @@ from fira.planner.step_time import least_seconds, predict
 )
 def test_search_equals_exhaustive_search(tiny, hardware, flops, memory, bandwidth, overlaps):
     inside = dict.fromkeys(hardware.inside, Link(1e-5, bandwidth))
-    hardware = replace(hardware, memory=memory, inside=inside, overlaps_reduction=overlaps)
+    hardware = replace(hardware, memory=memory, inside=inside, overlaps_collectives=overlaps)
 
     def cost_model(microbatch: int) -> list[LayerCost]:
         seconds = [kind.layer.flops_per_token(128) * microbatch * 128 / flops + 1e-4 for kind in tiny.kinds]

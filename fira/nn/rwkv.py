@@ -56,7 +56,7 @@ def recurrence(
 
 
 def _previous(x: Tensor, cache: KVCache | None, *names: str) -> Tensor:
-    """x_{t−1} for each x_t of [B, T, d]; zero before the first token. names: of the module and the call, for a cache."""
+    """x_{t−1} for each x_t of [B, T, d]; zero before the first token. names: of module and call, for a cache."""
     before = torch.zeros_like(x[:, :1])
     if cache is not None:
         name = ".".join((*names, "x"))

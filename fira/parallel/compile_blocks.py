@@ -39,11 +39,7 @@ class _Compiled:
     def __call__(self, x: Tensor, *arguments: Any) -> Any:
         if not torch.is_grad_enabled() or self.shape not in (None, x.shape):
             return self.method(x, *arguments)
-        if self.shape is None:
-            self.shape = x.shape
-            # A split backward runs the graph with retain_graph=True, which does not allow to overwrite saved tensors.
-            with torch._functorch.config.patch(donated_buffer=False):  # type: ignore[attr-defined]
-                return self.compiled(self.method.__self__, x, *arguments)
+        self.shape = x.shape
         return self.compiled(self.method.__self__, x, *arguments)
 
 
@@ -52,8 +48,9 @@ def compile_blocks(layers: Iterable[nn.Module], length: int, backend: str = "ind
 
     layers: of this rank, initialised on their device. length: tokens per sequence. backend: of torch.compile.
     """
-    import torch._functorch.config
+    from torch._functorch import config
 
+    config.donated_buffer = False  # overwriting saved tensors would forbid the retain_graph=True of a split backward
     torch.compiler.reset()  # graphs of an earlier model would count towards the limit of graphs per function
     functions: dict[Callable[..., Any], Callable[..., Any]] = {}
     for module in (module for layer in layers for module in layer.modules()):

@@ -21,7 +21,7 @@ from fira.parallel.compile_blocks import check_compiler, compile_blocks
 from pipeline.split_backward import SplitBackward
 from tests.launch import run_function
 
-LENGTH, SEQUENCES = 12, 4
+LENGTH, SEQUENCES = 13, 4  # the length of parity_ranks
 # Graphs of a model with any number of blocks: its `compilable` methods, and the router's
 GRAPHS = {"fira": 3, "rish": 3, "mooshak": 1, "blues": 3, "microrwkv": 2}
 SMALL: dict[str, Any] = {"vocab_size": 61, "seq_len": LENGTH, "d_model": 24, "num_layers": 3}

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

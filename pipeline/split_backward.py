@@ -13,7 +13,8 @@ graph of y = f(x) = mm(mul(x, gain), weight), from outputs to inputs:
     backward_weight  runs autograd from these saved gradients along [3]
 
 [4] belongs to the first part because gradients of vectors are cheap, and computing them in the second part would
-require keeping more activations.
+require keeping more activations. All branches of a function compiled by torch.compile count as [4] as well: it computes
+all of its gradients at once, and the second part would compute them a second time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
 
 Edges = Sequence[Tensor | GradientEdge]
+
+COMPILED = "CompiledFunctionBackward"  # the name of the node of a compiled function
 
 
 def run_backward(
@@ -139,7 +142,8 @@ def _find_branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junc
         edges = [
             GradientEdge(child, nr) for child, nr in node.next_functions if child is not None and child not in on_path
         ]
-        matrix_edges = [edge for edge in edges if edge.node in leads_to_matrix and parents[edge.node] == 1]  # [3]
+        splits = node.name() != COMPILED
+        matrix_edges = [e for e in edges if splits and e.node in leads_to_matrix and parents[e.node] == 1]  # [3]
         vector_edges += [edge for edge in edges if edge not in matrix_edges]  # [4]
         if matrix_edges:
             below = [n for edge in matrix_edges for n in _post_order(edge.node) if hasattr(n, "variable")]

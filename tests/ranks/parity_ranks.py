@@ -50,6 +50,7 @@ def train(
     dtype: str = "float32",
     devices: int = 1,
     recompute: int = 0,
+    compiler: str | None = None,
     layers: int = 4,
     d_ff: int = 20,
     model: dict[str, Any] | None = None,
@@ -80,8 +81,9 @@ def train(
         config = from_document(model)
     local_devices = [CPU] * devices
     mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), local_devices)
+    parameter_dtype = getattr(torch, dtype)
     built = parallelize(
-        meta_model(config), mesh, 7, local_devices, schedule, getattr(torch, dtype), recompute=recompute
+        meta_model(config), mesh, 7, local_devices, schedule, parameter_dtype, recompute=recompute, compiler=compiler
     )
     for module in built.moe:
         if isinstance(module.dispatcher, AllToAllDispatcher):

@@ -8,21 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fira.checkpoint.load_model import load_model
-    from fira.generation.text import decode, encode, evaluate_perplexity, expert_utilisation, sample_text
-    from fira.models.fira import FIRA
-    from fira.parallel.pipeline_model import create_pipeline_model
-
-__all__ = [
-    "FIRA",
-    "create_pipeline_model",
-    "decode",
-    "encode",
-    "evaluate_perplexity",
-    "expert_utilisation",
-    "load_model",
-    "sample_text",
-]
+    from fira.checkpoint.load_model import load_model as load_model
+    from fira.generation.text import decode as decode
+    from fira.generation.text import encode as encode
+    from fira.generation.text import evaluate_perplexity as evaluate_perplexity
+    from fira.generation.text import expert_utilisation as expert_utilisation
+    from fira.generation.text import sample_text as sample_text
+    from fira.models.fira import FIRA as FIRA
+    from fira.parallel.pipeline_model import create_pipeline_model as create_pipeline_model
 
 _MODULES = {
     "FIRA": "fira.models.fira",
@@ -34,6 +27,8 @@ _MODULES = {
     "load_model": "fira.checkpoint.load_model",
     "sample_text": "fira.generation.text",
 }
+
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

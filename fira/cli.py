@@ -4,7 +4,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,6 +37,13 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         if not launched_rank():
             super().print_help(file)
+
+    def start(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """Add `--quiet` and `--verbose`, parse the arguments, and start logging in this process."""
+        self.add_verbosity()
+        options = self.parse_args(arguments)
+        start_logging(options.quiet, options.verbose)
+        return options
 
     def add_verbosity(self) -> None:
         """Add `--quiet` and `--verbose`."""
@@ -70,6 +78,17 @@ def start_logging(quiet: bool, verbose: bool, rank: int = 0) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [information, warnings]
         logger.setLevel(level)
+
+
+def print_pieces(pieces: Iterable[str]) -> str:
+    """Print a text and a newline while it is generated, until its end or Ctrl-C. Return what was printed."""
+    text = ""
+    with suppress(KeyboardInterrupt):
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            text += piece
+    print(flush=True)
+    return text
 
 
 def command_words(command: str) -> list[str]:

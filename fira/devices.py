@@ -23,18 +23,17 @@ PRODUCTS = {"cpu": 1, "cuda": 16}  # matrix products that `measure_peak` starts 
 logger = logging.getLogger(__name__)
 
 
-def choose_devices(
-    device: str, local_devices: str | None, local_rank: int = 0, local_size: int = 1
-) -> list[torch.device]:
+def choose_devices(device: str, local_devices: str | None, local_rank: int = 0) -> list[torch.device]:
     """Devices of this rank: its part of `local_devices` if given, else a CUDA device chosen by local rank, or the CPU.
 
-    The CUDA devices of `local_devices` are divided between the `local_size` ranks of the machine. CPU devices are not,
-    because they are all the same one. The first CUDA device becomes the current device of the process, so that no
-    library creates a context on device 0. Without CUDA devices, CUDA is not initialised.
-    Raises UserError if a name is invalid, a device does not exist, the devices are of several types, or the ranks of a
-    machine cannot share them equally.
+    The CUDA devices of `local_devices` are divided between the ranks that see the same devices (collective). A rank to
+    which the launcher has given devices of its own uses all of the named ones. CPU devices are not divided, because
+    they are all the same one. The first CUDA device becomes the current device of the process, so that no library
+    creates a context on device 0. Without CUDA devices, CUDA is not initialised.
+    Raises UserError if a name is invalid, a device does not exist, the devices are of several types, or the ranks
+    cannot share them equally.
     """
-    devices = _named_devices(local_devices, local_rank, local_size) if local_devices else None
+    devices = _named_devices(local_devices) if local_devices else None
     if devices is None:
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device; use --device cpu")
@@ -46,8 +45,8 @@ def choose_devices(
     return devices
 
 
-def _named_devices(names: str, local_rank: int, local_size: int) -> list[torch.device]:
-    """This rank's devices of a comma-separated list for all ranks of a machine."""
+def _named_devices(names: str) -> list[torch.device]:
+    """This rank's devices of a comma-separated list."""
     try:
         devices = [torch.device(name.strip()) for name in names.split(",")]
     except RuntimeError:
@@ -56,16 +55,30 @@ def _named_devices(names: str, local_rank: int, local_size: int) -> list[torch.d
         raise UserError(f"--local-devices {names}: give devices of one type")
     if devices[0].type != "cuda":
         return devices
-    devices = [torch.device("cuda", d.index or 0) for d in devices]
-    if any(d.index >= torch.cuda.device_count() for d in devices):
-        raise UserError(f"--local-devices {names}: there are {torch.cuda.device_count()} CUDA devices")
-    count = len(devices) // local_size
-    if count * local_size != len(devices):
+    devices, visible = [torch.device("cuda", d.index or 0) for d in devices], torch.cuda.device_count()
+    if any(d.index >= visible for d in devices):
+        raise UserError(f"--local-devices {names}: torch sees {visible} CUDA device{'s' * (visible != 1)}")
+    position, sharing = _rank_among_sharing()
+    count = len(devices) // sharing
+    if count * sharing != len(devices):
         raise UserError(
-            f"--local-devices {names}: the {local_size} ranks of a machine cannot share {len(devices)} devices "
-            "equally; give a multiple of the number of ranks"
+            f"--local-devices {names}: the {sharing} ranks that see these devices cannot share {len(devices)} equally; "
+            "give a multiple of the number of ranks"
         )
-    return devices[local_rank * count : (local_rank + 1) * count]
+    return devices[position * count : (position + 1) * count]
+
+
+def _rank_among_sharing() -> tuple[int, int]:
+    """The position of this rank among the ranks that see the same CUDA devices, and their number (collective).
+
+    Slurm's --gpus-per-task, for example, gives each rank devices of its own, which all ranks call cuda:0, cuda:1, ….
+    The identifiers of the devices differ even where CUDA_VISIBLE_DEVICES does not. Reading them creates no context.
+    """
+    own = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    by_rank: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(by_rank, own)
+    sharing = [rank for rank, visible in enumerate(by_rank) if visible == own]
+    return sharing.index(dist.get_rank()), len(sharing)
 
 
 def auto_precision(device: torch.device) -> str:

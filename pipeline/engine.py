@@ -14,6 +14,7 @@ B(s − 1, i) ◄── Message(BACKWARD, s − 1, i) ◄── B(s, i) ◄─�
 import functools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -71,24 +72,32 @@ class Engine:
         self._trace: list[tuple[Action, Any, Any]] | None = None
         self._origin: Any = None  # mark of the clock at the start of the trace
 
-    def run(self, schedule: Schedule, microbatches: Sequence[MicroBatch]) -> list[Tensor]:
+    def run(
+        self,
+        schedule: Schedule,
+        microbatches: Sequence[MicroBatch],
+        last_backward: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    ) -> list[Tensor]:
         """Execute this rank's actions. Gradients are added to the parameters' `.grad`.
 
+        last_backward: called with a stage's number before the last action of its backward, which runs in the context
+        manager that it returns; after this action the gradients of the stage are complete.
         Returns the reported scalar of each micro-batch where this rank holds the last stage, else an empty list.
         Raises ValueError when the schedule is for another number of micro-batches.
         """
         if len(microbatches) != schedule.microbatches:
             raise ValueError(f"the schedule is for {schedule.microbatches} micro-batches, not {len(microbatches)}")
         actions = schedule.actions[self.rank]
-        training = any(action.kind is not ActionKind.FORWARD for action in actions)
+        last = {action.stage: action for action in actions if action.kind is not ActionKind.FORWARD}  # of each stage
         run = _ScheduleRun(self, schedule, microbatches)
         self._waits = []
         try:
-            with torch.set_grad_enabled(training):
+            with torch.set_grad_enabled(bool(last)):
                 for position, action in enumerate(actions):
                     for upcoming in actions[position : position + LOOK_AHEAD]:
                         run.post_receives(upcoming)
-                    start, end = run.execute(action)
+                    with last_backward(action.stage) if action is last.get(action.stage) else nullcontext():
+                        start, end = run.execute(action)
                     if self._trace is not None:
                         self._trace.append((action, start, end))
                 run.wait_for_sends()

@@ -65,6 +65,7 @@ class Mesh:
     groups: by axis; "pp" carries collectives over the ranks of a pipeline, "dp" and "edp" carry reductions.
     ep_groups[j]: for the layers on this rank's j-th local device; each device has a group of its own, because
     torchgpipe runs the devices in different threads. channels: those from and to this rank, with their groups.
+    ep_between_machines: whether the ep group has GPUs of several machines.
     """
 
     layout: Layout
@@ -73,6 +74,7 @@ class Mesh:
     ep_groups: list[dist.ProcessGroup]
     channels: dict[Channel, dist.ProcessGroup]
     device_type: str = "cpu"
+    ep_between_machines: bool = False
 
     @property
     def pp_rank(self) -> int:
@@ -104,12 +106,12 @@ def make_mesh(layout: Layout, placement: Sequence[int], devices: Sequence[torch.
     """
     if dist.get_world_size() != layout.world:
         raise ValueError(f"{layout} needs {layout.world} ranks, but the job has {dist.get_world_size()}")
-    backend = None
+    rank, backend, ep_between_machines = dist.get_rank(), None, False
     if devices[0].type == "cuda":
-        from pipeline.mpi.cuda_transport import cuda_backend  # here, because it loads MPI
+        from pipeline.mpi.cuda_transport import cuda_backend, machines  # here, because it loads MPI
 
-        backend = cuda_backend(devices)
-    rank = dist.get_rank()
+        backend, names = cuda_backend(devices), machines()
+        ep_between_machines = len({names[member] for member in layout.group("ep", rank)}) > 1
 
     def new_group(ranks: list[int], description: str) -> dist.ProcessGroup:
         group = dist.new_group(ranks, backend=backend, use_local_synchronization=True, group_desc=description)
@@ -127,27 +129,28 @@ def make_mesh(layout: Layout, placement: Sequence[int], devices: Sequence[torch.
         [axis_group("ep") for _ in devices],
         {c: new_group([pipeline[c.source], pipeline[c.destination]], str(c)) for c in channels},
         devices[0].type,
+        ep_between_machines,
     )
     _connect(mesh, devices)
     return mesh
 
 
 def _connect(mesh: Mesh, devices: Sequence[torch.device]) -> None:
-    """Use every group once, in the order of its creation, which is the same on all ranks.
+    """Use every group once on each device that it serves, in the same order on all ranks.
 
     NCCL creates a communicator when it is first used, and blocks the host until all its ranks have come. During a step
     that is a deadlock: a rank that posts a receive ahead would wait for a peer that waits for this rank's next message.
     """
     probe = torch.zeros(1, device=devices[0])
-    for group in mesh.groups.values():
-        dist.all_reduce(probe, group=group)
-    for device, group in zip(devices, mesh.ep_groups, strict=True):
-        dist.all_reduce(probe.to(device), group=group)
+    for device, ep_group in zip(devices, mesh.ep_groups, strict=True):
+        for group in (*mesh.groups.values(), ep_group):
+            dist.all_reduce(probe.to(device), group=group)
     for channel, group in mesh.channels.items():
         other = 1 - dist.get_rank(group)
         if channel.source == mesh.pp_rank:
             dist.send(probe, group=group, group_dst=other)
         else:
             dist.recv(probe, group=group, group_src=other)
-    if probe.device.type == "cuda":
-        torch.cuda.synchronize(probe.device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

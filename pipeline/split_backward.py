@@ -13,7 +13,8 @@ graph of y = f(x) = mm(mul(x, gain), weight), from outputs to inputs:
     backward_weight  runs autograd from these saved gradients along [3]
 
 [4] belongs to the first part because gradients of vectors are cheap, and computing them in the second part would
-require keeping more activations.
+require keeping more activations. All branches of a function compiled by torch.compile count as [4] as well: it computes
+all of its gradients at once, and the second part would compute them a second time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
 
 Edges = Sequence[Tensor | GradientEdge]
+
+COMPILED = "CompiledFunctionBackward"  # the name of the node of a compiled function
 
 
 def run_backward(
@@ -40,10 +43,14 @@ def run_backward(
 
 @dataclass
 class _Junction:
-    """[2] A node of the path with its branches to matrices, and the gradients of the node's outputs."""
+    """[2] A node of the path with its branches to matrices, and the gradients of the node's outputs.
+
+    shared_with: number of the first junction, counted from x, with a branch to a parameter of this junction's branches.
+    """
 
     node: Node
     branches: list[GradientEdge]
+    shared_with: int
     saved_for_weight_grad: Sequence[Tensor | None] = field(default_factory=tuple)
 
     def save(self, grads: Sequence[Tensor | None]) -> None:
@@ -57,11 +64,10 @@ class SplitBackward:
         self.y = y
         self.x = x
         self.junctions: list[_Junction] = []
-        self.shared = False  # whether a matrix is reached by several edges
 
     def backward_input(self, grad_output: Tensor) -> Tensor:
         """Return the gradient of x, and add the gradients of vectors to their `.grad`."""
-        vector_edges, self.junctions, self.shared = _find_branches(self.y, self.x)
+        vector_edges, self.junctions = _find_branches(self.y, self.x)
         hooks = [junction.node.register_prehook(junction.save) for junction in self.junctions]  # [2]
         inputs = [get_gradient_edge(self.x), *vector_edges]
         grad_input, *vector_grads = run_backward([self.y], [grad_output], inputs, retain_graph=True)  # [1] [4]
@@ -72,20 +78,25 @@ class SplitBackward:
         return grad_input
 
     def backward_weight(self) -> None:
-        """Add the gradients of the matrices to their `.grad`, freeing the saved gradients of each junction."""
+        """Add the gradients of the matrices to their `.grad`, freeing the saved gradients of each junction.
+
+        The gradients of a matrix that is used several times are added at once, so that autograd sums them in the order
+        of a full backward. A layer's gradients are complete before those of the layers below it arrive.
+        """
         edges: list[GradientEdge] = []
         grads: list[Tensor | None] = []
+        first = len(self.junctions)  # junction that shares a parameter with those that have been processed
         while self.junctions:
             junction = self.junctions.pop()
             saved = [(GradientEdge(junction.node, i), g) for i, g in enumerate(junction.saved_for_weight_grad)]
             outputs, grad_outputs = zip(*((edge, g) for edge, g in saved if g is not None), strict=True)
             branch_grads = run_backward(outputs, grad_outputs, junction.branches, retain_graph=True)  # [3]
-            if self.shared:  # accumulate all at once, so that autograd sums them in the order of a full backward
-                edges += junction.branches
-                grads += branch_grads
-            else:
-                _accumulate(junction.branches, branch_grads)
-        _accumulate(edges, grads)
+            edges += junction.branches
+            grads += branch_grads
+            first = min(first, junction.shared_with)
+            if first >= len(self.junctions):  # no remaining junction leads to the same parameters
+                _accumulate(edges, grads)
+                edges, grads = [], []
 
     def saved_bytes(self) -> int:
         """Bytes kept from the first part to the second, in addition to what autograd saves for a full backward."""
@@ -101,8 +112,8 @@ def _accumulate(edges: Sequence[GradientEdge], grads: Sequence[Tensor | None]) -
         run_backward(outputs, grad_outputs)
 
 
-def _find_branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junction], bool]:
-    """Return the edges to vectors [4], the junctions [2] with their branches [3], and whether a matrix is shared.
+def _find_branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junction]]:
+    """Return the edges to vectors [4], and the junctions [2] with their branches [3] in order from x to y.
 
     A branch that several nodes share (a computed tensor that is used twice) counts as [4], so that autograd sums its
     gradients.
@@ -122,19 +133,23 @@ def _find_branches(y: Tensor, x: Tensor) -> tuple[list[GradientEdge], list[_Junc
                 parents[child] = parents.get(child, 0) + 1
         if (variable := getattr(node, "variable", None)) is not None and variable.dim() > 1:
             leads_to_matrix.add(node)
-    vector_edges, junctions = [], []
+    vector_edges: list[GradientEdge] = []
+    junctions: list[_Junction] = []
+    first: dict[Node, int] = {}  # parameter → number of the first junction with a branch to it
     for node in order:
         if node not in on_path or node is target:
             continue
         edges = [
             GradientEdge(child, nr) for child, nr in node.next_functions if child is not None and child not in on_path
         ]
-        matrix_edges = [edge for edge in edges if edge.node in leads_to_matrix and parents[edge.node] == 1]  # [3]
+        splits = node.name() != COMPILED
+        matrix_edges = [e for e in edges if splits and e.node in leads_to_matrix and parents[e.node] == 1]  # [3]
         vector_edges += [edge for edge in edges if edge not in matrix_edges]  # [4]
         if matrix_edges:
-            junctions.append(_Junction(node, matrix_edges))  # [2]
-    shared = any(parents[node] > 1 for node in leads_to_matrix if hasattr(node, "variable"))
-    return list(dict.fromkeys(vector_edges)), junctions, shared
+            below = [n for edge in matrix_edges for n in _post_order(edge.node) if hasattr(n, "variable")]
+            shared_with = min(first.setdefault(parameter, len(junctions)) for parameter in below)
+            junctions.append(_Junction(node, matrix_edges, shared_with))  # [2]
+    return list(dict.fromkeys(vector_edges)), junctions
 
 
 def _post_order(root: Node | None) -> Iterator[Node]:

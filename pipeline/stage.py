@@ -9,7 +9,7 @@ A layer is any module called as `layer(x, context)` that returns one tensor. The
 passes to every layer with the input; a stage on one device does not read it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +42,8 @@ class Segment(Protocol):
     splits_backward: bool
 
     def __call__(self, x: Tensor, context: Any) -> Tensor: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
 
 class DeviceLayers(nn.Module):

@@ -1,15 +1,16 @@
-"""Benchmarks on one GPU: MFU of training in bf16, overhead of the engine and of torchgpipe, MoE layer, two ranks.
+"""Benchmarks on one or two GPUs: MFU of training, overhead of the engine and of torchgpipe, MoE layer, two ranks.
 
     python -m benchmarks.gpu.run                    # one rank
-    mpirun -np 2 python -m benchmarks.gpu.run       # two ranks share the GPU: messages through the host
-    python -m benchmarks.gpu.run --device cpu       # a small model, to test the benchmark only
+    mpirun -np 2 python -m benchmarks.gpu.run       # two ranks: on two GPUs with NCCL, or sharing one through the host
+    python -m benchmarks.gpu.run --device cpu       # a tiny model, to test the benchmark only
 
+Products are in the precision that `--precision auto` selects: bf16 from sm_80 on, fp16 on a T4.
 Writes results.csv: medians of contenders that take turns in one run.
 """
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,8 +21,8 @@ from torch import nn
 
 import pipeline
 from benchmarks.measure import alternate, merge, ratio
+from fira.devices import AUTOCAST_DTYPES, auto_precision, choose_devices
 from fira.doctor.one_step import RandomTokens, make_trainer
-from fira.models.language_model import LanguageModel
 from fira.models.registry import PRESETS, build
 from fira.nn.context import Context, TrainingContext
 from fira.nn.mlp import GatedMLP
@@ -34,24 +35,52 @@ from fira.parallel.pipeline_model import create_pipeline_model
 from pipeline.mesh import Layout
 
 HERE = Path(__file__).parent
-ROUNDS = 11
-# Sequences of a batch and of a micro-batch. On a GPU the latter has 16,384 tokens; with fewer, launches take longer.
-SIZES = {"cuda": (128, 32), "cpu": (32, 8)}
 Run = Callable[[], object]
 
 
-def peak(device: torch.device) -> tuple[Run, float]:
-    """Return a call of a matrix product in bf16, and its FLOPs."""
-    n = 8192 if device.type == "cuda" else 512
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+@dataclass(frozen=True)
+class Setting:
+    """dtype: of the products. preset and changes: the model. microbatch: sequences of each of the four micro-batches.
+
+    product: rows and columns of the factors that measure the peak. layer: width and hidden width of the experts, and
+    sequences and tokens of their input. rounds: in which the contenders take turns.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    preset: str
+    changes: dict[str, int]
+    microbatch: int
+    product: int
+    layer: tuple[int, int, int, int]
+    rounds: int
+
+    @property
+    def sequences(self) -> int:
+        return 4 * self.microbatch
+
+
+def choose_setting(device: torch.device, layers: int, microbatch: int) -> Setting:
+    """Return the setting of a device. layers, microbatch: of fira-base on a GPU; on a CPU everything is tiny."""
+    dtype = AUTOCAST_DTYPES.get(auto_precision(device), torch.bfloat16)
+    if device.type == "cuda":
+        return Setting(device, dtype, "fira-base", {"num_layers": layers}, microbatch, 8192, (2048, 4096, 8, 1024), 11)
+    changes = {"num_layers": 2, "d_model": 32, "d_ff": 64, "seq_len": 16, "vocab_size": 64}
+    return Setting(device, dtype, "fira-tiny", changes, 2, 64, (32, 64, 2, 8), 2)
+
+
+def peak(setting: Setting) -> tuple[Run, float]:
+    """Return a call of a product of two n × n matrices, and its FLOPs."""
+    n = setting.product
+    a, b = torch.randn(2, n, n, device=setting.device, dtype=setting.dtype)
     return lambda: a @ b, 2.0 * n**3
 
 
-def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
+def plain(model: nn.Module, config: Any, setting: Setting) -> Run:
     """Return a step of a plain training loop: micro-batches through the whole model, then torch's AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     loader = RandomTokens(config.vocab_size, config.seq_len)
-    sequences, microbatch = SIZES[device.type]
+    sequences, microbatch, device = setting.sequences, setting.microbatch, setting.device
 
     def run() -> None:
         batch = loader.batch(0, sequences)
@@ -59,7 +88,7 @@ def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
         for x, y in zip(inputs, targets, strict=True):
             weights = torch.full((microbatch,), 1 / sequences, device=device)
             context = Context(training=TrainingContext(y, 1 / (sequences * config.seq_len), weights))
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, setting.dtype):
                 hidden = model(x, context)
             objective(hidden, context)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -69,16 +98,16 @@ def plain(model: nn.Module, config: Any, device: torch.device) -> Run:
     return run
 
 
-def ours(config: Any, layout: Layout, device: torch.device) -> Run:
-    sequences, microbatch = SIZES[device.type]
-    trainer = make_trainer(config, layout, "1f1b", device, microbatch, torch.bfloat16)
+def ours(config: Any, layout: Layout, setting: Setting) -> Run:
+    """Return a step of our trainer."""
+    trainer = make_trainer(config, layout, "1f1b", setting.device, setting.microbatch, setting.dtype)
     loader = RandomTokens(config.vocab_size, config.seq_len)
-    return lambda: trainer.step(loader, sequences, 1e-4, 0, [])
+    return lambda: trainer.step(loader, setting.sequences, 1e-4, 0, [])
 
 
-def expert_layers(device: torch.device, experts: int, top_k: int) -> dict[str, Run]:
-    """Return forward and backward of an MoE layer and of a dense layer of equal active FLOPs, in bf16."""
-    width, hidden, rows, length = (2048, 4096, 8, 1024) if device.type == "cuda" else (64, 128, 2, 32)
+def expert_layers(experts: int, top_k: int, setting: Setting) -> dict[str, Run]:
+    """Return forward and backward of an MoE layer and of a dense layer of equal active FLOPs."""
+    (width, hidden, rows, length), device = setting.layer, setting.device
     moe = MoE(Router(width, experts, top_k, bias=False), GatedExperts(experts, width, hidden, F.silu), experts, 1, [])
     dense = GatedMLP(width, top_k * hidden, nn.Linear)
     for parameter in [*moe.to(device).parameters(), *dense.to(device).parameters()]:
@@ -86,7 +115,7 @@ def expert_layers(device: torch.device, experts: int, top_k: int) -> dict[str, R
     x = torch.randn(rows, length, width, device=device, requires_grad=True)
 
     def step(layer: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, setting.dtype):
             y = layer(x)
         y.sum().backward()
 
@@ -109,11 +138,13 @@ def synchronised(run: Run, device: torch.device) -> Run:
     return call
 
 
-def measure(contenders: dict[str, Run], base: str, flops: dict[str, float], device: torch.device) -> list[dict]:
+def measure(
+    contenders: dict[str, Run], base: str, flops: dict[str, float], setting: Setting
+) -> list[dict[str, object]]:
     """Return a row per contender: milliseconds, speed relative to `base`, and MFU relative to the measured peak."""
-    product, product_flops = peak(device)
-    runs = {name: synchronised(run, device) for name, run in (contenders | {"peak": product}).items()}
-    seconds = alternate(runs, ROUNDS)
+    product, product_flops = peak(setting)
+    runs = {name: synchronised(run, setting.device) for name, run in (contenders | {"peak": product}).items()}
+    seconds = alternate(runs, setting.rounds)
     return [
         {
             "contender": name,
@@ -126,32 +157,47 @@ def measure(contenders: dict[str, Run], base: str, flops: dict[str, float], devi
     ]
 
 
+def measure_training(ranks: int, config: Any, setting: Setting) -> list[dict[str, object]]:
+    """Return the rows of training steps. MFU relates to the FLOPs and the peak of one GPU."""
+    flops = 3 * sum(layer_flops(build(config))) * setting.sequences * config.seq_len
+    if ranks > 1:
+        layouts = [Layout(ranks, 1, 1), Layout(1, ranks, ranks)]
+        contenders = {f"our engine, {layout}": ours(config, layout, setting) for layout in layouts}
+        return measure(contenders, next(iter(contenders)), dict.fromkeys(contenders, flops / ranks), setting)
+    device = setting.device
+    count = min(2, torch.cuda.device_count()) if device.type == "cuda" else 1
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1)] if count == 2 else [device, device]
+    parts = create_pipeline_model(build(config), devices, chunks=2, autocast=setting.dtype)
+    split = f"torchgpipe, two partitions on {count} device{'s' * (count > 1)}"
+    contenders = {
+        "plain loop": plain(build(config).to(device), config, setting),
+        f"our engine, {Layout()}": ours(config, Layout(), setting),
+        split: plain(parts, config, setting),
+    }
+    flops_per_device = dict.fromkeys(contenders, flops) | {split: flops / count}
+    return measure(contenders, "plain loop", flops_per_device, setting)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    device = torch.device(parser.parse_args().device)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--layers", type=int, default=12, help="blocks of fira-base; 4 fit on a GPU with 16 GB")
+    parser.add_argument("--microbatch", type=int, default=32, help="sequences of 512 tokens; 8 fit on a GPU with 16 GB")
+    options = parser.parse_args()
     world = pipeline.init()
-    config = replace(PRESETS["fira-base" if device.type == "cuda" else "fira-tiny"], dropout=0.0)
-    layouts = [Layout(1, 1, 1)] if world.size == 1 else [Layout(world.size, 1, 1), Layout(1, world.size, world.size)]
-    contenders = {f"our engine, {layout}": ours(config, layout, device) for layout in layouts}
-    base = next(iter(contenders))
-    if world.size == 1:
-        base = "plain loop"
-        model: LanguageModel = build(config).to(device)
-        contenders[base] = plain(model, config, device)
-        parts = create_pipeline_model(build(config), [device, device], chunks=2, autocast=torch.bfloat16)
-        contenders["torchgpipe, two partitions"] = plain(parts, config, device)
-    tokens = SIZES[device.type][0] * config.seq_len
-    step_flops = 3 * sum(layer_flops(build(config))) * tokens / world.size  # per rank, like the peak
-    rows = measure(contenders, base, dict.fromkeys(contenders, step_flops), device)
+    device = choose_devices(options.device, None, world.local_rank)[0]
+    setting = choose_setting(device, options.layers, options.microbatch)
+    config = replace(PRESETS[setting.preset], dropout=0.0, **setting.changes)
+    rows = measure_training(world.size, config, setting)
     if world.size == 1:
         for experts, top_k in ((8, 2), (64, 2)):
-            rows += measure(expert_layers(device, experts, top_k), "dense layer", {}, device)
+            rows += measure(expert_layers(experts, top_k, setting), "dense layer", {}, setting)
     if world.rank == 0:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        rows = [{"device": name, "ranks": world.size} | row for row in rows]
+        common = {"device": name, "dtype": str(setting.dtype).removeprefix("torch."), "layers": config.num_layers}
+        rows = [{**common, "ranks": world.size, **row} for row in rows]
         path = HERE / "results.csv" if device.type == "cuda" else Path("gpu-check.csv")
-        print(merge(path, rows, ["device", "ranks", "contender"]).to_string())
+        print(merge(path, rows, [*common, "ranks", "contender"]).to_string())
 
 
 if __name__ == "__main__":

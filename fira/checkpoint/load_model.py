@@ -6,18 +6,21 @@ import torch
 from tokenizers import Tokenizer
 
 from fira.checkpoint.pretrained import open_saved
-from fira.data.tokenizer import TOKENIZER
+from fira.data.tokenizer import TOKENIZER, load_tokenizer
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, from_document
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> LanguageModel:
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", tokenizer: str | Path | None = None
+) -> LanguageModel:
     """Load a model in eval mode.
 
     path: a run folder, a checkpoints folder, a step folder (written by any layout) or a folder of transformers (an
-    export, a Llama or a FlexOlmo). `model.tokenizer` is None if the model was trained on shards without a tokenizer.
-    Raises UserError if there is no checkpoint, or where it is damaged or does not match its config.
+    export, a Llama or a FlexOlmo). tokenizer: the path of a tokenizer.json; by default the model's own is loaded as
+    `model.tokenizer`, which is None if the model was trained on shards without a tokenizer.
+    Raises UserError if there is no checkpoint, or if it is damaged or does not match its config.
     """
     saved = open_saved(path)
     with torch.device("meta"):
@@ -30,7 +33,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Language
     weights = {name: saved.read(name) for name in model.weights()}
     model.load_state_dict(weights, strict=not model.tied, assign=True)
     model.tie()
-    if saved.has_file(TOKENIZER):
+    if tokenizer is not None:
+        model.tokenizer = load_tokenizer(tokenizer)
+    elif saved.has_file(TOKENIZER):
         model.tokenizer = Tokenizer.from_buffer(saved.file(TOKENIZER))
     return model.to(device).eval()
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,29 +18,6 @@ from fira.models.registry import to_document
 
 FIRA_TYPES = ("fira", "rish_ai")  # model_type of exports in the format fira
 WEIGHTS = "model.safetensors"
-
-
-class Saved(Protocol):
-    """The interface for reading a model; see Checkpoint."""
-
-    folder: Path
-
-    def document(self, name: str) -> dict[str, Any]: ...
-    def has_file(self, name: str) -> bool: ...
-    def file(self, name: str) -> bytes: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor: ...
-
-
-def open_saved(path: str | Path) -> Saved:
-    """Open a folder of transformers, or a checkpoint, whose files are all checked (collective).
-
-    Raises UserError if `path` is neither, where it is damaged, and where no family computes its model.
-    """
-    path = Path(path)
-    if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
-        return PretrainedFolder(path)
-    return Checkpoint.open(find(path))
 
 
 class PretrainedFolder:
@@ -129,3 +106,17 @@ class PretrainedFolder:
         if not isinstance(document, dict):
             raise UserError(f"{self.folder / name} is not a JSON object")
         return document
+
+
+Saved = Checkpoint | PretrainedFolder
+
+
+def open_saved(path: str | Path) -> Saved:
+    """Open a folder of transformers, or a checkpoint, whose files are all checked (collective).
+
+    Raises UserError if `path` is neither, if it is damaged, and if no family computes its model.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file() and not (path / MANIFEST).is_file():
+        return PretrainedFolder(path)
+    return Checkpoint.open(find(path))

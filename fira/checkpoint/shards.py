@@ -90,9 +90,7 @@ def save_checkpoint(
     try:
         with collective_errors():
             if this_rank() == 0:
-                if partial.exists():
-                    shutil.rmtree(partial)
-                partial.mkdir(parents=True)
+                _make_empty(partial)
         with collective_errors():
             owned_files = {partial / names[kind][this_rank()]: owned for kind, owned in shards.items() if owned}
             records = _write_shards(owned_files)
@@ -113,6 +111,12 @@ def save_checkpoint(
         remedy = "free some space, or make the folder writable"
         raise UserError(f"checkpoint of step {step} failed: {error}; {remedy}; {state}") from error
     return root / step_name(step)
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def _describe(shard: TensorShard) -> tuple[str, str, tuple[int, ...], int, int]:
@@ -171,7 +175,6 @@ class Checkpoint:
     def __init__(self, folder: Path, manifest: Manifest, index: dict[str, TensorEntry]) -> None:
         self.folder = folder
         self.step = manifest.step
-        self.layout = manifest.layout
         self._files = manifest.files
         self._index = index
         self._opened: dict[str, Any] = {}
@@ -204,10 +207,6 @@ class Checkpoint:
             raise UserError(f"{self.folder} has no {name}")
         with errors_naming(self.folder / name):
             return (self.folder / name).read_bytes()
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors, sorted."""
-        return sorted(self._index)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the global shape of a tensor."""

@@ -79,20 +79,19 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def find(path: str | Path, before: int | None = None) -> Path:
+def find(path: str | Path) -> Path:
     """Return the checkpoint folder for a step folder, a `checkpoints` folder or a run folder.
 
-    Of several checkpoints, return the one named in `latest`, or else the newest; with `before`, the newest before that
-    step. Raises UserError if there is none. `Checkpoint.open` checks the content.
+    Of several checkpoints, return the one named in `latest`, or else the newest. Raises UserError if there is none.
+    `Checkpoint.open` checks the content.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    folders = [folder for step, folder in step_folders(root).items() if before is None or step < before]
+    folders = list(step_folders(root).values())
     if not folders:
-        limit = "" if before is None else f" before step {before}"
-        raise UserError(f"{path}: no checkpoint{limit} here; give a run folder, a checkpoints folder or a step folder")
+        raise UserError(f"{path}: no checkpoint here; give a run folder, a checkpoints folder or a step folder")
     pointer = root / LATEST
-    latest = pointer.read_text(errors="replace").strip() if before is None and pointer.is_file() else ""
+    latest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     return next((folder for folder in folders if folder.name == latest), folders[0])

@@ -11,6 +11,7 @@ from typing import Any
 
 from fira.errors import UserError
 from fira.models.mooshak import MooshakConfig
+from fira.models.registry import family_of
 from fira.models.rish import RishConfig
 from fira.nn.moe.router import number_chosen
 
@@ -129,7 +130,7 @@ def to_transformers(config: Any, form: str) -> dict[str, Any]:
     """Return the arguments of transformers' config class `form`. Raises UserError if it has no equivalent."""
     target = TRANSFORMERS[form]
     if not isinstance(config, target.config):
-        raise UserError(f"--format {form}: a {_family(type(config))} has no equivalent; export with --format fira")
+        raise UserError(f"--format {form}: a {family_of(config).name} has no equivalent; export with --format fira")
     values = {key: getattr(config, field) for key, field in SHARED.items()}
     heads = config.n_kv_head or config.n_head
     return values | {"num_key_value_heads": heads, "hidden_act": "silu"} | target.to_document(config)
@@ -191,7 +192,3 @@ def _require(document: dict[str, Any], **values: Any) -> None:
     for name, value in values.items():
         if (found := document.get(name, value)) != value:
             raise UserError(f"config.json: {name} {found} has no equivalent; {value} is required")
-
-
-def _family(config: type) -> str:
-    return config.__name__.removesuffix("Config").lower()

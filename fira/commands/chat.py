@@ -1,11 +1,13 @@
-"""Chat with a trained model. /reset clears the conversation, /quit or Ctrl-D ends, Ctrl-C interrupts an answer."""
+"""Chat with a trained model.
+
+/reset clears the conversation, /quit or Ctrl-D ends, Ctrl-C interrupts an answer.
+"""
 
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
 from fira import cli, load_model
-from fira.data.tokenizer import load_tokenizer
 from fira.devices import choose_devices
 from fira.generation.conversation import Conversation
 from fira.generation.options import add_sampling, sampling
@@ -17,12 +19,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--tokenizer", help="a tokenizer.json; default: the checkpoint's own")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
     add_sampling(parser)
-    parser.add_verbosity()
-    options = parser.parse_args(arguments)
-    cli.start_logging(options.quiet, options.verbose)
-    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0])
-    if options.tokenizer:
-        model.tokenizer = load_tokenizer(options.tokenizer)
+    options = parser.start(arguments)
+    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0], options.tokenizer)
     answer_questions(Conversation(model), options)
 
 
@@ -41,9 +39,4 @@ def answer_questions(conversation: Conversation, options: Namespace) -> None:
         if question == "/reset":
             conversation.reset()
         elif question:
-            try:
-                for piece in conversation.ask(question, options.max_new_tokens, **sampling(options)):
-                    print(piece, end="", flush=True)
-            except KeyboardInterrupt:  # the part of the answer that was printed stays in the conversation
-                pass
-            print(flush=True)
+            cli.print_pieces(conversation.ask(question, options.max_new_tokens, **sampling(options)))

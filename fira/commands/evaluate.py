@@ -7,7 +7,7 @@ from itertools import chain
 from fira import cli, encode, load_model
 from fira.checkpoint.load_model import own_tokenizer
 from fira.data.sources import documents
-from fira.data.tokenizer import eos_id, load_tokenizer
+from fira.data.tokenizer import eos_id
 from fira.devices import choose_devices
 from fira.errors import UserError
 from fira.generation.perplexity import TextLoss, perplexity
@@ -25,14 +25,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--tasks-path", metavar="DIR", help="a folder of task files; default: those of lm-eval")
     parser.add_argument("--limit", type=int, help="examples of each task; default: all")
     parser.add_argument("--batch-size", type=int, default=8, help="examples in a forward pass (default: %(default)s)")
-    parser.add_verbosity()
-    options = parser.parse_args(arguments)
-    cli.start_logging(options.quiet, options.verbose)
+    options = parser.start(arguments)
     if not options.data and not options.tasks:
         raise UserError("nothing to evaluate; give --data or --tasks")
-    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0])
-    if options.tokenizer:
-        model.tokenizer = load_tokenizer(options.tokenizer)
+    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0], options.tokenizer)
     if options.data:
         print_losses(model, options)
     if options.tasks:

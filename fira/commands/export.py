@@ -14,11 +14,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--checkpoint", required=True, help="a run folder, a step folder or an exported folder")
     parser.add_argument("--out", required=True, help="a new folder")
     parser.add_argument("--format", choices=FORMATS, default="fira", help=FORMAT_HELP)
-    parser.add_verbosity()
-    options = parser.parse_args(arguments)
-    cli.start_logging(options.quiet, options.verbose)
+    options = parser.start(arguments)
     out = export(options.checkpoint, options.out, options.format)
-    if options.quiet:
-        return
-    trust = ", trust_remote_code=True" if options.format == "fira" else ""
-    print(f'next: AutoModelForCausalLM.from_pretrained("{out}"{trust})')
+    if not options.quiet:
+        trust = ", trust_remote_code=True" if options.format == "fira" else ""
+        print(f'next: AutoModelForCausalLM.from_pretrained("{out}"{trust})')

@@ -3,12 +3,12 @@
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fira import cli, encode, load_model
 from fira.checkpoint.load_model import own_tokenizer
-from fira.data.tokenizer import eos_id, load_tokenizer
+from fira.data.tokenizer import eos_id
 from fira.devices import choose_devices
 from fira.errors import UserError
 from fira.generation.options import add_sampling, sampling
@@ -20,18 +20,12 @@ from fira.models.language_model import LanguageModel
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
     add_arguments(parser)
-    options = parser.parse_args(arguments)
-    cli.start_logging(options.quiet, options.verbose)
+    options = parser.start(arguments)
     device = choose_devices("auto", None, 0)[0]
-    folder = options.checkpoint or find_in_out(options.model_name)
-    model = load_model(folder, device)
-    if options.tokenizer:
-        model.tokenizer = load_tokenizer(options.tokenizer)
-    if model.tokenizer is None:
-        raise UserError(f"{folder}: it contains no tokenizer; give the one of its training data as --tokenizer")
+    model = load_model(options.checkpoint or find_in_out(options.model_name), device, options.tokenizer)
     if options.eval_text is not None:
-        text = text_or_content(options.eval_text)
-        ids = [eos_id(model.tokenizer), *encode(text, model.tokenizer)]  # in training, EOS precedes every document
+        tokenizer, text = own_tokenizer(model), text_or_content(options.eval_text)
+        ids = [eos_id(tokenizer), *encode(text, tokenizer)]  # in training, EOS precedes every document
         print(perplexity(model, ids).describe(len(text.encode())))
     if options.eval_text is None or options.prompt is not None:
         generate(model, load_model(options.draft, device) if options.draft else None, options)
@@ -49,7 +43,6 @@ def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument("--draft", metavar="CHECKPOINT", help="a smaller model for speculative decoding")
     parser.add_argument("--beams", type=int, help="beam search with this number of beams")
     parser.add_argument("--eval-text", help="a text, or a file with one: print how well it is predicted")
-    parser.add_verbosity()
 
 
 def find_in_out(name: str) -> Path:
@@ -61,7 +54,10 @@ def find_in_out(name: str) -> Path:
 
 
 def generate(model: LanguageModel, draft: LanguageModel | None, options: Namespace) -> None:
-    """Print the prompt and its continuation while it is generated, then length and speed on stderr."""
+    """Print the prompt and its continuation while it is generated, then its length and the speed or time.
+
+    With `--model-name` the values have headings and are all printed on stdout.
+    """
     if options.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {options.max_new_tokens}: must be greater than 0")
     text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
@@ -74,28 +70,11 @@ def generate(model: LanguageModel, draft: LanguageModel | None, options: Namespa
         pieces = iter([beam_text(model, prompt, options.max_new_tokens, options.beams)])
     else:
         pieces = continue_text(model, prompt, options.max_new_tokens, draft=draft, **sampling(options))
+    print(f"Prompt: {text}\nGenerated text: " if options.model_name else text, end="", flush=True)
+    generated = cli.print_pieces(pieces)
+    seconds = time.perf_counter() - started
     if options.model_name:
-        print_with_headings(text, pieces, started)
-        return
-    print(text, end="", flush=True)
-    generated = ""
-    try:
-        for piece in pieces:
-            print(piece, end="", flush=True)
-            generated += piece
-    except KeyboardInterrupt:
-        pass
-    print()
-    count, seconds = len(encode(generated, tokenizer)), time.perf_counter() - started
-    if not options.quiet:
+        print(f"Generated text length: {len(generated)} characters\nInference time: {seconds:.2f} s")
+    elif not options.quiet:
+        count = len(encode(generated, tokenizer))
         print(f"{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
-
-
-def print_with_headings(prompt: str, pieces: Iterator[str], started: float) -> None:
-    """Print prompt, continuation while it is generated, length and time, each with a heading."""
-    print(f"Prompt: {prompt}\nGenerated text: ", end="", flush=True)
-    length = 0
-    for piece in pieces:
-        print(piece, end="", flush=True)
-        length += len(piece)
-    print(f"\nGenerated text length: {length} characters\nInference time: {time.perf_counter() - started:.2f} s")

@@ -18,9 +18,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_OR_CSV", help=runs_help)
     parser.add_argument("--out", type=Path, metavar="PNG", help=OUT)
     parser.add_argument("--experts", action="store_true", help="load, drops and router entropy of each expert")
-    parser.add_verbosity()
-    options = parser.parse_args(arguments)
-    cli.start_logging(options.quiet, options.verbose)
+    options = parser.start(arguments)
     if not options.experts:
         print(plot_files(options.runs, options.out))
     elif len(options.runs) > 1:

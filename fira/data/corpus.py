@@ -50,7 +50,6 @@ class Corpus:
 
     sources: list[Source]
     tokenizer: Path | None
-    vocab_size: int
     summary: Summary
     folder: Path
 
@@ -95,7 +94,6 @@ def prepare(
         return Corpus(
             sources=[entry.source(folder, number) for number, entry in enumerate(inputs)],
             tokenizer=tokenizer if tokenizer.exists() else None,
-            vocab_size=vocab_size,
             summary=summary,
             folder=folder,
         )

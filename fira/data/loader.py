@@ -37,12 +37,6 @@ class Loader:
         rows = np.stack([self._tokens.read(start, start + self._seq_len + 1) for start in starts])
         return rows[:, :-1], rows[:, 1:]
 
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed": self.consumed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.consumed = state["consumed"]
-
     def _window(self, number: int) -> int:
         epoch, position = divmod(number, self.windows)
         if epoch != self._epoch:  # cached, because a permutation costs more than a batch

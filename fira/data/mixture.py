@@ -74,12 +74,6 @@ class Mixture:
         source = self._source[slot]
         return self._loaders[source].batch(int(period * self._counts[source] + self._index[slot]), 1)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed": self.consumed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.consumed = state["consumed"]
-
 
 class Joined:
     """Validation sequences of several sources, concatenated; rows beyond the end as in ValidationSequences."""

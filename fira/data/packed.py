@@ -1,6 +1,5 @@
 """Tokens on disk: one or more one-dimensional `.npy` files, read as one concatenated array."""
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -70,7 +69,7 @@ def find_shards(data: str | None) -> tuple[list[Path], list[Path]] | None:
 
 
 class TokenWriter:
-    """Writes a `.npy` file of tokens in several calls of `append`, complete and synced when the `with` block ends.
+    """Writes a `.npy` file of tokens in several calls of `append`, complete when the `with` block ends.
 
     length: the number of tokens written. The dtype is uint16 where the vocabulary allows it, else uint32.
     """
@@ -94,8 +93,6 @@ class TokenWriter:
         with self._file:
             self._file.seek(0)
             self._write_header()
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
     def _write_header(self) -> None:
         """Write the header; numpy pads it such that its size does not depend on the length of the first axis."""

@@ -13,12 +13,9 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
 from fira.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 # A text file is split at the first blank line after MIN_LENGTH characters, or else at the first end of a line after
 # MAX_LENGTH characters; a longer line is split inside.
@@ -106,8 +103,7 @@ def _hugging_face(name: str) -> list[Path]:
     try:
         dataset = load_dataset(name, split="train")
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{missing}, and no Hugging Face dataset with a train split ({reason})") from None
+        raise UserError(f"{missing}, and no Hugging Face dataset with a train split ({_one_line(error)})") from None
     return [Path(file["filename"]) for file in dataset.cache_files]
 
 
@@ -164,36 +160,31 @@ def _jsonl(path: Path, key: str) -> Iterator[str]:
             yield (record[key] or "").encode("utf-8", "replace").decode()
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _columnar(path: Path, column: str) -> Iterator[str]:
+    """Read Parquet, or a stream of Arrow batches as in the cache of `datasets`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    parquet = path.suffix == ".parquet"
     try:
-        with pq.ParquetFile(path) as file:
-            _require_text(column, file.schema_arrow, path)
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                yield from (text or "" for text in batch.column(0).to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a valid Parquet file ({_one_line(error)}); download it again") from None
-
-
-def _arrow(path: Path, column: str) -> Iterator[str]:
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as memory, pa.ipc.open_stream(memory) as batches:
-            _require_text(column, batches.schema, path)
-            for batch in batches:
+        with pa.memory_map(str(path)) as file, (pq.ParquetFile if parquet else pa.ipc.open_stream)(file) as table:
+            schema = table.schema_arrow if parquet else table.schema
+            _require(column, schema.names, path)
+            dtype = schema.field(column).type
+            if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
+                raise UserError(f"{path}: column {column!r} holds {dtype}, not text; name another with --text-column")
+            for batch in table.iter_batches(batch_size=1024, columns=[column]) if parquet else table:
                 yield from (text or "" for text in batch.column(column).to_pylist())
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a valid Arrow stream ({_one_line(error)}); download it again") from None
+        kind = "Parquet file" if parquet else "Arrow stream"
+        raise UserError(f"{path}: not a valid {kind} ({_one_line(error)}); download it again") from None
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
     ".csv": _csv,
     ".jsonl": _jsonl,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
+    ".parquet": _columnar,
+    ".arrow": _columnar,
 }
 
 
@@ -210,15 +201,6 @@ def _open(path: Path, newline: str | None = None) -> TextIO:
 def _require(column: str, present: Iterable[str], where: object) -> None:
     if column not in present:
         raise UserError(f"{where}: no column {column!r}; name one with --text-column: {', '.join(map(repr, present))}")
-
-
-def _require_text(column: str, schema: "pa.Schema", path: Path) -> None:
-    import pyarrow as pa
-
-    _require(column, schema.names, path)
-    dtype = schema.field(column).type
-    if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
-        raise UserError(f"{path}: column {column!r} holds {dtype}, not text; name another with --text-column")
 
 
 def _one_line(error: Exception) -> str:

@@ -4,12 +4,13 @@ They are gathered in a process of their own, because a broken driver may crash o
 """
 
 import ctypes
+import importlib.metadata
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
@@ -19,7 +20,7 @@ class Gpu:
     """One CUDA device. free, total: bytes of memory. precision: what `--precision auto` selects on it."""
 
     name: str
-    capability: tuple[int, int]
+    capability: Sequence[int]
     free: int
     total: int
     precision: str
@@ -35,23 +36,15 @@ class DeviceFacts:
 
     torch: str
     cuda: str | None
-    architectures: tuple[str, ...]
+    architectures: Sequence[str]
     driver: int | None
     driver_release: str
     error: str
-    gpus: tuple[Gpu, ...]
-    peers: tuple[tuple[bool, ...], ...]
+    gpus: Sequence[Gpu]
+    peers: Sequence[Sequence[bool]]
     nccl: str | None
     triton: str | None
     compiler: str | None
-
-    @classmethod
-    def from_json(cls, text: str) -> "DeviceFacts":
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
-        }
-        gpus = tuple(Gpu(**{**gpu, "capability": tuple(gpu["capability"])}) for gpu in values.pop("gpus"))
-        return cls(gpus=gpus, peers=tuple(tuple(row) for row in values.pop("peers")), **values)
 
 
 def probe() -> DeviceFacts:
@@ -69,21 +62,21 @@ def probe() -> DeviceFacts:
             free, total = torch.cuda.mem_get_info(i)
             name, capability = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
             gpus.append(Gpu(name, capability, free, total, auto_precision(torch.device("cuda", i))))
-            peers.append(tuple(i == j or torch.cuda.can_device_access_peer(i, j) for j in range(count)))
+            peers.append([i == j or torch.cuda.can_device_access_peer(i, j) for j in range(count)])
     except (RuntimeError, AssertionError) as failure:
         error = str(failure).strip().splitlines()[0]
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
     return DeviceFacts(
         torch=torch.__version__,
         cuda=torch.version.cuda,
-        architectures=tuple(torch.cuda.get_arch_list()),
+        architectures=torch.cuda.get_arch_list(),
         driver=driver_version(),
         driver_release=_kernel_module(),
         error=error,
-        gpus=tuple(gpus),
-        peers=tuple(peers),
+        gpus=gpus,
+        peers=peers,
         nccl=nccl,
-        triton=_version("triton"),
+        triton=importlib.metadata.version("triton") if find_spec("triton") else None,
         compiler=next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None),
     )
 
@@ -102,13 +95,6 @@ def _kernel_module() -> str:
     """The release of the NVIDIA kernel module, such as 550.54.15; empty without one."""
     words = KERNEL_MODULE.read_text().split() if KERNEL_MODULE.exists() else []
     return next((word for word in words if word.replace(".", "").isdecimal() and "." in word), "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

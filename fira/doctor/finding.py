@@ -26,6 +26,7 @@ class Finding:
 
 
 Check = Callable[[], Sequence[Finding]]
+ShowLine = Callable[[str], object]  # prints a line
 
 
 def examine(checks: Sequence[tuple[str, Check]]) -> Iterator[Finding]:

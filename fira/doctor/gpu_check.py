@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+from pipeline.mpi.world import launched_rank
+
 RESULT = "result of the check:"  # the line before the result, which separates it from warnings
 
 
@@ -22,7 +24,7 @@ class Target:
 
     device: str
     folder: str
-    train: tuple[str, ...]
+    train: Sequence[str]
 
     @property
     def path(self) -> Path:
@@ -34,7 +36,7 @@ class GpuCheck:
     """One test. run: raises if the test fails; returns the result, of which the first line is shown in the table.
 
     limit_s: time limit in seconds. gpus: number of devices that it needs. arguments: of `run`, after the target.
-    environment: variables of the process that runs it.
+    environment: variables of the process that runs it. ranks: that call `run`; the result is that of rank 0.
     """
 
     name: str
@@ -43,44 +45,42 @@ class GpuCheck:
     gpus: int = 1
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    ranks: int = 1
 
     def command(self, target: Target) -> list[str]:
         """The words that run this test in a separate process."""
-        function = (self.run.__module__, self.run.__name__)
-        return [sys.executable, "-m", "fira.doctor.gpu_check", *function, json.dumps(asdict(target)), *self.arguments]
+        program = (
+            *mpirun(self.ranks),
+            sys.executable,
+            "-m",
+            "fira.doctor.gpu_check",
+            self.run.__module__,
+            self.run.__name__,
+        )
+        return [*program, json.dumps(asdict(target)), *self.arguments]
 
 
-def run_program(command: Sequence[str], status: int = 0, environment: dict[str, str] | None = None) -> str:
+def run_program(command: Sequence[str], status: int = 0) -> str:
     """Run a program of a check and return its output. Raises AssertionError if it ends with another status."""
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=os.environ | (environment or {}),
-        check=False,
-    )
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, **streams, text=True, errors="replace", check=False)  # type: ignore[call-overload]
     if done.returncode != status:
         print(done.stdout)
         raise AssertionError(f"ended with status {done.returncode} instead of {status}: {' '.join(command)}")
-    return done.stdout
+    return str(done.stdout)
 
 
 def mpirun(ranks: int) -> list[str]:
     """The words that start ranks; none for one rank. The mpirun of this Python environment is preferred."""
-    installed = Path(sys.executable).with_name("mpirun")
-    program = str(installed) if installed.exists() else shutil.which("mpirun") or "mpirun"
-    return [program, "-np", str(ranks)] if ranks > 1 else []
+    folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return [shutil.which("mpirun", path=folders) or "mpirun", "-np", str(ranks)] if ranks > 1 else []
 
 
 def main(module: str, function: str, target: str, *arguments: str) -> None:
-    values = json.loads(target)
-    found = Target(values["device"], values["folder"], tuple(values["train"]))
-    result = getattr(import_module(module), function)(found, *arguments)
+    result = getattr(import_module(module), function)(Target(**json.loads(target)), *arguments)
     sys.stderr.flush()
-    print(f"{RESULT}\n{result}")
+    if not launched_rank():  # None without mpirun
+        print(f"{RESULT}\n{result}")
 
 
 if __name__ == "__main__":

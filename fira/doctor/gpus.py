@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 
 from fira.doctor.device_probe import DeviceFacts, Gpu
 from fira.doctor.finding import Finding, Level
@@ -16,8 +17,9 @@ FREE_SHARE = 0.8  # a GPU with less free memory is in use by another program
 def find_devices() -> tuple[DeviceFacts | None, Outcome]:
     """The facts, or None if the program that gathers them failed; and how that program ended."""
     outcome = run_limited((sys.executable, "-m", "fira.doctor.device_probe"), LIMIT_S)
-    lines = [line for line in outcome.output.splitlines() if line.startswith('{"torch"')]
-    return (DeviceFacts.from_json(lines[-1]) if lines else None), outcome
+    for facts in outcome.objects("torch"):
+        return DeviceFacts(**facts | {"gpus": [Gpu(**gpu) for gpu in facts["gpus"]]}), outcome
+    return None, outcome
 
 
 def device_findings(facts: DeviceFacts | None, outcome: Outcome) -> list[Finding]:
@@ -70,7 +72,7 @@ def driver_finding(facts: DeviceFacts) -> Finding:
     return Finding(subject, f"{text}, torch needs {facts.cuda}")
 
 
-def gpu_finding(index: int, gpu: Gpu, architectures: tuple[str, ...]) -> Finding:
+def gpu_finding(index: int, gpu: Gpu, architectures: Sequence[str]) -> Finding:
     """Whether torch has kernels for a GPU, and whether its memory is free."""
     subject, capability = f"cuda:{index}", f"sm_{gpu.capability[0]}{gpu.capability[1]}"
     text = f"{gpu.name}, {capability}, {gpu.free / 1e9:.1f} of {gpu.total / 1e9:.1f} GB free"
@@ -83,13 +85,11 @@ def gpu_finding(index: int, gpu: Gpu, architectures: tuple[str, ...]) -> Finding
     return Finding(subject, text)
 
 
-def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+def _runs(architecture: str, capability: Sequence[int]) -> bool:
     """Whether kernels run on a GPU: sm_ on the same major version and equal or later minor, compute_ on all later."""
     parts = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", architecture)
-    if not parts:
-        return False
-    built = int(parts[2]), int(parts[3])
-    return built <= capability and (parts[1] == "compute" or built[0] == capability[0])
+    built = [int(parts[2]), int(parts[3])] if parts else [99]
+    return built <= [*capability] and (architecture.startswith("compute") or built[0] == capability[0])
 
 
 def triton_finding(facts: DeviceFacts) -> Finding:
@@ -123,5 +123,4 @@ def peer_finding(facts: DeviceFacts) -> Finding:
 def precision_finding(facts: DeviceFacts) -> Finding:
     """The precision of the first device, which `--precision auto` selects for all ranks."""
     selected = facts.gpus[0].precision if facts.gpus else "fp32"
-    emulated = {"bf16": "", "fp16": "; bf16 would be emulated", "fp32": ""}[selected]
-    return Finding("precision", f"auto selects {selected}{emulated}")
+    return Finding("precision", f"auto selects {selected}{'; bf16 would be emulated' * (selected == 'fp16')}")

@@ -15,8 +15,6 @@ GB = 1e9
 MEMORY_PER_RANK = 1.0 * GB  # of fira-tiny, with the libraries
 DISK = 5 * GB  # two checkpoints of fira-tiny and the prepared data need less, one of fira-base about 4 GB
 SHARED_MEMORY = 0.2 * GB  # NCCL fails with the 64 MB of a container's default
-
-
 PACKAGES = (
     *("torch", "torchgpipe", "mpi4py", "safetensors", "tokenizers"),
     *("numpy", "pandas", "matplotlib", "pyarrow", "tqdm"),
@@ -24,10 +22,9 @@ PACKAGES = (
 
 
 def packages_finding(missing: Sequence[str]) -> Finding:
-    if missing:
-        text = f"missing: {', '.join(missing)}"
-        return Finding("packages", text, Level.FATAL, f"pip install {' '.join(missing)}")
-    return Finding("packages", f"all {len(PACKAGES)} are installed")
+    if not missing:
+        return Finding("packages", f"all {len(PACKAGES)} are installed")
+    return Finding("packages", f"missing: {', '.join(missing)}", Level.FATAL, f"pip install {' '.join(missing)}")
 
 
 def missing_packages() -> list[str]:
@@ -50,24 +47,19 @@ def read_cores(group: Path | None = None) -> Cores:
 
 
 def cores_finding(cores: Cores) -> Finding:
-    subject = "cores"
     text = f"{cores.allowed} of {cores.machine}" if cores.allowed < cores.machine else f"{cores.machine}"
-    if cores.quota is not None and cores.quota < cores.allowed:
-        limit = max(1, math.floor(cores.quota))
-        text += f", limited to the time of {cores.quota:g} by a control group"
-        remedy = f"threads follow the affinity, not this limit: start with taskset -c 0-{limit - 1} mpirun …"
-        return Finding(subject, text, Level.PROBLEM, remedy)
-    return Finding(subject, f"{text}; more ranks than this share them")
+    if cores.quota is None or cores.quota >= cores.allowed:
+        return Finding("cores", f"{text}; more ranks than this share them")
+    text += f", limited to the time of {cores.quota:g} by a control group"
+    last = max(1, math.floor(cores.quota)) - 1
+    remedy = f"threads follow the affinity, not this limit: start with taskset -c 0-{last} mpirun …"
+    return Finding("cores", text, Level.PROBLEM, remedy)
 
 
 def own_group() -> Path:
     """The folder of this process's control group (version 2), or the root."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return CGROUP
-    path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    return CGROUP / path
+    lines = _text(Path("/proc/self/cgroup")).splitlines()
+    return CGROUP / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
 
 
 def _quota(group: Path) -> float | None:
@@ -97,20 +89,20 @@ def free_memory(group: Path | None = None, meminfo: Path = Path("/proc/meminfo")
 
 def memory_finding(free: float, ranks: int) -> Finding:
     """ranks: the number of ranks on this machine; 1 without mpirun."""
-    subject, needed = "memory", ranks * MEMORY_PER_RANK
-    text = f"{free / GB:.1f} GB available"
-    if free < needed:
-        text += f", {ranks} {'rank needs' if ranks == 1 else 'ranks need'} about {needed / GB:.0f} GB"
-        return Finding(subject, text, Level.PROBLEM, "end other programs, start fewer ranks, or train a smaller model")
-    return Finding(subject, text)
+    text, needed = f"{free / GB:.1f} GB available", ranks * MEMORY_PER_RANK
+    if free >= needed:
+        return Finding("memory", text)
+    text += f", {ranks} {'rank needs' if ranks == 1 else 'ranks need'} about {needed / GB:.0f} GB"
+    return Finding("memory", text, Level.PROBLEM, "end other programs, start fewer ranks, or train a smaller model")
 
 
 def shared_memory_finding(total: float, gpus: int) -> Finding:
     """total: size of /dev/shm in bytes."""
-    subject, text = "shared memory", f"{total / GB:.2f} GB in /dev/shm"
-    if total < SHARED_MEMORY and gpus > 1:
-        return Finding(subject, f"{text}, too little for NCCL", Level.PROBLEM, "start the container with --shm-size=1g")
-    return Finding(subject, text)
+    text = f"{total / GB:.2f} GB in /dev/shm"
+    if total >= SHARED_MEMORY or gpus < 2:
+        return Finding("shared memory", text)
+    remedy = "start the container with --shm-size=1g"
+    return Finding("shared memory", f"{text}, too little for NCCL", Level.PROBLEM, remedy)
 
 
 def folder_finding(subject: str, folder: Path, flag: str) -> Finding:
@@ -118,15 +110,12 @@ def folder_finding(subject: str, folder: Path, flag: str) -> Finding:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         return Finding(subject, f"{folder} is not writable", Level.FATAL, f"choose another folder with {flag}")
-    return space_finding(subject, folder, shutil.disk_usage(existing).free, flag)
-
-
-def space_finding(subject: str, folder: Path, free: float, flag: str) -> Finding:
+    free = shutil.disk_usage(existing).free
     text = f"{free / GB:.1f} GB free in {folder}"
-    if free < DISK:
-        remedy = f"free {DISK / GB:.0f} GB, or choose a folder on another disk with {flag}"
-        return Finding(subject, text, Level.PROBLEM, remedy)
-    return Finding(subject, text)
+    if free >= DISK:
+        return Finding(subject, text)
+    remedy = f"free {DISK / GB:.0f} GB, or choose a folder on another disk with {flag}"
+    return Finding(subject, text, Level.PROBLEM, remedy)
 
 
 def _text(path: Path) -> str:

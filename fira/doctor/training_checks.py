@@ -3,17 +3,18 @@
 import csv
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import torch
 
-from fira.devices import auto_precision
+from fira.devices import AUTOCAST_DTYPES, auto_precision, measure_peak
 from fira.doctor.gpu_check import Target, mpirun, run_program
+from pipeline.mpi import init
 
 STEPS = 20
 MODEL = ("--model", "fira-tiny", "--vocab-size", "512", "--seq-len", "64", "--batch-size", "8", "--eval-sequences", "8")
 RUN = ("--steps", str(STEPS), "--warmup", "5", "--save-every", str(STEPS // 2))
-HANG_S = 60  # seconds after which a rank that waits ends the job with a report
 # Largest relative differences of the loss in the first step, and in any step, in which rounding has been amplified.
 FIRST_STEP = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 ANY_STEP = {"fp32": 2e-2, "bf16": 5e-2, "fp16": 5e-2}
@@ -26,9 +27,21 @@ def precision(target: Target, name: str) -> str:
     selected = auto_precision(torch.device(target.device))
     if name not in ("fp32", selected, "fp16" if selected == "bf16" else selected):
         return f"not run: this device emulates {name}, which takes too long; auto selects {selected}"
-    flags = ("--device", "cpu", "--precision", "fp32")
-    expected = trained(target, "cpu", *flags)
-    return compare(run(target, name, "--precision", name), expected, name)
+    return compare(run(target, name, "--precision", name), cpu(target), name)
+
+
+def automatic_precision(target: Target) -> str:
+    """`--precision auto` selects bf16 or fp16 if the device has instructions for it, and trains in it."""
+    log = run(target, "auto", "--precision", "auto")
+    selected = tomllib.loads((target.path / "auto" / "config.toml").read_text())["precision"]
+    device, expected = torch.device(target.device), "fp32"
+    if device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0):
+        expected = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    assert selected == expected, f"{selected} is selected instead of {expected}"
+    init()
+    dtypes = {"fp32": torch.float32} | {name: d for name, d in AUTOCAST_DTYPES.items() if name == selected}
+    peaks = ", ".join(f"{measure_peak([device], d) / 1e12:.3g} TFLOP/s in {name}" for name, d in dtypes.items())
+    return f"{selected} selected; products {peaks}; {compare(log, cpu(target), selected)}"
 
 
 def recompute(target: Target) -> str:
@@ -41,8 +54,7 @@ def resume(target: Target) -> str:
     expected = baseline(target)
     folder = target.path / "resumed"
     shutil.copytree(target.path / "baseline", folder, ignore=shutil.ignore_patterns(f"step-*{STEPS}", "latest"))
-    flags = ("--precision", "fp32", "--resume", "auto", "--out", str(folder))
-    output = run_program([*target.train, *base_flags(target), *flags], environment=variables(target))
+    output = train(target, folder, "--resume", "auto")
     assert f"resumed after step {STEPS // 2}" in output, f"{output}\nthe run was not resumed"
     return compare(read_log(folder), expected)
 
@@ -69,59 +81,48 @@ def trace(target: Target) -> str:
 
 def exit_status(target: Target) -> str:
     """A run that diverges, and one with invalid flags, end on both ranks with status 2 and one line."""
-    diverging = ("--precision", "fp32", "--pp", "2", "--lr", "1e30", "--min-lr", "1e30", "--clip", "0")
-    for name, flags in (("diverging", diverging), ("invalid", ("--pp", "3"))):
-        words = [*mpirun(2), *target.train, *base_flags(target), *flags, "--out", str(target.path / name)]
-        output = run_program(words, 2, variables(target))
-        assert "Traceback" not in output, f"{output}\nthe error of {' '.join(flags)} has a traceback"
+    for flags in ("--pp 2 --lr 1e30 --min-lr 1e30 --clip 0", "--pp 3"):
+        output = train(target, target.path / flags, *flags.split(), ranks=2, status=2)
+        assert "Traceback" not in output, f"{output}\nthe error of {flags} has a traceback"
     return "both runs ended with status 2"
+
+
+def cpu(target: Target) -> Log:
+    """The log of one rank on the CPU in fp32."""
+    return trained(target, "cpu", "--device", "cpu", "--precision", "fp32")
 
 
 def baseline(target: Target) -> Log:
     """The log of one rank on one device in fp32."""
-    return trained(target, "baseline", *device_flags(target), "--precision", "fp32")
+    return trained(target, "baseline", "--device", target.device, "--precision", "fp32")
 
 
 def trained(target: Target, name: str, *flags: str) -> Log:
     """The log of a run on one rank, which is made unless an earlier check has made it."""
-    folder = target.path / name
-    if not (folder / "training_progress.png").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # a check that was stopped may have left it incomplete
-        words = [*target.train, *base_flags(target), *flags, "--out", str(folder)]
-        run_program(words, environment=variables(target))
-    return read_log(folder)
+    complete = (
+        target.path / name / "training_progress.png"
+    ).exists()  # else a check that was stopped may have begun it
+    return read_log(target.path / name) if complete else run(target, name, *flags)
 
 
 def run(target: Target, name: str, *flags: str, ranks: int = 1) -> Log:
-    """Train in fp32, or as the flags say, and return the log."""
+    """Train in fp32 on the device, or as the flags say, and return the log."""
     folder = target.path / name
     shutil.rmtree(folder, ignore_errors=True)
-    default = () if "--precision" in flags else ("--precision", "fp32")
-    devices = () if "--local-devices" in flags else device_flags(target)
-    words = [*mpirun(ranks), *target.train, *base_flags(target), *devices, *default, *flags, "--out", str(folder)]
-    run_program(words, environment=variables(target))
+    train(target, folder, *flags, ranks=ranks)
     return read_log(folder)
 
 
-def base_flags(target: Target) -> tuple[str, ...]:
-    """The flags of all runs. The text to train on is Fira's own source, which every installation has."""
+def train(target: Target, folder: Path, *flags: str, ranks: int = 1, status: int = 0) -> str:
+    """Train in a folder and return the output. The text to train on is Fira's own source."""
     text = target.path / "text.txt"
     if not text.exists():
         sources = sorted(Path(__file__).parents[1].rglob("*.py"))
         text.write_text("\n\n".join(source.read_text(encoding="utf-8") for source in sources)[:200_000])
-    return (*MODEL, *RUN, "--data", str(text))
-
-
-def device_flags(target: Target) -> tuple[str, ...]:
-    return ("--device", target.device)
-
-
-def variables(target: Target) -> dict[str, str]:
-    return {
-        "FIRA_CACHE": str(target.path / "cache"),
-        "PIPELINE_MPI_TIMEOUT_S": str(HANG_S),
-        "PIPELINE_MPI_HANG_DIR": str(target.path),
-    }
+    default = ["--precision", "fp32"] if "--precision" not in flags else []
+    default += ["--device", target.device] if "--local-devices" not in flags else []
+    words = [*target.train, *MODEL, *RUN, "--data", str(text), *default, *flags, "--out", str(folder)]
+    return run_program([*mpirun(ranks), *words], status)
 
 
 def read_log(folder: Path) -> Log:

@@ -1,7 +1,10 @@
 """Command-line flags for sampling."""
 
 from argparse import ArgumentParser, Namespace
+from dataclasses import fields
 from typing import Any
+
+from fira.decoding.sampling import Sampling
 
 
 def add_sampling(parser: ArgumentParser) -> None:
@@ -30,5 +33,4 @@ def add_sampling(parser: ArgumentParser) -> None:
 
 def sampling(options: Namespace) -> dict[str, Any]:
     """Return the parsed flags of `add_sampling` as keyword arguments of `continue_text`."""
-    names = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty")
-    return {name: getattr(options, name) for name in (*names, "no_repeat_ngram", "seed", "stop")}
+    return {name: getattr(options, name) for name in (*(field.name for field in fields(Sampling)), "stop")}

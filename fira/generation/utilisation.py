@@ -1,7 +1,7 @@
 """Count the tokens that each expert processes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,16 +16,12 @@ from fira.nn.moe.router import Routed
 def counting_experts(model: nn.Module) -> Iterator[dict[int, Tensor]]:
     """Context manager that yields the number of assignments to each expert, int64 [E] by layer number."""
     counts: dict[int, Tensor] = {}
-    layers = [module for module in model.modules() if isinstance(module, MoE)]
-    hooks = []
-    for moe in layers:
-        counts[moe.index] = torch.zeros(moe.num_experts, dtype=torch.int64)
-        hooks.append(moe.router.register_forward_hook(partial(_count, counts[moe.index])))
-    try:
+    with ExitStack() as hooks:
+        for moe in model.modules():
+            if isinstance(moe, MoE):
+                counts[moe.index] = torch.zeros(moe.num_experts, dtype=torch.int64)
+                hooks.enter_context(moe.router.register_forward_hook(partial(_count, counts[moe.index])))
         yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _count(counts: Tensor, router: nn.Module, inputs: Any, routed: Routed) -> None:

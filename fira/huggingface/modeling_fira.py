@@ -6,7 +6,7 @@ files that it imports.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,17 +140,7 @@ class FiraLMModel(FiraLMPreTrainedModel):
         if past_key_values is None and use_cache and not self.training:
             past_key_values = FiraLMCache()
 
-        context = Context.for_tokens(x, self.training)
-        training, decoding = context.training, context.decoding
-        training.caller_adds_aux = True
-        decoding.cache = None if past_key_values is None else past_key_values.kv_cache
-        decoding.attentions = {} if return_attentions else None
-        if attention_mask is not None:
-            context.starts, context.lengths = _starts_and_ends(attention_mask)
-        if self.training or return_routers:
-            tokens = context.valid(x).sum(1)
-            training.aux_weights = tokens / tokens.sum().clamp(min=1)
-
+        context = self._context(x, attention_mask, past_key_values, return_attentions, return_routers)
         hidden = []
         *body, head = self.layers
         with _router_logits(self if return_routers else nn.Identity()) as routers:
@@ -161,17 +151,32 @@ class FiraLMModel(FiraLMPreTrainedModel):
                     x = layer(x, context)
                 hidden.append(x)
         x = head.get_submodule("norm")(x)
-        if decoding.cache is not None:
-            decoding.cache.length += x.shape[1]
-        stats = training.stats.values()
+        if past_key_values is not None:
+            past_key_values.kv_cache.length += x.shape[1]
+        attentions, stats = context.decoding.attentions, context.training.stats.values()
         return FiraLMOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=(*hidden[:-1], x) if return_hidden else None,
-            attentions=tuple(decoding.attentions.values()) if decoding.attentions is not None else None,
+            attentions=None if attentions is None else tuple(attentions.values()),
             router_logits=tuple(routers) if return_routers else None,  # type: ignore[arg-type]
             aux_loss=sum((s.aux.to(x.device) for s in stats), x.new_zeros(())) if stats else None,
         )
+
+    def _context(
+        self, x: Tensor, mask: Tensor | None, cache: FiraLMCache | None, attentions: bool, routers: bool
+    ) -> Context:
+        """The context of inputs x. attentions, routers: whether to store attention probabilities and router logits."""
+        context = Context.for_tokens(x, self.training)
+        context.training.caller_adds_aux = True
+        context.decoding.cache = None if cache is None else cache.kv_cache
+        context.decoding.attentions = {} if attentions else None
+        if mask is not None:
+            context.starts, context.lengths = _starts_and_ends(mask)
+        if self.training or routers:
+            tokens = context.valid(x).sum(1)
+            context.training.aux_weights = tokens / tokens.sum().clamp(min=1)
+        return context
 
 
 class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
@@ -277,9 +282,8 @@ def _router_logits(model: nn.Module) -> Iterator[list[Tensor]]:
     def append_logits(module: nn.Module, inputs: Any, routed: Routed) -> None:
         logits.append(routed.logits)
 
-    handles = [module.register_forward_hook(append_logits) for module in model.modules() if isinstance(module, Router)]
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, Router):
+                hooks.enter_context(module.register_forward_hook(append_logits))
         yield logits
-    finally:
-        for handle in handles:
-            handle.remove()

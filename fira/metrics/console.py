@@ -5,48 +5,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from fira.cli import command_words
 from fira.metrics.csv_log import Row
 
 SECONDS_BETWEEN_LINES = 2.0
 RECENT_STEPS = 50
-
-
-@dataclass(frozen=True)
-class RunDescription:
-    """Facts about a run that are shown before its first step."""
-
-    name: str
-    parameters: int
-    device: str
-    precision: str
-    layout: str
-    schedule: str
-    microbatches: int  # per replica and step
-    microbatch_size: int  # sequences
-    seq_len: int
-    stages: Sequence[range]  # layers of each stage
-    recomputed: str  # blocks recomputed in each stage; empty: none
-    train_tokens: int
-    val_tokens: int
-    vocab_size: int
-
-    def heading(self) -> str:
-        """The description as three lines."""
-        stages = " | ".join(f"{layers.start}–{layers.stop - 1}" for layers in self.stages)
-        recomputed = f" · {self.recomputed} blocks per stage recomputed" if self.recomputed else ""
-        return (
-            f"{self.name}: {self.parameters:,} parameters · {self.device} {self.precision} · {self.layout}\n"
-            f"{self.schedule} · micro-batches per replica: {self.microbatches}, each {self.microbatch_size} × "
-            f"{self.seq_len} tokens · stages of layers {stages}{recomputed}\n"
-            f"data: {self.train_tokens:,} training and {self.val_tokens:,} validation tokens, "
-            f"vocabulary {self.vocab_size}"
-        )
 
 
 def loss_change(before: float, after: float, corpus: Mapping[str, Any]) -> str:
@@ -96,27 +65,13 @@ class ConsoleProgress:
         if row.val_loss is not None:
             parts.append(f"val {row.val_loss:.3f}")
         # The median, since a step that also validates or saves is slower than the others.
-        speed = self._tokens / max(statistics.median(self._durations), 1e-9)
-        parts += [f"lr {row.lr:.1e}", f"{_short(speed)} tok/s", f"grad {row.grad_norm:.2f}", self._time(row.iter)]
+        speed = tqdm.format_sizeof(self._tokens / max(statistics.median(self._durations), 1e-9))
+        parts += [f"lr {row.lr:.1e}", f"{speed} tok/s", f"grad {row.grad_norm:.2f}", self._time(row.iter)]
         return " · ".join(parts)
 
     def _time(self, step: int) -> str:
         if step == self._total:
-            return f"took {_minutes(self._last_step - self._started)}"
+            return f"took {tqdm.format_interval(round(self._last_step - self._started))}"
         # The mean includes validations, which also take time; the slowest step, often the first, is left out.
         typical = sorted(self._durations)[:-1] or self._durations
-        return f"ETA {_minutes((self._total - step) * statistics.fmean(typical))}"
-
-
-def _short(number: float) -> str:
-    """Format a number as 950, 12.3k or 4.56M."""
-    if number < 1e3:
-        return f"{number:.0f}"
-    return f"{number / 1e3:.1f}k" if number < 1e6 else f"{number / 1e6:.2f}M"
-
-
-def _minutes(seconds: float) -> str:
-    """Format seconds as 1:23, or from one hour on as 2:01:23."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+        return f"ETA {tqdm.format_interval(round((self._total - step) * statistics.fmean(typical)))}"

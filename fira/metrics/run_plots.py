@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import cycle, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,7 +96,7 @@ def _plot_loss(axes: Axes, logs: dict[str, DataFrame], baselines: dict[str, floa
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 3)), linewidth=1)
         label = f"{name} {loss:.2f} "
         axes.text(1, loss, label, color=GREY, ha="right", va="bottom", transform=axes.get_yaxis_transform())
-    for colour, (name, log) in zip(_run_colours(logs), logs.items(), strict=True):
+    for colour, (name, log) in zip(cycle(RUN_COLOURS), logs.items(), strict=False):
         if single:
             plot_line(axes, log["iter"], log["train_loss"], color=colour, alpha=0.25, linewidth=0.8)
         plot_line(axes, log["iter"], smooth(log["train_loss"]), color=colour, label="training" if single else name)
@@ -120,14 +120,14 @@ def _plot_pair(axes: Axes, logs: dict[str, DataFrame], title: str, left: str, ri
     """Plot two columns over the steps: `left` solid on the left scale, `right` dashed on the right scale."""
     right_axes = axes.twinx()
     single = len(logs) == 1
-    colours = {left: [BLUE], right: [ORANGE]} if single else {left: _run_colours(logs), right: _run_colours(logs)}
+    colours = {left: [BLUE], right: [ORANGE]} if single else dict.fromkeys((left, right), RUN_COLOURS)
     # Different headroom, so that proportional columns such as throughput and MFU do not cover each other.
     for panel, name, style, headroom in ((axes, left, "solid", 1.15), (right_axes, right, "dashed", 1.7)):
         label, scale, noisy = SCALES[name]
         style_axes(panel, title if panel is axes else "", label if single else f"{label}, {style}")
         highest = max(log[name].quantile(0.99) * scale if log[name].notna().any() else 0 for log in logs.values())
         panel.set_ylim(0, headroom * highest or 1)
-        for colour, log in zip(colours[name], logs.values(), strict=True):
+        for colour, log in zip(cycle(colours[name]), logs.values(), strict=False):
             values = log[name] * scale
             if single:
                 panel.yaxis.label.set_color(colour)
@@ -168,7 +168,7 @@ def _plot_experts(figure: Figure, subplot: SubplotSpec, logs: dict[str, DataFram
 def _plot_imbalance(axes: Axes, logs: dict[str, DataFrame]) -> None:
     style_axes(axes, "Expert load, and its imbalance in the worst layer (1 is balanced)", "imbalance")
     axes.axhline(1, color=GREY, linewidth=1)
-    for colour, log in zip(_run_colours(logs), logs.values(), strict=True):
+    for colour, log in zip(cycle(RUN_COLOURS), logs.values(), strict=False):
         plot_line(axes, log["iter"], smooth(log["load_imbalance"]), color=colour)
     axes.margins(y=0.15)
 
@@ -191,10 +191,6 @@ def _title(logs: dict[str, DataFrame]) -> str:
     if log["bubble"].notna().any():
         title += f", pipeline bubble {log['bubble'].median():.0%}"
     return title
-
-
-def _run_colours(logs: dict[str, DataFrame]) -> list[str]:
-    return [RUN_COLOURS[index % len(RUN_COLOURS)] for index in range(len(logs))]
 
 
 def _read_baselines(path: Path) -> dict[str, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fira.errors import UserError
+from fira.metrics.plot_style import save_png
 from pipeline.schedule import ActionKind
 from pipeline.simulate import Timeline
 from pipeline.timeline import write_trace
@@ -51,10 +52,7 @@ def draw_timelines(panels: Mapping[str, Timeline], out: Path, columns: int = 1) 
     kinds = {action.kind for timeline in panels.values() for spans in timeline.spans for action, _, _ in spans}
     patches = [Patch(color=ACTION_COLOURS[kind][0], label=LABELS[kind]) for kind in LABELS if kind in kinds]
     figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    try:
-        figure.savefig(out, dpi=110)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; choose a path that can be written") from None
+    save_png(figure, out)
 
 
 def _draw(axes: Axes, title: str, timeline: Timeline) -> None:

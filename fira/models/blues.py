@@ -62,6 +62,8 @@ class BluesConfig:
 class Block(Layer):
     """Attention and mixture of experts, each with a residual connection. index: position in `LanguageModel.layers`."""
 
+    compilable = ("attend", "add_experts")
+
     def __init__(self, config: BluesConfig, index: int) -> None:
         super().__init__()
         c, name = config, f"layers.{index}"
@@ -82,8 +84,17 @@ class Block(Layer):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
         keys = context.token_keys(x)
+        x, tokens = self.attend(x, context, keys)
+        return self.add_experts(x, self.moe(tokens, context, keys), keys)
+
+    def attend(self, x: Tensor, context: Context, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, d] → x + drop1(RMS2(Attn(RMS1 x))), and RMS3 of it."""
         x = x + self.dropout1(self.norm2(self.attention(self.norm1(x), context)), keys)
-        return x + self.dropout2(self.norm4(self.moe(self.norm3(x), context, keys)), keys)
+        return x, self.norm3(x)
+
+    def add_experts(self, x: Tensor, y: Tensor, keys: Tensor | None) -> Tensor:
+        """x, y [B, T, d] → x + drop2(y), with RMS4 of y if the config applies it after the weights."""
+        return x + self.dropout2(self.norm4(y), keys)
 
 
 class Blues(LanguageModel):

@@ -58,6 +58,8 @@ class FiraConfig:
 class Block(Layer):
     """Attention and mixture of experts, each with a residual connection. index: position in `LanguageModel.layers`."""
 
+    compilable = ("attend", "add_experts")
+
     def __init__(self, config: FiraConfig, index: int) -> None:
         super().__init__()
         c, name = config, f"layers.{index}"
@@ -82,8 +84,16 @@ class Block(Layer):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
         keys = context.token_keys(x)
+        x, tokens = self.attend(x, context, keys)
+        return self.add_experts(x, self.moe(tokens, context, keys), keys)
+
+    def attend(self, x: Tensor, context: Context, keys: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, d] → x + drop1(Attn(LN1 x)), and LN2 of it."""
         x = x + self.dropout1(self.attention(self.norm1(x), context), keys)
-        y = self.moe(self.norm2(x), context, keys)
+        return x, self.norm2(x)
+
+    def add_experts(self, x: Tensor, y: Tensor, keys: Tensor | None) -> Tensor:
+        """x, y [B, T, d] → x + drop3(LN_post(drop2 y))."""
         return x + self.dropout3(self.post_norm(self.dropout2(y, keys)), keys)
 
 

@@ -1,29 +1,30 @@
 """Base class of all model families: a sequence of layers, from embedding over blocks to head."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fira.decoding.generate_mixin import GenerateMixin
+from fira.decoding.decoding import continuation
+from fira.decoding.sampling import Sampling
 from fira.nn.context import Context
 from fira.nn.embedding import Embedding, Head
 from fira.nn.init import initialise
-from fira.nn.moe.layer import MoE
 
 
-class LanguageModel(GenerateMixin, nn.Module):
+class LanguageModel(nn.Module):
     """Language model with `layers[0]` the embedding and `layers[-1]` the head; each is called as `layer(x, context)`.
 
     A parameter's name, such as `layers.3.moe.experts.w1`, is the same in every layout. On the meta device the model has
     no weights.
 
     config: dataclass of the family, with the fields `vocab_size` and `seq_len`, the longest context.
-    seed: with a parameter's name, it determines the initial values.
     tied: the head shares the embedding's weight. The parameter is listed once, under the embedding's name.
     tokenizer: attribute that is set if the model is loaded together with a tokenizer.
     """
 
-    def __init__(self, config: Any, layers: nn.Sequential, seed: int = 0, tied: bool = False) -> None:
+    def __init__(self, config: Any, layers: nn.Sequential, tied: bool = False) -> None:
         super().__init__()
         self.config = config
         self.layers = layers
@@ -31,7 +32,7 @@ class LanguageModel(GenerateMixin, nn.Module):
         self.tokenizer: Any = None
         if next(self.parameters()).device.type != "meta":
             for index, layer in enumerate(layers):
-                initialise(layer, f"layers.{index}", seed)
+                initialise(layer, f"layers.{index}", seed=0)
         self.tie()
 
     def tie(self) -> None:
@@ -60,11 +61,33 @@ class LanguageModel(GenerateMixin, nn.Module):
         """Total number of parameters."""
         return sum(p.numel() for p in self.parameters())
 
-    def num_active_parameters(self) -> int:
-        """Number of parameters that are used for one token, with k experts per MoE layer."""
-        unused = 0
-        for moe in self.modules():
-            if isinstance(moe, MoE):
-                one_expert = sum(p[0].numel() for p in moe.experts.parameters())
-                unused += one_expert * (moe.num_experts - moe.router.top_k)
-        return self.num_parameters() - unused
+    def generate(
+        self,
+        ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+        max_new_tokens: int = 100,
+        eos: int | None = None,
+        use_cache: bool = True,
+        **sampling: Any,
+    ) -> list[int] | list[list[int]] | Tensor:
+        """Continue one or several prompts; returns prompts and continuations in the type of `ids`.
+
+        ids: a list of tokens, a list of such lists, or a tensor [T] or [B, T].
+        eos: token that ends a sequence. If the result is a tensor, shorter rows are padded with it.
+        use_cache: keep keys, values and states; False recomputes all tokens at each step, with the same result.
+        sampling: temperature (0: greedy), top_k, top_p, seed and the other fields of `fira.decoding.sampling.Sampling`.
+
+        Of texts longer than the model's context, the last tokens are used. Raises UserError if a prompt is empty or
+        contains a token outside the vocabulary, or if an option is out of range.
+        """
+        batched = ids.dim() == 2 if isinstance(ids, Tensor) else any(hasattr(prompt, "__len__") for prompt in ids)
+        rows: list[Any] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        texts = [list(row) for row in (rows if batched else [rows])]
+        prompts = [tuple(text) for text in texts]
+        for new in continuation(self, prompts, max_new_tokens, Sampling(**sampling), eos, use_cache):
+            for row, token in new.items():
+                texts[row].append(token)
+        if not isinstance(ids, Tensor):
+            return texts if batched else texts[0]
+        longest = max(map(len, texts))
+        padded = torch.tensor([text + [eos or 0] * (longest - len(text)) for text in texts], device=ids.device)
+        return padded if batched else padded[0]

@@ -76,25 +76,31 @@ class TinyMoE(nn.Module):
 class Block(Layer):
     """Five layers with residual connections. index: position in `LanguageModel.layers`, 1 for the first block."""
 
+    compilable = ("mix",)
+
     def __init__(self, config: MicroRWKVConfig, index: int) -> None:
         super().__init__()
         c = config
-        self.name = f"layers.{index}"
+        name, place = f"layers.{index}", (index - 1, c.num_layers)
         self.rms = UnitRMS()
-        self.time_mix = TimeMix(c.d_model, c.n_head, index - 1, c.num_layers)
-        self.channel_mix = ChannelMix(c.d_model, 3 * c.d_model, index - 1, c.num_layers)
-        self.sliding = SelfAttention(c.d_model, c.n_head, f"{self.name}.sliding", Normal, window=c.window)
-        self.grouped = SelfAttention(c.d_model, c.n_group * c.n_head, f"{self.name}.grouped", Normal, gated=True)
+        self.time_mix = TimeMix(c.d_model, c.n_head, *place, f"{name}.time_mix")
+        self.channel_mix = ChannelMix(c.d_model, 3 * c.d_model, *place, f"{name}.channel_mix")
+        self.sliding = SelfAttention(c.d_model, c.n_head, f"{name}.sliding", Normal, window=c.window)
+        self.grouped = SelfAttention(c.d_model, c.n_group * c.n_head, f"{name}.grouped", Normal, gated=True)
         self.experts = TinyMoE(c, index)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
-        cache, x = context.decoding.cache, context.zero_left_padding(x)
-        x = x + self.time_mix(self.rms(x), cache, f"{self.name}.time_mix.first")
-        x = x + self.channel_mix(self.rms(x), cache, f"{self.name}.channel_mix")
-        x = x + self.sliding(x, context)
-        x = x + self.grouped(self.time_mix(x, cache, f"{self.name}.time_mix.second"), context)
+        x = self.mix(x, context)
         return x + self.experts(x, context)
+
+    def mix(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, T, d] → x after all layers but the MoE."""
+        cache, x = context.decoding.cache, context.zero_left_padding(x)
+        x = x + self.time_mix(self.rms(x), cache, "first")
+        x = x + self.channel_mix(self.rms(x), cache)
+        x = x + self.sliding(x, context)
+        return x + self.grouped(self.time_mix(x, cache, "second"), context)
 
     def flops_per_token(self, length: int) -> float:
         """Forward FLOPs per token; time_mix counts twice."""

@@ -55,6 +55,8 @@ class MooshakConfig:
 class Block(Layer):
     """Attention and MLP, each with a residual connection. index: position in `LanguageModel.layers`."""
 
+    compilable = ("forward",)
+
     def __init__(self, config: MooshakConfig, index: int) -> None:
         super().__init__()
         c = config

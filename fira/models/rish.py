@@ -59,6 +59,8 @@ class RishConfig:
 class Block(Layer):
     """Attention and mixture of experts, each with a residual connection. index: position in `LanguageModel.layers`."""
 
+    compilable = ("attend", "add_experts")
+
     def __init__(self, config: RishConfig, index: int) -> None:
         super().__init__()
         c = config
@@ -85,8 +87,16 @@ class Block(Layer):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
-        x = x + self.norm1(self.attention(x, context))
-        return x + self.norm2(self.moe(x, context, None))
+        x = self.attend(x, context)
+        return self.add_experts(x, self.moe(x, context, None))
+
+    def attend(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, T, d] → x + RMS1(Attn(x))."""
+        return x + self.norm1(self.attention(x, context))
+
+    def add_experts(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y [B, T, d] → x + RMS2(y)."""
+        return x + self.norm2(y)
 
 
 class Rish(LanguageModel):

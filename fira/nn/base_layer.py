@@ -4,7 +4,13 @@ from torch import nn
 
 
 class Layer(nn.Module):
-    """One entry of `LanguageModel.layers`."""
+    """One entry of `LanguageModel.layers`.
+
+    compilable: names of methods whose tensors have the same shapes in every micro-batch, and which therefore can be
+    compiled (`fira.parallel.compile_blocks`).
+    """
+
+    compilable: tuple[str, ...] = ()
 
     def flops_per_token(self, length: int) -> float:
         """Forward FLOPs per token in sequences of `length`: all Linears, and modules with `own_flops_per_token`."""

@@ -14,22 +14,24 @@ FP16_SCALE = 2.0**15
 LOGITS = {"cpu": 2**22, "cuda": 2**27}  # logits per block; on a CPU about the size of the cache
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cast_weight: Tensor | None = None) -> Tensor:
     """x [N, d], weight [V, d], targets [N] int64 → [], the summed loss of the logits x weightᵀ, in nats, at least fp32.
 
     For each block of tokens the forward computes logits, probabilities and gradients; the gradients are kept for the
     backward, so nothing is recomputed and at most LOGITS logits are in memory. Under autocast products are in its
-    precision and sums in full precision.
+    precision and sums in full precision. cast_weight: the weight in this precision, if the caller has it.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight, targets, dtype)
+        factor = weight.detach().to(dtype) if cast_weight is None else cast_weight
+        return _LinearCrossEntropy.apply(x, weight, factor, targets)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, factor: Tensor, targets: Tensor) -> Tensor:
+        dtype = factor.dtype
         wide = torch.promote_types(x.dtype, torch.float32)
         ctx.scale = FP16_SCALE if dtype == torch.float16 else 1.0
         ctx.dtypes = x.dtype, weight.dtype
@@ -37,7 +39,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x, dtype=_sum_dtype(x, dtype)) if needs_x else None
         grad_weight = torch.zeros_like(weight, dtype=_sum_dtype(weight, dtype)) if needs_weight else None
-        factor = weight.to(dtype)
         rows = max(256, LOGITS.get(x.device.type, 2**27) // len(weight))
         for start in range(0, len(x), rows):
             span = slice(start, start + rows)

@@ -72,7 +72,7 @@ def salt(name: str) -> int:
     return _signed(zlib.crc32(name.encode()))
 
 
-def at_place(rows: Tensor, salt: int) -> Tensor:
+def at_place(rows: Tensor, salt: int | Tensor) -> Tensor:
     """[…] int32 token keys → row keys for the module with this salt."""
     return _mix(rows ^ salt)
 
@@ -88,12 +88,12 @@ class Dropout(nn.Module):
         if not 0 <= p < 1:
             raise ValueError(f"dropout probability {p} is not in [0, 1)")
         self.p = p
-        self.salt = salt(name)
+        self.salt: int | Tensor = salt(name)
 
     @property
     def hash_arguments(self) -> tuple[int, int, float]:
         """Arguments of the fused kernels: salt, threshold of kept random bits, and scale of kept values."""
-        return self.salt, _threshold(self.p), 1 / (1 - self.p)
+        return int(self.salt), _threshold(self.p), 1 / (1 - self.p)
 
     def forward(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """x: […, C]; rows: […] int32 token keys, or None for no dropout."""

@@ -65,10 +65,12 @@ class Head(Layer):
         super().__init__()
         self.norm = norm
         self.project = project
+        self.cast_weight: Tensor | None = None  # of `project`, in the dtype of autocast; None: cast in each call
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → logits [B, T or logits_to_keep, vocab]; with targets the summed loss [1]."""
         targets, kept = context.training.targets, context.decoding.logits_to_keep
         if targets is None:
             return self.project(self.norm(x if kept is None else x[:, -kept:]))
-        return linear_cross_entropy(self.norm(x).flatten(0, 1), self.project.weight, targets.flatten())[None]
+        x = self.norm(x).flatten(0, 1)
+        return linear_cross_entropy(x, self.project.weight, targets.flatten(), self.cast_weight)[None]

@@ -57,13 +57,13 @@ class Rotary:
     def __call__(self, length: int, *heads: Tensor) -> list[Tensor]:
         """heads [B, H, n, hd] at the last n of `length` positions → rotated: (a, b) ⊙ cos + (−b, a) ⊙ sin."""
         wide = torch.promote_types(heads[0].dtype, torch.float32)
-        cos, sin = self._cos_sin(length, wide, heads[0].device)
+        cos, sin = self.cos_sin(length, wide, heads[0].device)
         first = length - heads[0].shape[2]
         cos, sin = cos[first:length], sin[first:length]
         half = self.head_dim // 2
         return [torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype) for x in heads]
 
-    def _cos_sin(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, cos) and (−sin, sin) [length or more, hd] of the angles of every position.
 
         Angles are computed in float64: in fp32 the error of the product grows in proportion to the position.

@@ -55,10 +55,11 @@ def recurrence(
     return y, last
 
 
-def _previous(x: Tensor, cache: KVCache | None, name: str) -> Tensor:
-    """x_{t−1} for each x_t of [B, T, d]; zero before the first token."""
+def _previous(x: Tensor, cache: KVCache | None, *names: str) -> Tensor:
+    """x_{t−1} for each x_t of [B, T, d]; zero before the first token. names: of module and call, for a cache."""
     before = torch.zeros_like(x[:, :1])
     if cache is not None:
+        name = ".".join((*names, "x"))
         before = cache.states.get(name, before)
         cache.states[name] = x[:, -1:]
     return torch.cat([before, x[:, :-1]], dim=1)
@@ -73,15 +74,17 @@ class TimeMix(nn.Module):
     """W_o (GroupNorm_H(y) ⊙ silu(g)); r, k, v, g: linear in mixtures of each token and the one before.
 
     layer, layers: index l and number L of blocks; the initial values depend on ρ = l/(L−1) and σ = 1 − l/L.
+    name: the module's global name, the key of its states in a cache.
     """
 
-    def __init__(self, d_model: int, n_head: int, layer: int, layers: int) -> None:
+    def __init__(self, d_model: int, n_head: int, layer: int, layers: int, name: str) -> None:
         super().__init__()
         if d_model % n_head:
             raise ValueError(f"d_model {d_model} is not divisible by n_head {n_head}")
         self.rho = layer / max(1, layers - 1)
         self.sigma = 1 - layer / layers
         self.head_dim = d_model // n_head
+        self.name = name
         self.maa_r, self.maa_k, self.maa_v, self.maa_g = (nn.Parameter(torch.empty(d_model)) for _ in range(4))
         self.decay, self.bonus = (nn.Parameter(torch.empty(n_head)) for _ in range(2))
         self.r, self.k, self.v, self.g, self.o = (Normal(d_model, d_model, bias=False) for _ in range(5))
@@ -101,24 +104,24 @@ class TimeMix(nn.Module):
         }
         value.copy_(start[name])
 
-    def forward(self, x: Tensor, cache: KVCache | None, name: str) -> Tensor:
-        """[B, T, d] → [B, T, d]. name: key of this call's last token and state in a cache."""
-        change = _previous(x, cache, f"{name}.x") - x
+    def forward(self, x: Tensor, cache: KVCache | None, call: str) -> Tensor:
+        """[B, T, d] → [B, T, d]. call: distinguishes the states of several calls per token in a cache."""
+        change = _previous(x, cache, self.name, call) - x
         mixed = (x + change * maa for maa in (self.maa_r, self.maa_k, self.maa_v, self.maa_g))
         r, k, v, g = (linear(m) for linear, m in zip((self.r, self.k, self.v, self.g), mixed, strict=True))
-        y = self._recur(r, k, v, cache, f"{name}.state")
+        y = self._recur(r, k, v, cache, call)
         y = self.norm(y.flatten(0, 1)).view_as(x)
         return self.o(y * nn.functional.silu(g))
 
-    def _recur(self, r: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, name: str) -> Tensor:
+    def _recur(self, r: Tensor, k: Tensor, v: Tensor, cache: KVCache | None, call: str) -> Tensor:
         """[B, T, d] each → [B, T, d], computed in at least fp32, because states accumulate over a whole sequence."""
         wide = torch.promote_types(self.decay.dtype, torch.float32)
         with full_precision(r.device):
             r, k, v = (x.to(wide).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for x in (r, k, v))
-            state = None if cache is None else cache.states.get(name)
+            state = None if cache is None else cache.states.get(f"{self.name}.{call}.state")
             y, state = recurrence(r, k, v, -self.decay.to(wide).exp(), self.bonus.to(wide), state)
         if cache is not None:
-            cache.states[name] = state
+            cache.states[f"{self.name}.{call}.state"] = state
         return y.to(self.decay.dtype).transpose(1, 2).flatten(2)
 
     def own_flops_per_token(self, length: int) -> float:
@@ -130,8 +133,9 @@ class TimeMix(nn.Module):
 class ChannelMix(nn.Module):
     """sigmoid(W_r x_r) ⊙ W_v relu(W_k x_k)², with mixtures of tokens as in TimeMix."""
 
-    def __init__(self, d_model: int, width: int, layer: int, layers: int) -> None:
+    def __init__(self, d_model: int, width: int, layer: int, layers: int, name: str) -> None:
         super().__init__()
+        self.name = name
         self.sigma = 1 - layer / layers
         self.maa_k, self.maa_r = (nn.Parameter(torch.empty(d_model)) for _ in range(2))
         self.k = Normal(d_model, width, bias=False)
@@ -142,8 +146,8 @@ class ChannelMix(nn.Module):
         """Initial mixtures as TimeMix.maa_k."""
         value.copy_(_shift(len(value), self.sigma))
 
-    def forward(self, x: Tensor, cache: KVCache | None, name: str) -> Tensor:
-        """[B, T, d] → [B, T, d]. name: key of the last token in a cache."""
-        change = _previous(x, cache, f"{name}.x") - x
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        """[B, T, d] → [B, T, d]. The last token is kept in a cache."""
+        change = _previous(x, cache, self.name) - x
         k = self.k(x + change * self.maa_k).relu().square()
         return self.r(x + change * self.maa_r).sigmoid() * self.v(k)

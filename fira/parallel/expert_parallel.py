@@ -11,75 +11,120 @@ E/R experts per rank, n assignments of all ranks to this rank's experts. No assi
           experts
       [5] ungroup, all-to-all  receive → send
     outputs  [N·k], sorted by expert as after [1]
+
+With two parts, [3] to [5] are done for the first half of each rank's experts and for the second half, and [1] sorts by
+half before expert. The all-to-all of one half overlaps with the products of the other:
+
+    compute                experts 0     experts 1                      the backward has the same order, from
+    link       [3] 0  [3] 1        [5] 0          [5] 1                 the exchange of the outputs' gradients on
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fira.nn.moe.dispatcher import DispatchPlan, TokenDispatcher
+from fira.nn.moe.dispatcher import DispatchPlan, RunExperts, TokenDispatcher
 from fira.nn.moe.grouped_linear import RowGroups
 from fira.nn.moe.permutation import count_by_expert, gather_rows, sort_by_expert
-from pipeline.all_to_all import all_to_all
+from pipeline.all_to_all import AllToAll
 
 
 @dataclass(frozen=True)
-class ExchangePlan(DispatchPlan):
-    """How to exchange the assignments of one call. `order` sorts them by expert and thereby by rank."""
+class Part:
+    """How to exchange the assignments to some of each rank's experts. n: those that this rank receives."""
 
     send: list[int]  # [R] rows to each rank
     receive: list[int]  # [R] rows from each rank
     regroup: Tensor  # [n] sorts received rows by expert
     ungroup: Tensor  # [n] its inverse
+    groups: RowGroups  # numbers of rows of the experts on this rank; zero for those of other parts
+
+
+@dataclass(frozen=True)
+class ExchangePlan(DispatchPlan):
+    """How to exchange the assignments of one call. `order` sorts them by part, then by expert and thereby by rank."""
+
+    parts: list[Part]
 
 
 class AllToAllDispatcher(TokenDispatcher):
-    """Dispatcher for experts on R ranks: rank e // (E/R) of the group has expert e. All methods are collective."""
+    """Dispatcher for experts on R ranks: rank e // (E/R) of the group has expert e. All methods are collective.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    parts: number of parts of each rank's experts that are exchanged one after another, at most one per expert.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, parts: int = 1) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
+        self.parts = parts
 
     def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> ExchangePlan:
         """experts: [N, k] chosen experts; the value `num_experts` marks a dropped assignment.
 
         This method contains the only host synchronisation of the layer.
         """
-        flat = experts.flatten()
-        order, inverse = sort_by_expert(flat)  # [1]
-        outgoing = count_by_expert(flat, num_experts + 1)[:num_experts].view(self.ranks, -1)
+        flat, local = experts.flatten(), num_experts // self.ranks
+        parts = min(self.parts, local)
+        key = flat
+        if parts > 1:  # dropped assignments remain the last ones
+            key = flat + num_experts * (flat % local * parts // local).where(flat < num_experts, parts)
+        order, inverse = sort_by_expert(key)  # [1]
+        outgoing = count_by_expert(flat, num_experts + 1)[:num_experts].view(self.ranks, local)
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=self.group)  # [2]
         sizes = torch.stack([outgoing, incoming]).tolist()
-        received = torch.arange(incoming.shape[1], device=flat.device).repeat(self.ranks)  # local expert of each row
-        received = received.repeat_interleave(incoming.flatten(), output_size=sum(map(sum, sizes[1])))
-        regroup, ungroup = sort_by_expert(received)
-        rows_by_expert = dict(enumerate(map(sum, zip(*sizes[1], strict=True))))
-        return ExchangePlan(
-            order=order,
-            inverse=inverse,
-            groups=RowGroups(incoming.sum(0), rows_by_expert),
-            send=[sum(row) for row in sizes[0]],
-            receive=[sum(row) for row in sizes[1]],
-            regroup=regroup,
-            ungroup=ungroup,
-        )
+        groups = RowGroups(incoming.sum(0), dict(enumerate(map(sum, zip(*sizes[1], strict=True)))))
+        bounds = [-(-part * local // parts) for part in range(parts + 1)]
+        spans = [range(*pair) for pair in pairwise(bounds)]
+        return ExchangePlan(order, inverse, groups, [_part(sizes, incoming, groups, span) for span in spans])
 
-    def dispatch(self, rows: Tensor, plan: DispatchPlan, copies: int = 1) -> Tensor:
-        """rows [N·k / copies, …] of this rank's tokens → [n, …] for this rank's experts, sorted by expert."""
+    def run(self, tokens: Tensor, keys: Tensor | None, plan: DispatchPlan, top_k: int, experts: RunExperts) -> Tensor:
+        """See TokenDispatcher. The operations are started in the order of the diagram at the top of this file."""
         assert isinstance(plan, ExchangePlan)
-        rows = _resize(gather_rows(rows, plan.order, plan.inverse, copies), sum(plan.send))
-        rows = all_to_all(rows, plan.send, plan.receive, self.group)  # [3]
-        return gather_rows(rows, plan.regroup, plan.ungroup)  # [4]
+        tokens_by_part = _by_part(gather_rows(tokens, plan.order, plan.inverse, top_k), plan)
+        keys_by_part = _by_part(gather_rows(keys, plan.order, plan.inverse), plan) if keys is not None else []
+        exchanges = []
+        for number, part in enumerate(plan.parts):  # [3]
+            inputs = [tokens_by_part[number], *keys_by_part[number : number + 1]]
+            exchanges.append([self._start(x, part.send, part.receive) for x in inputs])
+        returning = []
+        for part, started in zip(plan.parts, exchanges, strict=True):
+            rows, *part_keys = (gather_rows(e.wait(x), part.regroup, part.ungroup) for e, x in started)  # [4]
+            rows = experts(rows, part.groups, part_keys[0] if part_keys else None)
+            rows = gather_rows(rows, part.ungroup, part.regroup)
+            returning.append(self._start(rows, part.receive, part.send))  # [5]
+        outputs = [exchange.wait(y) for exchange, y in returning]
+        return _resize(outputs[0] if len(outputs) == 1 else torch.cat(outputs), len(plan.order))
 
-    def combine(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
-        """[n, …] sorted by expert → [N·k, …] for this rank's tokens in `plan.order`; zero for dropped assignments."""
-        assert isinstance(plan, ExchangePlan)
-        rows = gather_rows(rows, plan.ungroup, plan.regroup)
-        return _resize(all_to_all(rows, plan.receive, plan.send, self.group), len(plan.order))  # [5]
+    def _start(self, x: Tensor, send: list[int], receive: list[int]) -> tuple[AllToAll, Tensor]:
+        exchange = AllToAll(send, receive, self.group)
+        return exchange, exchange.start(x)
+
+
+def _part(sizes: list[list[list[int]]], incoming: Tensor, groups: RowGroups, span: range) -> Part:
+    """The exchange for the experts `span` of every rank. sizes: rows sent and received, by rank and expert."""
+    send, receive = ([sum(row[span.start : span.stop]) for row in rows] for rows in sizes)
+    counts = groups.counts
+    assert counts is not None
+    if len(span) < len(counts):
+        columns = counts[span.start : span.stop]
+        padded = F.pad(columns, (span.start, len(counts) - span.stop))
+        groups = RowGroups(padded, {expert: groups.sizes[expert] for expert in span})
+    received = torch.arange(len(span), device=incoming.device).repeat(len(incoming))  # expert of each count
+    columns = incoming[:, span.start : span.stop].flatten()
+    received = received.repeat_interleave(columns, output_size=sum(receive))  # expert of each row
+    return Part(send, receive, *sort_by_expert(received), groups)
+
+
+def _by_part(rows: Tensor, plan: ExchangePlan) -> list[Tensor]:
+    """Split rows in `plan.order` by part, without those of dropped assignments, which come last."""
+    counts = [sum(part.send) for part in plan.parts]
+    rows = _resize(rows, sum(counts))
+    return [rows] if len(counts) == 1 else list(rows.split(counts))
 
 
 def _resize(rows: Tensor, count: int) -> Tensor:

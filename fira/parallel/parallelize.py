@@ -12,7 +12,7 @@ Models contain no distributed code. Parameters keep their global names, such as 
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from fira.models.language_model import LanguageModel
 from fira.nn.init import initialise
 from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.layer import MoE
+from fira.parallel.compile_blocks import compile_blocks
 from fira.parallel.expert_parallel import AllToAllDispatcher
 from fira.parallel.objective import objective
 from fira.parallel.tied_embedding import TiedWeight
@@ -87,6 +88,12 @@ class DistributedModel:
         """The first of this rank's devices, on which results of all its layers are combined."""
         return self.shards[0].parameter.device
 
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules of this rank's layers, and those that wrap them."""
+        for stage in self.engine.stages.values():
+            for segment in stage.segments:
+                yield from segment.modules()
+
 
 def layer_flops(model: LanguageModel) -> list[float]:
     """Forward FLOPs per token of each layer, in sequences of the model's context length."""
@@ -102,6 +109,7 @@ def parallelize(
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     recompute: int = 0,
+    compiler: str | None = None,
 ) -> DistributedModel:
     """Build this rank's stages of a model, with weights that depend on the seed but not on the layout (collective).
 
@@ -109,7 +117,8 @@ def parallelize(
     schedule: determines the number of stages and which rank holds which of them. dtype: of parameters. autocast: of
     matrix products and of messages between ranks; None: no autocast. recompute: number of blocks that each stage
     recomputes in its backward, counted from its first block; embedding and head are not blocks. Stages split by
-    torchgpipe recompute all blocks or none.
+    torchgpipe recompute all blocks or none. compiler: backend of torch.compile for the parts of blocks that can be
+    compiled; None: nothing is compiled.
     """
     flops = layer_flops(model)
     placement = SCHEDULES[schedule].placement(mesh.layout.pp)
@@ -122,24 +131,18 @@ def parallelize(
     layers: dict[int, nn.Module] = {}  # of this rank
     rank_stages: dict[int, Stage] = {}
     for number in (s for s, rank in enumerate(placement) if rank == mesh.pp_rank):
-        stage_layers = [copy.deepcopy(model.layers[i]) for i in stages[number]]
-        layers |= dict(zip(stages[number], stage_layers, strict=True))
-        spans = partition([flops[i] for i in stages[number]], min(len(devices), len(stage_layers)))
-        for device, span, group in zip(devices, spans, mesh.ep_groups, strict=False):
-            for i in (stages[number][j] for j in span):
-                first_expert = _shard_experts(layers[i], mesh, group)
-                _to_empty(layers[i], device, dtype)
-                initialise(layers[i], f"layers.{i}", seed, first_expert)
+        spans = _device_spans(stages[number], flops, len(devices))
+        stage_layers = _initialised_layers(model, spans, devices, mesh, seed, dtype)
+        layers |= stage_layers
         if len(devices) > 1:
-            balance = [len(span) for span in spans]
-            local = LocalPipeline(
-                stage_layers, balance, devices[: len(spans)], autocast=autocast, recompute=recompute > 0
-            )
-            rank_stages[number] = Stage(local, devices[0])
+            rank_stages[number] = _local_pipeline_stage(stage_layers, spans, devices, autocast, recompute > 0)
         else:
-            blocks = [place for place, i in enumerate(stages[number], 1) if 0 < i < len(model.layers) - 1]
-            rank_stages[number] = _stage(stage_layers, max([0, *blocks[:recompute]]), autocast, devices[0])
+            blocks = [place for place, i in enumerate(stage_layers, 1) if 0 < i < len(model.layers) - 1]
+            cut = max([0, *blocks[:recompute]])
+            rank_stages[number] = _stage([*stage_layers.values()], cut, autocast, devices[0])
     tied = _tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
+    if compiler:
+        compile_blocks(layers.values(), model.config.seq_len, compiler)
     return DistributedModel(
         config=model.config,
         engine=Engine(rank_stages, objective, mesh.pp_rank, mesh.channels, dtype, autocast),
@@ -160,6 +163,44 @@ def _expert_tensors(model: nn.Module) -> set[str]:
     """The global names of the parameters whose dim 0 counts experts."""
     banks = ((path, module) for path, module in model.named_modules() if isinstance(module, ExpertBank))
     return {f"{path}.{name}" for path, bank in banks for name, _ in bank.named_parameters(recurse=False)}
+
+
+def _device_spans(stage: range, flops: Sequence[float], devices: int) -> list[range]:
+    """The layers of a stage by device; there are fewer spans than devices if the stage has fewer layers."""
+    spans = partition([flops[i] for i in stage], min(devices, len(stage)))
+    return [stage[span.start : span.stop] for span in spans]
+
+
+def _initialised_layers(
+    model: LanguageModel,
+    spans: Sequence[range],
+    devices: Sequence[torch.device],
+    mesh: Mesh,
+    seed: int,
+    dtype: torch.dtype,
+) -> dict[int, nn.Module]:
+    """Copies of the layers `spans[j]` on `devices[j]`, by index, with this rank's experts and their initial weights."""
+    layers = {}
+    for span, device, group in zip(spans, devices, mesh.ep_groups, strict=False):
+        for i in span:
+            layers[i] = copy.deepcopy(model.layers[i])
+            first_expert = _shard_experts(layers[i], mesh, group)
+            _to_empty(layers[i], device, dtype)
+            initialise(layers[i], f"layers.{i}", seed, first_expert)
+    return layers
+
+
+def _local_pipeline_stage(
+    layers: Mapping[int, nn.Module],
+    spans: Sequence[range],
+    devices: Sequence[torch.device],
+    autocast: torch.dtype | None,
+    recompute: bool,
+) -> Stage:
+    """A stage that torchgpipe splits over several devices of this process."""
+    balance = [len(span) for span in spans]
+    local = LocalPipeline([*layers.values()], balance, devices[: len(spans)], autocast=autocast, recompute=recompute)
+    return Stage(local, devices[0])
 
 
 def _stage(layers: list[nn.Module], cut: int, autocast: torch.dtype | None, device: torch.device) -> Stage:
@@ -188,7 +229,7 @@ def _shard_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> in
     ranks, first = mesh.layout.ep, 0
     for module in layer.modules():
         if isinstance(module, MoE) and ranks > 1:
-            module.dispatcher = AllToAllDispatcher(group)
+            module.dispatcher = AllToAllDispatcher(group, parts=2 if mesh.ep_between_machines else 1)
         if isinstance(module, ExpertBank):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 count = len(parameter) // ranks

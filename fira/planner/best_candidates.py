@@ -57,7 +57,7 @@ def least_recompute(
     model: on the meta device. Raises UserError if the candidate does not fit even with all blocks recomputed.
     """
     profile, memory = profile_of(model), device_memory(device, local_ranks)
-    here = Hardware("this machine", memory, math.inf, {precision: math.inf}, 0.0, local_ranks, {}, {})
+    here = Hardware("this machine", memory, math.inf, {precision: math.inf}, 0.0, local_ranks, {}, {}, False)
     cost_model = roofline_costs(profile, here, precision, device.type)
     costs = CandidateCosts(PlanInputs(profile, here, cost_model, precision), candidate)
     if max(rank_memory(costs)) > memory:

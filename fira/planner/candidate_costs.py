@@ -16,9 +16,9 @@ from functools import cache, cached_property
 from typing import Self
 
 from fira.planner.candidates import Candidate
-from fira.planner.costs import CostModel, element_size
+from fira.planner.costs import CostModel, copy_size, element_size
 from fira.planner.device_specs import Hardware, Links
-from fira.planner.model_profile import ModelProfile
+from fira.planner.model_profile import LayerKind, ModelProfile
 from pipeline.partition import partition
 from pipeline.schedule import SCHEDULES, ActionKind
 
@@ -33,6 +33,7 @@ class PlanInputs:
         self.hardware = hardware
         self.cost_model = cache(cost_model)
         self.element_size = element_size(precision)
+        self.copy_size = copy_size(precision)
         self.stages = cache(lambda count: partition(profile.flops, count))
 
 
@@ -44,7 +45,7 @@ class CandidateCosts:
         self.candidate = candidate
         self.layout = candidate.layout
         self.profile, self.hardware = inputs.profile, inputs.hardware
-        self.element_size = inputs.element_size
+        self.element_size, self.copy_size = inputs.element_size, inputs.copy_size
         spec = SCHEDULES[candidate.schedule]
         self.placement = spec.placement(self.layout.pp)
         self.splits_backward = spec.splits_backward
@@ -80,42 +81,58 @@ class CandidateCosts:
 
     @cached_property
     def exchange(self) -> list[tuple[float, float]]:
-        """[layer] seconds of the experts' all-to-all in a forward and in a backward of one micro-batch."""
-        ep = self.layout.ep
-        link = self.hardware.links(ep, 1)["all_to_all"]
-        by_kind = []
-        for kind in self.profile.kinds:
-            if ep == 1 or not kind.moe_layers:
-                by_kind.append((0.0, 0.0))
+        """[layer] seconds that the experts' all-to-all adds to a forward and to a backward of one micro-batch."""
+        link = self.hardware.links(self.layout.ep, 1)["all_to_all"]
+        result = []
+        for kind, cost, flops in zip(self.layer_kinds, self.layer_costs, self.profile.flops, strict=True):
+            if self.layout.ep == 1 or not kind.moe_layers:
+                result.append((0.0, 0.0))
                 continue
-            one_way = link.seconds(self.boundary * kind.top_k * (ep - 1) / ep)
+            share = (
+                2 * kind.top_k * kind.expert_parameters / self.profile.num_experts / flops
+            )  # of experts in the layer
+            backward = cost.backward_input if self.splits_backward else cost.backward
+            forward_exchange, backward_exchange = (self._exchange(kind, share * t) for t in (cost.forward, backward))
             # A forward also exchanges the counts, which are small.
-            by_kind.append((kind.moe_layers * (link.latency + 2 * one_way), kind.moe_layers * 2 * one_way))
-        return [by_kind[kind] for kind in self.profile.layers]
+            result.append((kind.moe_layers * link.latency + forward_exchange, backward_exchange))
+        return result
+
+    def _exchange(self, kind: LayerKind, products: float) -> float:
+        """Seconds that sending rows to the experts and back adds to a layer. products: seconds of the experts."""
+        ep = self.layout.ep
+        links = self.hardware.links(ep, 1)
+        size = self.boundary * kind.top_k * (ep - 1) / ep
+        between_nodes = links is self.hardware.between and self.profile.num_experts >= 2 * ep
+        if not (self.hardware.overlaps_collectives and between_nodes):
+            return kind.moe_layers * 2 * links["all_to_all"].seconds(size)
+        # Four exchanges of half the rows, of which at least the first and the last are waited for: see
+        # fira/parallel/expert_parallel.py.
+        half = links["all_to_all"].seconds(size / 2)
+        return max(kind.moe_layers * 2 * half, kind.moe_layers * 4 * half - products)
+
+    @cached_property
+    def layer_actions(self) -> list[dict[ActionKind, float]]:
+        """[layer][kind of action] seconds for one micro-batch."""
+        recomputed = {i for stage in range(len(self.stages)) for i in self.recomputed(stage)}
+        result = []
+        for i, (cost, exchange) in enumerate(zip(self.layer_costs, self.exchange, strict=True)):
+            forward = cost.forward + exchange[0]
+            recompute = forward if i in recomputed else 0.0
+            backward = cost.backward + exchange[1] + recompute
+            # The backward of a recomputed layer is not split: all of it is part of the first half.
+            backward_weight = 0.0 if i in recomputed else cost.backward_weight
+            first_half = cost.backward if i in recomputed else cost.backward_input
+            backward_input = first_half + exchange[1] + recompute
+            if i in self.stages[0]:  # tokens have no gradient, so the full backward is done in the second half
+                backward_input, backward_weight = 0.0, backward
+            kinds = (ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.BACKWARD_INPUT, ActionKind.BACKWARD_WEIGHT)
+            result.append(dict(zip(kinds, (forward, backward, backward_input, backward_weight), strict=True)))
+        return result
 
     @cached_property
     def actions(self) -> dict[ActionKind, list[float]]:
         """[kind of action][stage] seconds."""
-        result: dict[ActionKind, list[float]] = {kind: [] for kind in ActionKind}
-        for stage, span in enumerate(self.stages):
-            forward = backward = backward_input = backward_weight = 0.0
-            recomputed = self.recomputed(stage)
-            for i in span:
-                cost, (exchange_forward, exchange_backward) = self.layer_costs[i], self.exchange[i]
-                recompute = cost.forward + exchange_forward if i in recomputed else 0.0
-                forward += cost.forward + exchange_forward
-                backward += cost.backward + exchange_backward + recompute
-                # The backward of a recomputed layer is not split: all of it is part of the first half.
-                first_half = cost.backward if i in recomputed else cost.backward_input
-                backward_input += first_half + exchange_backward + recompute
-                backward_weight += 0.0 if i in recomputed else cost.backward_weight
-            if stage == 0:  # tokens have no gradient, so the full backward is done in the second half
-                backward_input, backward_weight = 0.0, backward
-            result[ActionKind.FORWARD].append(forward)
-            result[ActionKind.BACKWARD].append(backward)
-            result[ActionKind.BACKWARD_INPUT].append(backward_input)
-            result[ActionKind.BACKWARD_WEIGHT].append(backward_weight)
-        return result
+        return {kind: [sum(self.layer_actions[i][kind] for i in span) for span in self.stages] for kind in ActionKind}
 
     @cached_property
     def work(self) -> list[float]:
@@ -138,16 +155,43 @@ class CandidateCosts:
             replicated -= self.layer_kinds[0].largest
         return replicated, sum(kind.expert_parameters for kind in kinds) / self.layout.ep
 
+    def cast_parameters(self, rank: int) -> float:
+        """The number of parameters of a rank that autocast casts."""
+        casts = [self.layer_kinds[i].cast for i in self.rank_layers[rank]]
+        return sum(replicated + experts / self.layout.ep for replicated, experts in casts)
+
     def reduction(self, rank: int) -> float:
         """Seconds to reduce a rank's gradients: over dp, those of experts over edp, of a tied embedding over pp."""
+        seconds = self._over_replicas(*self.parameters(rank))
+        return seconds + (self._tied_messages if rank == 0 else 0.0)
+
+    def layer_reduction(self, layer: int) -> float:
+        """Seconds to reduce a layer's gradients over dp and edp, without those of a tied embedding."""
+        kind, table = self.layer_kinds[layer], 0
+        if self.profile.tied and layer in (0, len(self.profile.layers) - 1):
+            table = self.layer_kinds[0].largest
+        return self._over_replicas(kind.parameters - table, kind.expert_parameters / self.layout.ep)
+
+    @cached_property
+    def tied_reduction(self) -> float:
+        """Seconds to reduce the gradient of a tied embedding over pp and dp; zero if the model has none."""
+        return self._tied_messages + self._over_replicas(self.layer_kinds[0].largest, 0) if self.profile.tied else 0.0
+
+    @cached_property
+    def _tied_messages(self) -> float:
+        """Seconds to send the gradient of a tied embedding to rank 0 and its value back."""
+        if not self.profile.tied or self.layout.pp == 1:
+            return 0.0
+        table = self.element_size * self.layer_kinds[0].largest
+        return 2 * self.hardware.links(self.layout.pp, self.layout.dp)["p2p"].seconds(table)
+
+    def _over_replicas(self, replicated: float, experts: float) -> float:
+        """Seconds to reduce the gradients of `replicated` parameters over dp and of `experts` parameters over edp."""
         layout, seconds = self.layout, 0.0
         groups = ((layout.dp, 1), (layout.dp // layout.ep, layout.ep))
-        for parameters, (size, stride) in zip(self.parameters(rank), groups, strict=True):
+        for parameters, (size, stride) in zip((replicated, experts), groups, strict=True):
             if size > 1 and parameters:
                 seconds += _all_reduce(self.hardware.links(size, stride), size, self.element_size * parameters)
-        if self.profile.tied and layout.pp > 1 and rank == 0:
-            table = self.element_size * self.layer_kinds[0].largest
-            seconds += 2 * self.hardware.links(layout.pp, layout.dp)["p2p"].seconds(table)
         return seconds
 
     @cached_property

@@ -23,7 +23,7 @@ class LayerCost:
     backward_weight: float  # seconds for the gradients of the weights
     backward: float  # seconds for both in a full backward
     saved_for_backward: int  # bytes
-    optimizer: float  # seconds per step
+    optimizer: float  # seconds per step, with the cast of the weights for autocast
     workspace: int = 0  # bytes of temporary tensors
     saved_for_weight_grad: int = 0  # bytes between the two halves of a split backward
 
@@ -31,6 +31,12 @@ class LayerCost:
 def element_size(precision: str) -> int:
     """Bytes per element of parameters and messages for a value of --precision."""
     return parameter_dtype(precision).itemsize
+
+
+def copy_size(precision: str) -> int:
+    """Bytes per element of the copies that autocast uses of matrices; 0 without autocast."""
+    dtype = AUTOCAST_DTYPES.get(precision)
+    return 0 if dtype is None else dtype.itemsize
 
 
 CostModel = Callable[[int], list[LayerCost]]  # micro-batch size → cost of each kind of layer
@@ -43,7 +49,7 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
     a product without weights (attention scores) costs twice its forward and is part of the gradient of the input.
     device: torch's device type.
     """
-    rate, itemsize = hardware.flops[precision], element_size(precision)
+    rate, itemsize, copy = hardware.flops[precision], element_size(precision), copy_size(precision)
     layer_flops = dict(zip(profile.layers, profile.flops, strict=True))
 
     @cache
@@ -60,6 +66,7 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
         for_backward, for_weight_grad = (one + (microbatch - 1) * (two - one) for one, two in pairs)
         is_first, is_last = kind == profile.layers[0], kind == profile.layers[-1]
         parameters = k.parameters + k.expert_parameters
+        cast_traffic = (itemsize + copy) * sum(k.cast) if copy else 0
         weights = 0 if is_first else itemsize * parameters  # an embedding reads only a few rows of its table
 
         def seconds(flops: float, traffic: float) -> float:
@@ -75,7 +82,7 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
             backward=backward_input + backward_weight,
             saved_for_backward=for_backward,
             saved_for_weight_grad=for_weight_grad,
-            optimizer=OPTIMIZER_PASSES * itemsize * parameters / hardware.memory_bandwidth,
+            optimizer=(OPTIMIZER_PASSES * itemsize * parameters + cast_traffic) / hardware.memory_bandwidth,
             workspace=logits_bytes(profile, microbatch, device) if is_last else 0,
         )
 

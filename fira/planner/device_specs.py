@@ -28,7 +28,11 @@ Links = Mapping[str, Link]  # by operation
 
 @dataclass(frozen=True)
 class Hardware:
-    """One rank's device and the links between ranks. FLOP/s and bandwidths are achieved values, not rated ones."""
+    """One rank's device and the links between ranks. FLOP/s and bandwidths are achieved values, not rated ones.
+
+    overlaps_collectives: whether gradients are reduced during the backward, and the experts' all-to-all between nodes
+    overlaps with their products, as with NCCL. On a CPU neither does.
+    """
 
     name: str
     memory: float  # bytes
@@ -38,6 +42,7 @@ class Hardware:
     ranks_per_node: int
     inside: Links  # between ranks of a node
     between: Links  # between nodes
+    overlaps_collectives: bool
 
     def fastest_precision(self) -> str:
         """The first of bf16, fp16 and fp32 with the highest FLOP/s, which is what `--precision auto` selects."""
@@ -74,6 +79,7 @@ def load(name: str) -> Hardware:
             ranks_per_node=int(values["ranks_per_node"]),
             inside=_links(values["inside"]),
             between=_links(values["between"]),
+            overlaps_collectives=True,  # descriptions are of GPUs
         )
     except KeyError as error:
         example = DEVICES / "h200.toml"

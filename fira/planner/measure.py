@@ -1,20 +1,19 @@
 """Measure the costs of layers and links on this machine, and cache them on disk. All ranks measure simultaneously.
 
-measure ─ _measure_machine ─ memory bandwidth and links
+measure ─ measure_machine  ─ memory bandwidth and links
         └ _measure_layers  ─ _measure_layer per kind of layer and micro-batch size
 """
 
 import copy
 import hashlib
 import json
-import math
 import os
 import platform
 import statistics
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,24 +30,23 @@ from fira.nn.init import initialise
 from fira.nn.moe.experts import ExpertBank
 from fira.optim.adamw import AdamW
 from fira.parallel.batch_split import BatchSplit
+from fira.parallel.cast_weights import cast_weights
 from fira.parallel.gradients import gradient_of, scale_gradients
 from fira.parallel.objective import objective
 from fira.parallel.parallelize import ParamShard
 from fira.planner.costs import CostModel, LayerCost
 from fira.planner.device_specs import OPERATIONS, Hardware, Link
+from fira.planner.measure_machine import measure_machine, median_seconds, synchronize
 from fira.planner.model_profile import ModelProfile, logits_bytes, measure_saved_bytes
 from fira.progress_bar import progress_bar
-from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
 from pipeline.stage import DeviceLayers, Stage
 
-MEASUREMENT_FORMAT = 3  # part of every cache key; increase it when the cached values change
+MEASUREMENT_FORMAT = 4  # part of every cache key; increase it when the cached values change
 REPEATS = 5
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
+PASSES = ("forward", "backward_input", "backward_weight", "backward")  # methods of a stage that are timed
 MAX_SECONDS = 2.0  # of one layer's forward and backward; costs of larger micro-batches are scaled instead of measured
-# The link assumed between processes of one machine when only one process measures.
-SHARED_MEMORY = Link(latency=5e-5, bandwidth=2e9)
-MESSAGE_SIZES = (2**10, 2**22)  # bytes
 
 
 def measure(
@@ -66,7 +64,7 @@ def measure(
     slowdown = max(1.0, ranks / cores) if simulated else 1.0
     identity = [MEASUREMENT_FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 
-    machine = _cached([*identity, "links"], partial(_measure_machine, device, world), world)
+    machine = _cached([*identity, "links"], partial(measure_machine, device, world), world)
     table: dict[int, list[LayerCost]] = {}
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -102,6 +100,7 @@ def _hardware(machine: dict[str, Any], device: torch.device, local_ranks: int) -
         ranks_per_node=local_ranks,
         inside=links,
         between=links,
+        overlaps_collectives=device.type != "cpu",
     )
 
 
@@ -174,19 +173,7 @@ def _measure_layer(
     is_first, is_last = kind == profile.layers[0], kind == profile.layers[-1]
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, size * IN_FLIGHT, config.seq_len))
     split = BatchSplit(size, 1, 0, profile.width, device)
-    seconds: dict[str, list[float]] = {
-        name: [] for name in ("forward", "backward_input", "backward_weight", "backward")
-    }
-
-    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        result = work(*arguments)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds[name].append(time.perf_counter() - started)
-        return result
+    timed = _Timer(device)
 
     def forward(i: int) -> Tensor:
         batch = batches[i]
@@ -196,29 +183,47 @@ def _measure_layer(
         loss, _ = objective(y, batch.context)
         return torch.autograd.grad(loss, y)[0]
 
-    for repeat in range(REPEATS + 1):
-        batches = split.microbatches(lambda a, n: (tokens[0][:n], tokens[1][:n]), 0, size * IN_FLIGHT, dropout_seed=1)
-        hidden = [torch.randn(*batch.boundary, dtype=dtype, device=device) for batch in batches]
-        for split_backward in (True, False):
-            gradients = [timed("forward", forward, i) for i in range(IN_FLIGHT)]
-            for i, gradient in enumerate(gradients):
-                if split_backward:
-                    timed("backward_input", stage.backward_input, i, gradient)
-                    timed("backward_weight", stage.backward_weight, i)
-                else:
-                    timed("backward", stage.backward, i, gradient)
-        if repeat == 0:  # warm-up
-            for times in seconds.values():
-                times.clear()
-    x = batches[0].inputs.to(device) if is_first else hidden[0].requires_grad_()
-    saved_for_backward, saved_for_weight_grad = measure_saved_bytes(layers, x, batches[0].context)
+    with cast_weights(layers.modules()):
+        for repeat in range(REPEATS + 1):
+            batches = split.microbatches(
+                lambda a, n: (tokens[0][:n], tokens[1][:n]), 0, size * IN_FLIGHT, dropout_seed=1
+            )
+            hidden = [torch.randn(*batch.boundary, dtype=dtype, device=device) for batch in batches]
+            for split_backward in (True, False):
+                gradients = [timed("forward", forward, i) for i in range(IN_FLIGHT)]
+                for i, gradient in enumerate(gradients):
+                    if split_backward:
+                        timed("backward_input", stage.backward_input, i, gradient)
+                        timed("backward_weight", stage.backward_weight, i)
+                    else:
+                        timed("backward", stage.backward, i, gradient)
+            if repeat == 0:  # warm-up
+                timed.seconds.clear()
+        x = batches[0].inputs.to(device) if is_first else hidden[0].requires_grad_()
+        saved_for_backward, saved_for_weight_grad = measure_saved_bytes(layers, x, batches[0].context)
     return {
-        **{name: statistics.median(times) for name, times in seconds.items()},
+        **{name: statistics.median(timed.seconds[name]) for name in PASSES},
         "saved_for_backward": saved_for_backward,
         "saved_for_weight_grad": saved_for_weight_grad,
-        "optimizer": _measure_optimizer(layer),
+        "optimizer": _measure_optimizer(layers),
         "workspace": logits_bytes(profile, size, device.type) if is_last else 0,
     }
+
+
+class _Timer:
+    """Calls functions and records how long each call takes on the device, in seconds, by a name."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def __call__(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        synchronize(self.device)
+        started = time.perf_counter()
+        result = work(*arguments)
+        synchronize(self.device)
+        self.seconds[name].append(time.perf_counter() - started)
+        return result
 
 
 def _initialised(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -227,64 +232,19 @@ def _initialised(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     return layer.to(dtype)
 
 
-def _measure_optimizer(layer: nn.Module) -> float:
-    """Seconds per step for the gradients' norm, clipping and AdamW."""
-    banks = [module for module in layer.modules() if isinstance(module, ExpertBank)]
+def _measure_optimizer(layers: DeviceLayers) -> float:
+    """Seconds per step for the gradients' norm, clipping, AdamW, and the cast of the weights."""
+    banks = [module for module in layers.modules() if isinstance(module, ExpertBank)]
     experts = {p for bank in banks for p in bank.parameters(recurse=False)}
-    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts) for name, p in layer.named_parameters()]
-    optimizer = AdamW(dict(layer.named_parameters()), {shard.name for shard in shards if shard.is_matrix}, 0.1)
+    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts) for name, p in layers.named_parameters()]
+    optimizer = AdamW(dict(layers.named_parameters()), {shard.name for shard in shards if shard.is_matrix}, 0.1)
 
     def step() -> None:
         for shard in shards:
             torch.linalg.vector_norm(gradient_of(shard).flatten(), dtype=torch.float64)
         scale_gradients(shards, 0.99)
         optimizer.step(0.0)
+        with cast_weights(layers.modules()):
+            pass
 
-    return _median(step, shards[0].parameter.device, REPEATS)
-
-
-def _measure_machine(device: torch.device, world: World) -> dict[str, Any]:
-    """Memory bandwidth, and the links between all ranks of the world (collective)."""
-    a, b = torch.empty(2, 2**24, device=device)
-    seconds = _median(lambda: a.copy_(b), device)
-    links = {name: asdict(SHARED_MEMORY) for name in OPERATIONS}
-    if world.size > 1:
-        group = make_mesh(Layout(1, world.size, 1), [0], [device]).groups["dp"]
-        hops = {"p2p": 2, "all_to_all": 1, "all_reduce": 2 * math.ceil(math.log2(world.size))}
-        shares = {"p2p": 2.0, "all_to_all": 1 - 1 / world.size, "all_reduce": 2 - 2 / world.size}
-        for name in OPERATIONS:
-            small, large = (_median(_operation(name, size, device, world, group), device) for size in MESSAGE_SIZES)
-            bandwidth = shares[name] * (MESSAGE_SIZES[1] - MESSAGE_SIZES[0]) / max(large - small, 1e-9)
-            links[name] = asdict(Link(small / hops[name], bandwidth))
-    return {"memory_bandwidth": 2 * a.nbytes / seconds, "links": links}
-
-
-def _operation(name: str, size: int, device: torch.device, world: World, group: dist.ProcessGroup) -> Callable[[], Any]:
-    """A message of `size` bytes from rank 0 to rank 1 and back, or a collective operation of all ranks."""
-    x, y = torch.zeros(2, size // 4 // world.size * world.size, device=device)
-    if name == "all_reduce":
-        return lambda: dist.all_reduce(x, group=group)
-    if name == "all_to_all":
-        return lambda: dist.all_to_all_single(y, x, group=group)
-
-    def round_trip() -> None:
-        if world.rank == 0:
-            dist.send(x, 1, group=group)
-            dist.recv(x, 1, group=group)
-        elif world.rank == 1:
-            dist.recv(x, 0, group=group)
-            dist.send(x, 0, group=group)
-
-    return round_trip
-
-
-def _median(work: Callable[[], Any], device: torch.device, repeats: int = 4 * REPEATS) -> float:
-    """Median seconds of one call."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return median_seconds(step, shards[0].parameter.device, REPEATS)

@@ -1,7 +1,8 @@
 """The memory of a candidate.
 
 memory of a rank = weights + gradients + AdamW's two moments
-                 + max(activations at the schedule's peak + temporary tensors of a backward, reduction bucket)
+                 + max(activations at the schedule's peak + temporary tensors of a backward
+                       + copies of matrices in the dtype of autocast (fira/parallel/cast_weights.py), reduction bucket)
 """
 
 from bisect import bisect_left
@@ -26,7 +27,8 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
         workspace = max(costs.layer_costs[i].workspace for i in layers)
         backward = max(recompute + largest_gradient, workspace)
         reduction = min(weights, BUCKET + UNBUCKETED) if costs.layout.dp > 1 else 0
-        result.append(TENSORS_PER_WEIGHT * weights + max(activations[rank] + backward, reduction))
+        copies = costs.copy_size * costs.cast_parameters(rank)
+        result.append(TENSORS_PER_WEIGHT * weights + max(activations[rank] + backward + copies, reduction))
     return tuple(result)
 
 

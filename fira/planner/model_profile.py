@@ -16,6 +16,7 @@ from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.grouped_linear import RowGroups
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.permutation import sort_by_expert
+from fira.parallel.cast_weights import cast_parameters, cast_weights
 from fira.parallel.parallelize import layer_flops
 from pipeline.split_backward import SplitBackward
 from pipeline.stage import Autocast
@@ -29,6 +30,7 @@ class LayerKind:
     parameters: int  # elements of parameters that are replicated over dp
     expert_parameters: int  # elements of parameters that are sharded over ep
     largest: int  # elements of the largest parameter
+    cast: tuple[int, int]  # elements of the parameters and of the expert parameters that autocast casts
     moe_layers: int  # MoE modules in the layer, each with an all-to-all to the experts and back
     top_k: float  # experts per token
 
@@ -78,7 +80,12 @@ def _kind(layer: nn.Module) -> LayerKind:
     expert_parameters = sum(p.numel() for bank in banks for p in bank.parameters(recurse=False))
     sizes = [p.numel() for p in layer.parameters()]
     top_k = max((module.router.top_k for module in moe), default=0)
-    return LayerKind(layer, sum(sizes) - expert_parameters, expert_parameters, max(sizes), len(moe), top_k)
+    cast = [0, 0]
+    for module, name in cast_parameters(layer):
+        cast[isinstance(module, ExpertBank)] += module.get_parameter(name).numel()
+    return LayerKind(
+        layer, sum(sizes) - expert_parameters, expert_parameters, max(sizes), (cast[0], cast[1]), len(moe), top_k
+    )
 
 
 class EvenDispatcher(TokenDispatcher):
@@ -98,7 +105,7 @@ def saved_bytes(
 ) -> tuple[int, int]:
     """`measure_saved_bytes` of one kind of layer for one micro-batch, on fake tensors, without computing anything.
 
-    autocast: the dtype of matrix products. The copies of weights in this dtype are saved for every micro-batch.
+    autocast: the dtype of matrix products. The copies of weights in this dtype are not counted.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler, which takes seconds
 
@@ -118,7 +125,9 @@ def saved_bytes(
         targets = torch.empty(size, dtype=torch.int64)
         training = TrainingContext(targets, aux_weights=torch.empty(microbatch))
         context = Context(lengths=torch.empty(microbatch), keys=keys, training=training)
-        return measure_saved_bytes(Autocast(layer, autocast), x, context)
+        wrapped = Autocast(layer, autocast)
+        with cast_weights(wrapped.modules()):
+            return measure_saved_bytes(wrapped, x, context)
 
 
 def logits_bytes(profile: ModelProfile, microbatch: int, device: str) -> int:
@@ -129,8 +138,8 @@ def logits_bytes(profile: ModelProfile, microbatch: int, device: str) -> int:
 
 
 def measure_saved_bytes(layer: nn.Module, x: Tensor, context: Context) -> tuple[int, int]:
-    """Bytes that autograd saves in a layer's forward, without parameters, and bytes that a split backward keeps
-    between its two halves."""
+    """Bytes that autograd saves in a layer's forward, without parameters and their copies by `cast_weights`, and bytes
+    that a split backward keeps between its two halves."""
     saved: dict[int, Tensor] = {}
 
     def save(tensor: Tensor) -> Tensor:

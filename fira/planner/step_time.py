@@ -1,6 +1,6 @@
 """The step time of a candidate.
 
-    step = simulated pipeline + gradient reduction over replicas + optimizer
+    step = simulated pipeline + what is visible of the gradient reduction over replicas + optimizer
 
 "compute" + "exchange" is the mean work of a rank; "fill" + "uneven" is the pipeline bubble.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fira.planner.candidate_costs import CandidateCosts
 from fira.planner.candidates import Candidate, schedule_of
 from fira.planner.memory import rank_memory
+from fira.planner.reduction_time import visible_reduction
 from pipeline.schedule import ActionKind
 from pipeline.simulate import Timeline, earliest_ends, simulate
 
@@ -55,7 +56,8 @@ def predict(costs: CandidateCosts) -> Estimate:
         ends = [remaining + max((end for _, _, end in spans), default=0.0) for spans in timeline.spans]
     else:
         ends = _earliest_ends(costs)
-    reduced = max(end + costs.reduction(rank) for rank, end in enumerate(ends))
+    spans = timeline.spans if timeline else [None] * pp
+    reduced = max(end + visible_reduction(costs, rank, spans[rank]) for rank, end in enumerate(ends))
     length, mean_work = max(ends), sum(costs.work) / pp
     work = count * sum(costs.work) / pp
     exchange = count * sum(sum(sum(costs.exchange[i]) for i in layers) for layers in costs.rank_layers) / pp
@@ -73,7 +75,7 @@ def predict(costs: CandidateCosts) -> Estimate:
 
 def least_seconds(costs: CandidateCosts) -> float:
     """A lower bound of the step time, which holds for every schedule with the same stages."""
-    ends = [end + costs.reduction(rank) for rank, end in enumerate(_earliest_ends(costs))]
+    ends = [end + visible_reduction(costs, rank) for rank, end in enumerate(_earliest_ends(costs))]
     return max(ends) + costs.update
 
 

@@ -71,6 +71,7 @@ class TrainConfig:
         "blocks recomputed in the backward, of which only the input is kept: none, full, N (the first N per stage) "
         "or auto (the fewest that fit into memory); default: none, with --plan auto",
     )
+    compile: bool = _option(False, "compile attention, norms and routers with torch.compile in the first step")
     out: str | None = _option(None, "run folder; default: a new one under runs/")
     init: str | None = _option(
         None, "start from the model, weights and tokenizer of a run, a checkpoint, an export, a Llama or a FlexOlmo"

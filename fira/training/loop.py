@@ -27,7 +27,7 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
     """
     recipe = config.recipe()
     out = run_folder.choose(config)
-    devices = choose_devices(config.device, config.local_devices, world.local_rank, world.local_size)
+    devices = choose_devices(config.device, config.local_devices, world.local_rank)
     config = replace(config, precision=choose_precision(run_folder.precision(config, out), devices))
     run = set_up(config, recipe.batch_size, devices, world, quiet)
     first = _resume(config, out, run) + 1

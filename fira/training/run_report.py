@@ -24,7 +24,7 @@ class RunReport:
     def __init__(self, config: TrainConfig, out: Path, run: Run, first: int, recipe: Recipe, quiet: bool) -> None:
         run_folder.create(out, config, run.corpus.summary)
         self.quiet = quiet
-        self._show(run.description.heading())
+        self._show(run.description)
         if first > 1:
             logger.info("resumed after step %d in %s", first - 1, out)
         self.out, self.run, self.steps = out, run, recipe.steps

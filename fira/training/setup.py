@@ -13,10 +13,10 @@ from fira.data.mixture import Joined, Mixture
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
-from fira.metrics.console import RunDescription
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, change, from_document, make_config
 from fira.parallel.batch_split import BatchSplit
+from fira.parallel.compile_blocks import check_compiler
 from fira.parallel.layout import choose_layout
 from fira.parallel.parallelize import EVERY_BLOCK, parallelize
 from fira.planner.best_candidates import least_recompute
@@ -41,7 +41,7 @@ class Run:
     tokenizer: bytes | None  # the content of tokenizer.json
     flops_per_token: float  # forward and backward
     peak: float  # FLOP/s of all ranks together
-    description: RunDescription
+    description: str  # printed before the first step
 
 
 def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], world: World, quiet: bool = False) -> Run:
@@ -54,6 +54,8 @@ def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], wo
     with torch.device("meta"):
         model = build(model_config)
     keep_freed_memory()
+    if config.compile:
+        check_compiler(devices[0])
     if config.plan:
         config = with_plan(config, model, batch_size, devices[0], world)
     schedule = config.schedule or "1f1b"
@@ -73,7 +75,10 @@ def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], wo
     candidate = Candidate(layout, schedule, microbatch, split.count(batch_size), recompute=0)
     candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
     dtype, autocast = parameter_dtype(config.precision), AUTOCAST_DTYPES.get(config.precision)
-    distributed = parallelize(model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
+    compiler = "inductor" if config.compile else None
+    distributed = parallelize(
+        model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute, compiler
+    )
     trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
     if saved:
         state.load_weights(saved, distributed)
@@ -143,24 +148,16 @@ def choose_recompute(
     return int(blocks)
 
 
-def describe_run(
-    config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus
-) -> RunDescription:
-    """The facts that the console prints before the first step. parameters: of the whole model."""
-    model = trainer.model.config
-    return RunDescription(
-        name=config.name(),
-        parameters=parameters,
-        device=trainer.model.device.type,
-        precision=config.precision,
-        layout=str(candidate.layout),
-        schedule=candidate.schedule,
-        microbatches=candidate.count,
-        microbatch_size=candidate.microbatch,
-        seq_len=model.seq_len,
-        stages=trainer.model.stages,
-        recomputed={0: "", EVERY_BLOCK: "all"}.get(candidate.recompute, str(candidate.recompute)),
-        train_tokens=corpus.summary["train_tokens"],
-        val_tokens=corpus.summary["val_tokens"],
-        vocab_size=model.vocab_size,
+def describe_run(config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus) -> str:
+    """The three lines that are printed before the first step. parameters: of the whole model."""
+    model, summary = trainer.model, corpus.summary
+    stages = " | ".join(f"{layers.start}–{layers.stop - 1}" for layers in model.stages)
+    blocks = "all" if candidate.recompute == EVERY_BLOCK else candidate.recompute
+    recomputed = f" · {blocks} blocks per stage recomputed" if blocks else ""
+    return (
+        f"{config.name()}: {parameters:,} parameters · {model.device.type} {config.precision} · {candidate.layout}\n"
+        f"{candidate.schedule} · micro-batches per replica: {candidate.count}, each {candidate.microbatch} × "
+        f"{model.config.seq_len} tokens · stages of layers {stages}{recomputed}\n"
+        f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
+        f"vocabulary {model.config.vocab_size}"
     )

@@ -34,7 +34,7 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, toke
     state = {
         "step": step,
         "updates": optimizer.updates,
-        "loader": loader.state_dict(),
+        "loader": {"consumed": loader.consumed},
         "loss_scale": trainer.scale.state_dict(),
     }
     return save_checkpoint(
@@ -61,7 +61,7 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
         for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[shard.name], strict=True):
             tensor.copy_(_read(saved, f"{moment}/{shard.name}", shard))
     trainer.optimizer.updates = state["updates"]
-    loader.load_state_dict(state["loader"])
+    loader.consumed = state["loader"]["consumed"]
     trainer.scale.load_state_dict(state["loss_scale"])
     return saved.step
 

@@ -4,6 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,7 +18,9 @@ from fira.nn.context import MoEStats, pinned_for
 from fira.optim.adamw import AdamW
 from fira.optim.loss_scale import LossScale
 from fira.parallel.batch_split import BatchSplit
+from fira.parallel.cast_weights import cast_weights
 from fira.parallel.gradients import NormVector, reduce_gradients, scale_gradients
+from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import DistributedModel
 from pipeline.engine import MicroBatch
 from pipeline.mesh import Mesh
@@ -90,6 +93,8 @@ class Trainer:
         )
         self.scale = LossScale(fp16)
         self.norms = NormVector(model, mesh)
+        overlaps = dist.get_backend(mesh.groups["dp"]) == "nccl"  # on a CPU, a reduction slows down the backward
+        self.reduction = OverlappedReduction(model, mesh) if overlaps else None
 
     def step(
         self, loader: Loader | Mixture, sequences: int, lr: float, seed: int, extra: Sequence[float] = ()
@@ -134,10 +139,15 @@ class Trainer:
         for shard in self.model.shards:
             shard.parameter.grad = None
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
-        losses = self.model.engine.run(schedule, microbatches)
+        last_backward = self.reduction.stage if self.reduction else nullcontext
+        with cast_weights(self.model.modules()):
+            losses = self.model.engine.run(schedule, microbatches, last_backward)
         if self.model.tied:
             self.model.tied.sum_gradients()
-        reduce_gradients(self.model.shards, self.mesh)
+        if self.reduction:
+            self.reduction.finish()
+        else:
+            reduce_gradients(self.model.shards, self.mesh)
         return losses
 
     def _update(self, lr: float, norm: float, scale: float, load: Tensor) -> None:
@@ -153,14 +163,15 @@ class Trainer:
     def evaluate(self, data: ValidationSequences | Joined, batch: int) -> float:
         """Mean loss in nats per token over all sequences of `data`, computed in batches of `batch` sequences."""
         total = torch.zeros(2, dtype=torch.float64)
-        for first in range(0, len(data), batch):
-            count = min(batch, len(data) - first)
-            microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
-            schedule = forward_only(self.model.placement, len(microbatches))
-            losses = self.model.engine.run(schedule, microbatches)
-            if losses:  # only the rank of the last stage has them
-                total[0] += float(_total(losses, self.model.device))
-                total[1] += sum(int(batch.context.lengths.sum()) for batch in microbatches)
+        with cast_weights(self.model.modules()):
+            for first in range(0, len(data), batch):
+                count = min(batch, len(data) - first)
+                microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
+                schedule = forward_only(self.model.placement, len(microbatches))
+                losses = self.model.engine.run(schedule, microbatches)
+                if losses:  # only the rank of the last stage has them
+                    total[0] += float(_total(losses, self.model.device))
+                    total[1] += sum(int(batch.context.lengths.sum()) for batch in microbatches)
         dist.all_reduce(total)
         return float(total[0] / total[1])
 

@@ -31,7 +31,7 @@ BLOCK = 2**30  # bytes per block of a larger message, whose count would not fit 
 UNLOCKED = 64 * 1024  # bytes from which a copy releases the global interpreter lock
 EMPTY = MPI.memory.allocate(0)
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.uint16)
-_REDUCED_BY_MPI_ONLY = (torch.uint16, torch.uint32, torch.uint64)  # torch implements almost no arithmetic for them
+REDUCED_BY_MPI_ONLY = (torch.uint16, torch.uint32, torch.uint64)  # torch implements almost no arithmetic for them
 
 
 def memory(tensor: Tensor) -> MPI.memory:
@@ -166,8 +166,3 @@ def reduction(op: ReduceOp) -> Reduction:
         _, factor = cast(Any, op).__getstate__()
         return found._replace(factor=factor)
     return found
-
-
-def combines(dtype: torch.dtype) -> bool:
-    """Return whether ``Reduction.combine`` supports this dtype."""
-    return dtype not in _REDUCED_BY_MPI_ONLY

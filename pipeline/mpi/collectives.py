@@ -22,10 +22,10 @@ from torch import Tensor
 
 from pipeline.mpi.buffers import (
     EMPTY,
+    REDUCED_BY_MPI_ONLY,
     Reduction,
     as_bytes,
     as_numbers,
-    combines,
     copy,
     memories,
     memory,
@@ -104,9 +104,10 @@ class Collectives:
             how.finish(total, self.size)
             copy_result(tensor, total)
 
-    def reduce_scatter(self, pairs: list[tuple[Tensor, list[Tensor]]], how: Reduction) -> Steps:
-        """Reduce-scatter each (output, inputs). Inputs are one tensor per rank or one of group size × output."""
-        for output, given in pairs:
+    def reduce_scatter(self, tensors: list[Tensor], outputs: list[Tensor], how: Reduction) -> Steps:
+        """Reduce-scatter into each output. Its inputs are one tensor per rank or one of group size × output."""
+        for number, output in enumerate(outputs):
+            given = tensors[number :: len(outputs)]
             nbytes = sum([tensor.nbytes for tensor in given])
             expect("reduce_scatter", given[0].dtype == output.dtype, "output and input must have one dtype")
             expect("reduce_scatter", nbytes == output.nbytes * self.size, "input must be group size × output")
@@ -151,9 +152,13 @@ class Collectives:
         if root != self.rank:
             copy_result(tensor, buffer)
 
-    def all_gather(self, pairs: list[tuple[list[Tensor], Tensor]]) -> Steps:
-        """Gather each (outputs, input). Outputs are one tensor per rank or one of group size × input."""
-        for outputs, part in pairs:
+    def all_gather(self, parts: list[Tensor], tensors: list[Tensor]) -> Steps:
+        """Gather each part. Its outputs are one tensor per rank or one of group size × part.
+
+        tensors: the outputs of all parts, ordered by rank, then by part.
+        """
+        for number, part in enumerate(parts):
+            outputs = tensors[number :: len(parts)]
             nbytes = sum([output.nbytes for output in outputs])
             expect("all_gather", outputs[0].dtype == part.dtype, "output and input must have one dtype")
             expect("all_gather", nbytes == part.nbytes * self.size, "output must be group size × input")
@@ -171,36 +176,33 @@ class Collectives:
             for output, buffer in zip(outputs, buffers, strict=True):
                 copy_result(output, buffer)
 
-    def gather(self, outputs: list[Tensor], part: Tensor, root: int) -> Steps:
-        slots, part = [output.contiguous() for output in outputs], part.contiguous()
+    def gather(self, parts: list[Tensor], outputs: list[Tensor], root: int) -> Steps:
+        slots, part = [output.contiguous() for output in outputs], parts[0].contiguous()
         sent = [memory(part) if peer == root else EMPTY for peer in range(self.size)]
         yield from self._exchange(sent, memories(slots) or [EMPTY] * self.size)
         for output, slot in zip(outputs, slots, strict=True):
             copy_result(output, slot)
 
-    def scatter(self, output: Tensor, parts: list[Tensor], root: int) -> Steps:
-        slot, parts = output.contiguous(), [part.contiguous() for part in parts]
+    def scatter(self, parts: list[Tensor], outputs: list[Tensor], root: int) -> Steps:
+        slot, parts = outputs[0].contiguous(), [part.contiguous() for part in parts]
         sent = memories(parts) or [EMPTY] * self.size
         yield from self._exchange(sent, [memory(slot) if peer == root else EMPTY for peer in range(self.size)])
-        copy_result(output, slot)
+        copy_result(outputs[0], slot)
 
-    def all_to_all(self, outputs: list[Tensor], inputs: list[Tensor]) -> Steps:
-        shared = _share_memory(outputs, inputs)
-        sent = [_copied(part) if shared else part.contiguous() for part in inputs]
-        received = [output.contiguous() for output in outputs]
+    def all_to_all(self, inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
+        sent, received = _separate(inputs, outputs), [output.contiguous() for output in outputs]
         yield from self._exchange(memories(sent), memories(received))
         for output, part in zip(outputs, received, strict=True):
             copy_result(output, part)
 
     def all_to_all_single(
-        self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]
+        self, inputs: list[Tensor], outputs: list[Tensor], output_splits: Sequence[int], input_splits: Sequence[int]
     ) -> Steps:
-        """Send ``input_splits[i]`` rows of ``input`` to rank i; without splits, the same number to every rank."""
-        shared, received = _share_memory([output], [input]), output.contiguous()
-        sent = _copied(input) if shared else input.contiguous()
+        """Send ``input_splits[i]`` rows of the only input to rank i; without splits, the same number to every rank."""
+        [sent], received = _separate(inputs, outputs), outputs[0].contiguous()
         parts = self._rows("input", sent, input_splits)
         yield from self._exchange(parts, self._rows("output", received, output_splits))
-        copy_result(output, received)
+        copy_result(outputs[0], received)
 
     def _rows(self, name: str, tensor: Tensor, sizes: Sequence[int]) -> list[MPI.memory]:
         """Split ``tensor`` along its first dimension into one part per rank."""
@@ -236,7 +238,7 @@ class Collectives:
             _complete(received[peer].nbytes, status, peer)
 
     def _exchanges(self, nbytes: int, dtype: torch.dtype) -> bool:
-        return nbytes >= LARGE and self.size > 1 and combines(dtype)
+        return nbytes >= LARGE and self.size > 1 and dtype not in REDUCED_BY_MPI_ONLY
 
     def _parts(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return one flat part per rank: the tensors themselves, or the parts of a single tensor."""
@@ -264,8 +266,10 @@ class Collectives:
         yield [self._comm.Ibarrier()]
 
 
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _separate(inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    """Return the inputs as contiguous tensors, copied if inputs and outputs share memory."""
+    shared = _share_memory(outputs, inputs)
+    return [tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous() for tensor in inputs]
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch.distributed import distributed_c10d
 
+from pipeline.mpi.buffers import as_bytes
+
 
 def choose_transport(local_rank: int, cuda: bool = True) -> tuple[str | None, bool]:
     """Choose how CUDA tensors are transported in the default group. Collective over the world.
@@ -38,6 +40,11 @@ def _physical_name(device: torch.device) -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     name = visible[device.index] if device.index < len(visible) else ""
     return f"{MPI.Get_processor_name()} {name.strip() or device.index}"
+
+
+def machines() -> list[str]:
+    """Return the name of each rank's machine. Collective over the world."""
+    return MPI.COMM_WORLD.allgather(MPI.Get_processor_name())
 
 
 def cuda_backend(devices: Sequence[torch.device]) -> str:
@@ -86,8 +93,7 @@ def is_cuda_aware(devices: Sequence[torch.device]) -> bool:
     received = torch.full_like(sent, -1)
     torch.cuda.synchronize(devices[0])
     left, right = (comm.Get_rank() - 1) % comm.Get_size(), (comm.Get_rank() + 1) % comm.Get_size()
-    buffers = [[MPI.memory.fromaddress(tensor.data_ptr(), tensor.nbytes), MPI.BYTE] for tensor in (sent, received)]
-    comm.Sendrecv(buffers[0], right, 0, buffers[1], left, 0)
+    comm.Sendrecv(as_bytes(sent), right, 0, as_bytes(received), left, 0)
     return all(comm.allgather(bool((received == left).all())))
 
 

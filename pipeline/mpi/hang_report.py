@@ -170,19 +170,15 @@ class HangReport:
     def _state(self, rank: int) -> str:
         """Describe a rank's last operation and the line that it executes now."""
         snapshot = self._snapshots[rank]
-        operations = snapshot["operations"]
-        last = max(operations, key=lambda record: record["started"], default=None)
+        now = f"it is now at {_short(snapshot['now'])}" if snapshot["now"] else "its script has ended"
+        last = max(snapshot["operations"], key=lambda record: record["started"], default=None)
         if last is None:
-            text = "it has not begun any operation yet"
-        elif last["waited_s"] is not None:
-            text = f"it waits in {_name(last)}, {_where(last)}"
-        else:
-            ago = snapshot["time"] - (last["finished"] or last["started"])
-            state = "finished" if last["finished"] else "started"
-            text = f"its last operation was {_name(last)}, {_where(last)}, {state} {ago:.1f} s ago"
-        if last is None or last["waited_s"] is None:
-            text += f"; it is now at {_short(snapshot['now'])}" if snapshot["now"] else "; its script has ended"
-        return text
+            return f"it has not begun any operation yet; {now}"
+        if last["waited_s"] is not None:
+            return f"it waits in {_name(last)}, {_where(last)}"
+        ago = snapshot["time"] - (last["finished"] or last["started"])
+        state = "finished" if last["finished"] else "started"
+        return f"its last operation was {_name(last)}, {_where(last)}, {state} {ago:.1f} s ago; {now}"
 
     def _look_first(self) -> list[str]:
         """Name the ranks that others wait for and that wait for no rank themselves, or those that form a cycle."""
@@ -242,14 +238,10 @@ def _call(record: Record) -> str:
 
 
 def _name(record: Record) -> str:
-    text = f"{record['operation']} #{record['number']}"
-    if record["operation"] in MESSAGES:
-        direction = "to" if record["operation"] == "send" else "from"
-        end = "" if record["peer"] is None else f" {direction} rank {record['peer']}"
-        text += f"{end}, tag {record['detail']}"
-    elif record["peer"] is not None:
-        text += f" with root {record['peer']}"
-    return text
+    relation = {"send": "to rank", "recv": "from rank"}.get(record["operation"], "with root")
+    peer = "" if record["peer"] is None else f" {relation} {record['peer']}"
+    tag = f", tag {record['detail']}" if record["operation"] in MESSAGES else ""
+    return f"{record['operation']} #{record['number']}{peer}{tag}"
 
 
 def _tensor(record: Record) -> str:

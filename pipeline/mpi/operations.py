@@ -9,6 +9,8 @@ import time
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -128,10 +130,7 @@ class Operations:
         return self._start("reduce", lambda tensors, _: self._steps.reduce(tensors[0], how, root), tensors, peer=root)
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.reduce_scatter([(outputs[0], inputs)], _reduction(opts))
-
-        return self._start("reduce_scatter", steps, inputs[0], outputs)
+        return self.reduce_scatter_single_coalesced(outputs, inputs[0], opts, "reduce_scatter")
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Operation:
         return self.reduce_scatter_single_coalesced([output], [input], opts, "reduce_scatter_single")
@@ -143,11 +142,7 @@ class Operations:
         opts: Any = None,
         name: str = "reduce_scatter_single_coalesced",
     ) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            pairs = [(output, [input]) for output, input in zip(outputs, inputs, strict=True)]
-            return self._steps.reduce_scatter(pairs, _reduction(opts))
-
-        return self._start(name, steps, inputs, outputs)
+        return self._start(name, partial(self._steps.reduce_scatter, how=_reduction(opts)), inputs, outputs)
 
     # Data movement
 
@@ -156,17 +151,10 @@ class Operations:
         return self._start("broadcast", lambda tensors, _: self._steps.broadcast(tensors[0], root), tensors, peer=root)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.all_gather([(outputs, inputs[0])])
-
-        return self._start("all_gather", steps, inputs, outputs[0])
+        return self._start("all_gather", self._steps.all_gather, inputs, outputs[0])
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            count = len(inputs)  # torch orders the outputs by rank, then by tensor
-            return self._steps.all_gather([(outputs[number::count], part) for number, part in enumerate(inputs)])
-
-        return self._start("all_gather_coalesced", steps, inputs, [output for row in outputs for output in row])
+        return self._start("all_gather_coalesced", self._steps.all_gather, inputs, list(chain(*outputs)))
 
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Operation:
         return self.all_gather_single_coalesced([output], [input], opts, "all_gather_single")
@@ -174,44 +162,29 @@ class Operations:
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None, name: str = "all_gather_single_coalesced"
     ) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.all_gather([([output], part) for output, part in zip(outputs, inputs, strict=True)])
-
-        return self._start(name, steps, inputs, outputs)
+        return self._start(name, self._steps.all_gather, inputs, outputs)
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.gather(outputs, inputs[0], opts.rootRank)
-
+        steps = partial(self._steps.gather, root=opts.rootRank)
         return self._start("gather", steps, inputs, outputs[0] if outputs else [], opts.rootRank)
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.scatter(outputs[0], inputs, opts.rootRank)
-
+        steps = partial(self._steps.scatter, root=opts.rootRank)
         return self._start("scatter", steps, inputs[0] if inputs else [], outputs, opts.rootRank)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.all_to_all(outputs, inputs)
-
-        return self._start("all_to_all", steps, inputs, outputs)
+        return self._start("all_to_all", self._steps.all_to_all, inputs, outputs)
 
     def all_to_all_single(
         self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], opts: Any = None
     ) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.all_to_all_single(outputs[0], inputs[0], output_splits, input_splits)
-
+        steps = partial(self._steps.all_to_all_single, output_splits=output_splits, input_splits=input_splits)
         return self._start("all_to_all_single", steps, [input], [output], detail=(input_splits, output_splits))
 
     # Point to point
 
     def send(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.send(inputs[0], peer, tag)
-
-        return self._start("send", steps, tensors, [], peer, tag)
+        return self._start("send", lambda sent, _: self._steps.send(sent[0], peer, tag), tensors, [], peer, tag)
 
     def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Operation:
         return self._receive("recv", tensors, peer, tag)
@@ -222,10 +195,8 @@ class Operations:
     recvAnysource = recv_anysource  # the name in class Backend
 
     def _receive(self, name: str, tensors: list[Tensor], peer: int, tag: int) -> Operation:
-        def steps(inputs: list[Tensor], outputs: list[Tensor]) -> Steps:
-            return self._steps.recv(outputs[0], MPI.ANY_SOURCE if peer < 0 else peer, tag)
-
-        return self._start(name, steps, [], tensors, peer, tag)
+        source = MPI.ANY_SOURCE if peer < 0 else peer
+        return self._start(name, lambda _, received: self._steps.recv(received[0], source, tag), [], tensors, peer, tag)
 
     def barrier(self, opts: Any = None) -> Operation:
         return self._begin("barrier", self._steps.barrier(), [], [])

@@ -8,9 +8,13 @@ import re
 import sys
 from pathlib import Path
 
+from pipeline.mpi.world import prefer_installed_library
+
 
 def main() -> None:
     import mpi4py
+
+    prefer_installed_library()
     from mpi4py import MPI
 
     maps = Path("/proc/self/maps")

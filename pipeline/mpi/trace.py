@@ -1,10 +1,12 @@
 """Trace of a rank: a ring buffer of its last operations that is cheap to write and read only for a report."""
 
+import functools
 import math
 import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from types import CodeType, FrameType
 from typing import Any
@@ -17,17 +19,13 @@ LAST = 256  # operations kept per rank
 POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})
 
 
-class _IsInternal(dict[str, bool]):
-    """Cache of whether a file belongs to torch or to this folder, and is skipped when a caller is looked up."""
-
-    _folders = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
-
-    def __missing__(self, file: str) -> bool:
-        self[file] = file.startswith(self._folders)
-        return self[file]
+_INTERNAL = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
 
 
-_is_internal = _IsInternal()
+@functools.cache
+def _is_internal(file: str) -> bool:
+    """Return whether a file belongs to torch or to this folder, and is skipped when a caller is looked up."""
+    return file.startswith(_INTERNAL)
 
 
 class Entry:
@@ -120,7 +118,7 @@ class GroupTrace:
         if tensors:
             entry.shape, entry.dtype = tensors[0].shape, tensors[0].dtype
         frame: FrameType | None = sys._getframe(2)  # the caller's frame
-        while frame is not None and _is_internal[frame.f_code.co_filename]:
+        while frame is not None and _is_internal(frame.f_code.co_filename):
             frame = frame.f_back
         if frame is not None:
             entry.code, entry.at = frame.f_code, frame.f_lasti
@@ -155,18 +153,14 @@ def _line(code: CodeType, at: int) -> int:
     return next((line for start, end, line in code.co_lines() if start <= at < end and line), code.co_firstlineno)
 
 
-def _stack(frame: FrameType | None) -> list[str]:
+def _stack(frame: FrameType) -> list[str]:
     """Return the calls that lead to ``frame``, innermost first."""
-    places = []
-    while frame is not None:
-        places.append(_describe(frame))
-        frame = frame.f_back
-    return places
+    return [_describe(caller) for caller, _ in traceback.walk_stack(frame)]
 
 
 def _place(frame: FrameType | None) -> str | None:
     """Return the line of user code that a thread executes; None if it executes no user code."""
-    while frame is not None and _is_internal[frame.f_code.co_filename]:
+    while frame is not None and _is_internal(frame.f_code.co_filename):
         frame = frame.f_back
     return None if frame is None else _describe(frame)
 

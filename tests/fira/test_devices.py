@@ -1,6 +1,7 @@
 """Choice of devices and precision, and the peak FLOP/s, with simulated GPUs."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,20 +25,12 @@ def current(monkeypatch) -> list[torch.device]:
 
 
 @pytest.mark.parametrize(
-    ("device", "local_devices", "local_rank", "local_size", "expected"),
-    [
-        ("auto", None, 0, 1, "cuda:0"),
-        ("cuda", None, 3, 4, "cuda:3"),
-        ("auto", None, 5, 8, "cuda:1"),
-        ("auto", "cuda:2,cuda:3", 0, 1, "cuda:2,cuda:3"),
-        ("auto", "cuda,cuda:1,cuda:2,cuda:3", 0, 2, "cuda:0,cuda:1"),
-        ("auto", "cuda,cuda:1,cuda:2,cuda:3", 1, 2, "cuda:2,cuda:3"),
-    ],
+    ("device", "local_rank", "expected"), [("auto", 0, "cuda:0"), ("cuda", 3, "cuda:3"), ("auto", 5, "cuda:1")]
 )
-def test_first_device_of_a_rank_is_the_current_one(current, device, local_devices, local_rank, local_size, expected):
-    chosen = devices.choose_devices(device, local_devices, local_rank, local_size)
+def test_device_by_local_rank_is_the_current_one(current, device, local_rank, expected):
+    chosen = devices.choose_devices(device, None, local_rank)
     assert ",".join(map(str, chosen)) == expected
-    assert current == chosen[:1]
+    assert current == chosen
 
 
 @pytest.mark.parametrize(("device", "local_devices"), [("cpu", None), ("auto", "cpu,cpu")])
@@ -47,14 +40,49 @@ def test_cpu_does_not_touch_cuda(monkeypatch, device, local_devices):
 
     for name in ("_lazy_init", "is_available", "device_count", "set_device"):
         monkeypatch.setattr(torch.cuda, name, fail)
-    assert {d.type for d in devices.choose_devices(device, local_devices, 1, 2)} == {"cpu"}
+    assert {d.type for d in devices.choose_devices(device, local_devices, 1)} == {"cpu"}
 
 
-@pytest.mark.parametrize(("names", "ranks"), [("cuda:0,cuda:1,cuda:2", 2), ("cuda:0", 2)])
-def test_devices_that_ranks_cannot_share_equally(current, names, ranks):
-    message = f"--local-devices {names}: the {ranks} ranks of a machine cannot share {len(names.split(','))} devices"
-    with pytest.raises(UserError, match=message):
-        devices.choose_devices("auto", names, 1, ranks)
+def choose_on_machine(visible: list[list[str]], names: str) -> list[str]:
+    """The physical devices that a rank uses and makes current, or its error. visible: of each rank, by index."""
+    own = visible[dist.get_rank()]
+    current: list[torch.device] = []
+    torch.cuda.device_count = lambda: len(own)
+    torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=own[index])
+    torch.cuda.set_device = current.append
+    try:
+        chosen = devices.choose_devices("auto", names, dist.get_rank())
+    except UserError as error:
+        return [str(error)]
+    assert current == chosen[:1]
+    return [own[device.index] for device in chosen]
+
+
+FOUR = ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
+THREE = "cuda:0,cuda:1,cuda:2"
+CANNOT = "--local-devices {}: the 2 ranks that see these devices cannot share {} equally; give a multiple of the"
+
+
+@pytest.mark.parametrize(
+    ("visible", "names", "expected"),
+    [
+        ([FOUR[:2]], "cuda:0,cuda:1", [["GPU-a", "GPU-b"]]),
+        ([FOUR], "cuda:2,cuda:3", [["GPU-c", "GPU-d"]]),
+        # all ranks see all devices, and divide them
+        ([FOUR, FOUR], "cuda,cuda:1,cuda:2,cuda:3", [["GPU-a", "GPU-b"], ["GPU-c", "GPU-d"]]),
+        ([FOUR[:2]] * 2, "cuda:0,cuda:1", [["GPU-a"], ["GPU-b"]]),
+        # Slurm's --gpus-per-task: each rank has its own
+        ([FOUR[:2], FOUR[2:]], "cuda:0,cuda:1", [["GPU-a", "GPU-b"], ["GPU-c", "GPU-d"]]),
+        ([FOUR[:1], FOUR[1:2]], "cuda:0", [["GPU-a"], ["GPU-b"]]),
+        # too few
+        ([FOUR[:1]], "cuda:0,cuda:1", [["--local-devices cuda:0,cuda:1: torch sees 1 CUDA device"]]),
+        ([[]], "cuda:0", [["--local-devices cuda:0: torch sees 0 CUDA devices"]]),
+        ([FOUR[:1]] * 2, "cuda:0", [[CANNOT.format("cuda:0", 1) + " number of ranks"]] * 2),
+        ([FOUR] * 2, THREE, [[CANNOT.format(THREE, 3) + " number of ranks"]] * 2),
+    ],
+)
+def test_local_devices_of_ranks_that_see_the_same_or_their_own_devices(visible, names, expected):
+    assert run_function(len(visible), __name__, "choose_on_machine", visible=visible, names=names) == expected
 
 
 def simulate_capability(monkeypatch, capability: tuple[int, int]) -> None:

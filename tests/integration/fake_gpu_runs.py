@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -30,8 +31,10 @@ from fira.models.registry import PRESETS, build
 from fira.nn import cross_entropy, kernels
 from fira.nn.context import Context, DecodingContext
 from fira.nn.kv_cache import KVCache
+from fira.optim.adamw import AdamW
 from fira.parallel import parallelize as parallelize_module
 from fira.parallel.batch_split import BatchSplit
+from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
@@ -64,24 +67,29 @@ def train(
     recompute: int = 0,
     changes: dict[str, Any] | None = None,
     logits: int = 2**27,
+    microbatches: int = 2,
+    between_machines: bool = False,
 ) -> dict[str, Any]:
-    """One step with two micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything.
+    """One step of several micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything.
 
-    The model has one block. logits: the largest number of logits that the loss computes at once.
+    The model has one block. logits: the largest number of logits that the loss computes at once. microbatches: of the
+    step and of the evaluation. between_machines: whether ranks that share experts are on several machines.
     """
     config = _config(preset, dropout, changes or {})
     device = torch.device("gpu:0")
     with ExitStack() as stack:
-        whole, mesh = _meta_model(config), _mesh(stack, Layout(*layout), device)
+        whole = _meta_model(config)
+        mesh = replace(_mesh(stack, Layout(*layout), device), ep_between_machines=between_machines)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         dtype, autocast = parameter_dtype(precision), AUTOCAST_DTYPES.get(precision)
         model = parallelize(whole, mesh, 7, [device], "1f1b", dtype, autocast, recompute)
         split = BatchSplit(SEQUENCES, mesh.layout.dp, mesh.dp_rank, config.d_model, device)
         stack.enter_context(patch.dict(cross_entropy.LOGITS, {"gpu": logits}))
         trainer = Trainer(model, mesh, split, "1f1b", 0.1, 1.0, precision == "fp16")
+        trainer.reduction = OverlappedReduction(model, mesh)  # as with NCCL
         rows = SEQUENCES * config.seq_len * _top_k(whole) // getattr(config, "num_experts", 1)  # of each expert
         step, evaluation = Recorder(repeat(rows)), Recorder(repeat(rows))
-        sequences = 2 * SEQUENCES * mesh.layout.dp
+        sequences = microbatches * SEQUENCES * mesh.layout.dp
         data = _Sequences(config.seq_len, sequences)
         with step:
             trainer.step(data, sequences, 1e-3, seed=1)  # type: ignore[arg-type]
@@ -151,6 +159,19 @@ def generate(preset: str, rows: int) -> dict[str, Any]:
         return recorder.result()
 
 
+def update() -> dict[str, int]:
+    """Kernels of an update by AdamW of parameters on two devices, each with decayed ones and others."""
+    with FakeTensorMode():
+        names = [f"{kind}{device}" for kind in ("matrix", "vector") for device in range(2)]
+        parameters = {name: torch.empty(3, device=f"gpu:{name[-1]}", requires_grad=True) for name in names}
+        for parameter in parameters.values():
+            parameter.grad = torch.empty_like(parameter)
+        with Recorder() as recorder:
+            AdamW(parameters, {"matrix0", "matrix1"}, weight_decay=0.1).step(lr=1e-3)
+        assert not recorder.reads
+        return dict(recorder.kernels)
+
+
 def mix_devices() -> None:
     with FakeTensorMode():
         torch.zeros(2, device="gpu") + torch.zeros(2)
@@ -206,6 +227,7 @@ def _main(capability: tuple[int, int], cases: list[Any]) -> list[Any]:
     set_up(capability)
     dist.Backend.backend_capability["fake"].append("gpu")
     parallelize_module._to_empty = _to_empty
+    torch.library.register_fake("c10d::allreduce_coalesced_", lambda *_: FakeWork().boxed())
     results: list[Any] = []
     for function, arguments in cases:
         try:

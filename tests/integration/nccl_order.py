@@ -2,19 +2,20 @@
 
 The engine of every rank runs with stand-ins for torch.distributed and for its stages, which record what the host does:
 
-    post       enqueue a send or a receive on the stream of its communicator, after the work that was enqueued so far
-    wait       let the compute stream wait for a send or a receive
+    post       enqueue an operation on the stream of its communicator, after the work that was enqueued so far
+    wait       let the compute stream wait for an operation
     compute    enqueue work on the compute stream
     host       the host waits for the compute stream (a value is read)
     device     the host waits for all streams of the device
     rendezvous the host waits for its compute stream and then for all other ranks
 
-`deadlocks` then executes the programs of all ranks. A communicator executes its operations first in, first out, and a
-send and its receive run together. If communicators are created at first use, the first `post` blocks the host until
-both ranks have come to theirs.
+An operation is a message between two pipeline ranks, an all-to-all over ep, or a reduction over dp or edp, which
+OverlappedReduction starts in the last backward of a stage. `deadlocks` then executes the programs of all ranks. A
+communicator executes its operations first in, first out, and an operation runs when it is the next one on all of its
+ranks. If communicators are created at first use, the first `post` blocks the host until all ranks have come to theirs.
 """
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,17 +24,29 @@ import pytest
 import torch
 from torch import Tensor
 
-import pipeline.engine
+import pipeline.engine as pipeline_engine
+from fira.parallel import overlapped_reduction
+from fira.parallel.overlapped_reduction import OverlappedReduction
+from fira.parallel.parallelize import ParamShard
 from pipeline.clock import HostClock
 from pipeline.engine import Engine, MicroBatch
+from pipeline.mesh import Layout
 from pipeline.messages import Channel, channels_of
 from pipeline.schedule import Schedule
 from tests.pipeline.toy_layers import CPU
 
 
+class Group(NamedTuple):
+    """A process group. use: the channel, for messages, or the axis of the mesh. ranks: the sender first."""
+
+    use: Channel | str
+    ranks: tuple[int, ...]
+
+
 class Operation(NamedTuple):
-    channel: Channel
-    number: int  # of the message in its channel
+    group: Group
+    number: int  # in its group
+    sizes: tuple[int, ...] = ()  # of the tensors of a reduction
 
 
 class Instruction(NamedTuple):
@@ -41,7 +54,18 @@ class Instruction(NamedTuple):
     operation: Operation | None = None
 
 
-Program = list[Instruction]
+class Program(list[Instruction]):
+    """What one rank does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.posted: Counter[Group] = Counter()
+
+    def post(self, group: Group, sizes: tuple[int, ...] = ()) -> "_Work":
+        operation = Operation(group, self.posted[group], sizes)
+        self.posted[group] += 1
+        self.append(Instruction("post", operation))
+        return _Work(self, operation)
 
 
 class _Work:
@@ -55,30 +79,68 @@ class _Work:
         return False
 
 
+class _Layer:
+    """A layer that records its work, with one replicated parameter and one of its experts.
+
+    reads: whether the host reads a value of every layer, as with counts of rows. experts: the group over ep.
+    """
+
+    def __init__(self, program: Program, reads: bool, experts: Group, size: int) -> None:
+        self.program, self.reads, self.experts = program, reads, experts
+        self.parameters = [torch.zeros(size, requires_grad=True), torch.zeros(size, requires_grad=True)]
+
+    def compute(self, exchange: bool = False) -> None:
+        self.program.append(Instruction("compute"))
+        if exchange and len(self.experts.ranks) > 1:
+            self.program.post(self.experts).wait()
+        self.program += [Instruction("host")] * self.reads
+
+    def accumulate(self) -> None:
+        for parameter in self.parameters:
+            parameter.sum().backward()
+
+
 class _Stage:
-    """A stage that records its work. reads: whether the host reads a value of every action, as with counts of rows."""
+    """A stage that records the work of its layers."""
 
     input_device = CPU
 
-    def __init__(self, program: Program, reads: bool) -> None:
-        self.record = [Instruction("compute"), *[Instruction("host")] * reads]
-        self.program = program
+    def __init__(self, layers: list[_Layer]) -> None:
+        self.layers = layers
 
     def forward(self, i: int, x: Tensor, context: Any) -> Tensor:
-        self.program += self.record
+        for layer in self.layers:
+            layer.compute(exchange=True)
         return torch.zeros(1, requires_grad=True) + 0
 
     def backward(self, i: int, gradient: Tensor) -> Tensor:
-        self.program += self.record
+        for layer in reversed(self.layers):
+            layer.compute(exchange=True)
+            layer.accumulate()
         return torch.zeros(1)
 
-    backward_input = backward
+    def backward_input(self, i: int, gradient: Tensor) -> Tensor:
+        for layer in reversed(self.layers):
+            layer.compute(exchange=True)
+        return torch.zeros(1)
 
     def backward_weight(self, i: int) -> None:
-        self.program += self.record
+        for layer in reversed(self.layers):
+            layer.compute()
+            layer.accumulate()
 
     def clear(self) -> None:
         pass
+
+
+class _ReductionGroup:
+    """A process group that records its reductions."""
+
+    def __init__(self, program: Program, group: Group) -> None:
+        self.program, self.group = program, group
+
+    def allreduce_coalesced(self, tensors: list[Tensor]) -> _Work:
+        return self.program.post(self.group, tuple(map(len, tensors)))
 
 
 class _DeviceClock(HostClock):
@@ -92,35 +154,66 @@ class _DeviceClock(HostClock):
         return 0.0
 
 
-def record(schedules: Sequence[Schedule], rank: int, reads: bool, device_clock: bool = False) -> Program:
-    """The program of a rank that runs the schedules one after another, with a rendezvous after each."""
-    program: Program = []
-    posted: dict[Channel, int] = defaultdict(int)
+def record(
+    schedules: Sequence[Schedule],
+    rank: int,
+    reads: bool,
+    device_clock: bool = False,
+    layout: Layout | None = None,
+    layers: int = 1,
+    reduction: type[OverlappedReduction] = OverlappedReduction,
+) -> Program:
+    """The program of a rank that runs the schedules one after another, with a rendezvous after each.
 
-    def post(tensor: Tensor, group: Channel, **_: Any) -> _Work:
-        operation = Operation(group, posted[group])
-        posted[group] += 1
-        program.append(Instruction("post", operation))
-        return _Work(program, operation)
-
+    layout: by default a pipeline without replicas. layers: of each stage.
+    """
+    program = Program()
     placement = schedules[0].placement
-    stages: Any = {s: _Stage(program, reads) for s, r in enumerate(placement) if r == rank}
-    channels: Any = {channel: channel for channel in channels_of(placement, rank)}
-    engine = Engine(stages, lambda y, _: (y.sum(), y.sum()), rank, channels)
+    layout = layout or Layout(max(placement) + 1)
+    pipeline = layout.group("pp", rank)
+    place = pipeline.index(rank)
+    groups = {axis: Group(axis, tuple(layout.group(axis, rank))) for axis in ("dp", "edp", "ep")}
+    ranges = [range(stage * layers, (stage + 1) * layers) for stage in range(len(placement))]
+    stages: Any = {
+        s: _Stage([_Layer(program, reads, groups["ep"], i + 1) for i in ranges[s]])
+        for s, owner in enumerate(placement)
+        if owner == place
+    }
+    channels: Any = {c: Group(c, (pipeline[c.source], pipeline[c.destination])) for c in channels_of(placement, place)}
+    engine = Engine(stages, lambda y, _: (y.sum(), y.sum()), place, channels)
     if device_clock:
         engine.clock = _DeviceClock(program)
+    model: Any = SimpleNamespace(
+        stages=ranges,
+        tied=None,
+        shards=[
+            ParamShard(f"layers.{i}.w", parameter, 0, (i + 1,), expert)
+            for s in stages
+            for i, layer in zip(ranges[s], stages[s].layers, strict=True)
+            for expert, parameter in enumerate(layer.parameters)
+        ],
+    )
+    mesh: Any = SimpleNamespace(
+        groups={axis: _ReductionGroup(program, groups[axis]) for axis in ("dp", "edp")}, ep_groups=[None]
+    )
     with pytest.MonkeyPatch.context() as patch:
+        post = lambda tensor, group, **_: program.post(group)  # noqa: E731
         network = SimpleNamespace(isend=post, irecv=post, get_rank=lambda group: 0, Work=_Work)
-        patch.setattr(pipeline.engine, "dist", network)
+        patch.setattr(pipeline_engine, "dist", network)
+        size = SimpleNamespace(get_world_size=lambda group: len(group.group.ranks))
+        patch.setattr(overlapped_reduction, "dist", size)
+        overlapped = reduction(model, mesh)
         for schedule in schedules:
-            engine.run(schedule, [MicroBatch(torch.zeros(1), torch.Size([1]))] * schedule.microbatches)
+            microbatches = [MicroBatch(torch.zeros(1), torch.Size([1]))] * schedule.microbatches
+            engine.run(schedule, microbatches, overlapped.stage)
+            overlapped.finish()
             program.append(Instruction("rendezvous"))
     return program
 
 
-def own_communicator(channel: Channel) -> Hashable:
-    """A communicator per channel."""
-    return channel
+def own_communicator(group: Group) -> Hashable:
+    """A communicator per process group."""
+    return group
 
 
 class _Rank:
@@ -128,7 +221,7 @@ class _Rank:
         self.number, self.program, self.position = number, program, 0
         self.compute: deque[Instruction] = deque()  # the compute stream
         self.enqueued = self.finished = 0  # instructions of the compute stream
-        self.communicators: dict[Hashable, deque[tuple[Operation, int]]] = defaultdict(deque)
+        self.communicators: dict[Hashable, list[tuple[Operation, int]]] = defaultdict(list)
 
     @property
     def instruction(self) -> Instruction | None:
@@ -137,10 +230,10 @@ class _Rank:
 
 def deadlocks(
     programs: Sequence[Program],
-    communicator: Callable[[Channel], Hashable] = own_communicator,
+    communicator: Callable[[Group], Hashable] = own_communicator,
     created_at_first_use: bool = False,
 ) -> bool:
-    """Whether the ranks do not come to the end of their programs. communicator: that of a channel."""
+    """Whether the ranks do not come to the end of their programs. communicator: that of a process group."""
     ranks = [_Rank(number, program) for number, program in enumerate(programs)]
     arrived: dict[Hashable, set[int]] = defaultdict(set)  # ranks at the creation of a communicator
     done: set[Operation] = set()
@@ -153,9 +246,9 @@ def deadlocks(
             idle = not rank.compute
             if kind == "post":
                 assert operation is not None
-                key = communicator(operation.channel)
+                key = communicator(operation.group)
                 arrived[key].add(rank.number)
-                if created_at_first_use and not set(operation.channel[1:]) <= arrived[key]:
+                if created_at_first_use and not set(operation.group.ranks) <= arrived[key]:
                     break
                 rank.communicators[key].append((operation, rank.enqueued))
             elif kind in ("wait", "compute"):
@@ -177,18 +270,19 @@ def deadlocks(
         return rank.finished > start
 
     def transfer(rank: _Rank) -> bool:
-        """Execute the sends at the head of this rank's communicators whose receives are at the head of the other's."""
+        """Execute the operations at the head of this rank's communicators that are at the head on all their ranks."""
         moved = False
         for key, queue in rank.communicators.items():
-            while queue and queue[0][0].channel.source == rank.number:
-                operation, work_before = queue[0]
-                other = ranks[operation.channel.destination]
-                receives = other.communicators[key]
-                ready = receives and receives[0][0] == operation and other.finished >= receives[0][1]
-                if not ready or rank.finished < work_before:
+            while queue and queue[0][0].group.ranks[0] == rank.number:
+                operation, _ = queue[0]
+                members = [ranks[number] for number in operation.group.ranks]
+                heads = [member.communicators[key][:1] for member in members]
+                if not all(head and head[0][0] == operation for head in heads):
                     break
-                queue.popleft()
-                receives.popleft()
+                if any(member.finished < head[0][1] for member, head in zip(members, heads, strict=True)):
+                    break
+                for member in members:
+                    del member.communicators[key][0]
                 done.add(operation)
                 moved = True
         return moved

@@ -21,6 +21,9 @@ KERNELS = {
     "blues": (377, 288),
     "microrwkv": (686, 671),
 }
+# Kernels and casts of a step of fira-base with one block in bf16, without dropout, for 2 and 4 micro-batches. If every
+# micro-batch cast the seven matrices and converted their gradients, it would be 606 and 95, and 1,170 and 189.
+STEP = {2: (593, 82), 4: (1131, 150)}
 # The places at which the host waits in a training step, in an evaluation and in generation, as in docs/architecture.md
 SUMS = "fira/training/trainer.py: all_reduce"  # the results of a step
 SIZES = "fira/nn/moe/grouped_linear.py: sizes"  # without a grouped kernel, once per MoE layer and micro-batch
@@ -36,9 +39,12 @@ LONG = {"changes": {"seq_len": 512}}  # 1,024 tokens per micro-batch, in blocks 
 QUICK: dict[str, Any] = {
     "mix": ["mix_devices", {}],
     "read": ["read_value", {}],
+    "update": ["update", {}],
     "bf16": ["train", {"preset": "fira-tiny"}],
     "fp32": ["train", {"preset": "fira-tiny", "precision": "fp32"}],
+    **{f"step of {n}": ["train", {"preset": "fira-base", "dropout": False, "microbatches": n}] for n in (2, 4)},
     "experts": ["train", {"preset": "fira-tiny", **EXPERTS}],
+    "experts in parts": ["train", {"preset": "fira-tiny", **EXPERTS, "between_machines": True}],
     "decode": ["decode", {"preset": "fira-base", "precision": "bf16"}],
     "decode rwkv": ["decode", {"preset": "microrwkv-tiny", "precision": "bf16"}],
     "generate": ["generate", {"preset": "fira-tiny", "rows": 2}],
@@ -100,20 +106,21 @@ def check_waits(function: str, arguments: dict[str, Any], result: dict[str, Any]
     """Compare the waits of a case with the documented ones. grouped: whether bf16 has a kernel for grouped products."""
     assert "error" not in result, f"{arguments}: {result}"
     grouped = grouped and arguments.get("precision", "bf16") == "bf16"
+    microbatches = arguments.get("microbatches", MICROBATCHES)
     if function == "train":
         step, evaluation, passes = result["step"], result["evaluation"], 1 + ("recompute" in arguments)
-        assert step["reads"] == layer_reads(arguments, grouped, MICROBATCHES, passes), arguments
+        assert step["reads"] == layer_reads(arguments, grouped, microbatches, passes), arguments
         assert step["downloads"] == {SUMS: 1}, arguments
         assert {"_foreach_mul_", "_fused_adamw_"} <= set(step["kernels"]), arguments  # clipping and the update
-        batch = {EVALUATE: 1 + MICROBATCHES}
-        assert evaluation["reads"] == layer_reads(arguments, grouped, MICROBATCHES, 1) | batch, arguments
+        batch = {EVALUATE: 1 + microbatches}
+        assert evaluation["reads"] == layer_reads(arguments, grouped, microbatches, 1) | batch, arguments
         assert not evaluation["downloads"], arguments
         for part in (step, evaluation):
             assert not part["uploads"], arguments
         # lengths and targets; in training keys and the weights of the auxiliary losses as well
-        copies = {TOKENS: MICROBATCHES, CONTEXT: 2 * MICROBATCHES}
+        copies = {TOKENS: microbatches, CONTEXT: 2 * microbatches}
         assert evaluation["asynchronous"] == copies, arguments
-        assert step["asynchronous"] == copies | {CONTEXT: 4 * MICROBATCHES, EXTRA: 1}, arguments
+        assert step["asynchronous"] == copies | {CONTEXT: 4 * microbatches, EXTRA: 1}, arguments
     elif function == "decode":
         assert result["reads"] == layer_reads(arguments, grouped, 3, 1), arguments  # three calls of the model
         assert not result["uploads"], arguments
@@ -129,9 +136,22 @@ def test_device_detects_mixed_devices_and_reads():
     assert "DataDependentOutputException" in quick()["read"]["error"]
 
 
+def test_optimizer_updates_the_parameters_of_each_device_separately():
+    """One kernel for each device and value of the weight decay; it reads no value of the device."""
+    assert quick()["update"]["_fused_adamw_"] == 4
+
+
 @pytest.mark.parametrize("name", [name for name, case in QUICK.items() if case[0] in ("train", "decode", "generate")])
 def test_host_waits_only_where_documented(name):
     check_waits(*QUICK[name], quick()[name])
+
+
+@pytest.mark.parametrize("microbatches", STEP)
+def test_kernels_of_a_step(microbatches):
+    result = quick()[f"step of {microbatches}"]
+    assert "error" not in result, result
+    counts = result["step"]["kernels"]
+    assert (sum(counts.values()), counts["_to_copy"]) == STEP[microbatches], counts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,6 +159,12 @@ def test_kernels_of_a_block(family):
     for name, expected in zip((family, f"{family} fused"), KERNELS[family], strict=True):
         counts = quick()[name]
         assert sum(counts.values()) == expected, f"{name}: {sum(counts.values())} kernels, by operator: {counts}"
+
+
+def test_kernels_of_an_exchange_in_two_parts():
+    """The kernels that are added to a layer; half of them are dropout without the fused kernel."""
+    one, two = (sum(quick()[name]["step"]["kernels"].values()) for name in ("experts", "experts in parts"))
+    assert two - one == MICROBATCHES * 88
 
 
 @pytest.mark.slow

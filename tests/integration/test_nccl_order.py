@@ -1,24 +1,26 @@
 """No schedule deadlocks under NCCL's ordering rules, and the simulator finds the deadlocks of other designs."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from pipeline.messages import Channel
+from fira.parallel.overlapped_reduction import OverlappedReduction
+from pipeline.mesh import Layout
 from pipeline.schedule import SCHEDULES, forward_only
-from tests.integration.nccl_order import deadlocks, record
+from tests.integration.nccl_order import Group, deadlocks, record
 
 MICROBATCHES = range(1, 17)
 
 
-def pair(channel: Channel) -> Hashable:
+def pair(group: Group) -> Hashable:
     """What torch.distributed does with a process group of all ranks: a communicator per pair, for both ways."""
-    return channel.direction, *sorted((channel.source, channel.destination))
+    return group.use.direction, *sorted(group.ranks)
 
 
-def whole_pipeline(channel: Channel) -> Hashable:
+def whole_pipeline(group: Group) -> Hashable:
     """A communicator of all ranks for each direction, which is what `device_id` of init_process_group leads to."""
-    return channel.direction
+    return group.use.direction
 
 
 def programs(name: str, ranks: int, microbatches: int, reads: bool = False, device_clock: bool = False):
@@ -26,6 +28,23 @@ def programs(name: str, ranks: int, microbatches: int, reads: bool = False, devi
     step = SCHEDULES[name].builder(ranks, microbatches)
     evaluation = forward_only(step.placement, microbatches)
     return [record([step, evaluation, step], rank, reads, device_clock) for rank in range(ranks)]
+
+
+def replicated_programs(name: str, layout: Layout, microbatches: int, reductions=(OverlappedReduction,)):
+    """The same with replicas, experts on several ranks, and reductions. reductions: by rank, repeated."""
+    step = SCHEDULES[name].builder(layout.pp, microbatches)
+    evaluation = forward_only(step.placement, microbatches)
+    return [
+        record(
+            [step, evaluation, step],
+            rank,
+            reads=True,
+            layout=layout,
+            layers=3,
+            reduction=reductions[rank % len(reductions)],
+        )
+        for rank in range(layout.world)
+    ]
 
 
 @pytest.mark.parametrize("reads", [False, True])
@@ -46,6 +65,48 @@ def test_one_communicator_for_both_ways_deadlocks():
 
 def test_one_communicator_for_all_ranks_deadlocks():
     assert deadlocks(programs("1f1b", 4, 8), whole_pipeline)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(1, 2, 1),
+        Layout(2, 2, 2),
+        *(pytest.param(Layout(*sizes), marks=pytest.mark.slow) for sizes in ((2, 4, 2), (4, 2, 1), (4, 4, 2))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_deadlock_with_reductions_during_the_backward(name, layout):
+    for microbatches in (1, 2, 3, 8):
+        programs = replicated_programs(name, layout, microbatches)
+        assert not deadlocks(programs)
+        step = programs[0][: [instruction.kind for instruction in programs[0]].index("rendezvous")]
+        reductions = [
+            i.operation.group.use for i in step if i.kind == "post" and i.operation.group.use in ("dp", "edp")
+        ]
+        layers = 3 * SCHEDULES[name].stages_per_rank
+        assert reductions.count("dp") == layers
+        assert reductions.count("edp") == (layers if layout.dp > layout.ep else 0)
+        # The reduction of the upper layer starts before the end of the last backward.
+        first = next(place for place, i in enumerate(step) if i.kind == "post" and i.operation.group.use == "dp")
+        assert "compute" in [instruction.kind for instruction in step[first:]]
+
+
+class Ascending(OverlappedReduction):
+    """Starts the layers of a stage in ascending order."""
+
+    @contextmanager
+    def stage(self, number: int) -> Iterator[None]:
+        yield
+        for layer in self._stages[number]:
+            self._start_layer(layer)
+
+
+def test_different_orders_of_reductions_on_two_replicas_deadlock():
+    programs = replicated_programs("1f1b", Layout(2, 2, 1), 4, (OverlappedReduction, Ascending))
+    assert deadlocks(programs)
+    assert not deadlocks(replicated_programs("1f1b", Layout(2, 2, 1), 4))
 
 
 def test_waiting_for_the_device_between_actions_deadlocks():

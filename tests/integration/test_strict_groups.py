@@ -11,12 +11,14 @@ import pytest
 from pipeline.schedule import SCHEDULES
 from tests.launch import run_function
 
-SETTINGS: dict[str, Any] = {"dropout": 0.1, "steps": 2, "layers": 6, "observe": True}
+SETTINGS: dict[str, Any] = {"dropout": 0.1, "steps": 2, "layers": 6, "observe": True, "overlapped": True}
 CASES = [
     {"layout": layout, "schedule": schedule, **SETTINGS}
     for layout in ([2, 1, 1], [4, 1, 1], [2, 2, 2])
     for schedule in SCHEDULES
 ]
+CASES += [{"layout": [1, 2, ep], "schedule": schedule, **SETTINGS} for ep, schedule in ((1, "1f1b"), (2, "zb-v"))]
+CASES += [{"layout": [pp, 2, 2], "schedule": "zb-h1", "parts": 2, **SETTINGS} for pp in (1, 2)]
 
 pytestmark = pytest.mark.timeout(420)  # the first test of a number of ranks waits for all their cases
 

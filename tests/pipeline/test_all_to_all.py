@@ -12,7 +12,3 @@ def test_rows_and_gradients(sizes):
     for rank, result in enumerate(results):
         assert result["received"] == [[source, rank, i] for source in ranks for i in range(sizes[source][rank])]
         assert result["grad"] == [[c * (1 + to) for c in (1, 2, 3)] for to in ranks for _ in range(sizes[rank][to])]
-
-
-def test_gradient_is_differentiable():
-    assert run_function(2, "tests.ranks.all_to_all_ranks", "second_derivative") == [2.0, 2.0]

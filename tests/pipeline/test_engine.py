@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -231,6 +232,27 @@ def test_completed_sends_are_released():
         engine = Engine({1: Stage(DeviceLayers(layers), CPU)}, objective, 1, groups_of((0, 1), 1))
         engine.run(SCHEDULES["1f1b"].builder(2, MICROBATCHES), batches)
     assert waited == [1, 3, 4]
+
+
+def test_buffers_are_kept_until_their_messages_are_complete():
+    """A device may still read what is sent and write what is received after the call has returned."""
+    layers, batches = make()
+    network, running = Network(), set()
+
+    def start(tensor: Tensor) -> Work:
+        assert all(buffer() is not None for buffer in running), "a buffer was freed too early"
+        buffer = weakref.ref(tensor)
+        running.add(buffer)
+        return Work(lambda: (buffer(), running.remove(buffer))[0])
+
+    network.isend = lambda tensor, *_, **__: start(tensor)  # type: ignore[method-assign, assignment]
+    network.irecv = lambda buffer, *_, **__: start(buffer.zero_())  # type: ignore[method-assign, assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.engine, "dist", network.dist())
+        for rank in range(2):
+            engine = Engine({rank: Stage(DeviceLayers(layers), CPU)}, objective, rank, groups_of((0, 1), rank))
+            engine.run(SCHEDULES["1f1b"].builder(2, MICROBATCHES), batches)
+    assert running == set()
 
 
 @pytest.mark.parametrize("number", [4, 6])

@@ -1,8 +1,12 @@
 """The axes of the mesh."""
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from pipeline.mesh import Layout, Mesh
+import pipeline.mesh
+from pipeline.mesh import Layout, Mesh, make_mesh
+from pipeline.mpi import cuda_transport
 
 
 def test_groups_of_every_axis():
@@ -34,3 +38,17 @@ def test_coordinates_of_every_rank():
 def test_invalid_layout_raises(sizes):
     with pytest.raises(ValueError, match="each must be at least 1, and ep must divide dp"):
         Layout(*sizes)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_whether_gpus_of_several_machines_share_experts(monkeypatch, rank):
+    """Ranks 0 and 1 are on one machine, 2 and 3 on another."""
+    monkeypatch.setattr(cuda_transport, "cuda_backend", lambda devices: "nccl")
+    monkeypatch.setattr(cuda_transport, "machines", lambda: ["a", "a", "b", "b"])
+    monkeypatch.setattr(pipeline.mesh, "_connect", lambda mesh, devices: None)
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **_: ranks)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    meshes = {ep: make_mesh(Layout(1, 4, ep), [0], [torch.device("cuda")]) for ep in (1, 2, 4)}
+    assert {ep: mesh.ep_between_machines for ep, mesh in meshes.items()} == {1: False, 2: False, 4: True}
+    assert not make_mesh(Layout(1, 4, 4), [0]).ep_between_machines

@@ -1,9 +1,15 @@
-"""Functions that each rank of the all-to-all tests runs."""
+"""What each rank of the all-to-all tests runs."""
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from pipeline.all_to_all import all_to_all
+from pipeline.all_to_all import AllToAll
+
+
+def all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    exchange = AllToAll(send, receive, group)
+    return exchange.wait(exchange.start(x))
 
 
 def exchange(sizes: list[list[int]]) -> dict[str, list[list[float]]]:
@@ -19,12 +25,3 @@ def exchange(sizes: list[list[int]]) -> dict[str, list[list[float]]]:
     (out * (1 + rank) * torch.arange(1, 4)).sum().backward()
     assert x.grad is not None
     return {"received": out.tolist(), "grad": x.grad.tolist()}
-
-
-def second_derivative() -> float:
-    """Return d²/dx² at x = 3 of the square of x sent to the other of two ranks."""
-    x = torch.tensor([[3.0]], requires_grad=True)
-    send, receive = ([0, 1], [0, 1]) if dist.get_rank() == 0 else ([1, 0], [1, 0])
-    y = all_to_all(x, send, receive, dist.new_group()) ** 2
-    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    return float(torch.autograd.grad(grad.sum(), x)[0])

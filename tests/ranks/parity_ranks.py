@@ -11,6 +11,8 @@ from fira.models.language_model import LanguageModel
 from fira.models.registry import build, from_document
 from fira.optim.lr_schedule import learning_rate
 from fira.parallel.batch_split import BatchSplit
+from fira.parallel.expert_parallel import AllToAllDispatcher
+from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
@@ -48,15 +50,18 @@ def train(
     dtype: str = "float32",
     devices: int = 1,
     recompute: int = 0,
+    compiler: str | None = None,
     layers: int = 4,
     d_ff: int = 20,
     model: dict[str, Any] | None = None,
     observe: bool = False,
+    parts: int = 1,
+    overlapped: bool = False,
 ) -> dict[str, Any]:
     """Train a model on one layout.
 
     model: the document of a config; by default a small fira. observe: also evaluate after each step, and trace all
-    steps.
+    steps. parts: of the experts' exchange. overlapped: reduce gradients during the backward.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the sum of each
     of this rank's replicated weights; with `observe`, the validation losses and the numbers of traced actions as well.
@@ -76,11 +81,17 @@ def train(
         config = from_document(model)
     local_devices = [CPU] * devices
     mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), local_devices)
+    parameter_dtype = getattr(torch, dtype)
     built = parallelize(
-        meta_model(config), mesh, 7, local_devices, schedule, getattr(torch, dtype), recompute=recompute
+        meta_model(config), mesh, 7, local_devices, schedule, parameter_dtype, recompute=recompute, compiler=compiler
     )
+    for module in built.moe:
+        if isinstance(module.dispatcher, AllToAllDispatcher):
+            module.dispatcher.parts = parts
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
+    if overlapped:
+        trainer.reduction = OverlappedReduction(built, mesh)
     loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
     results, validation, traced = [], [], []
     for step in range(1, steps + 1):

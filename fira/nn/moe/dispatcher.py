@@ -4,9 +4,10 @@ Shapes: N tokens, k experts per token, n rows for the experts of this rank (here
 
     rows of tokens [N, d] ── dispatch ─→ [n, d], sorted by expert ── experts ─→ [n, h] ── combine ─→ [N·k, h]
 
-`fira.parallel.expert_parallel` has the dispatcher with the same three methods for experts on several ranks.
+`fira.parallel.expert_parallel` has the dispatcher with the same two methods for experts on several ranks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from fira.nn.moe.grouped_linear import RowGroups
 from fira.nn.moe.permutation import count_by_expert, gather_rows, sort_by_expert
+
+# Rows [n, d] sorted by expert, the numbers of rows of each expert, keys [n] for dropout → outputs [n, h]
+RunExperts = Callable[[Tensor, RowGroups, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,11 @@ class TokenDispatcher:
         counts = count_by_expert(flat, num_experts + 1)[:num_experts]
         return DispatchPlan(*sort_by_expert(flat), RowGroups(counts, ragged=dropped))
 
-    def dispatch(self, rows: Tensor, plan: DispatchPlan, copies: int = 1) -> Tensor:
-        """[N·k / copies, …] → [n, …], sorted by expert; copies = k: one row per token, for all its experts."""
-        return gather_rows(rows, plan.order, plan.inverse, copies)
+    def run(self, tokens: Tensor, keys: Tensor | None, plan: DispatchPlan, top_k: int, experts: RunExperts) -> Tensor:
+        """Dispatch tokens [N, d] and keys [N·k], run the experts, and combine their outputs.
 
-    def combine(self, rows: Tensor, plan: DispatchPlan) -> Tensor:
-        """Outputs [n, …] of this rank's experts → those of all experts [N·k, …] in `plan.order`; zero for no expert."""
-        return rows
+        Returns [N·k, h] in `plan.order`; the rows of assignments to no expert are zero.
+        """
+        if keys is not None:
+            keys = gather_rows(keys, plan.order, plan.inverse)
+        return experts(gather_rows(tokens, plan.order, plan.inverse, top_k), plan.groups, keys)

@@ -84,16 +84,15 @@ class MoE(nn.Module):
             chosen = experts.unflatten(0, x.shape[:2])
             accepted = within_capacity(chosen, context.valid(x), self.num_experts, self.capacity_factor)
             experts = experts.where(accepted.flatten(0, 1), self.num_experts)
-        # 2. Dispatch: bring the rows, and their dropout keys, to the experts.
+        # 2. Plan: the order of the assignments by expert, and how many rows each expert gets.
         plan = self.dispatcher.plan(experts, self.num_experts, dropped=accepted is not None)
         if flat_keys is not None:  # the dropout mask of a token differs between its experts
-            flat_keys = self.dispatcher.dispatch((flat_keys[:, None] + experts.to(torch.int32)).flatten(), plan)
-        # The experts' first product would cast the rows. Casting them here halves what the ranks exchange.
-        rows = self.dispatcher.dispatch(tokens.to(product_dtype(tokens)), plan, experts.shape[1])
-        # 3. Experts.
-        rows = self.experts(rows, plan.groups, flat_keys)
-        # 4. Combine: bring the outputs back and add those of each token by their weights.
-        outputs = self.norm(self.dispatcher.combine(rows, plan))
+            flat_keys = (flat_keys[:, None] + experts.to(torch.int32)).flatten()
+        # 3. Dispatch the rows to the experts, run these, and bring their outputs back. The experts' first product would
+        # cast the rows; casting them here halves what the ranks exchange.
+        tokens = tokens.to(product_dtype(tokens))
+        outputs = self.norm(self.dispatcher.run(tokens, flat_keys, plan, experts.shape[1], self.experts))
+        # 4. Combine: add the outputs of each token by their weights.
         y = weighted_sum(outputs, routed.weights, plan.order, plan.inverse).view(*x.shape[:2], -1)
         if context.training.aux_weights is None:
             return y

@@ -35,6 +35,7 @@ class Router(nn.Module):
     top_k: number of experts per token, or a fraction of E.
     """
 
+    compilable = ("forward",)
     balance: Tensor  # [E], the bias
 
     def __init__(
@@ -55,7 +56,7 @@ class Router(nn.Module):
         self.temperature = temperature
         self.renormalise = renormalise
         self.noise = noise
-        self.salt = salt(name)
+        self.salt: int | Tensor = salt(name)
         self.balance_rate = balance_rate
         if balance_rate:
             self.register_buffer("balance", torch.zeros(num_experts))

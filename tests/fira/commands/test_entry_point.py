@@ -7,15 +7,15 @@ from importlib import import_module
 import pytest
 
 from fira.cli import command_words
-from fira.commands.entry_point import COMMANDS, run_command
+from fira.commands.entry_point import COMMANDS, first_line, run_command
 from fira.errors import UserError
 from tests.launch import ROOT, run_ranks
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_has_a_module_with_the_listed_description(name):
+def test_each_command_has_a_module_whose_docstring_begins_with_its_description(name):
     module = import_module(f"fira.commands.{name}")
-    assert module.__doc__.splitlines()[0].startswith(COMMANDS[name])
+    assert module.__doc__.splitlines()[0] == first_line(name)
     assert callable(module.main)
 
 

@@ -46,14 +46,6 @@ def test_sequence_is_a_function_of_number_and_seed(tmp_path) -> None:
     assert not np.array_equal(Loader(tokens, 10, seed=8).batch(0, 10)[0], in_order[:10])
 
 
-def test_state_of_a_loader_is_the_number_of_consumed_sequences(tmp_path) -> None:
-    saved, resumed = (Loader(packed(tmp_path, 101), 10, seed=3) for _ in range(2))
-    assert saved.state_dict() == {"consumed": 0}
-    saved.consumed = 7
-    resumed.load_state_dict(saved.state_dict())
-    assert resumed.consumed == 7
-
-
 def test_windows_use_all_tokens_that_have_a_target(tmp_path) -> None:
     for count, windows in ((11, 1), (20, 1), (21, 2), (22, 2)):
         assert Loader(packed(tmp_path, count), 10, seed=0).windows == windows

@@ -59,13 +59,6 @@ def test_mixture_of_one_source_equals_its_loader(loaders: list[Loader]) -> None:
     np.testing.assert_array_equal(Mixture(loaders[:1], [1.0]).batch(995, 20)[0], loaders[0].batch(995, 20)[0])
 
 
-def test_mixture_saves_and_restores_the_consumed_sequences(loaders: list[Loader]) -> None:
-    mixture = Mixture(loaders, WEIGHTS)
-    assert mixture.state_dict() == {"consumed": 0}
-    mixture.load_state_dict({"consumed": 12})
-    assert mixture.consumed == 12
-
-
 def test_joined_validation_concatenates_its_sources(tmp_path) -> None:
     parts = [
         ValidationSequences(packed(tmp_path / name, count), 10) for name, count in (("a", 31), ("b", 15), ("c", 2))

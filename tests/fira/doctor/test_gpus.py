@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fira.devices import auto_precision
+from fira.doctor import gpus
 from fira.doctor.device_probe import DeviceFacts, Gpu
 from fira.doctor.finding import Finding, Level
 from fira.doctor.gpus import device_findings, find_devices
@@ -119,8 +120,11 @@ def test_torch_that_fails_or_hangs_makes_training_impossible():
     assert (finding.level, finding.text) == (Level.FATAL, "torch has not answered within 120 s")
 
 
-def test_facts_survive_json():
-    assert DeviceFacts.from_json(json.dumps(asdict(TWO_T4))) == TWO_T4
+def test_facts_that_a_program_prints(monkeypatch):
+    output = f"a warning\n{json.dumps(asdict(TWO_T4))}\n"
+    monkeypatch.setattr(gpus, "run_limited", lambda *_: replace(DONE, output=output))
+    facts, outcome = find_devices()
+    assert device_findings(facts, outcome) == device_findings(TWO_T4, DONE)
 
 
 def test_facts_of_this_machine():

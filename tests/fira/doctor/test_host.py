@@ -5,9 +5,11 @@ import re
 import shutil
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fira.doctor import host
 from fira.doctor.finding import Level
 from fira.doctor.host import (
     GB,
@@ -21,7 +23,6 @@ from fira.doctor.host import (
     packages_finding,
     read_cores,
     shared_memory_finding,
-    space_finding,
 )
 from tests.launch import ROOT
 
@@ -100,11 +101,14 @@ def test_shared_memory_matters_for_several_gpus():
     assert "--shm-size=1g" in finding.remedy
 
 
-def test_little_disk(tmp_path: Path):
-    finding = space_finding("run folders", tmp_path, 0.3 * GB, "--out")
+def test_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    free = {"free": 0.3 * GB}
+    monkeypatch.setattr(host.shutil, "disk_usage", lambda folder: SimpleNamespace(**free))
+    finding = folder_finding("run folders", tmp_path, "--out")
     assert (finding.level, finding.text) == (Level.PROBLEM, f"0.3 GB free in {tmp_path}")
     assert finding.remedy == "free 5 GB, or choose a folder on another disk with --out"
-    assert space_finding("run folders", tmp_path, 6 * GB, "--out").level is Level.OK
+    free["free"] = 6 * GB
+    assert folder_finding("run folders", tmp_path, "--out").level is Level.OK
 
 
 def test_a_folder_that_does_not_exist_yet_is_judged_by_its_parent(tmp_path: Path):

@@ -52,7 +52,7 @@ def reports(*pairs: tuple[int, int]) -> Outcome:
     ],
 )
 def test_names_of_implementations(text, name):
-    assert implementation(text) == name
+    assert implementation(Launcher("mpirun", text)) == name
 
 
 def test_library_and_mpirun_of_this_environment_belong_together(monkeypatch):

@@ -60,7 +60,7 @@ def test_recurrence_continues_from_a_returned_state() -> None:
 def test_time_mix_in_bf16_is_close_to_fp32() -> None:
     """A thousand tokens, with decays from almost 1 to almost 0."""
     torch.manual_seed(0)
-    mix = TimeMix(16, 4, 1, 2)
+    mix = TimeMix(16, 4, 1, 2, "time_mix")
     with torch.no_grad():
         for name, parameter in mix.named_parameters():
             parameter.normal_(std=0.3) if "weight" in name else parameter.uniform_(0, 1)

@@ -1,6 +1,7 @@
 """The exchange of tokens between ranks with experts: against loops over tokens, and the bytes that are sent."""
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from fira.nn.moe import layer
 from fira.nn.moe.experts import Experts
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
-from fira.parallel import expert_parallel
 from fira.parallel.expert_parallel import AllToAllDispatcher
+from pipeline.split_backward import SplitBackward
 from tests.launch import run_function
 
 RANKS, EXPERTS = 3, 6
@@ -41,9 +42,15 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def results() -> list[list[dict[str, Any]]]:
-    """By rank and case."""
+def both_results() -> list[list[list[dict[str, Any]]]]:
+    """By rank, number of parts and case."""
     return run_function(RANKS, "tests.ranks.dispatch_ranks", "exchange", cases=CASES)
+
+
+@pytest.fixture(params=[1, 2], ids=["in line", "two parts"])
+def results(request: pytest.FixtureRequest, both_results: Any) -> list[list[dict[str, Any]]]:
+    """By rank and case."""
+    return [of_rank[request.param - 1] for of_rank in both_results]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
@@ -75,34 +82,36 @@ def test_outputs_and_gradients_return_to_their_tokens(results: Any, number: int)
         assert result["grad_w"] == [[f * total for f in row] for row, total in zip(factors, sums, strict=True)]
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_layer_in_two_parts_is_bitwise_identical(ranks: int) -> None:
+    """With dropout, experts without rows, dropped assignments, and a split backward; 4 ranks have one expert a part."""
+    cases = [
+        {"dropout": 0.0, "capacity": 0.0, "split": False},
+        {"dropout": 0.3, "capacity": 0.5, "split": False},
+        {"dropout": 0.3, "capacity": 0.5, "split": True},
+    ]
+    for of_rank in run_function(ranks, "tests.ranks.dispatch_ranks", "layers_in_parts", cases=cases):
+        for case, result in zip(cases, of_rank, strict=True):
+            assert set(result["distance of parts"]) == {0}, (case, result)
+            assert max(result["distance of ranks"]) < 1e-12, case
+            assert min(result["sizes"][:2]) > 1, case
+
+
 WIDTH, TOP_K = 16, 2
-
-
-class Counted(torch.autograd.Function):
-    """Identity that records the bytes of its input and of its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int]) -> Tensor:
-        ctx.sent = sent
-        sent.append(x.nbytes)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.sent.append(grad.nbytes)
-        return grad, None
 
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of each exchange of floating-point rows."""
+    """Bytes of each exchange of floating-point rows, forward and backward."""
     exchanges: list[int] = []
 
-    def all_to_all(x: Tensor, send: list[int], receive: list[int], group: object) -> Tensor:
-        return Counted.apply(x, exchanges) if x.is_floating_point() else x
+    def all_to_all_single(out: Tensor, x: Tensor, *sizes: list[int], **_: Any) -> Any:
+        if x.is_floating_point():
+            exchanges.append(x.nbytes)
+        out.copy_(x)
+        return SimpleNamespace(wait=lambda: None)
 
-    monkeypatch.setattr(expert_parallel, "all_to_all", all_to_all)
-    monkeypatch.setattr(dist, "all_to_all_single", lambda out, x, group: out.copy_(x))
+    monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
     return exchanges
 
@@ -146,3 +155,41 @@ def test_without_autocast_nothing_changes(monkeypatch, sent, dtype) -> None:
     without_early_cast(monkeypatch)
     plain_y, plain_gradients = train(dtype, None)
     assert all(map(torch.equal, [y, *gradients], [plain_y, *plain_gradients]))
+
+
+def test_order_of_operations_in_two_parts(monkeypatch) -> None:
+    """Exchanges and experts in the order of the host, which waits for an exchange as late as possible."""
+    events: list[str] = []
+
+    def all_to_all_single(out: Tensor, x: Tensor, *sizes: list[int], async_op: bool = False, **_: Any) -> Any:
+        out.copy_(x)
+        if not async_op:
+            return None
+        number = sum(event.startswith("start") for event in events)
+        events.append(f"start {number}")
+        return SimpleNamespace(wait=lambda: events.append(f"wait {number}"))
+
+    def record(module: nn.Module, arguments: Any) -> None:
+        events.append("experts")
+        arguments[0].register_hook(lambda gradient: events.append("gradient"))
+
+    monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
+    torch.manual_seed(0)
+    moe = MoE(Router(WIDTH, 4, TOP_K), Experts(4, WIDTH, 8, 0.0, "experts"), 4, 1, [])
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter)
+    moe.dispatcher = AllToAllDispatcher(None, parts=2)
+    moe.experts.register_forward_pre_hook(record)
+    for split in (False, True):
+        events.clear()
+        x = torch.randn(2, 4, WIDTH, requires_grad=True)
+        y = moe(x, Context(), None)
+        dispatch = ["start 0", "start 1", "wait 0", "experts", "start 2", "wait 1", "experts", "start 3"]
+        assert events == [*dispatch, "wait 2", "wait 3"]
+        if split:
+            SplitBackward(y, x).backward_input(torch.ones_like(y))
+        else:
+            y.sum().backward()
+        backward = ["start 4", "start 5", "wait 4", "gradient", "start 6", "wait 5", "gradient", "start 7"]
+        assert events[10:] == [*backward, "wait 6", "wait 7"]

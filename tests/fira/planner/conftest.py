@@ -29,6 +29,7 @@ def hardware() -> Hardware:
         ranks_per_node=2,
         inside=dict.fromkeys(OPERATIONS, Link(1e-5, 1e10)),
         between=dict.fromkeys(OPERATIONS, Link(1e-4, 1e9)),
+        overlaps_collectives=False,
     )
 
 

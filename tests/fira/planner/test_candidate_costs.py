@@ -6,6 +6,7 @@ import pytest
 
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate
+from fira.planner.device_specs import Link
 from pipeline.mesh import Layout
 from pipeline.schedule import ActionKind
 
@@ -45,6 +46,32 @@ def test_exchange_with_experts_on_two_ranks(tiny, hardware, round_costs):
     assert embedding == head == (0, 0)
     for block in blocks:
         assert block == pytest.approx((1e-5 + 2 * one_way, 2 * one_way))
+
+
+@pytest.mark.parametrize(("schedule", "backward"), [("1f1b", 7e-3), ("zb-h1", 4e-3)])
+@pytest.mark.parametrize("bandwidth", [1e9, 1e6])
+def test_exchange_of_half_of_the_experts_between_nodes(tiny, hardware, round_costs, schedule, backward, bandwidth):
+    """The time of a layer less that of its products, from the ends of all operations. round_costs: 4 ms forward."""
+    link = Link(1e-4, bandwidth)
+    between = replace(hardware, ranks_per_node=1, between={**hardware.between, "all_to_all": link})
+    costs = costs_of(tiny, replace(between, overlaps_collectives=True), round_costs, Layout(1, 2, 2), schedule)
+    config = tiny.config
+    expert = 2 * config.d_model * config.d_ff + config.d_ff + config.d_model  # with biases
+    share = 2 * config.top_k * expert / tiny.flops[1]
+    half = 1e-4 + BOUNDARY * config.top_k / 2 / 2 / bandwidth
+
+    def added(products: float) -> float:
+        arrival = [half, 2 * half]
+        computed = [arrival[0] + products / 2]
+        computed.append(max(computed[0], arrival[1]) + products / 2)
+        returned = max(computed[0], arrival[1]) + half
+        return max(returned, computed[1]) + half - products
+
+    expected = 1e-4 + added(share * 4e-3), added(share * backward)
+    assert costs.exchange[1] == pytest.approx(expected)
+    in_line = costs_of(tiny, between, round_costs, Layout(1, 2, 2), schedule).exchange[1]
+    one_way = 1e-4 + BOUNDARY * config.top_k / 2 / bandwidth
+    assert in_line == pytest.approx((1e-4 + 2 * one_way, 2 * one_way))
 
 
 def test_reduction_over_replicas_and_tied_embedding(tiny, hardware, round_costs):

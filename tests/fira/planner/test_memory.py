@@ -59,3 +59,19 @@ def test_fewest_blocks_are_recomputed_that_make_a_candidate_fit(tiny, hardware):
     assert best.seconds == pytest.approx(plain.seconds + 3 * cost_model(64)[1].forward)
     tiny_memory = PlanInputs(tiny, replace(hardware, memory=1.0), cost_model, "fp32")
     assert with_least_recompute(CandidateCosts(tiny_memory, plain.candidate)).candidate.recompute == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_copies_for_autocast_are_counted_once_per_rank(tiny, hardware, precision):
+    """Two bytes for each weight of attention, experts and head, whatever the number of micro-batches in flight."""
+    block, head = tiny.kinds[1].layer, tiny.kinds[2].layer
+    attention = sum(p.numel() for name, p in block.attention.named_parameters() if name.endswith("weight"))
+    experts = block.moe.experts.w1.numel() + block.moe.experts.w2.numel()
+    for ep, count in ((1, 1), (1, 50), (2, 50)):
+        candidate = Candidate(Layout(2, ep, ep), "1f1b", 1, count, 0)
+        plain, low = (
+            rank_memory(CandidateCosts(PlanInputs(tiny, hardware, saved_costs, name), candidate))
+            for name in ("fp32", precision)
+        )
+        by_rank = [3 * (attention + experts / ep), attention + experts / ep + head.project.weight.numel()]
+        assert [b - a for a, b in zip(plain, low, strict=True)] == [2 * size for size in by_rank]

@@ -21,6 +21,13 @@ def test_profile_of_tiny(tiny):
     assert block.largest == max(p.numel() for p in block.layer.parameters())
 
 
+def test_copies_of_weights_for_autocast_are_not_saved_per_micro_batch(tiny):
+    """Under autocast a block saves about half of the bytes; its copies of weights are larger than these."""
+    single, double = (saved_bytes(tiny, 1, size, torch.bfloat16)[0] for size in (1, 2))
+    assert single == pytest.approx(double - single, rel=0.02)  # no part that does not depend on the micro-batch
+    assert 0 < single < saved_bytes(tiny, 1, 1)[0]
+
+
 @pytest.mark.parametrize("family", ["fira", "rish", "blues"])
 def test_saved_bytes_equal_those_of_torch(family):
     model = build(make_config(f"{family}-tiny", {}))

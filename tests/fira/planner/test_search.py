@@ -20,9 +20,11 @@ from fira.planner.step_time import least_seconds, predict
     flops=st.sampled_from([1e11, 1e12, 1e13]),
     memory=st.sampled_from([3e7, 5e7, 1e9]),
     bandwidth=st.sampled_from([1e8, 1e10]),
+    overlaps=st.booleans(),
 )
-def test_search_equals_exhaustive_search(tiny, hardware, flops, memory, bandwidth):
-    hardware = replace(hardware, memory=memory, inside=dict.fromkeys(hardware.inside, Link(1e-5, bandwidth)))
+def test_search_equals_exhaustive_search(tiny, hardware, flops, memory, bandwidth, overlaps):
+    inside = dict.fromkeys(hardware.inside, Link(1e-5, bandwidth))
+    hardware = replace(hardware, memory=memory, inside=inside, overlaps_collectives=overlaps)
 
     def cost_model(microbatch: int) -> list[LayerCost]:
         seconds = [kind.layer.flops_per_token(128) * microbatch * 128 / flops + 1e-4 for kind in tiny.kinds]

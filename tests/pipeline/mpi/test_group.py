@@ -6,12 +6,14 @@ import threading
 import time
 import warnings
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.profiler import profile
 
+from pipeline.mpi import group
 from tests.launch import run_function
 
 LARGE = 200_000  # floats: exchanged pairwise, in several rounds
@@ -189,3 +191,23 @@ def everything() -> int:
 def test_groups_threads_and_other_backends() -> None:
     counted = run_function(3, __name__, "everything", timeout=120)
     assert counted[1] > 1000
+
+
+@pytest.mark.parametrize(
+    ("supported", "backends", "expected"),
+    [
+        (False, {"cpu": "mpi", "cuda": "nccl"}, "MPIProcessGroup"),  # up to torch 2.13
+        (True, {"cpu": "mpi", "cuda": "nccl"}, "MPIBackend"),
+        (True, {"cpu": "mpi", "cuda": "mpi"}, "MPIProcessGroup"),
+        (True, None, "MPIProcessGroup"),
+    ],
+)
+def test_class_of_a_group_by_torch_version_and_backends(monkeypatch, supported, backends, expected) -> None:
+    """Only a group that uses another backend for another device needs the class of newer versions of torch."""
+    config = backends and SimpleNamespace(get_device_backend_map=lambda: backends)
+    monkeypatch.setattr(group, "SUPPORTS_PYTHON_BACKENDS", supported)
+    monkeypatch.setattr(group, "_arguments_of_new_group", lambda: {"backend_config": config})
+    factory = object.__new__(group.GroupFactory)
+    monkeypatch.setattr(factory, "make", lambda kind, *_: kind)
+    kind = factory.create([0, 1])
+    assert getattr(kind, "func", kind).__name__ == expected

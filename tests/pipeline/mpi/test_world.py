@@ -1,5 +1,6 @@
 """Start and end of jobs: no port, host name or environment variable is needed, and no process is left behind."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,7 +10,9 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
+import mpi4py
 import pytest
 
 from tests.launch import ROOT, inherited, members, mpirun
@@ -97,3 +100,14 @@ def test_job_runs_without_network_and_with_unknown_host_name() -> None:
     job = Job("returned", 2, *isolated)
     assert job.status == 0, job.error
     assert job.output.split() == ["sum", "1"] * 2
+
+
+def test_library_of_a_wheel_is_found_where_python_is_installed_in_usr() -> None:
+    """As with the Python of Debian, which installs packages in /usr/local. Kaggle's and Colab's notebooks have it."""
+    folder = Path(mpi4py.__file__).parents[3]
+    if not list(folder.glob("libmpi.so*")):
+        pytest.skip("the MPI library is not that of a wheel")
+    code = "sys.prefix = sys.exec_prefix = sys.base_exec_prefix = '/usr'; from pipeline.mpi.probe import main; main()"
+    environment = {name: value for name, value in inherited().items() if name != "MPI4PY_LIBMPI"}
+    output = subprocess.check_output([sys.executable, "-c", f"import sys; {code}"], env=environment, timeout=60)
+    assert Path(json.loads(output)["file"]).parent == folder

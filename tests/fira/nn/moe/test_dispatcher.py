@@ -18,11 +18,12 @@ def test_dispatch_then_combine_is_the_identity(top_k: int, tokens: int, seed: in
     plan = dispatcher.plan(experts, 5)
     order = list(plan.groups.sizes)  # of experts
     assert plan.groups.sizes == {e: n for e in order if (n := int((experts == e).sum())) or tokens != 1}
-    rows = dispatcher.dispatch(x, plan, top_k)
+    arrived = []
+    outputs = dispatcher.run(x, None, plan, top_k, lambda rows, groups, keys: arrived.append(rows) or rows)
     # position of each assignment's expert in the sorted order, and the assignment's token
     at = [(order.index(e), n) for n, chosen in enumerate(experts.tolist()) for e in chosen]
-    assert torch.equal(rows, x[[n for _, n in sorted(at, key=lambda pair: pair[0])]])
-    combined = gather_rows(dispatcher.combine(rows, plan), plan.inverse, plan.order)
+    assert torch.equal(arrived[0], x[[n for _, n in sorted(at, key=lambda pair: pair[0])]])
+    combined = gather_rows(outputs, plan.inverse, plan.order)
     assert torch.equal(combined, x.repeat_interleave(top_k, 0))
 
     factor = torch.randn(combined.shape, generator=generator, dtype=torch.float64)
@@ -53,6 +54,16 @@ def test_dropped_assignments_are_sorted_last_and_belong_to_no_group(
         assert plan.order[plan.inverse].tolist() == list(range(len(flat)))
 
 
+def test_keys_arrive_with_their_rows() -> None:
+    experts, x = torch.tensor([[2, 0], [1, 2]]), torch.tensor([[7.0], [8.0]])
+    plan = TokenDispatcher().plan(experts, 4)
+    keys = torch.tensor([70, 71, 80, 81])
+    arrived = []
+    TokenDispatcher().run(x, keys, plan, 2, lambda rows, groups, keys: arrived.extend((rows, keys)) or rows)
+    assert [part.flatten().tolist() for part in arrived] == [[7, 8, 7, 8], [71, 80, 70, 81]]
+
+
 def test_single_assignment_is_dispatched_unchanged() -> None:
     plan = TokenDispatcher().plan(torch.tensor([[2]]), 4)
-    assert TokenDispatcher().dispatch(torch.tensor([7]), plan).tolist() == [7]
+    outputs = TokenDispatcher().run(torch.tensor([[7.0]]), None, plan, 1, lambda rows, groups, keys: rows)
+    assert outputs.tolist() == [[7]]

@@ -1,76 +1,22 @@
-"""GPU checks of single operations and single steps: numbers, synchronisations, and where the time goes."""
+"""GPU checks of one training step: where the host waits, and where the time goes."""
 
 import collections
-import importlib.util
-import sys
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fira.devices import AUTOCAST_DTYPES, auto_precision
-from fira.doctor.gpu_check import Target, run_program
+from fira.doctor.gpu_check import Target
 from fira.doctor.one_step import RandomTokens, make_trainer
 from fira.models.registry import PRESETS
-from fira.nn.dropout import at_place, random_bits, salt, token_keys
-from fira.nn.moe.grouped_linear import RowGroups, grouped_linear
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout
 from pipeline.mpi import init
 
-BF16_ERROR = 2**-6  # relative to the largest element; bf16 rounds by 2⁻⁹, and sums of 614 products add up errors
-
 SHOWN_KERNELS = 15
-
-
-def grouped_product(target: Target) -> str:
-    """`grouped_linear` in bf16 against products per expert in float64: an empty expert, ragged rows, odd widths."""
-    errors = []
-    for inputs, outputs, ragged in ((64, 128, False), (128, 64, True), (128, 614, True), (614, 128, False)):
-        generator = torch.Generator().manual_seed(inputs)
-        counts = torch.tensor([5, 0, 17, 40])  # rows of each expert
-        rows = int(counts.sum()) + (3 if ragged else 0)
-        shapes = ((rows, inputs), (4, outputs, inputs), (4, outputs), (rows, outputs))
-        values = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
-        x, weight, bias = (v.detach().to(target.device).requires_grad_() for v in values[:3])
-        y = grouped_linear(x, RowGroups(counts.to(target.device), ragged=ragged), weight, bias)
-        y.backward(values[3].to(target.device))
-        expected = _plain_product(values, counts.tolist())
-        for got, want in zip((y.detach(), x.grad, weight.grad, bias.grad), expected, strict=True):
-            assert got is not None
-            error = float((got.cpu().double() - want).abs().max() / want.abs().max())
-            assert error < BF16_ERROR, f"{inputs} → {outputs}, ragged {ragged}: relative error {error:.1e}"
-            errors.append(error)
-    return f"forward and backward, largest relative error {max(errors):.1e}"
-
-
-def _plain_product(values: list[Tensor], counts: list[int]) -> tuple[Tensor, ...]:
-    """y and the gradients of x, weight and bias, one product per expert, in float64 on the CPU."""
-    x, weight, bias, grad_y = (value.double() for value in values)
-    y, grad_x = torch.zeros_like(grad_y), torch.zeros_like(x)
-    grad_weight, grad_bias, start = torch.zeros_like(weight), torch.zeros_like(bias), 0
-    for e, count in enumerate(counts):
-        rows = slice(start, start := start + count)
-        y[rows] = x[rows] @ weight[e].T + bias[e]
-        grad_x[rows] = grad_y[rows] @ weight[e]
-        grad_weight[e], grad_bias[e] = grad_y[rows].T @ x[rows], grad_y[rows].sum(0)
-    return y, grad_x, grad_weight, grad_bias
-
-
-def dropout_bits(target: Target) -> str:
-    """The hash of dropout and routing noise is bitwise identical on the CPU and on the device."""
-    keys = torch.tensor([0, 1, 2**61 + 12345])
-
-    def bits(device: str) -> Tensor:
-        rows = at_place(token_keys(keys.to(device), 7, 100), salt("layers.3.attention.dropout"))
-        return random_bits(rows, 614).cpu()
-
-    different = int((bits("cpu") != bits(target.device)).sum())
-    assert different == 0, f"{different} of {3 * 100 * 614} values differ"
-    return f"{3 * 100 * 614:,} values are identical"
 
 
 def synchronisations(target: Target) -> str:
@@ -123,11 +69,3 @@ def _one_rank(preset: str, device: torch.device, dropout: float) -> tuple[Traine
     microbatch = max(1, (4096 if device.type == "cuda" else 256) // config.seq_len)
     trainer = make_trainer(config, Layout(), "1f1b", device, microbatch, autocast)
     return trainer, RandomTokens(config.vocab_size, config.seq_len), 2 * microbatch
-
-
-def benchmark(target: Target) -> str:
-    """`benchmarks.gpu.run`, which a checkout contains and an installed package does not."""
-    if importlib.util.find_spec("benchmarks") is None:
-        return "not run: start this command in the folder of a checkout to include the benchmark"
-    table = run_program([sys.executable, "-m", "benchmarks.gpu.run", "--device", target.device])
-    return f"see the table\n{table}"

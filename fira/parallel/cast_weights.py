@@ -1,0 +1,109 @@
+"""Weights in the dtype of autocast, cast once per step instead of in every call of a layer.
+
+Autocast casts the fp32 matrices of a layer in each of its calls. Within `cast_weights` all calls use the same copies:
+
+    parameter fp32 ──[1]──► copy bf16 ──┬─[2]─► leaf of call 0 ──► products with micro-batch 0
+         ▲                              └─[2]─► leaf of call 1 ──► products with micro-batch 1
+         └──[3]── parameter.grad fp32 += leaf.grad bf16 ◄──────────────────┘
+
+[1] On entry, cast every matrix once.
+[2] In each call of a layer, use new leaves of the autograd graph, which share the memory of the copies.
+[3] As soon as autograd has computed the gradient of a leaf, add it to the `.grad` of the parameter.
+
+The gradient is bitwise that of plain autocast, which converts leaf.grad to fp32 and adds it. An addition with mixed
+dtypes does both in one kernel and needs no temporary gradient in fp32.
+
+One leaf for all calls would be less precise. Within one backward autograd sums the gradients of a leaf in its dtype,
+and torchgpipe computes the backward of all chunks of a micro-batch as one. Within one call of a layer plain autocast
+sums in the low precision as well, because its cache then holds a single cast of the weight. Only the order differs in
+which the chunks of several micro-batches are summed in fp32.
+
+The loss sums the gradient of the head's weight in fp32, so the head keeps its parameter and gets the copy in addition.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fira.nn.embedding import Head
+from fira.nn.moe.experts import ExpertBank
+from fira.nn.moe.router import Router
+from pipeline.stage import Autocast
+
+
+@contextmanager
+def cast_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Cast the matrices of all layers that are wrapped by an `Autocast` with a dtype; without one, do nothing.
+
+    modules: all modules of a rank. The parameters must not change within the context; they are restored at its end.
+    """
+    with ExitStack() as restore:
+        for module in modules:
+            if isinstance(module, Autocast) and module.dtype is not None:
+                _cast_layer(module.layer, module.dtype, restore)
+        yield
+
+
+def cast_parameters(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Yield each matrix that autocast casts, as its module and its name: those of linear layers and of experts.
+
+    Embedding tables are not factors of a product, and routers compute in full precision.
+    """
+    if isinstance(layer, ExpertBank):
+        yield from ((layer, name) for name, p in layer.named_parameters(recurse=False) if p.dim() == 3)
+    elif isinstance(layer, nn.Linear):
+        yield layer, "weight"
+    elif not isinstance(layer, Router):
+        for child in layer.children():
+            yield from cast_parameters(child)
+
+
+def _cast_layer(layer: nn.Module, dtype: torch.dtype, restore: ExitStack) -> None:
+    """Cast the matrices of one layer until `restore` is closed."""
+    if isinstance(layer, Head):  # its loss needs the parameter, whose gradient it sums in fp32
+        layer.cast_weight = layer.project.weight.detach().to(dtype)
+        restore.callback(setattr, layer, "cast_weight", None)
+        return
+    weights = []
+    for module, name in cast_parameters(layer):
+        weights.append(_CastWeight(module, name, dtype))
+        restore.callback(weights[-1].restore)
+
+    def renew_leaves(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            for weight in weights:
+                weight.renew_leaf()
+
+    restore.callback(layer.register_forward_pre_hook(renew_leaves).remove)
+
+
+class _CastWeight:
+    """A parameter whose place in its module is taken by a copy in another dtype."""
+
+    def __init__(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
+        self.module, self.name = module, name
+        self.parameter = module.get_parameter(name)
+        self.copy = self.parameter.detach().to(dtype)  # [1]
+        self._replace(self.copy)
+
+    def renew_leaf(self) -> None:
+        leaf = self.copy.detach().requires_grad_()  # [2]
+        leaf.register_post_accumulate_grad_hook(self._accumulate)
+        self._replace(leaf)
+
+    def restore(self) -> None:
+        self._replace(self.parameter)
+
+    def _accumulate(self, leaf: Tensor) -> None:
+        grad, leaf.grad = leaf.grad, None  # [3]
+        assert grad is not None
+        if self.parameter.grad is None:
+            self.parameter.grad = grad.to(self.parameter.dtype)
+        else:
+            self.parameter.grad += grad
+
+    def _replace(self, weight: Tensor) -> None:
+        self.module._parameters[self.name] = weight  # type: ignore[assignment]  # nn.Module accepts parameters only

@@ -7,8 +7,8 @@
            └─ add_experts ────── compiled       dropout, norms and residual connection
 
 A class names its methods that can be compiled in `compilable`. The function of the class is compiled, not the method of
-each object: weights are inputs of the graph, and all blocks whose tensors have equal shapes share it. Only these methods
-are replaced, so parameters keep their names.
+each object: weights are inputs of the graph, and all blocks whose tensors have equal shapes share it. Only these
+methods are replaced, so parameters keep their names.
 """
 
 from collections.abc import Callable, Iterable

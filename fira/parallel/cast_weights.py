@@ -104,6 +104,8 @@ class _CastWeight:
             self.parameter.grad = grad.to(self.parameter.dtype)
         else:
             self.parameter.grad += grad
+        for hook in (self.parameter._post_accumulate_grad_hooks or {}).values():
+            hook(self.parameter)  # which autograd calls for parameters that are not cast
 
     def _replace(self, weight: Tensor) -> None:
         self.module._parameters[self.name] = weight  # type: ignore[assignment]  # nn.Module accepts parameters only

@@ -6,9 +6,9 @@
            │       └─ experts ── not compiled
            └─ add_experts ────── compiled       dropout, norms and residual connection
 
-A class names its methods that can be compiled in `compilable`. Compiled is the function of the class instead of the
-method of each object, so weights are inputs of the graph, and all blocks with tensors of equal shapes share it.
-Nothing is replaced but these methods: parameters keep their names.
+A class names its methods that can be compiled in `compilable`. The function of the class is compiled, not the method of
+each object: weights are inputs of the graph, and all blocks whose tensors have equal shapes share it. Only these
+methods are replaced, so parameters keep their names.
 """
 
 from collections.abc import Callable, Iterable

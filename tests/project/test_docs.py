@@ -23,6 +23,7 @@ NOT_RUN = {
     "pip install -q -r requirements.txt": "creates a new virtual environment from the network",
     "--model fira-base --data fineweb/": "trains 333 million parameters on data that must be downloaded",
     "--tasks hellaswag": "lm-eval downloads the tasks; tests/fira/generation runs a local task",
+    "train.py --compile": "compiles for minutes; tests/fira/parallel/test_compile_blocks.py compiles all families",
     "doctor.py --gpu": "needs a GPU; tests/fira/doctor runs the tests on the CPU",
     "git worktree add before main": "needs a second checkout; its three following lines depend on it",
     "for tree in before": "compares two checkouts",

@@ -134,3 +134,14 @@ def test_evaluation_uses_the_copies() -> None:
     assert set(casts.counts.values()) == {1}
     with torch.no_grad():
         assert once == run(layers, model, 3, cast=False, backward=False)
+
+
+def test_hooks_of_a_parameter_are_called_when_its_gradient_is_complete() -> None:
+    model = make_model(MODELS["mooshak"], torch.float32)
+    gradients: dict[str, list[Tensor]] = {name: [] for name in dict(model.named_parameters())}
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: gradients[name].append(p.grad.clone()))
+    run(DeviceLayers(model.layers, BF16), model, 2, cast=True)
+    for name, parameter in model.named_parameters():
+        assert len(gradients[name]) == 2, name
+        assert torch.equal(gradients[name][1], parameter.grad)

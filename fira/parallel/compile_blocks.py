@@ -43,17 +43,18 @@ class _Compiled:
         return self.compiled(self.method.__self__, x, *arguments)
 
 
-def compile_blocks(layers: Iterable[nn.Module], length: int, backend: str = "inductor") -> None:
-    """Compile the methods of the layers that are named in `compilable`, in place.
+def compile_blocks(modules: Iterable[nn.Module], length: int, backend: str = "inductor") -> None:
+    """Compile the methods that the modules name in `compilable`, in place.
 
-    layers: of this rank, initialised on their device. length: tokens per sequence. backend: of torch.compile.
+    modules: all modules of this rank, initialised on their device. length: tokens per sequence. backend: of
+    torch.compile.
     """
     from torch._functorch import config
 
     config.donated_buffer = False  # overwriting saved tensors would forbid the retain_graph=True of a split backward
     torch.compiler.reset()  # graphs of an earlier model would count towards the limit of graphs per function
     functions: dict[Callable[..., Any], Callable[..., Any]] = {}
-    for module in (module for layer in layers for module in layer.modules()):
+    for module in modules:
         _make_equal(module, length)
         for name in getattr(module, "compilable", ()):
             function = getattr(type(module), name)

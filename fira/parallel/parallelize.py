@@ -24,7 +24,6 @@ from fira.models.language_model import LanguageModel
 from fira.nn.init import initialise
 from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.layer import MoE
-from fira.parallel.compile_blocks import compile_blocks
 from fira.parallel.expert_parallel import AllToAllDispatcher
 from fira.parallel.objective import objective
 from fira.parallel.tied_embedding import TiedWeight
@@ -109,7 +108,6 @@ def parallelize(
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     recompute: int = 0,
-    compiler: str | None = None,
 ) -> DistributedModel:
     """Build this rank's stages of a model, with weights that depend on the seed but not on the layout (collective).
 
@@ -117,8 +115,7 @@ def parallelize(
     schedule: determines the number of stages and which rank holds which of them. dtype: of parameters. autocast: of
     matrix products and of messages between ranks; None: no autocast. recompute: number of blocks that each stage
     recomputes in its backward, counted from its first block; embedding and head are not blocks. Stages split by
-    torchgpipe recompute all blocks or none. compiler: backend of torch.compile for the parts of blocks that can be
-    compiled; None: nothing is compiled.
+    torchgpipe recompute all blocks or none.
     """
     flops = layer_flops(model)
     placement = SCHEDULES[schedule].placement(mesh.layout.pp)
@@ -141,8 +138,6 @@ def parallelize(
             cut = max([0, *blocks[:recompute]])
             rank_stages[number] = _stage([*stage_layers.values()], cut, autocast, devices[0])
     tied = _tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
-    if compiler:
-        compile_blocks(layers.values(), model.config.seq_len, compiler)
     return DistributedModel(
         config=model.config,
         engine=Engine(rank_stages, objective, mesh.pp_rank, mesh.channels, dtype, autocast),

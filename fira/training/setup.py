@@ -16,7 +16,7 @@ from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, change, from_document, make_config
 from fira.parallel.batch_split import BatchSplit
-from fira.parallel.compile_blocks import check_compiler
+from fira.parallel.compile_blocks import check_compiler, compile_blocks
 from fira.parallel.layout import choose_layout
 from fira.parallel.parallelize import EVERY_BLOCK, parallelize
 from fira.planner.best_candidates import least_recompute
@@ -75,10 +75,9 @@ def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], wo
     candidate = Candidate(layout, schedule, microbatch, split.count(batch_size), recompute=0)
     candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
     dtype, autocast = parameter_dtype(config.precision), AUTOCAST_DTYPES.get(config.precision)
-    compiler = "inductor" if config.compile else None
-    distributed = parallelize(
-        model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute, compiler
-    )
+    distributed = parallelize(model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
+    if config.compile:
+        compile_blocks(distributed.modules(), model_config.seq_len)
     trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
     if saved:
         state.load_weights(saved, distributed)

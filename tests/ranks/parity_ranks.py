@@ -11,6 +11,7 @@ from fira.models.language_model import LanguageModel
 from fira.models.registry import build, from_document
 from fira.optim.lr_schedule import learning_rate
 from fira.parallel.batch_split import BatchSplit
+from fira.parallel.compile_blocks import compile_blocks
 from fira.parallel.expert_parallel import AllToAllDispatcher
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import parallelize
@@ -82,9 +83,9 @@ def train(
     local_devices = [CPU] * devices
     mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), local_devices)
     parameter_dtype = getattr(torch, dtype)
-    built = parallelize(
-        meta_model(config), mesh, 7, local_devices, schedule, parameter_dtype, recompute=recompute, compiler=compiler
-    )
+    built = parallelize(meta_model(config), mesh, 7, local_devices, schedule, parameter_dtype, recompute=recompute)
+    if compiler:
+        compile_blocks(built.modules(), config.seq_len, compiler)
     for module in built.moe:
         if isinstance(module.dispatcher, AllToAllDispatcher):
             module.dispatcher.parts = parts

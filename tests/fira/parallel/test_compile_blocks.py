@@ -47,7 +47,7 @@ def models(family: str, backend: str, dtype: torch.dtype = torch.float32) -> tup
     """A model and a compiled copy of it."""
     plain = build(CONFIGS[family]).to(dtype)
     compiled = copy.deepcopy(plain)
-    compile_blocks(compiled.layers, LENGTH, backend)
+    compile_blocks(compiled.modules(), LENGTH, backend)
     return plain, compiled
 
 

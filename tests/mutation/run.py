@@ -1,12 +1,13 @@
 """Mutation testing: `python -m tests.mutation.run [target …] [--sample N] [--seed S]`.
 
 Each mutant of a target module (targets.toml) is written into a copy of the tree, where the target's tests run. A test
-that fails or exceeds the time limit catches the mutant. Survivors that equivalent.toml lists with a reason do not
-count. Cosmic Ray's operators make the mutants; its runner is not used because it mutates the working tree and
-identifies a mutant by its position in the file.
+that fails or exceeds the time limit catches the mutant; the latter are printed. Survivors that equivalent.toml lists
+with a reason do not count. Cosmic Ray's operators make the mutants; its runner is not used because it mutates the
+working tree and identifies a mutant by its position in the file.
 """
 
 import argparse
+import importlib.util
 import os
 import random
 import shutil
@@ -18,10 +19,16 @@ import tomllib
 from pathlib import Path
 from typing import NoReturn
 
-os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # before torch is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
+# Imported for the forks that run pytest: these packages take longer to import than most tests take to run.
+import hypothesis.strategies  # noqa: F401
 import pytest
-import torch  # noqa: F401
+import safetensors.torch  # noqa: F401
+import tokenizers  # noqa: F401
+import torch.distributed
+import torch.fx.experimental.symbolic_shapes
+import torch.utils.checkpoint  # noqa: F401
 
 from tests.launch import members
 from tests.mutation.mutants import Mutant, mutants
@@ -37,10 +44,10 @@ def is_equivalent(target: str, mutant: Mutant) -> bool:
     return any((e["definition"], e["before"], e.get("after", mutant.after)) == key for e in entries)
 
 
-def passes(tree: Path, tests: list[str], timeout: float) -> bool:
-    """Whether the tests pass in the tree within the time limit; every process that they started is ended.
+def outcome(tree: Path, tests: list[str], timeout: float) -> str:
+    """Return "passed", "failed" or "timed out" of the tests in the tree; every process that they started is ended.
 
-    They run in a fork, which has torch imported already: that takes longer than most tests.
+    They run in a fork, which has torch imported already.
     """
     pid = os.fork()
     if pid == 0:
@@ -49,12 +56,14 @@ def passes(tree: Path, tests: list[str], timeout: float) -> bool:
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return status == 0
+            return "failed" if status else "passed"
         time.sleep(0.02)
-    for process in members(pid):  # the session also has the ranks that a test started
+    os.kill(pid, signal.SIGINT)  # a test that waits for ranks ends them: they are in a session of their own
+    time.sleep(10)
+    for process in members(pid):
         os.kill(process, signal.SIGKILL)
     os.waitpid(pid, 0)
-    return False
+    return "timed out"
 
 
 def _run_pytest(tree: Path, tests: list[str]) -> NoReturn:
@@ -84,17 +93,21 @@ def run_target(tree: Path, target: str, sample: int | None, seed: int) -> tuple[
     if sample is not None and sample < len(tested):
         tested = sorted(random.Random(seed).sample(tested, sample), key=lambda mutant: mutant.line)
     tests, timeout = test_files(tree, TARGETS[target]["tests"]), TARGETS[target]["timeout"]
-    if not passes(tree, tests, timeout):
+    if outcome(tree, tests, timeout) != "passed":
         raise SystemExit(f"{target}: its tests fail or take longer than {timeout} s without a mutation")
     module, survived = tree / target, 0
+    bytecode = Path(importlib.util.cache_from_source(str(module)))
     original = module.read_text(encoding="utf-8")
     for mutant in tested:
         module.write_text(mutant.code, encoding="utf-8")
-        if passes(tree, tests, timeout):
-            survived += 1
-            print(f"survived: {target}:{mutant.line} in {mutant.definition or 'the module'} ({mutant.operator})")
+        bytecode.unlink(missing_ok=True)  # valid for every mutant of equal size that is written in the same second
+        result = outcome(tree, tests, timeout)
+        survived += result == "passed"
+        if result != "failed":  # whether a mutant that exceeds the time limit is caught is for the reader to judge
+            print(f"{result}: {target}:{mutant.line} in {mutant.definition or 'the module'} ({mutant.operator})")
             print(f"    - {mutant.before}\n    + {mutant.after}", flush=True)
     module.write_text(original, encoding="utf-8")
+    bytecode.unlink(missing_ok=True)
     return len(tested) + len(equivalent), len(tested) - survived, survived, len(equivalent)
 
 

@@ -45,13 +45,15 @@ def is_equivalent(target: str, mutant: Mutant) -> bool:
 
 
 def outcome(tree: Path, tests: list[str], timeout: float) -> str:
-    """Return "passed", "failed" or "timed out" of the tests in the tree; every process that they started is ended.
+    """Return "passed", "failed" or "timed out": the first result of a test file that is not "passed", if any."""
+    return next((result for test in tests if (result := _file_outcome(tree, test, timeout)) != "passed"), "passed")
 
-    They run in a fork, which has torch imported already.
-    """
+
+def _file_outcome(tree: Path, test: str, timeout: float) -> str:
+    """Run one file or folder of tests in a fork, which has torch imported already, and end all of its processes."""
     pid = os.fork()
     if pid == 0:
-        _run_pytest(tree, tests)
+        _run_pytest(tree, test)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -66,7 +68,7 @@ def outcome(tree: Path, tests: list[str], timeout: float) -> str:
     return "timed out"
 
 
-def _run_pytest(tree: Path, tests: list[str]) -> NoReturn:
+def _run_pytest(tree: Path, test: str) -> NoReturn:
     """Run pytest in a tree, quietly, in a session of its own, and end this process with its status."""
     os.setsid()
     os.chdir(tree)
@@ -77,12 +79,13 @@ def _run_pytest(tree: Path, tests: list[str]) -> NoReturn:
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silent, stream)
-    os._exit(pytest.main(["-x", "-p", "no:cacheprovider", "--tb=no", *tests]))
+    os._exit(pytest.main(["-x", "-p", "no:cacheprovider", "--tb=no", test]))
 
 
 def test_files(tree: Path, patterns: list[str]) -> list[str]:
     """The files that match, in the order of the patterns: with the fast tests first, most mutants are caught soon."""
-    return [str(path.relative_to(tree)) for pattern in patterns for path in sorted(tree.glob(pattern))]
+    files = [str(path.relative_to(tree)) for pattern in patterns for path in sorted(tree.glob(pattern))]
+    return list(dict.fromkeys(files))
 
 
 def run_target(tree: Path, target: str, sample: int | None, seed: int) -> tuple[int, int, int, int]:

@@ -1,7 +1,6 @@
 """The engine compared with plain autograd, on one rank and on several ranks that are threads of this process."""
 
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pipeline.engine
+from pipeline.clock import HostClock
 from pipeline.engine import LOOK_AHEAD, Engine, MicroBatch
 from pipeline.messages import Channel, Direction, channels_of
 from pipeline.schedule import SCHEDULES, Action, ActionKind, Schedule, forward_only
@@ -37,6 +37,18 @@ class Work:
     def __init__(self, wait: Any) -> None:
         self.wait = wait
         self.is_completed = lambda: False
+
+
+class ManualClock(HostClock):
+    """A clock that only `sleep` advances, by whole seconds."""
+
+    now = 0.0
+
+    def mark(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 class Network:
@@ -184,32 +196,44 @@ def test_one_rank_is_bitwise_identical_to_plain_autograd(stages, recompute, spli
     losses, gradients = reference(layers, batches)
     edges = [s * LAYERS // stages for s in range(stages + 1)]
     modules = [DeviceLayers(layers[a:b], recompute=recompute) for a, b in pairwise(edges)]
-    engine = Engine({s: Stage(module, CPU) for s, module in enumerate(modules)}, objective)
+    clock = ManualClock()
+    engine = Engine(
+        {s: Stage(module, CPU) for s, module in enumerate(modules)},
+        lambda output, context: (clock.sleep(1), objective(output, context))[1],
+    )
+    engine.clock = clock
     assert [float(report) for report in engine.run(all_on_one_rank(stages, split), batches)] == losses
     assert all(torch.equal(a, b) for a, b in zip(take_gradients(layers), gradients, strict=True))
-    assert engine.waited() < 0.01
+    assert clock.now == MICROBATCHES
+    assert engine.waited() == 0
 
 
 def test_trace_and_waiting_time():
-    """The start of an action excludes the wait for its message; the wait is counted in `waited`."""
+    """The start of an action excludes the wait for its message; the wait is counted in `waited`.
+
+    A receive takes 1 s, a forward pass 10 s and a send 100 s.
+    """
     layers, batches = make()
-    network = Network()
-    network.irecv = lambda buffer, *_, **__: (buffer.zero_(), Work(lambda: time.sleep(0.02)))[1]  # type: ignore[method-assign, assignment]
-    network.isend = lambda *_, **__: Work(lambda: time.sleep(0.02))  # type: ignore[method-assign, assignment]
+    network, clock, stage = Network(), ManualClock(), Stage(DeviceLayers(layers), CPU)
+    network.irecv = lambda buffer, *_, **__: (buffer.zero_(), Work(lambda: clock.sleep(1)))[1]  # type: ignore[method-assign, assignment]
+    network.isend = lambda *_, **__: Work(lambda: clock.sleep(100))  # type: ignore[method-assign, assignment]
+    forward = stage.forward
+    stage.forward = lambda *args: (clock.sleep(10), forward(*args))[1]  # type: ignore[method-assign]
     schedule = SCHEDULES["1f1b"].builder(2, MICROBATCHES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.engine, "dist", network.dist())
-        engine = Engine({1: Stage(DeviceLayers(layers), CPU)}, objective, 1, groups_of((0, 1), 1))
+        engine = Engine({1: stage}, objective, 1, groups_of((0, 1), 1))
+        engine.clock = clock
         engine.run(schedule, batches)
         engine.start_trace()
         engine.run(schedule, batches)
-    trace = engine.stop_trace()
-    assert [action for action, _, _ in trace] == list(schedule.actions[1])
-    edges = [edge for _, start, end in trace for edge in (start, end)]
-    assert edges == sorted(edges)
-    idle = sum(b - a for (_, _, a), (_, b, _) in pairwise(trace))
-    assert idle >= 0.02 * (MICROBATCHES - 1)  # all but the wait before the first action
-    assert 0.02 * 2 * MICROBATCHES <= engine.waited() < 0.02 * 2 * MICROBATCHES + 0.1
+    assert engine.waited() == (1 + 100) * MICROBATCHES
+    expected = []
+    for i in range(MICROBATCHES):
+        end = (1 + 10) * (i + 1)
+        expected += [(Action(ActionKind.FORWARD, 1, i), end - 10, end), (Action(ActionKind.BACKWARD, 1, i), end, end)]
+    assert engine.stop_trace() == expected
+    assert engine.stop_trace() == []
 
 
 def test_completed_sends_are_released():

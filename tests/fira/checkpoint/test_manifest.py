@@ -29,12 +29,14 @@ def test_flipped_bit_raises_error_naming_the_file(root: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_truncated_or_missing_file_is_named(root: Path, name: str) -> None:
+def test_file_of_another_size_or_missing_file_is_named(root: Path, name: str) -> None:
     folder = Path(save_state(str(root), 1))
     size = (folder / name).stat().st_size
-    for length in (size - 1, size // 2, 0):
+    for length in (size + 1, size - 1, size // 2, 0):
         os.truncate(folder / name, length)
-        assert name in open_error(str(folder))
+        message = open_error(str(folder))
+        assert name in message
+        assert name == "manifest.json" or f" has {length} bytes, its manifest lists {size}" in message
     (folder / name).unlink()
     assert name in open_error(str(folder))
 
@@ -45,8 +47,9 @@ def test_folder_without_valid_manifest_raises(tmp_path: Path, root: Path) -> Non
         assert f"{tmp_path / 'manifest.json'} is" in open_error(str(tmp_path))
     assert "is not a checkpoint" in open_error(str(tmp_path / "nowhere"))
     folder = Path(save_state(str(root), 1))
-    edit_manifest(folder, lambda manifest: manifest.update(version=2))
-    assert "format version 2" in open_error(str(folder))
+    for version in (0, 2):
+        edit_manifest(folder, lambda manifest, version=version: manifest.update(version=version))
+        assert f"format version {version}" in open_error(str(folder))
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "..", ".", "", "a/b", "a\\b", "a\0"])

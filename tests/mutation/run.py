@@ -7,6 +7,7 @@ working tree and identifies a mutant by its position in the file.
 """
 
 import argparse
+import importlib
 import importlib.util
 import os
 import random
@@ -31,6 +32,7 @@ import torch.fx.experimental.symbolic_shapes
 import torch.utils.checkpoint  # noqa: F401
 
 from tests.launch import members
+from tests.mutation import forked_ranks
 from tests.mutation.mutants import Mutant, mutants
 
 ROOT = Path(__file__).parents[2]
@@ -76,10 +78,12 @@ def _run_pytest(tree: Path, test: str) -> NoReturn:
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]  # they belong to the working tree
     sys.path[:] = [str(tree), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    launch = importlib.import_module("tests.launch")  # that of the copy; the tests import it later
+    launch.run_function = forked_ranks.run_function  # type: ignore[attr-defined]
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silent, stream)
-    os._exit(pytest.main(["-x", "-p", "no:cacheprovider", "--tb=no", test]))
+    os._exit(pytest.main(["-x", "-p", "no:cacheprovider", "--tb=no", "--timeout=0", test]))
 
 
 def test_files(tree: Path, patterns: list[str]) -> list[str]:

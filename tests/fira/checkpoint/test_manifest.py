@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fira.checkpoint.manifest import StoredRows, TensorEntry, is_plain
+from fira.checkpoint.manifest import StoredRows, TensorEntry, encode_json, is_plain
 from fira.checkpoint.shards import Checkpoint
 from fira.errors import UserError
 from tests.fira.checkpoint.checkpoint_files import FILES, MODEL, edit_index, edit_manifest
@@ -107,6 +107,11 @@ def test_manifest_must_list_the_index_and_a_record_per_file(root: Path) -> None:
         folder = Path(save_state(str(root), step))
         edit_manifest(folder, change)
         assert message in open_error(str(folder))
+
+
+def test_json_text_is_that_of_the_format() -> None:
+    """The SHA-256 of a manifest covers its text, so with another text no existing checkpoint could be read."""
+    assert encode_json({"a": [1], "b": "é"}) == b'{\n "a": [\n  1\n ],\n "b": "\\u00e9"\n}\n'
 
 
 @pytest.mark.parametrize(

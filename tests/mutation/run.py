@@ -7,6 +7,7 @@ working tree and identifies a mutant by its position in the file.
 """
 
 import argparse
+import gc
 import importlib
 import importlib.util
 import os
@@ -20,16 +21,18 @@ import tomllib
 from pathlib import Path
 from typing import NoReturn
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+import tests.conftest  # noqa: F401  # before torch and Triton are imported, because it sets their environment
 
+# isort: split
 # Imported for the forks that run pytest: these packages take longer to import than most tests take to run.
 import hypothesis.strategies  # noqa: F401
 import pytest
 import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401
-import torch.distributed
 import torch.fx.experimental.symbolic_shapes
-import torch.utils.checkpoint  # noqa: F401
+import torch.utils.checkpoint
+import torch.utils.flop_counter  # noqa: F401
+import transformers.generation.logits_process  # noqa: F401
 
 from tests.launch import members
 from tests.mutation import forked_ranks
@@ -53,6 +56,7 @@ def outcome(tree: Path, tests: list[str], timeout: float) -> str:
 
 def _file_outcome(tree: Path, test: str, timeout: float) -> str:
     """Run one file or folder of tests in a fork, which has torch imported already, and end all of its processes."""
+    gc.freeze()  # pytest calls gc.collect, which would visit all that is imported
     pid = os.fork()
     if pid == 0:
         _run_pytest(tree, test)

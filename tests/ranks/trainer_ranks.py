@@ -1,6 +1,6 @@
 """One training step of a small model on each rank of a trainer test, and the same quantities from a plain forward."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,6 +190,15 @@ def bubble() -> float:
         module.time = real
 
 
+def fractions(load: list[int], dropped: list[int]) -> dict[str, Any]:
+    """The result of a step in which both layers had these assignments of experts, over all ranks."""
+    trainer, loader = make()
+    sums, ranks = trainer._step_sums, trainer.mesh.layout.world
+    given = {name: torch.tensor([row] * 2).double() / ranks for name, row in (("load", load), ("dropped", dropped))}
+    trainer._step_sums = lambda *args: replace(sums(*args), **given)  # type: ignore[method-assign]
+    return asdict(trainer.step(loader, 2, 1e-3, seed=11))
+
+
 def check_all() -> dict[str, Any]:
     torch.set_num_threads(1)
     return {
@@ -199,6 +208,7 @@ def check_all() -> dict[str, Any]:
         "pipeline": step(False, pp=torch.distributed.get_world_size()),
         "tied": tied(),
         "bubble": bubble(),
+        "fractions": fractions(load=[0, 1, 3, 4, 8], dropped=[0, 1, 1, 0, 2]),
         "overflow": [overflow(scale) for scale in (2.0**400, 1.0, 2.0**-14, 2.0**-15)],
         "errors": [not_finite(*case) for case in (("layers.2.norm1.weight", 1.0), ("layers.0.token.weight", np.nan))],
         "ignored": not_finite("layers.2.norm1.weight", 1.0, fp16=True),

@@ -76,6 +76,8 @@ def test_missing_or_duplicate_rows_raise(root: Path) -> None:
         [TensorShard("x", rows, 0, (4, 3)), TensorShard("x", rows, 2, (4, 3))],
         [TensorShard("x", rows, 0, (2, 4))],
         [TensorShard("x", rows.to(torch.complex64), 0, (2, 3))],
+        [TensorShard("x", torch.ones(()), 0, (1,))],
+        [TensorShard("x", torch.ones(1), 0, ())],
     ):
         with pytest.raises(ValueError, match=r"^x: "):
             save_checkpoint(root, 1, shards, [], {}, {}, {}, 2)

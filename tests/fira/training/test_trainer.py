@@ -44,6 +44,15 @@ def test_extra_numbers_and_bubble_are_reduced_over_ranks(ranks: int, sums: list[
         assert result["bubble"] == 0.25
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fractions_of_experts_with_no_or_one_assignment(ranks: int) -> None:
+    for result in results(ranks):
+        step = result["fractions"]
+        assert step["expert_load"] == [[0, 1 / 16, 3 / 16, 4 / 16, 8 / 16]] * 2
+        assert step["expert_dropped"] == [[0, 1, 1 / 3, 0, 1 / 4]] * 2
+        assert step["dropped"] == 4 / 16
+
+
 def test_tied_weights_are_equal_after_a_step_and_their_gradients_are_summed() -> None:
     (single,) = results(1)
     assert single["tied"]["norm"] == pytest.approx(single["tied"]["plain"], rel=1e-6)

@@ -92,8 +92,9 @@ def test_missing_tensor_file_or_row_is_named(root: Path) -> None:
         checkpoint.document("trainer")
     assert not checkpoint.has_file("trainer.json")
     assert checkpoint.has_file("config.json")
-    with pytest.raises(ValueError, match="rows 0 to 7"):
-        checkpoint.read("layers.1.norm.weight", 3, 8)
+    for start, stop in ((3, 8), (-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match=f"rows 0 to 7, not {start} to {stop}"):
+            checkpoint.read("layers.1.norm.weight", start, stop)
 
 
 def test_newest_undamaged_checkpoint_is_used_and_damaged_ones_are_reported(

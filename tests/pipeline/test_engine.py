@@ -161,6 +161,20 @@ def test_evaluation_on_several_ranks_leaves_no_gradient(placement):
     assert all(p.grad is None for layer in layers for p in layer.parameters())
 
 
+@pytest.mark.parametrize(
+    ("schedule", "enabled"),
+    [(forward_only((0,), MICROBATCHES), False), (SCHEDULES["1f1b"].builder(1, MICROBATCHES), True)],
+)
+def test_evaluation_records_no_graph(schedule, enabled):
+    layers, batches = make()
+    modes = []
+    stage = Stage(DeviceLayers(layers), CPU)
+    Engine({0: stage}, lambda *args: (modes.append(torch.is_grad_enabled()), objective(*args))[1]).run(
+        schedule, batches
+    )
+    assert modes == [enabled] * MICROBATCHES
+
+
 def test_receives_of_the_next_actions_are_posted_before_an_action():
     """Rank 1 of GPipe posts the receives of LOOK_AHEAD forwards before the first one, then one more before each."""
     layers, batches = make()

@@ -18,7 +18,7 @@ class LossScale:
         return {"value": self.value, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore a saved scale. Ignored if scaling is disabled now, or if the scale is 1, as in runs without scaling."""
+        """Restore a saved scale. Ignored if scaling is disabled, or if the scale is 1, as in runs without scaling."""
         if self.enabled and state["value"] != 1:
             self.value, self.good_steps = state["value"], int(state["good_steps"])
 

@@ -199,6 +199,7 @@ def test_damage_found_by_one_rank_raises_on_all(results: list[dict[str, Any]]) -
     assert {rank["error"] for rank in results} == {results[0]["error"]}
     assert results[0]["error"].startswith(f"{results[0]['damaged']} has 10 bytes, its manifest lists ")
     assert [rank["newest"] for rank in results] == [50] * 4
+    assert [len(rank["warnings"]) for rank in results] == [1, 0, 0, 0]
 
 
 def test_full_disk_of_one_rank_raises_on_all(results: list[dict[str, Any]]) -> None:

@@ -18,8 +18,8 @@ class LossScale:
         return {"value": self.value, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore a saved scale. Ignored if scaling is disabled now or was disabled when the state was saved."""
-        if self.enabled and state["value"] > 1:
+        """Restore a saved scale. Ignored if scaling is disabled, or if the scale is 1, as in runs without scaling."""
+        if self.enabled and state["value"] != 1:
             self.value, self.good_steps = state["value"], int(state["good_steps"])
 
     def update(self, overflow: bool) -> None:

@@ -1,12 +1,15 @@
 """Mutation testing: `python -m tests.mutation.run [target …] [--sample N] [--seed S]`.
 
 Each mutant of a target module (targets.toml) is written into a copy of the tree, where the target's tests run. A test
-that fails or exceeds the time limit catches the mutant. Survivors that equivalent.toml lists with a reason do not
-count. Cosmic Ray's operators make the mutants; its runner is not used because it mutates the working tree and
-identifies a mutant by its position in the file.
+that fails or exceeds the time limit catches the mutant; the latter are printed. Survivors that equivalent.toml lists
+with a reason do not count. Cosmic Ray's operators make the mutants; its runner is not used because it mutates the
+working tree and identifies a mutant by its position in the file.
 """
 
 import argparse
+import gc
+import importlib
+import importlib.util
 import os
 import random
 import shutil
@@ -18,12 +21,21 @@ import tomllib
 from pathlib import Path
 from typing import NoReturn
 
-os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}  # before torch is imported
+import tests.conftest  # noqa: F401  # before torch and Triton are imported, because it sets their environment
 
+# isort: split
+# Imported for the forks that run pytest: these packages take longer to import than most tests take to run.
+import hypothesis.strategies  # noqa: F401
 import pytest
-import torch  # noqa: F401
+import safetensors.torch  # noqa: F401
+import tokenizers  # noqa: F401
+import torch.fx.experimental.symbolic_shapes
+import torch.utils.checkpoint
+import torch.utils.flop_counter  # noqa: F401
+import transformers.generation.logits_process  # noqa: F401
 
 from tests.launch import members
+from tests.mutation import forked_ranks
 from tests.mutation.mutants import Mutant, mutants
 
 ROOT = Path(__file__).parents[2]
@@ -37,27 +49,32 @@ def is_equivalent(target: str, mutant: Mutant) -> bool:
     return any((e["definition"], e["before"], e.get("after", mutant.after)) == key for e in entries)
 
 
-def passes(tree: Path, tests: list[str], timeout: float) -> bool:
-    """Whether the tests pass in the tree within the time limit; every process that they started is ended.
+def outcome(tree: Path, tests: list[str], timeout: float) -> str:
+    """Return "passed", "failed" or "timed out": the first result of a test file that is not "passed", if any."""
+    return next((result for test in tests if (result := _file_outcome(tree, test, timeout)) != "passed"), "passed")
 
-    They run in a fork, which has torch imported already: that takes longer than most tests.
-    """
+
+def _file_outcome(tree: Path, test: str, timeout: float) -> str:
+    """Run one file or folder of tests in a fork, which has torch imported already, and end all of its processes."""
+    gc.freeze()  # pytest calls gc.collect, which would visit all that is imported
     pid = os.fork()
     if pid == 0:
-        _run_pytest(tree, tests)
+        _run_pytest(tree, test)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return status == 0
+            return "failed" if status else "passed"
         time.sleep(0.02)
-    for process in members(pid):  # the session also has the ranks that a test started
+    os.kill(pid, signal.SIGINT)  # a test that waits for ranks ends them: they are in a session of their own
+    time.sleep(10)
+    for process in members(pid):
         os.kill(process, signal.SIGKILL)
     os.waitpid(pid, 0)
-    return False
+    return "timed out"
 
 
-def _run_pytest(tree: Path, tests: list[str]) -> NoReturn:
+def _run_pytest(tree: Path, test: str) -> NoReturn:
     """Run pytest in a tree, quietly, in a session of its own, and end this process with its status."""
     os.setsid()
     os.chdir(tree)
@@ -65,15 +82,18 @@ def _run_pytest(tree: Path, tests: list[str]) -> NoReturn:
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]  # they belong to the working tree
     sys.path[:] = [str(tree), *(path for path in sys.path if Path(path).resolve() != ROOT)]
+    launch = importlib.import_module("tests.launch")  # that of the copy; the tests import it later
+    launch.run_function = forked_ranks.run_function  # type: ignore[attr-defined]
     silent = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silent, stream)
-    os._exit(pytest.main(["-x", "-p", "no:cacheprovider", "--tb=no", *tests]))
+    os._exit(pytest.main(["-x", "-p", "no:cacheprovider", "--tb=no", "--timeout=0", test]))
 
 
 def test_files(tree: Path, patterns: list[str]) -> list[str]:
     """The files that match, in the order of the patterns: with the fast tests first, most mutants are caught soon."""
-    return [str(path.relative_to(tree)) for pattern in patterns for path in sorted(tree.glob(pattern))]
+    files = [str(path.relative_to(tree)) for pattern in patterns for path in sorted(tree.glob(pattern))]
+    return list(dict.fromkeys(files))
 
 
 def run_target(tree: Path, target: str, sample: int | None, seed: int) -> tuple[int, int, int, int]:
@@ -84,17 +104,21 @@ def run_target(tree: Path, target: str, sample: int | None, seed: int) -> tuple[
     if sample is not None and sample < len(tested):
         tested = sorted(random.Random(seed).sample(tested, sample), key=lambda mutant: mutant.line)
     tests, timeout = test_files(tree, TARGETS[target]["tests"]), TARGETS[target]["timeout"]
-    if not passes(tree, tests, timeout):
+    if outcome(tree, tests, timeout) != "passed":
         raise SystemExit(f"{target}: its tests fail or take longer than {timeout} s without a mutation")
     module, survived = tree / target, 0
+    bytecode = Path(importlib.util.cache_from_source(str(module)))
     original = module.read_text(encoding="utf-8")
     for mutant in tested:
         module.write_text(mutant.code, encoding="utf-8")
-        if passes(tree, tests, timeout):
-            survived += 1
-            print(f"survived: {target}:{mutant.line} in {mutant.definition or 'the module'} ({mutant.operator})")
+        bytecode.unlink(missing_ok=True)  # valid for every mutant of equal size that is written in the same second
+        result = outcome(tree, tests, timeout)
+        survived += result == "passed"
+        if result != "failed":  # whether a mutant that exceeds the time limit is caught is for the reader to judge
+            print(f"{result}: {target}:{mutant.line} in {mutant.definition or 'the module'} ({mutant.operator})")
             print(f"    - {mutant.before}\n    + {mutant.after}", flush=True)
     module.write_text(original, encoding="utf-8")
+    bytecode.unlink(missing_ok=True)
     return len(tested) + len(equivalent), len(tested) - survived, survived, len(equivalent)
 
 

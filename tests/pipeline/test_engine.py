@@ -1,12 +1,8 @@
 """The engine compared with plain autograd, on one rank and on several ranks that are threads of this process."""
 
 import threading
-import time
 import weakref
-from collections import defaultdict
-from collections.abc import Sequence
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,65 +12,11 @@ from torch import Tensor, nn
 
 import pipeline.engine
 from pipeline.engine import LOOK_AHEAD, Engine, MicroBatch
-from pipeline.messages import Channel, Direction, channels_of
+from pipeline.messages import Direction
 from pipeline.schedule import SCHEDULES, Action, ActionKind, Schedule, forward_only
 from pipeline.stage import DeviceLayers, Stage
+from tests.pipeline.stand_ins import ManualClock, Network, Work, groups_of
 from tests.pipeline.toy_layers import CPU, LAYERS, MICROBATCHES, make, objective, reference, take_gradients
-
-
-class Group:
-    """Stand-in for the process group of a channel. The ranks in it are ordered by their number in the pipeline."""
-
-    def __init__(self, channel: Channel, rank: int) -> None:
-        self.channel, self.rank = channel, sorted([channel.source, channel.destination]).index(rank)
-
-
-def groups_of(placement: Sequence[int], rank: int) -> Any:
-    """Return the channels of a rank with their groups."""
-    return {channel: Group(channel, rank) for channel in channels_of(placement, rank)}
-
-
-class Work:
-    def __init__(self, wait: Any) -> None:
-        self.wait = wait
-        self.is_completed = lambda: False
-
-
-class Network:
-    """torch.distributed for ranks in threads, which matches messages by their order like NCCL and checks the tags."""
-
-    def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.sent: dict[Channel, list[tuple[int, Tensor]]] = defaultdict(list)
-        self.tags: dict[Direction, list[int]] = defaultdict(list)
-        self.receives: dict[Channel, int] = defaultdict(int)  # number of posted receives
-
-    def dist(self) -> SimpleNamespace:
-        return SimpleNamespace(get_rank=lambda group: group.rank, isend=self.isend, irecv=self.irecv, Work=Work)
-
-    def isend(self, tensor: Tensor, group: Group, group_dst: int, tag: int) -> Work:
-        assert tensor.is_contiguous()
-        assert not tensor.requires_grad
-        assert group.rank == sorted(group.channel[1:]).index(group.channel.source) == 1 - group_dst
-        with self.changed:
-            self.sent[group.channel].append((tag, tensor))
-            self.tags[group.channel.direction].append(tag)
-            self.changed.notify_all()
-        return Work(lambda: None)
-
-    def irecv(self, buffer: Tensor, group: Group, group_src: int, tag: int) -> Work:
-        assert group.rank == sorted(group.channel[1:]).index(group.channel.destination) == 1 - group_src
-        queue, position = self.sent[group.channel], self.receives[group.channel]
-        self.receives[group.channel] += 1
-
-        def wait() -> None:
-            with self.changed:
-                assert self.changed.wait_for(lambda: len(queue) > position, timeout=20), "deadlock"
-            sent_tag, tensor = queue[position]
-            assert (sent_tag, tensor.shape, tensor.dtype) == (tag, buffer.shape, buffer.dtype)
-            buffer.copy_(tensor)
-
-        return Work(wait)
 
 
 def run_ranks(
@@ -150,6 +92,20 @@ def test_evaluation_on_several_ranks_leaves_no_gradient(placement):
     assert all(p.grad is None for layer in layers for p in layer.parameters())
 
 
+@pytest.mark.parametrize(
+    ("schedule", "enabled"),
+    [(forward_only((0,), MICROBATCHES), False), (SCHEDULES["1f1b"].builder(1, MICROBATCHES), True)],
+)
+def test_evaluation_records_no_graph(schedule, enabled):
+    layers, batches = make()
+    modes = []
+    stage = Stage(DeviceLayers(layers), CPU)
+    Engine({0: stage}, lambda *args: (modes.append(torch.is_grad_enabled()), objective(*args))[1]).run(
+        schedule, batches
+    )
+    assert modes == [enabled] * MICROBATCHES
+
+
 def test_receives_of_the_next_actions_are_posted_before_an_action():
     """Rank 1 of GPipe posts the receives of LOOK_AHEAD forwards before the first one, then one more before each."""
     layers, batches = make()
@@ -185,32 +141,44 @@ def test_one_rank_is_bitwise_identical_to_plain_autograd(stages, recompute, spli
     losses, gradients = reference(layers, batches)
     edges = [s * LAYERS // stages for s in range(stages + 1)]
     modules = [DeviceLayers(layers[a:b], recompute=recompute) for a, b in pairwise(edges)]
-    engine = Engine({s: Stage(module, CPU) for s, module in enumerate(modules)}, objective)
+    clock = ManualClock()
+    engine = Engine(
+        {s: Stage(module, CPU) for s, module in enumerate(modules)},
+        lambda output, context: (clock.sleep(1), objective(output, context))[1],
+    )
+    engine.clock = clock
     assert [float(report) for report in engine.run(all_on_one_rank(stages, split), batches)] == losses
     assert all(torch.equal(a, b) for a, b in zip(take_gradients(layers), gradients, strict=True))
-    assert engine.waited() < 0.01
+    assert clock.now == MICROBATCHES
+    assert engine.waited() == 0
 
 
 def test_trace_and_waiting_time():
-    """The start of an action excludes the wait for its message; the wait is counted in `waited`."""
+    """The start of an action excludes the wait for its message; the wait is counted in `waited`.
+
+    A receive takes 1 s, a forward pass 10 s and a send 100 s.
+    """
     layers, batches = make()
-    network = Network()
-    network.irecv = lambda buffer, *_, **__: (buffer.zero_(), Work(lambda: time.sleep(0.02)))[1]  # type: ignore[method-assign, assignment]
-    network.isend = lambda *_, **__: Work(lambda: time.sleep(0.02))  # type: ignore[method-assign, assignment]
+    network, clock, stage = Network(), ManualClock(), Stage(DeviceLayers(layers), CPU)
+    network.irecv = lambda buffer, *_, **__: (buffer.zero_(), Work(lambda: clock.sleep(1)))[1]  # type: ignore[method-assign, assignment]
+    network.isend = lambda *_, **__: Work(lambda: clock.sleep(100))  # type: ignore[method-assign, assignment]
+    forward = stage.forward
+    stage.forward = lambda *args: (clock.sleep(10), forward(*args))[1]  # type: ignore[method-assign]
     schedule = SCHEDULES["1f1b"].builder(2, MICROBATCHES)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.engine, "dist", network.dist())
-        engine = Engine({1: Stage(DeviceLayers(layers), CPU)}, objective, 1, groups_of((0, 1), 1))
+        engine = Engine({1: stage}, objective, 1, groups_of((0, 1), 1))
+        engine.clock = clock
         engine.run(schedule, batches)
         engine.start_trace()
         engine.run(schedule, batches)
-    trace = engine.stop_trace()
-    assert [action for action, _, _ in trace] == list(schedule.actions[1])
-    edges = [edge for _, start, end in trace for edge in (start, end)]
-    assert edges == sorted(edges)
-    idle = sum(b - a for (_, _, a), (_, b, _) in pairwise(trace))
-    assert idle >= 0.02 * (MICROBATCHES - 1)  # all but the wait before the first action
-    assert 0.02 * 2 * MICROBATCHES <= engine.waited() < 0.02 * 2 * MICROBATCHES + 0.1
+    assert engine.waited() == (1 + 100) * MICROBATCHES
+    expected = []
+    for i in range(MICROBATCHES):
+        end = (1 + 10) * (i + 1)
+        expected += [(Action(ActionKind.FORWARD, 1, i), end - 10, end), (Action(ActionKind.BACKWARD, 1, i), end, end)]
+    assert engine.stop_trace() == expected
+    assert engine.stop_trace() == []
 
 
 def test_completed_sends_are_released():

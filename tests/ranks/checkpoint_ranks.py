@@ -1,5 +1,6 @@
 """Functions that each rank of the checkpoint tests runs, and the tensors that they save."""
 
+import logging
 import os
 import resource
 import zlib
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fira.checkpoint import shards
 from fira.checkpoint.shards import Checkpoint, TensorShard, newest_valid, save_checkpoint
 from fira.checkpoint.step_folders import find
 from fira.errors import UserError
@@ -32,16 +34,16 @@ def value(name: str, salt: int = 0) -> torch.Tensor:
 
 def owned(names: list[str], salt: int, rank: int, world: int) -> list[TensorShard]:
     """Return this rank's shards: uneven, possibly empty slices of the rows, and the unsharded tensors that it owns."""
-    shards = []
+    found = []
     for name in names:
         full = value(name, salt)
         if name in UNSHARDED:
             if rank == UNSHARDED[name] % world:
-                shards.append(TensorShard(name, full, 0, tuple(full.shape)))
+                found.append(TensorShard(name, full, 0, tuple(full.shape)))
             continue
         cuts = [full.shape[0] * part * part // (world * world) for part in range(world + 1)]
-        shards.append(TensorShard(name, full[cuts[rank] : cuts[rank + 1]], cuts[rank], tuple(full.shape)))
-    return shards
+        found.append(TensorShard(name, full[cuts[rank] : cuts[rank + 1]], cuts[rank], tuple(full.shape)))
+    return found
 
 
 def save_state(root: str, step: int, salt: int = 0, keep: int = 2) -> str:
@@ -132,7 +134,12 @@ def run_scenarios(root: str) -> dict[str, Any]:
         os.truncate(damaged, 10)
     dist.barrier()
     results["error"], results["damaged"] = open_error(str(damaged.parent)), str(damaged)
+    results["warnings"] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: results["warnings"].append(record.getMessage())  # type: ignore[method-assign]
+    shards.logger.addHandler(handler)
     results["newest"] = newest_step(f"{root}/damaged")
+    shards.logger.removeHandler(handler)
 
     save_state(f"{root}/full", 50)
     results["full"] = save_without_room(f"{root}/full", 100, rank=1, limit=100)

@@ -1,6 +1,6 @@
 """One training step of a small model on each rank of a trainer test, and the same quantities from a plain forward."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,6 +101,8 @@ def step(fp16: bool, pp: int = 1) -> dict[str, Any]:
     """A validation and two steps on the same sequences, the first at the learning rate zero."""
     trainer, loader = make(fp16=fp16, pp=pp)
     held_out = ValidationSequences(Tokens(CONFIG.vocab_size, 4 * SEQ_LEN + 6), SEQ_LEN)  # type: ignore[arg-type]
+    reads, read = [], held_out.batch
+    held_out.batch = lambda *numbers: (reads.append(numbers), read(*numbers))[1]  # type: ignore[method-assign]
     validation = trainer.evaluate(held_out, 2)
     result = trainer.step(loader, BATCH, 0.0, seed=11, extra=[1.5, 2.5 + trainer.mesh.rank])
     balance = [moe.router.balance.tolist() for moe in trainer.model.moe]
@@ -111,6 +113,7 @@ def step(fp16: bool, pp: int = 1) -> dict[str, Any]:
     return {
         **asdict(result),
         "validation": validation,
+        "reads": reads,
         "balance": balance,
         "consumed": consumed,
         "second": asdict(second),
@@ -190,6 +193,32 @@ def bubble() -> float:
         module.time = real
 
 
+def fractions(load: list[int], dropped: list[int]) -> dict[str, Any]:
+    """The result of a step in which both layers had these assignments of experts, over all ranks."""
+    trainer, loader = make()
+    sums, ranks = trainer._step_sums, trainer.mesh.layout.world
+    given = {name: torch.tensor([row] * 2).double() / ranks for name, row in (("load", load), ("dropped", dropped))}
+    trainer._step_sums = lambda *args: replace(sums(*args), **given)  # type: ignore[method-assign]
+    return asdict(trainer.step(loader, 2, 1e-3, seed=11))
+
+
+def copies() -> list[dict[str, bool]]:
+    """How a step copies the extra numbers to the device."""
+    trainer, loader = make()
+    recorded, pinned_for = [], module.pinned_for
+
+    def to(numbers: torch.Tensor, **options: bool) -> torch.Tensor:
+        recorded.append(options)
+        return numbers
+
+    module.pinned_for = lambda _, numbers: SimpleNamespace(to=lambda device, **options: to(numbers, **options))  # type: ignore[assignment]
+    try:
+        trainer.step(loader, 2, 1e-3, seed=11)
+    finally:
+        module.pinned_for = pinned_for
+    return recorded
+
+
 def check_all() -> dict[str, Any]:
     torch.set_num_threads(1)
     return {
@@ -199,6 +228,8 @@ def check_all() -> dict[str, Any]:
         "pipeline": step(False, pp=torch.distributed.get_world_size()),
         "tied": tied(),
         "bubble": bubble(),
+        "copies": copies(),
+        "fractions": fractions(load=[0, 1, 3, 4, 8], dropped=[0, 1, 1, 0, 2]),
         "overflow": [overflow(scale) for scale in (2.0**400, 1.0, 2.0**-14, 2.0**-15)],
         "errors": [not_finite(*case) for case in (("layers.2.norm1.weight", 1.0), ("layers.0.token.weight", np.nan))],
         "ignored": not_finite("layers.2.norm1.weight", 1.0, fp16=True),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fira.checkpoint.manifest import StoredRows, TensorEntry, is_plain
+from fira.checkpoint.manifest import StoredRows, TensorEntry, encode_json, is_plain
 from fira.checkpoint.shards import Checkpoint
 from fira.errors import UserError
 from tests.fira.checkpoint.checkpoint_files import FILES, MODEL, edit_index, edit_manifest
@@ -17,7 +17,7 @@ from tests.ranks.checkpoint_ranks import open_error, save_state
 def test_flipped_bit_raises_error_naming_the_file(root: Path, name: str) -> None:
     folder = Path(save_state(str(root), 1))
     raw = (folder / name).read_bytes()
-    for position in {*range(0, len(raw), 97), len(raw) - 1}:
+    for position in {*range(0, len(raw), 13), len(raw) - 1}:
         damaged = bytearray(raw)
         damaged[position] ^= 1 << position % 8
         (folder / name).write_bytes(damaged)
@@ -29,12 +29,14 @@ def test_flipped_bit_raises_error_naming_the_file(root: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_truncated_or_missing_file_is_named(root: Path, name: str) -> None:
+def test_file_of_another_size_or_missing_file_is_named(root: Path, name: str) -> None:
     folder = Path(save_state(str(root), 1))
     size = (folder / name).stat().st_size
-    for length in (size - 1, size // 2, 0):
+    for length in (size + 1, size - 1, size // 2, 0):
         os.truncate(folder / name, length)
-        assert name in open_error(str(folder))
+        message = open_error(str(folder))
+        assert name in message
+        assert name == "manifest.json" or f" has {length} bytes, its manifest lists {size}" in message
     (folder / name).unlink()
     assert name in open_error(str(folder))
 
@@ -45,8 +47,9 @@ def test_folder_without_valid_manifest_raises(tmp_path: Path, root: Path) -> Non
         assert f"{tmp_path / 'manifest.json'} is" in open_error(str(tmp_path))
     assert "is not a checkpoint" in open_error(str(tmp_path / "nowhere"))
     folder = Path(save_state(str(root), 1))
-    edit_manifest(folder, lambda manifest: manifest.update(version=2))
-    assert "format version 2" in open_error(str(folder))
+    for version in (0, 2):
+        edit_manifest(folder, lambda manifest, version=version: manifest.update(version=version))
+        assert f"format version {version}" in open_error(str(folder))
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "..", ".", "", "a/b", "a\\b", "a\0"])
@@ -104,6 +107,11 @@ def test_manifest_must_list_the_index_and_a_record_per_file(root: Path) -> None:
         folder = Path(save_state(str(root), step))
         edit_manifest(folder, change)
         assert message in open_error(str(folder))
+
+
+def test_json_text_is_that_of_the_format() -> None:
+    """The SHA-256 of a manifest covers its text, so with another text no existing checkpoint could be read."""
+    assert encode_json({"a": [1], "b": "é"}) == b'{\n "a": [\n  1\n ],\n "b": "\\u00e9"\n}\n'
 
 
 @pytest.mark.parametrize(

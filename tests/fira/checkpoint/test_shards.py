@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fira.checkpoint import shards
 from fira.checkpoint.manifest import read_manifest
 from fira.checkpoint.shards import Checkpoint, TensorShard, newest_valid, save_checkpoint
 from fira.errors import UserError
@@ -71,16 +72,67 @@ def test_every_dtype_and_shape_is_restored_bitwise(root: Path, tensor: torch.Ten
 
 def test_missing_or_duplicate_rows_raise(root: Path) -> None:
     rows = torch.ones(2, 3)
-    for shards in (
+    for owned in (
         [TensorShard("x", rows, 1, (3, 3))],
         [TensorShard("x", rows, 0, (3, 3))],
         [TensorShard("x", rows, 0, (4, 3)), TensorShard("x", rows, 2, (4, 3))],
         [TensorShard("x", rows, 0, (2, 4))],
         [TensorShard("x", rows.to(torch.complex64), 0, (2, 3))],
+        [TensorShard("x", rows, 0, (2, 2))],
+        [TensorShard("x", torch.ones(()), 0, (1,))],
+        [TensorShard("x", torch.ones(1), 0, ())],
     ):
         with pytest.raises(ValueError, match=r"^x: "):
-            save_checkpoint(root, 1, shards, [], {}, {}, {}, 2)
+            save_checkpoint(root, 1, owned, [], {}, {}, {}, 2)
     assert not root.exists()
+
+
+def test_shards_with_different_dtypes_raise(root: Path) -> None:
+    """The rows of one tensor, in files of two kinds."""
+    first, second = TensorShard("x", torch.ones(2), 0, (4,)), TensorShard("x", torch.ones(2).double(), 2, (4,))
+    for weights, optimizer in ((first, second), (second, first)):
+        with pytest.raises(ValueError, match="x: rank 0 passes it twice, or with a different shape or dtype"):
+            save_checkpoint(root, 1, [weights], [optimizer], {}, {}, {}, 2)
+
+
+@pytest.mark.parametrize("name", ["a/b", "index", "manifest"])
+def test_invalid_names_of_documents_and_files_raise(root: Path, name: str) -> None:
+    for documents, files in (({name: {}}, {}), ({}, {f"{name}.json": b""})):
+        with pytest.raises(ValueError, match=f"invalid names of checkpoint files: .*{name}.json"):
+            save_checkpoint(root, 1, [], [], documents, files, {}, 2)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_files_have_the_permissions_of_new_files(root: Path, mask: int) -> None:
+    previous = os.umask(mask)
+    try:
+        folder = Path(save_state(str(root), 1))
+    finally:
+        os.umask(previous)
+    assert (folder / MODEL).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_failed_save_leaves_no_folder_and_names_the_newest_checkpoint(root: Path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "publish", fail)
+        with pytest.raises(UserError, match="step 1 failed: no space; .*; there is no earlier checkpoint"):
+            save_state(str(root), 1)
+    for step in (50, 100):
+        save_state(str(root), step, keep=3)
+    monkeypatch.setattr(shards, "publish", fail)
+    with pytest.raises(UserError, match=r"step 150 failed: no space; .*step-000100 is intact"):
+        save_state(str(root), 150, keep=3)
+    assert not list(root.glob("*.tmp"))
+
+
+def test_folder_that_cannot_be_created_is_a_user_error(root: Path) -> None:
+    root.parent.joinpath("file").touch()
+    with pytest.raises(UserError, match=r"checkpoint of step 1 failed: .*; there is no earlier checkpoint"):
+        save_state(str(root.parent / "file" / "checkpoints"), 1)
 
 
 def test_missing_tensor_file_or_row_is_named(root: Path) -> None:
@@ -91,8 +143,9 @@ def test_missing_tensor_file_or_row_is_named(root: Path) -> None:
         checkpoint.document("trainer")
     assert not checkpoint.has_file("trainer.json")
     assert checkpoint.has_file("config.json")
-    with pytest.raises(ValueError, match="rows 0 to 7"):
-        checkpoint.read("layers.1.norm.weight", 3, 8)
+    for start, stop in ((3, 8), (-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match=f"rows 0 to 7, not {start} to {stop}"):
+            checkpoint.read("layers.1.norm.weight", start, stop)
 
 
 def test_newest_undamaged_checkpoint_is_used_and_damaged_ones_are_reported(
@@ -147,6 +200,7 @@ def test_damage_found_by_one_rank_raises_on_all(results: list[dict[str, Any]]) -
     assert {rank["error"] for rank in results} == {results[0]["error"]}
     assert results[0]["error"].startswith(f"{results[0]['damaged']} has 10 bytes, its manifest lists ")
     assert [rank["newest"] for rank in results] == [50] * 4
+    assert [len(rank["warnings"]) for rank in results] == [1, 0, 0, 0]
 
 
 def test_full_disk_of_one_rank_raises_on_all(results: list[dict[str, Any]]) -> None:

@@ -38,6 +38,7 @@ CASES = [
     make_case(3, 3, [5, 5, 5], 0.4),
     make_case(4, 2, [3, 4, 2], 0.2, range(2, 5)),  # rank 0 has no tokens for its experts
     make_case(5, 2, [2, 3, 1], 1.0),  # no token for any expert
+    make_case(6, 1, [1, 2, 1], 0.0),  # ranks with one assignment
 ]
 
 

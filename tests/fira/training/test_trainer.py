@@ -30,6 +30,7 @@ def test_step_and_validation_equal_a_plain_forward(ranks: int, run: str) -> None
             for ours, expected in zip(step[name], plain[name], strict=True):
                 assert ours == pytest.approx(expected, rel=1e-6), name
         assert (step["consumed"], step["skipped"], step["updates"]) == (5, False, 2)
+        assert step["reads"] == [[0, 2], [2, 2], [4, 1]]  # first sequence and number of each validation batch
         for name in ("loss", "grad_norm"):  # the gradients of the first step, which had the learning rate 0, are gone
             assert step["second"][name] == pytest.approx(step[name], rel=1e-12)
         assert result["fp16"]["weights"] == result["fp32"]["weights"]
@@ -42,6 +43,19 @@ def test_extra_numbers_and_bubble_are_reduced_over_ranks(ranks: int, sums: list[
         assert result["fp32"]["extra"] == sums
         assert result["fp32"]["second"]["extra"] == []
         assert result["bubble"] == 0.25
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fractions_of_experts_with_no_or_one_assignment(ranks: int) -> None:
+    for result in results(ranks):
+        step = result["fractions"]
+        assert step["expert_load"] == [[0, 1 / 16, 3 / 16, 4 / 16, 8 / 16]] * 2
+        assert step["expert_dropped"] == [[0, 1, 1 / 3, 0, 1 / 4]] * 2
+        assert step["dropped"] == 4 / 16
+
+
+def test_extra_numbers_are_copied_to_the_device_without_waiting() -> None:
+    assert results(1)[0]["copies"] == [{"non_blocking": True}]
 
 
 def test_tied_weights_are_equal_after_a_step_and_their_gradients_are_summed() -> None:

@@ -67,3 +67,11 @@ def test_single_assignment_is_dispatched_unchanged() -> None:
     plan = TokenDispatcher().plan(torch.tensor([[2]]), 4)
     outputs = TokenDispatcher().run(torch.tensor([[7.0]]), None, plan, 1, lambda rows, groups, keys: rows)
     assert outputs.tolist() == [[7]]
+
+
+def test_one_token_on_a_device_is_planned_without_reading_its_experts() -> None:
+    """A tensor on meta has no values that could be copied to the host."""
+    plan = TokenDispatcher().plan(torch.zeros(1, 2, dtype=torch.int64, device="meta"), 4)
+    assert plan.groups.counts is not None
+    assert plan.groups.counts.shape == (4,)
+    assert plan.order.device.type == "meta"

@@ -59,6 +59,34 @@ def test_kernel_for_widths_whose_rows_are_no_multiple_of_16_bytes(inputs: int, o
         assert (low - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "widths", "padded"),
+    [
+        (torch.bfloat16, (614, 1228), (616, 1232)),
+        (torch.bfloat16, (616, 1232), (616, 1232)),
+        (torch.float32, (13, 5), (16, 8)),
+        (torch.float32, (12, 8), (12, 8)),
+    ],
+)
+def test_rows_are_padded_to_the_next_multiple_of_16_bytes(monkeypatch, dtype, widths, padded) -> None:
+    seen, product = [], F.grouped_mm
+
+    def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        seen.append((x.shape[1], weight.shape[2]))
+        return product(x, weight, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", grouped_mm)
+    inputs, outputs = widths
+    y = _grouped_mm(
+        torch.ones(3, inputs, dtype=dtype),
+        RowGroups(torch.tensor([2, 1])),
+        torch.ones(2, outputs, inputs, dtype=dtype),
+        None,
+    )
+    assert y.shape == (3, outputs)
+    assert seen == [padded]
+
+
 class OnDevice:
     """Stands for a tensor on a GPU."""
 

@@ -106,6 +106,20 @@ class Engine:
                 stage.clear()
         return run.reports
 
+    def run_stages(self, microbatch: MicroBatch) -> None:
+        """Run the forward of each stage of this rank, and its backward if gradients are enabled, without messages.
+
+        Inputs of stages are random numbers and gradients of outputs are ones, so that results have no meaning.
+        """
+        generator = torch.Generator().manual_seed(0)
+        for number, stage in self.stages.items():
+            x = microbatch.inputs
+            if number:
+                x = torch.randn(microbatch.boundary, generator=generator, dtype=self.dtype)
+            y = stage.forward(0, x.to(stage.input_device), microbatch.context)
+            if torch.is_grad_enabled():
+                stage.backward(0, torch.ones_like(y))
+
     def waited(self) -> float:
         """Seconds of the last run in which this rank's work waited for other ranks."""
         return sum(self.clock.seconds(start, end) for start, end in self._waits)

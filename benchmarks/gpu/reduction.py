@@ -32,7 +32,7 @@ def gain(profile: ModelProfile, device: str, layout: Layout, schedule: str) -> t
     after, during = (
         predict(
             CandidateCosts(
-                PlanInputs(profile, replace(hardware, overlaps_reduction=overlaps), cost_model, precision), candidate
+                PlanInputs(profile, replace(hardware, overlaps_collectives=overlaps), cost_model, precision), candidate
             )
         )
         for overlaps in (False, True)

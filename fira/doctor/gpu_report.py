@@ -24,6 +24,7 @@ FIRST_GPU = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 SHARED = {"CUDA_VISIBLE_DEVICES": FIRST_GPU}  # of both ranks, so that messages pass through MPI
 
 TRAINING_S = 150  # time limit of most checks that train
+COMPILATION_S = 300  # of those that train with --compile
 
 CHECKS: tuple[GpuCheck, ...] = (
     *(GpuCheck(name, operation_checks.check_operation, 120, arguments=(name,)) for name in operation_checks.NAMES),
@@ -31,6 +32,8 @@ CHECKS: tuple[GpuCheck, ...] = (
     GpuCheck("training in bf16", training_checks.precision, TRAINING_S, arguments=("bf16",)),
     GpuCheck("training in fp16", training_checks.precision, TRAINING_S, arguments=("fp16",)),
     GpuCheck("--precision auto", training_checks.automatic_precision, TRAINING_S),
+    GpuCheck("--compile --precision fp32", training_checks.compiled, COMPILATION_S, arguments=("fp32",)),
+    GpuCheck("--compile --precision auto", training_checks.compiled, COMPILATION_S, arguments=("auto",)),
     GpuCheck("--recompute full", training_checks.recompute, TRAINING_S),
     GpuCheck("--resume auto", training_checks.resume, TRAINING_S),
     GpuCheck("collectives, shared GPU", rank_checks.collectives, 90, environment=SHARED, ranks=2),

@@ -49,6 +49,13 @@ def recompute(target: Target) -> str:
     return compare(run(target, "recompute", "--recompute", "full"), baseline(target))
 
 
+def compiled(target: Target, precision: str) -> str:
+    """`--compile` trains as fp32 on the CPU without it. precision: value of `--precision`."""
+    selected = auto_precision(torch.device(target.device)) if precision == "auto" else precision
+    log = run(target, f"compiled-{precision}", "--compile", "--precision", precision)
+    return compare(log, cpu(target), selected)
+
+
 def resume(target: Target) -> str:
     """A run resumed in the middle by `--resume auto` continues as the uninterrupted run."""
     expected = baseline(target)

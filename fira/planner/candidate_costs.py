@@ -88,11 +88,11 @@ class CandidateCosts:
             if self.layout.ep == 1 or not kind.moe_layers:
                 result.append((0.0, 0.0))
                 continue
-            share = (
-                2 * kind.top_k * kind.expert_parameters / self.profile.num_experts / flops
-            )  # of experts in the layer
+            expert_flops = 2 * kind.top_k * kind.expert_parameters / self.profile.num_experts
             backward = cost.backward_input if self.splits_backward else cost.backward
-            forward_exchange, backward_exchange = (self._exchange(kind, share * t) for t in (cost.forward, backward))
+            forward_exchange, backward_exchange = (
+                self._exchange(kind, expert_flops / flops * t) for t in (cost.forward, backward)
+            )
             # A forward also exchanges the counts, which are small.
             result.append((kind.moe_layers * link.latency + forward_exchange, backward_exchange))
         return result

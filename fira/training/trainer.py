@@ -93,8 +93,10 @@ class Trainer:
         )
         self.scale = LossScale(fp16)
         self.norms = NormVector(model, mesh)
-        overlaps = dist.get_backend(mesh.groups["dp"]) == "nccl"  # on a CPU, a reduction slows down the backward
-        self.reduction = OverlappedReduction(model, mesh) if overlaps else None
+        nccl = dist.get_backend(mesh.groups["dp"]) == "nccl"
+        self.reduction = OverlappedReduction(model, mesh) if nccl else None  # it would slow down a CPU's backward
+        self.loads_kernels_first = nccl and mesh.layout.pp > 1
+        self._loaded: set[bool] = set()  # kernels of validation: False, of training: True
 
     def step(
         self, loader: Loader | Mixture, sequences: int, lr: float, seed: int, extra: Sequence[float] = ()
@@ -141,6 +143,7 @@ class Trainer:
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
         last_backward = self.reduction.stage if self.reduction else nullcontext
         with cast_weights(self.model.modules()):
+            self._load_kernels(microbatches[0], training=True)
             losses = self.model.engine.run(schedule, microbatches, last_backward)
         if self.model.tied:
             self.model.tied.sum_gradients()
@@ -149,6 +152,23 @@ class Trainer:
         else:
             reduce_gradients(self.model.shards, self.mesh)
         return losses
+
+    def _load_kernels(self, microbatch: MicroBatch, training: bool) -> None:
+        """Run this rank's stages once before their first messages over NCCL.
+
+        When CUDA loads a kernel, it may wait for all running kernels. A receive that was posted ahead is one of them,
+        and the message that it waits for may depend on this rank. CUDA_MODULE_LOADING=EAGER loads the kernels of
+        libraries at the start, but not those of Triton and torch.compile.
+        """
+        if not self.loads_kernels_first or training in self._loaded:
+            return
+        self._loaded.add(training)
+        with torch.set_grad_enabled(training):
+            self.model.engine.run_stages(microbatch)
+        for shard in self.model.shards:
+            shard.parameter.grad = None
+        if self.model.tied and self.model.tied.copy is not None:
+            self.model.tied.copy.grad = None
 
     def _update(self, lr: float, norm: float, scale: float, load: Tensor) -> None:
         """Clip and unscale the gradients, update the weights, and rebalance routers by the load of the experts."""
@@ -167,6 +187,7 @@ class Trainer:
             for first in range(0, len(data), batch):
                 count = min(batch, len(data) - first)
                 microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
+                self._load_kernels(microbatches[0], training=False)
                 schedule = forward_only(self.model.placement, len(microbatches))
                 losses = self.model.engine.run(schedule, microbatches)
                 if losses:  # only the rank of the last stage has them

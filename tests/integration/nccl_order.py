@@ -9,6 +9,9 @@ The engine of every rank runs with stand-ins for torch.distributed and for its s
     device     the host waits for all streams of the device
     rendezvous the host waits for its compute stream and then for all other ranks
 
+Where kernels are loaded at their first use, the host waits for the device before the first forward of a rank in
+evaluation and in training, and before its first backward.
+
 An operation is a message between two pipeline ranks, an all-to-all over ep, or a reduction over dp or edp, which
 OverlappedReduction starts in the last backward of a stage. `deadlocks` then executes the programs of all ranks. A
 communicator executes its operations first in, first out, and an operation runs when it is the next one on all of its
@@ -32,7 +35,7 @@ from pipeline.clock import HostClock
 from pipeline.engine import Engine, MicroBatch
 from pipeline.mesh import Layout
 from pipeline.messages import Channel, channels_of
-from pipeline.schedule import Schedule
+from pipeline.schedule import ActionKind, Schedule
 from tests.pipeline.toy_layers import CPU
 
 
@@ -57,9 +60,17 @@ class Instruction(NamedTuple):
 class Program(list[Instruction]):
     """What one rank does."""
 
-    def __init__(self) -> None:
+    def __init__(self, loads: bool = False) -> None:
         super().__init__()
         self.posted: Counter[Group] = Counter()
+        self.loads = loads
+        self.loaded: set[tuple[str, bool]] = set()
+
+    def load(self, kernels: str) -> None:
+        """Load the kernels of the forward or of the backward, unless they are loaded."""
+        if self.loads and (kernels, torch.is_grad_enabled()) not in self.loaded:
+            self.loaded.add((kernels, torch.is_grad_enabled()))
+            self.append(Instruction("device"))
 
     def post(self, group: Group, sizes: tuple[int, ...] = ()) -> "_Work":
         operation = Operation(group, self.posted[group], sizes)
@@ -109,17 +120,20 @@ class _Stage:
         self.layers = layers
 
     def forward(self, i: int, x: Tensor, context: Any) -> Tensor:
+        self.layers[0].program.load("forward")
         for layer in self.layers:
             layer.compute(exchange=True)
         return torch.zeros(1, requires_grad=True) + 0
 
     def backward(self, i: int, gradient: Tensor) -> Tensor:
+        self.layers[0].program.load("backward")
         for layer in reversed(self.layers):
             layer.compute(exchange=True)
             layer.accumulate()
         return torch.zeros(1)
 
     def backward_input(self, i: int, gradient: Tensor) -> Tensor:
+        self.layers[0].program.load("backward")
         for layer in reversed(self.layers):
             layer.compute(exchange=True)
         return torch.zeros(1)
@@ -162,12 +176,14 @@ def record(
     layout: Layout | None = None,
     layers: int = 1,
     reduction: type[OverlappedReduction] = OverlappedReduction,
+    loads: str = "",
 ) -> Program:
     """The program of a rank that runs the schedules one after another, with a rendezvous after each.
 
-    layout: by default a pipeline without replicas. layers: of each stage.
+    layout: by default a pipeline without replicas. layers: of each stage. loads: when kernels are loaded: "first use",
+    or "before" the first step and the first evaluation, as `Trainer` does; by default they need not be loaded.
     """
-    program = Program()
+    program = Program(bool(loads))
     placement = schedules[0].placement
     layout = layout or Layout(max(placement) + 1)
     pipeline = layout.group("pp", rank)
@@ -205,6 +221,9 @@ def record(
         overlapped = reduction(model, mesh)
         for schedule in schedules:
             microbatches = [MicroBatch(torch.zeros(1), torch.Size([1]))] * schedule.microbatches
+            if loads == "before":
+                with torch.set_grad_enabled(any(a.kind is not ActionKind.FORWARD for a in schedule.actions[place])):
+                    engine.run_stages(microbatches[0])
             engine.run(schedule, microbatches, overlapped.stage)
             overlapped.finish()
             program.append(Instruction("rendezvous"))

@@ -54,6 +54,23 @@ def test_no_deadlock(name, ranks, reads):
     assert [m for m in MICROBATCHES if deadlocks(programs(name, ranks, m, reads))] == []
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_kernels_are_loaded_before_receives_are_posted_ahead(name):
+    """Loading one may wait for the receives, which deadlocks if kernels are loaded at their first use."""
+
+    def deadlocked(loads: str) -> list[tuple[int, int]]:
+        found = []
+        for ranks, microbatches in ((ranks, count) for ranks in (2, 3, 4) for count in MICROBATCHES):
+            step = SCHEDULES[name].builder(ranks, microbatches)
+            schedules = [forward_only(step.placement, microbatches), step, step]
+            if deadlocks([record(schedules, rank, reads=False, layers=2, loads=loads) for rank in range(ranks)]):
+                found.append((ranks, microbatches))
+        return found
+
+    assert (2, 2) in deadlocked("first use")
+    assert deadlocked("before") == []
+
+
 @pytest.mark.parametrize("name", ["1f1b", "gpipe", "zb-h1", "zb-v"])
 def test_communicators_created_at_first_use_deadlock(name):
     assert all(deadlocks(programs(name, 2, m, reads=True), pair, created_at_first_use=True) for m in (1, 2, 4))

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from fira.models.blues import BluesConfig
+from fira.models.registry import to_document
 from pipeline.schedule import SCHEDULES
 from tests.launch import run_function
 
+TIED = BluesConfig(vocab_size=61, seq_len=13, num_layers=4, d_ff=20, d_model=24, n_head=6, n_kv_head=2, dropout=0.0)
 SETTINGS: dict[str, Any] = {"dropout": 0.1, "steps": 2, "layers": 6, "observe": True, "overlapped": True}
 CASES = [
     {"layout": layout, "schedule": schedule, **SETTINGS}
@@ -19,6 +22,7 @@ CASES = [
 ]
 CASES += [{"layout": [1, 2, ep], "schedule": schedule, **SETTINGS} for ep, schedule in ((1, "1f1b"), (2, "zb-v"))]
 CASES += [{"layout": [pp, 2, 2], "schedule": "zb-h1", "parts": 2, **SETTINGS} for pp in (1, 2)]
+CASES += [{"layout": [2, 1, 1], "schedule": "zb-h1", "model": to_document(TIED), **SETTINGS}]
 
 pytestmark = pytest.mark.timeout(420)  # the first test of a number of ranks waits for all their cases
 
@@ -37,7 +41,7 @@ def results(ranks: int) -> list[Any]:
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=[pytest.mark.slow] * (ranks_of(case) > 2)) for case in CASES],
-    ids=lambda case: f"{case['schedule']}-{case['layout']}",
+    ids=lambda case: f"{case['schedule']}-{case['layout']}{'-tied' * ('model' in case)}",
 )
 def test_training_evaluation_and_trace(case):
     place = [c for c in CASES if ranks_of(c) == ranks_of(case)].index(case)

@@ -62,7 +62,8 @@ def train(
     """Train a model on one layout.
 
     model: the document of a config; by default a small fira. observe: also evaluate after each step, and trace all
-    steps. parts: of the experts' exchange. overlapped: reduce gradients during the backward.
+    steps. parts: of the experts' exchange. overlapped: as with NCCL, reduce gradients during the backward
+    and load kernels first.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the sum of each
     of this rank's replicated weights; with `observe`, the validation losses and the numbers of traced actions as well.
@@ -93,6 +94,7 @@ def train(
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
     if overlapped:
         trainer.reduction = OverlappedReduction(built, mesh)
+        trainer.loads_kernels_first = True
     loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
     results, validation, traced = [], [], []
     for step in range(1, steps + 1):

@@ -119,7 +119,7 @@ def test_failed_save_leaves_no_folder_and_names_the_newest_checkpoint(root: Path
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "publish", fail)
-        with pytest.raises(UserError, match="step 1 failed: no space; .*; there is no earlier checkpoint"):
+        with pytest.raises(UserError, match=r"step 1 failed: no space; .*; there is no earlier checkpoint"):
             save_state(str(root), 1)
     for step in (50, 100):
         save_state(str(root), step, keep=3)

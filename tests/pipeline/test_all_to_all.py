@@ -12,3 +12,9 @@ def test_rows_and_gradients(sizes):
     for rank, result in enumerate(results):
         assert result["received"] == [[source, rank, i] for source in ranks for i in range(sizes[source][rank])]
         assert result["grad"] == [[c * (1 + to) for c in (1, 2, 3)] for to in ranks for _ in range(sizes[rank][to])]
+
+
+def test_a_second_differentiation_is_an_error():
+    """Its gradients would be missing what passes through the exchange."""
+    for message in run_function(2, "tests.ranks.all_to_all_ranks", "differentiate_twice"):
+        assert "once_differentiable" in message

@@ -25,3 +25,15 @@ def exchange(sizes: list[list[int]]) -> dict[str, list[list[float]]]:
     (out * (1 + rank) * torch.arange(1, 4)).sum().backward()
     assert x.grad is not None
     return {"received": out.tolist(), "grad": x.grad.tolist()}
+
+
+def differentiate_twice() -> str:
+    """Return the message of the error that a second differentiation raises."""
+    x = torch.ones(2, 1, requires_grad=True)
+    y = all_to_all(x, [1, 1], [1, 1], dist.new_group())
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    try:
+        grad.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"

@@ -29,6 +29,7 @@ def compare(ranks: int, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [once for once, _ in by_rank[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(250)
 def test_pipeline() -> None:
     compare(2, [case(name, [2, 1, 1], autocast) for name, autocast in product(MODELS, DTYPES)])

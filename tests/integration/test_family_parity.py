@@ -20,6 +20,8 @@ from fira.models.registry import to_document
 from fira.models.rish import RishConfig
 from tests.launch import run_function
 
+pytestmark = pytest.mark.slow  # the fast tests of parity train fira only
+
 SMALL = {"vocab_size": 61, "seq_len": 13, "d_model": 24, "num_layers": 2}
 MODELS = {
     "rish": RishConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, num_experts=4, top_k=2, max_position=10),
@@ -128,7 +130,6 @@ def test_replicas_expert_shards_and_torchgpipe_equal_one_rank(name: str) -> None
     assert np.any(result(plain)["experts"]["dropped"]) == (name == "fira")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_replicas_of_pipelines_equal_one_rank(name: str) -> None:
     assert_equals_one_rank(name, sharded(name, 2, 2), schedule="zb-v")

@@ -136,6 +136,7 @@ def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
     return float((abs(a - b) / abs(b)).max())
 
 
+@pytest.mark.slow
 def test_training_reduces_the_loss():
     losses = np.array(reference(LONG)["steps"])[:, 0]
     assert losses[-1] < losses[0] - 0.3

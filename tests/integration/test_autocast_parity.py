@@ -64,7 +64,7 @@ def test_one_rank() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(250)
 def test_schedules() -> None:
-    options: list[dict[str, Any]] = [{"schedule": s} for s in ("gpipe", "interleaved", "zb-h1", "zb-2p", "zb-v")]
+    options: list[dict[str, Any]] = [{"schedule": s} for s in ("interleaved", "zb-2p", "zb-v")]
     options.append({"schedule": "zb-h1", "recompute": 1})
     compare(2, [case(name, [2, 1, 1], "bfloat16", **option) for name, option in product(MODELS, options)])
 

@@ -145,13 +145,9 @@ def test_compiled_code_computes_the_same(family: str, backend: str) -> None:
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "one rank": {"layout": [1, 1, 1]},
     "recompute": {"layout": [1, 1, 1], "recompute": 99},
-    "torchgpipe": {"layout": [1, 1, 1], "devices": 2},
     "torchgpipe recompute": {"layout": [1, 1, 1], "devices": 2, "recompute": 1},
     "1f1b": {"layout": [2, 1, 1]},
-    "interleaved": {"layout": [2, 1, 1], "schedule": "interleaved"},
-    "zb-h1": {"layout": [2, 1, 1], "schedule": "zb-h1"},
     "zb-v": {"layout": [2, 1, 1], "schedule": "zb-v"},
     "zb-h1 recompute": {"layout": [2, 1, 1], "schedule": "zb-h1", "recompute": 1},
     "experts": {"layout": [1, 2, 2]},

@@ -8,7 +8,8 @@ import pytest
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from pipeline.mesh import Layout
 from pipeline.schedule import SCHEDULES, forward_only
-from tests.integration.nccl_order import Group, deadlocks, record
+from tests.integration.nccl_order import Group, record
+from tests.integration.nccl_replay import deadlocks
 
 MICROBATCHES = range(1, 17)
 

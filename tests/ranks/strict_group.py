@@ -8,7 +8,7 @@
 | A send ends when its receive is executed; messages are matched by their order alone, not by a tag. | `_match` |
 
 A wait that exceeds LIMIT_S ends the job with a message that names the operations in the queue. Unlike on a GPU, `wait`
-blocks the host; `tests/integration/nccl_order.py` simulates the streams of a device.
+blocks the host; `tests/integration/nccl_replay.py` simulates the streams of a device.
 """
 
 import os

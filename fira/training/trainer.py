@@ -138,12 +138,12 @@ class Trainer:
 
     def _backward(self, microbatches: list[MicroBatch]) -> list[Tensor]:
         """Run forward and backward, reduce the gradients over replicas, and return the losses of this rank."""
-        for shard in self.model.shards:
-            shard.parameter.grad = None
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
         last_backward = self.reduction.stage if self.reduction else nullcontext
         with cast_weights(self.model.modules()):
             self._load_kernels(microbatches[0], training=True)
+            for shard in self.model.shards:
+                shard.parameter.grad = None
             losses = self.model.engine.run(schedule, microbatches, last_backward)
         if self.model.tied:
             self.model.tied.sum_gradients()
@@ -165,10 +165,8 @@ class Trainer:
         self._loaded.add(training)
         with torch.set_grad_enabled(training):
             self.model.engine.run_stages(microbatch)
-        for shard in self.model.shards:
-            shard.parameter.grad = None
         if self.model.tied and self.model.tied.copy is not None:
-            self.model.tied.copy.grad = None
+            self.model.tied.copy.grad = None  # `_backward` clears the others
 
     def _update(self, lr: float, norm: float, scale: float, load: Tensor) -> None:
         """Clip and unscale the gradients, update the weights, and rebalance routers by the load of the experts."""

@@ -104,10 +104,10 @@ def run(ranks: int, cases: set[str]) -> dict[str, dict[str, Any]]:
 
 def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     assert all(rank["steps"] == ranks[0]["steps"] for rank in ranks)
-    weights: dict[str, float] = {}
+    weights: dict[str, str] = {}
     for rank in ranks:
-        for name, total in rank["weights"].items():
-            assert weights.setdefault(name, total) == total, f"replicas differ in {name}"
+        for name, digest in rank["weights"].items():
+            assert weights.setdefault(name, digest) == digest, f"replicas differ in {name}"
     return {**ranks[0], "weights": weights}
 
 

@@ -1,5 +1,6 @@
 """Short training of a small model on synthetic tokens, run on each rank of a parity test."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,8 @@ def train(
     steps. parts: of the experts' exchange. overlapped: as with NCCL, reduce gradients during the backward
     and load kernels first.
 
-    Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the sum of each
-    of this rank's replicated weights; with `observe`, the validation losses and the numbers of traced actions as well.
+    Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the SHA-256 of
+    this rank's weights and moments, for experts of each one; with `observe`, the validation losses and the numbers of traced actions as well.
     """
     torch.set_num_threads(1)
     config = FiraConfig(
@@ -106,7 +107,12 @@ def train(
             traced.append(len(built.engine.stop_trace()))
             unseen = ValidationSequences(Tokens(config.vocab_size, 100), SEQ_LEN)  # type: ignore[arg-type]
             validation.append(trainer.evaluate(unseen, batch))
-    weights = {s.name: float(s.parameter.detach().double().sum()) for s in built.shards if not s.expert}
+    weights = {}
+    for shard in built.shards:
+        for tensor in (shard.parameter.detach(), *trainer.optimizer.moments[shard.name]):
+            for i, row in enumerate(tensor if shard.expert else [tensor]):
+                place = f"{shard.name}[{shard.start + i}]" if shard.expert else shard.name
+                weights[place] = weights.get(place, "") + hashlib.sha256(row.numpy()).hexdigest()
     experts = {"load": result.expert_load, "dropped": result.expert_dropped, "entropy": [result.router_entropy]}
     observed = {"validation": validation, "traced": traced} if observe else {}
     return {"steps": results, "experts": experts, "weights": weights, **observed}

@@ -107,4 +107,4 @@ def all_reduce(sums: Sequence[Tensor], leaves: int, result: Tensor, group: dist.
         dist.all_to_all_single(received.view(-1), send, receive_sizes, send_sizes, group=group)
         for node, row in zip(senders, received, strict=True):
             tree.add(node, [row])
-    dist.all_gather_into_tensor(result, tree.sums[range(leaves)][0], group=group)
+    dist.all_gather(list(result.split(part)), tree.sums[range(leaves)][0], group=group)

@@ -181,8 +181,7 @@ class Trainer:
 
     def evaluate(self, data: ValidationSequences | Joined, batch: int) -> float:
         """Mean loss in nats per token over all sequences of `data`, computed in batches of `batch` sequences."""
-        losses: list[Tensor] = []
-        tokens = 0
+        losses, tokens = [], []
         with cast_weights(self.model.modules()):
             for first in range(0, len(data), batch):
                 count = min(batch, len(data) - first)
@@ -190,18 +189,22 @@ class Trainer:
                 self._load_kernels(microbatches[0], training=False)
                 schedule = forward_only(self.model.placement, len(microbatches))
                 losses.append(self._by_number(self.model.engine.run(schedule, microbatches), count))
-                if self.mesh.pp_rank == 0:
-                    tokens += sum(int(batch.context.lengths.sum()) for batch in microbatches)
-        sums = torch.cat([*losses, losses[0].new_tensor([tokens])]).cpu()
+                lengths = [microbatch.context.lengths.sum() for microbatch in microbatches]
+                tokens.append(self._by_number(lengths if self.mesh.pp_rank == 0 else [], count))
+        sums = torch.stack([torch.cat(losses), torch.cat(tokens)]).cpu()
         dist.all_reduce(sums)
-        return float(sums[:-1].sum() / sums[-1])
+        loss, count = sums.sum(1).tolist()
+        return loss / count
 
-    def _by_number(self, losses: list[Tensor], sequences: int) -> Tensor:
-        """The losses of this rank's micro-batches at their numbers in the global batch: [micro-batches] float64."""
+    def _by_number(self, values: list[Tensor], sequences: int) -> Tensor:
+        """[micro-batches] float64: values of this rank's micro-batches at their numbers in the global batch.
+
+        They may be missing, as the losses are on all ranks except that of the last stage.
+        """
         result = torch.zeros(self.split.total(sequences), dtype=torch.float64, device=self.model.device)
-        if losses:  # only the rank of the last stage has them
+        if values:
             numbers = self.split.numbers(sequences)
-            result[numbers.start : numbers.stop] = torch.stack(losses)[: len(numbers)]
+            result[numbers.start : numbers.stop] = torch.stack(values)[: len(numbers)]
         return result
 
     def _step_sums(

@@ -33,7 +33,7 @@ from torch import Tensor
 from fira.nn.autocast import product_dtype
 from fira.nn.kernels.fused import use_fused
 
-ALIGNMENT = 128  # bytes: of a cache line and of torch's allocations 64, of two vectors of 512 bits 128
+ALIGNMENT = 128  # bytes of two vectors of 512 bits, which torch's elementwise functions process at a time
 
 
 class RowGroups:
@@ -167,8 +167,12 @@ def _index(weight: Tensor, group: int) -> int | tuple[int, int]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy of it at an aligned address."""
-    return x if x.data_ptr() % 64 == 0 else x.clone()
+    """x, or a copy of it at an aligned address. torch's allocations are aligned."""
+    return x if _is_aligned(x) else x.clone()
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.storage_offset() * x.element_size() % ALIGNMENT == 0
 
 
 def _spans(sizes: dict[int, int], rows: int) -> list[int]:
@@ -211,10 +215,10 @@ class _Weights(torch.autograd.Function):
         for e, grad_rows, rows in zip(ctx.sizes, grad_y.split(spans), x.split(spans), strict=False):
             index = _index(grad_weight, e)
             target = grad_weight[index]
-            if target.data_ptr() % 64:
-                target.copy_(torch.mm(_aligned(grad_rows).T, _aligned(rows)))
-            else:
+            if _is_aligned(target):
                 torch.mm(_aligned(grad_rows).T, _aligned(rows), out=target)
+            else:
+                target.copy_(torch.mm(_aligned(grad_rows).T, _aligned(rows)))
             if grad_bias is not None:
                 torch.sum(grad_rows, 0, out=grad_bias[index])
         return grad_weight, grad_bias, None, None

@@ -1,12 +1,14 @@
-"""Cache folders named by the hash of their inputs, each created atomically."""
+"""Cache folders named by the hash of their inputs, each created atomically and verified by checksums."""
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tqdm import tqdm
 from fira.files import sync
 from fira.progress_bar import progress_bar
 
+CHECKSUMS = "checksums.json"  # the CRC-32 of every other file of a cache folder, which costs less than SHA-256
 HASH_CACHE_SIZE = 64 * 2**20  # bytes; the SHA-256 of a file of at least this size is cached
 PARTIAL_LIFETIME = 7 * 24 * 3600  # seconds after which the unfinished folder of a killed process is removed
 
@@ -33,7 +36,7 @@ def total_size(files: list[Path]) -> int:
 def content_key(cache: Path, files: list[Path], settings: list[Any], progress: bool) -> str:
     """Return the SHA-256 of the settings and of every file's content and suffix, which determines its reader."""
     with progress_bar(total_size(files), "hashing the data", progress) as bar:
-        contents = [(path.suffix, _content_hash(cache, path, bar)) for path in files]
+        contents = [(path.suffix.lower(), _content_hash(cache, path, bar)) for path in files]
     return hashlib.sha256(json.dumps([settings, contents]).encode()).hexdigest()
 
 
@@ -43,7 +46,9 @@ def _content_hash(cache: Path, path: Path, bar: tqdm) -> str:
     identity = [str(path.resolve()), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     cached = cache / "sha256" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     if status.st_size >= HASH_CACHE_SIZE and cached.exists():
-        return cached.read_text()
+        text = cached.read_text(errors="replace")
+        if re.fullmatch("[0-9a-f]{64}", text):
+            return text
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -57,9 +62,43 @@ def _content_hash(cache: Path, path: Path, bar: tqdm) -> str:
     return digest.hexdigest()
 
 
+def damaged_file(folder: Path, progress: bool) -> Path | None:
+    """Return a file of a cache folder that is missing or differs from its checksum; None if all are as written."""
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_bytes())
+        with progress_bar(total_size(list(folder.iterdir())), "verifying the prepared data", progress) as bar:
+            for name, checksum in expected.items():
+                if _checksum(folder / name, bar.update) != checksum:
+                    return folder / name
+    except FileNotFoundError as error:
+        return Path(error.filename)
+    except (ValueError, AttributeError):  # not JSON, or not an object
+        return folder / CHECKSUMS
+    return None
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a cache folder in one step for other processes. Those that have mapped its files can still read them."""
+    removed = folder.parent / f".{folder.name}-{uuid.uuid4().hex}.partial"
+    with suppress(FileNotFoundError):  # another process has removed it
+        folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _checksum(path: Path, advance: Callable[[int], object]) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            checksum = zlib.crc32(block, checksum)
+            advance(len(block))
+    return checksum
+
+
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Context manager that yields a temporary folder, which is synced and renamed to `folder` when the block ends.
+
+    The checksums of its files are written to CHECKSUMS before.
 
     The temporary folder is removed when the block raises, or when another process has created `folder` meanwhile.
     """
@@ -73,6 +112,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        checksums = {path.name: _checksum(path, lambda _: None) for path in sorted(temporary.iterdir())}
+        (temporary / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
         try:

@@ -1,6 +1,7 @@
 """Tokens on disk: one or more one-dimensional `.npy` files, read as one concatenated array."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.lib import format as npy
 
+from fira.data.sources import check_regular
 from fira.errors import UserError
 
 SCAN_TOKENS = 2**22  # tokens read at a time when a whole array is scanned
@@ -43,12 +45,30 @@ class PackedTokens:
 
 def _map(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a complete .npy file ({error}); download it again") from None
-    if array.ndim != 1 or array.dtype.kind not in "ui":
-        raise UserError(f"{path}: holds {array.dtype} {array.shape}, not a 1-d array of token ids; give other shards")
-    return array
+        with path.open("rb") as file:
+            read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
+            shape, _, dtype = read_header(file)
+            offset = file.tell()
+    except OSError:
+        raise
+    except Exception as error:  # numpy parses the header as Python, and raises what the parser raises
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a complete .npy file ({reason}); download it again") from None
+    if len(shape) != 1 or dtype.kind not in "ui":
+        raise UserError(f"{path}: holds {dtype} {shape}, not a 1-d array of token ids; give other shards")
+    size = offset + shape[0] * dtype.itemsize
+    if path.stat().st_size != size:
+        raise UserError(f"{path}: not a complete .npy file ({path.stat().st_size} bytes of {size}); download it again")
+    return np.memmap(path, dtype, "r", offset, shape)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The tokens of a source and its share of the training sequences."""
+
+    weight: float
+    train: PackedTokens
+    val: PackedTokens
 
 
 def find_shards(data: str | None) -> tuple[list[Path], list[Path]] | None:
@@ -58,13 +78,18 @@ def find_shards(data: str | None) -> tuple[list[Path], list[Path]] | None:
     """
     if data is None:
         return None
-    if data.endswith(".npy"):
+    if data.lower().endswith(".npy"):
         raise UserError(f"{data}: a single shard; give the folder that contains *_train_*.npy and *_val_*.npy")
-    train, val = (sorted(Path(data).glob(f"*_{split}_*.npy")) for split in ("train", "val"))
+    train, val = (
+        sorted(path for path in Path(data).glob(f"*_{split}_*") if path.suffix.lower() == ".npy")
+        for split in ("train", "val")
+    )
     if bool(train) != bool(val):
         raise UserError(
             f"{data}: no *_{'val' if train else 'train'}_*.npy in this folder; training needs both kinds of shard"
         )
+    for path in train + val:
+        check_regular(path)
     return (train, val) if train else None
 
 
@@ -76,13 +101,18 @@ class TokenWriter:
 
     def __init__(self, path: Path, vocab_size: int) -> None:
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._vocab_size = vocab_size
         self._file = path.open("wb")
         self.length = 0
         self._write_header()
 
-    def append(self, ids: list[int]) -> None:
-        self._file.write(np.array(ids, self._dtype).tobytes())
-        self.length += len(ids)
+    def append(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Write ids. Raises OverflowError for an id outside the vocabulary."""
+        array = np.asarray(ids, np.int64)
+        if len(array) and array.max() >= self._vocab_size:
+            raise OverflowError(f"token id {array.max()}, vocabulary of {self._vocab_size}")
+        self._file.write(array.astype(self._dtype).tobytes())
+        self.length += len(array)
 
     def __enter__(self) -> Self:
         return self

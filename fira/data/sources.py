@@ -1,27 +1,21 @@
-"""Text sources: `--data` is resolved to a list of files, and each file to a stream of documents.
+"""Text sources: `--data` is resolved to a list of files, which are read as a stream of documents."""
 
-Files are streamed, so that they may be larger than memory. To add a format, write a reader and register it in READERS.
-"""
-
-import ast
-import codecs
-import csv
-import json
+import logging
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
 
+from fira.data.readers import Advance, has_reader, read_file
+from fira.data.text_encoding import HEAD, Content, content
 from fira.errors import UserError
+from fira.files import errors_naming
 
-# A text file is split at the first blank line after MIN_LENGTH characters, or else at the first end of a line after
-# MAX_LENGTH characters; a longer line is split inside.
-MIN_LENGTH, MAX_LENGTH = 16_384, 65_536
-FIELD_LIMIT = 2**27  # characters in one CSV field; a longer one means an unclosed quote
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+NAMED = 3  # files that a message about several files names
+
+log = logging.getLogger(__name__)
 
 
 def documents(data: str | None, text_column: str) -> Iterator[str]:
@@ -30,16 +24,17 @@ def documents(data: str | None, text_column: str) -> Iterator[str]:
     The order is deterministic; blank documents are skipped. `text_column` is the column of CSV and Parquet or the key
     of JSONL. Raises UserError if a file cannot be read as text or no document is found.
     """
+    return read_files(data, input_files(data), text_column, lambda _: None)
+
+
+def read_files(data: str | None, files: Sequence[Path], text_column: str, advance: Advance) -> Iterator[str]:
+    """Yield the documents of `files`, the input files of `data`. advance: called with the number of bytes read."""
     found = False
-    for path in input_files(data):
-        try:
-            for text in _reader(path)(path, text_column):
-                if text and not text.isspace():
-                    found = True
-                    yield text
-        except UnicodeDecodeError as error:
-            invalid = error.object[error.start]
-            raise UserError(f"{path}: byte 0x{invalid:02x} is not UTF-8; convert the file with iconv") from None
+    for path in files:
+        for text in read_file(path, text_column, advance):
+            if text and not text.isspace():
+                found = True
+                yield text
     if not found:
         raise UserError(f"{data}: contains no text; give a file or folder with text")
 
@@ -50,33 +45,68 @@ def input_files(data: str | None) -> list[Path]:
         return _standard_library()
     path = Path(data)
     if path.is_dir():
-        visible = (file for file in sorted(path.rglob("*")) if not _hidden(file.relative_to(path)))
-        files = [file for file in visible if file.is_file() and _readable(file)]
-        if not files:
-            raise UserError(f"{data}: no text in this folder; give one with text, CSV, JSONL, Parquet or .npy shards")
-        return files
+        return _folder(path)
     if not path.exists():
         return _hugging_face(data)
-    if not _readable(path):
+    check_regular(path)
+    if _content(path) is Content.BINARY:
         raise UserError(f"{data}: binary, not UTF-8 text; give text, CSV, JSONL, Parquet or a folder of .npy shards")
     return [path]
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def check_regular(path: Path) -> None:
+    """Raise UserError for a pipe, a device or a socket, which could block and cannot be read several times."""
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; write the data to a file, because it is read several times")
 
 
-def _readable(path: Path) -> bool:
-    """Return whether the file's suffix has a reader or its beginning is UTF-8 text."""
-    if path.suffix in READERS:
-        return True
-    with path.open("rb") as file:
-        head = file.read(8192)
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character split at the end of `head` is no error
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in head
+def _folder(folder: Path) -> list[Path]:
+    """Return the text files in a folder, sorted. Files that are not text are reported in one line of the log.
+
+    Raises UserError if there is no text, or text in another encoding, which would be lost if it were skipped.
+    """
+    kinds: dict[Content, list[Path]] = {kind: [] for kind in Content}
+    for path in sorted(_visible(folder)):
+        kinds[_content(path) if path.is_file() else Content.BINARY].append(path)
+    texts, others, skipped = kinds[Content.TEXT], kinds[Content.OTHER_TEXT], kinds[Content.BINARY]
+    if others:
+        names = _listing(folder, others)
+        raise UserError(f"{folder}: text not in UTF-8 ({names}); convert it with iconv, or move it out of the folder")
+    if not texts:
+        raise UserError(f"{folder}: no text in this folder; give one with text, CSV, JSONL, Parquet or .npy shards")
+    if skipped:
+        log.info(f"{folder}: skipped what is not text ({_listing(folder, skipped)})")
+    return texts
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders, and links to folders, except for names that begin with a dot."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: {error.strerror}; check that the folder can be read") from error
+
+    for root, subfolders, names in os.walk(folder, onerror=fail):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        links = [
+            name for name in subfolders if os.path.islink(os.path.join(root, name))
+        ]  # os.walk does not follow them
+        yield from (Path(root, name) for name in links + names if not name.startswith("."))
+
+
+def _listing(folder: Path, paths: list[Path]) -> str:
+    """Return the number of files and the names of the first ones."""
+    names = [str(path.relative_to(folder)) for path in paths]
+    names = [name if name.isprintable() else ascii(name) for name in names]  # one line, and no lone surrogate
+    named = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    return f"{len(names)} file{'s' if len(names) > 1 else ''}: {named}"
+
+
+def _content(path: Path) -> Content:
+    """Return what a regular file contains, from its suffix if it has a reader, else from its beginning."""
+    if has_reader(path):
+        return Content.TEXT
+    with errors_naming(path), path.open("rb") as file:
+        return content(file.read(HEAD))
 
 
 def _standard_library() -> list[Path]:
@@ -105,102 +135,6 @@ def _hugging_face(name: str) -> list[Path]:
     except (OSError, ValueError) as error:
         raise UserError(f"{missing}, and no Hugging Face dataset with a train split ({_one_line(error)})") from None
     return [Path(file["filename"]) for file in dataset.cache_files]
-
-
-# Readers: (path, text column) -> documents. pyarrow is large, so it is imported only for files that require it.
-
-
-def _text(path: Path, _column: str) -> Iterator[str]:
-    lines: list[str] = []
-    size = 0
-    with _open(path) as file:
-        for line in iter(partial(file.readline, MAX_LENGTH), ""):
-            lines.append(line)
-            size += len(line)
-            if size >= MAX_LENGTH or (size >= MIN_LENGTH and line.isspace()):
-                yield "".join(lines)
-                lines, size = [], 0
-    yield "".join(lines)
-
-
-def _topics(path: Path, _column: str) -> Iterator[str]:
-    """Read the language reference of `pydoc_data/topics.py`, a dict literal from topic to text."""
-    assignment = ast.parse(path.read_text(encoding="utf-8")).body[-1]
-    assert isinstance(assignment, ast.Assign)
-    yield from ast.literal_eval(assignment.value).values()
-
-
-def _csv(path: Path, column: str) -> Iterator[str]:
-    csv.field_size_limit(FIELD_LIMIT)  # the default limit rejects long articles
-    with _open(path, newline="") as file:
-        rows = csv.DictReader(file)
-        try:
-            _require(column, rows.fieldnames or [], path)
-            yield from (row[column] or "" for row in rows)  # None where a row is too short
-        except csv.Error as error:
-            raise UserError(f"{path}, near line {rows.line_num}: invalid CSV ({error}); correct the file") from None
-
-
-def _jsonl(path: Path, key: str) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: invalid JSON ({error}); correct the file") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: not a JSON object; write one object per line")
-            _require(key, list(record), where)
-            if not isinstance(record[key], str | None):
-                raise UserError(f"{where}: {key!r} holds {type(record[key]).__name__}, not text; name another key")
-            # JSON can contain half a surrogate pair, which is not a character: replace it by "?"
-            yield (record[key] or "").encode("utf-8", "replace").decode()
-
-
-def _columnar(path: Path, column: str) -> Iterator[str]:
-    """Read Parquet, or a stream of Arrow batches as in the cache of `datasets`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    parquet = path.suffix == ".parquet"
-    try:
-        with pa.memory_map(str(path)) as file, (pq.ParquetFile if parquet else pa.ipc.open_stream)(file) as table:
-            schema = table.schema_arrow if parquet else table.schema
-            _require(column, schema.names, path)
-            dtype = schema.field(column).type
-            if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
-                raise UserError(f"{path}: column {column!r} holds {dtype}, not text; name another with --text-column")
-            for batch in table.iter_batches(batch_size=1024, columns=[column]) if parquet else table:
-                yield from (text or "" for text in batch.column(column).to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        kind = "Parquet file" if parquet else "Arrow stream"
-        raise UserError(f"{path}: not a valid {kind} ({_one_line(error)}); download it again") from None
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".csv": _csv,
-    ".jsonl": _jsonl,
-    ".parquet": _columnar,
-    ".arrow": _columnar,
-}
-
-
-def _reader(path: Path) -> Callable[[Path, str], Iterator[str]]:
-    if path.parts[-2:] == ("pydoc_data", "topics.py"):
-        return _topics
-    return READERS.get(path.suffix, _text)
-
-
-def _open(path: Path, newline: str | None = None) -> TextIO:
-    return path.open(encoding="utf-8-sig", newline=newline)
-
-
-def _require(column: str, present: Iterable[str], where: object) -> None:
-    if column not in present:
-        raise UserError(f"{where}: no column {column!r}; name one with --text-column: {', '.join(map(repr, present))}")
 
 
 def _one_line(error: Exception) -> str:

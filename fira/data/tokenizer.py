@@ -1,6 +1,7 @@
 """Train or load a byte-level BPE tokenizer, a `tokenizers.Tokenizer`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -68,13 +69,29 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a `tokenizer.json`, without truncation and padding. Raises UserError for a missing or invalid file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such tokenizer; give the path of a tokenizer.json")
-    try:
+    with library_errors(f"{path}: not a tokenizer.json of the tokenizers library"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises Exception itself
-        raise UserError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if not tokenizer.get_vocab_size():
+            raise ValueError("no tokens")
+        return tokenizer
+
+
+@contextmanager
+def library_errors(message: str) -> Iterator[None]:
+    """Raise an error of the tokenizers library as a UserError that begins with `message`.
+
+    The library raises Exception itself, or a PanicException, which is a BaseException and cannot be imported.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{message} ({' '.join(str(error).split())[:200]})") from None
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:

@@ -15,7 +15,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from fira.data import cache as cache_module
-from fira.data import corpus as module
+from fira.data import preparation as module
 from fira.data.corpus import Corpus, prepare
 from fira.data.sources import documents
 from fira.data.tokenizer import eos_id, load_tokenizer, train_tokenizer, vocabulary
@@ -86,7 +86,7 @@ def test_cache_key_is_the_content_and_the_settings(tmp_path, monkeypatch) -> Non
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     first = prepare(data, vocab_size=400)
     with monkeypatch.context() as no_work:
-        no_work.setattr(module._Preparation, "pack", None)
+        no_work.setattr(module.Preparation, "pack", None)
         shutil.copy(data, tmp_path / "copy.jsonl")
         assert prepare(str(tmp_path / "copy.jsonl"), vocab_size=400).folder == first.folder
     keys = {first.folder, prepare(data, vocab_size=401).folder, prepare(data, "text", first.tokenizer, 400).folder}
@@ -126,7 +126,7 @@ def test_hash_of_a_large_file_is_cached_until_it_changes(tmp_path, cache, monkey
 def test_preparation_is_deterministic(tmp_path) -> None:
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     one, two = (prepare(data, vocab_size=400, cache_dir=tmp_path / name).folder for name in "xy")
-    names = ["summary.json", "tokenizer.json", "train-0.npy", "val-0.npy"]
+    names = ["checksums.json", "summary.json", "tokenizer.json", "train-0.npy", "val-0.npy"]
     assert sorted(path.name for path in one.iterdir()) == names
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
@@ -207,7 +207,7 @@ def test_fineweb_shards_are_read_in_place(tmp_path) -> None:
     np.testing.assert_array_equal(corpus.sources[0].train.read(0, 8000), train)
     np.testing.assert_array_equal(corpus.sources[0].val.read(0, 900), np.load(tmp_path / "edufineweb_val_000000.npy"))
     assert corpus.tokenizer is None
-    assert [path.name for path in corpus.folder.iterdir()] == ["summary.json"]
+    assert {path.name for path in corpus.folder.iterdir()} == {"checksums.json", "summary.json"}
     assert corpus.summary["trigram"] > 0
 
 

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fira.data.sources import MAX_LENGTH, documents, input_files
+from fira.data.readers import MAX_LENGTH
+from fira.data.sources import documents, input_files
 from fira.errors import UserError
 
 TEXTS = ["first\nwith two lines", 'second, with "quotes"', "तीसरा"]
@@ -95,7 +96,7 @@ def test_default_is_the_standard_library_without_its_tests() -> None:
         ("empty.txt", b"", "no text"),
         ("blank.txt", b" \n\n ", "no text"),
         ("binary.txt", b"MZ\x00\x01", "binary"),
-        ("latin.txt", b"caf\xe9 cr\xe8me", "binary, not UTF-8"),
+        ("latin.txt", b"caf\xe9 cr\xe8me", "0xe9 is not UTF-8"),
         ("late.txt", b"a line\n" * 9999 + b"caf\xe9 \n", "0xe9 is not UTF-8"),
         ("t.jsonl", b'{"Text": "a"}\n{"Text": \n', "line 2: invalid JSON"),
         ("t.jsonl", b'["Text"]\n', "line 1: not a JSON object"),

@@ -1,0 +1,207 @@
+"""Readers of data files: each yields the documents of a file of one format.
+
+Files are streamed, so that they may be larger than memory. To add a format, write a reader and register it in READERS.
+"""
+
+import ast
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from fira.data.text_encoding import HEAD, text_encoding
+from fira.errors import UserError
+
+# A text file is split at the first blank line after MIN_LENGTH characters, or else at the first end of a line after
+# MAX_LENGTH characters; a longer line is split inside.
+MIN_LENGTH, MAX_LENGTH = 16_384, 65_536
+LIMIT = 2**26  # characters in a CSV field or in a line of CSV or JSONL; a longer field means an unclosed quote
+ROWS = 128  # rows of Parquet and Arrow that are converted together
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
+
+Advance = Callable[[int], object]  # called with the number of bytes that were read, for a progress bar
+Reader = Callable[[Path, str, Advance], Iterator[str]]  # of the text column
+
+
+def read_file(path: Path, column: str, advance: Advance) -> Iterator[str]:
+    """Yield the documents of a file. Raises UserError, which names the file, if it cannot be read as text."""
+    try:
+        yield from _reader(path)(path, column, advance)
+    except UnicodeDecodeError as error:
+        byte, encoding = error.object[error.start], error.encoding.upper()
+        raise UserError(f"{path}: byte 0x{byte:02x} is not {encoding}; convert the file to UTF-8 with iconv") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; check that the file can be read") from error
+
+
+def has_reader(path: Path) -> bool:
+    """Return whether the suffix of the file selects a reader; all other files are plain text."""
+    return path.suffix.lower() in READERS
+
+
+def _reader(path: Path) -> Reader:
+    if path.parts[-2:] == ("pydoc_data", "topics.py"):
+        return _topics
+    return READERS.get(path.suffix.lower(), _text)
+
+
+class _CountedFile(io.FileIO):
+    """A file, opened for reading, that reports the number of bytes of each read."""
+
+    def __init__(self, path: Path, advance: Advance) -> None:
+        super().__init__(path)
+        self._advance = advance
+
+    def readinto(self, buffer: Any) -> int | None:
+        count = super().readinto(buffer)
+        self._advance(count or 0)
+        return count
+
+
+def _open(path: Path, advance: Advance, newline: str | None = None) -> TextIO:
+    with path.open("rb") as file:
+        encoding = text_encoding(file.read(HEAD)) or "utf-8"  # else decoding raises an error, with the byte
+    return io.TextIOWrapper(io.BufferedReader(_CountedFile(path, advance)), encoding, newline=newline)
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    for number, line in enumerate(iter(partial(file.readline, LIMIT), ""), 1):
+        if len(line) == LIMIT:
+            raise UserError(f"{path}, line {number}: longer than {LIMIT:,} characters; divide the document")
+        yield line
+
+
+def _text(path: Path, _column: str, advance: Advance) -> Iterator[str]:
+    lines: list[str] = []
+    size = 0
+    with _open(path, advance) as file:
+        for line in iter(partial(file.readline, MAX_LENGTH), ""):
+            lines.append(line)
+            size += len(line)
+            if size >= MAX_LENGTH or (size >= MIN_LENGTH and line.isspace()):
+                yield "".join(lines)
+                lines, size = [], 0
+    yield "".join(lines)
+
+
+def _topics(path: Path, _column: str, advance: Advance) -> Iterator[str]:
+    """Read the language reference of `pydoc_data/topics.py`, a dict literal from topic to text."""
+    assignment = ast.parse(path.read_text(encoding="utf-8")).body[-1]
+    assert isinstance(assignment, ast.Assign)
+    yield from ast.literal_eval(assignment.value).values()
+    advance(path.stat().st_size)
+
+
+def _csv(path: Path, column: str, advance: Advance) -> Iterator[str]:
+    csv.field_size_limit(LIMIT)  # the default limit rejects long articles
+    with _open(path, advance, newline="") as file:
+        rows = csv.DictReader(_lines(file, path), strict=True)  # otherwise an unclosed quote at the end is no error
+        try:
+            _require(column, rows.fieldnames or [], path)
+            yield from (row[column] or "" for row in rows)  # None where a row is too short
+        except csv.Error as error:
+            raise UserError(f"{path}, near line {rows.line_num}: invalid CSV ({error}); correct the file") from None
+
+
+def _jsonl(path: Path, key: str, advance: Advance) -> Iterator[str]:
+    with _open(path, advance) as file:
+        for number, line in enumerate(_lines(file, path), 1):
+            if line.isspace():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: invalid JSON ({error}); correct the file") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{where}: not a JSON object; write one object per line")
+            _require(key, list(record), where)
+            if not isinstance(record[key], str | None):
+                raise UserError(f"{where}: {key!r} holds {type(record[key]).__name__}, not text; name another key")
+            # JSON can contain half a surrogate pair, which is not a character: replace it by "?"
+            yield (record[key] or "").encode("utf-8", "replace").decode()
+
+
+def _columnar(path: Path, column: str, advance: Advance) -> Iterator[str]:
+    """Read Parquet, or a stream of Arrow batches as in the cache of `datasets`."""
+    import pyarrow as pa  # here, because it is large and only these files require it
+
+    kind, batches = ("Parquet file", _parquet) if path.suffix.lower() == ".parquet" else ("Arrow stream", _arrow)
+    try:
+        with pa.memory_map(str(path)) as file:
+            for batch in batches(file, column, path, advance):
+                batch.validate(full=True)  # damaged offsets would be read without an error
+                values = batch.column(column)
+                for start in range(0, len(values), ROWS):
+                    yield from (text or "" for text in values.slice(start, ROWS).to_pylist())
+    except UserError:
+        raise
+    except Exception as error:  # ArrowException, OSError, SystemError and others, according to the damage
+        raise UserError(f"{path}: not a valid {kind} ({_one_line(error)}); download it again") from None
+
+
+def _parquet(file: Any, column: str, path: Path, advance: Advance) -> Iterator[Any]:
+    """Yield the record batches of a Parquet file with the text column."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file, page_checksum_verification=True) as table:
+        _check_schema(table.schema_arrow, column, path)
+        expected = table.metadata.num_rows
+        rows = 0
+        for batch in table.iter_batches(batch_size=ROWS, columns=[column]):
+            yield batch
+            rows += len(batch)
+            advance(file.size() * len(batch) // max(expected, 1))
+        if rows != expected:
+            raise ValueError(f"{rows} rows instead of {expected}")
+
+
+def _arrow(file: Any, column: str, path: Path, advance: Advance) -> Iterator[Any]:
+    """Yield the record batches of an Arrow stream. Raises ValueError if it does not end with the file."""
+    from pyarrow import ipc
+
+    with ipc.open_stream(file) as stream:
+        _check_schema(stream.schema, column, path)
+        position = 0
+        for batch in stream:
+            yield batch
+            advance(file.tell() - position)
+            position = file.tell()
+    end = file.tell()
+    file.seek(max(end - len(END_OF_STREAM), 0))
+    if end != file.size() or file.read() != END_OF_STREAM:
+        raise ValueError("the stream does not end at the end of the file")
+
+
+def _check_schema(schema: Any, column: str, path: Path) -> None:
+    """Raise UserError if there is not exactly one such column, or if it does not contain text."""
+    import pyarrow as pa
+
+    _require(column, schema.names, path)
+    dtype = schema.field(column).type
+    if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
+        raise UserError(f"{path}: column {column!r} holds {dtype}, not text; name another with --text-column")
+
+
+READERS: dict[str, Reader] = {
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+    ".parquet": _columnar,
+    ".arrow": _columnar,
+}
+
+
+def _require(column: str, present: Iterable[str], where: object) -> None:
+    names = Counter(present)
+    if column not in names:
+        raise UserError(f"{where}: no column {column!r}; name one with --text-column: {', '.join(map(repr, names))}")
+    if names[column] > 1:
+        raise UserError(f"{where}: {names[column]} columns are named {column!r}; rename all but one")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -57,8 +57,11 @@ def _content_hash(cache: Path, path: Path, bar: tqdm) -> str:
     if status.st_size >= HASH_CACHE_SIZE:
         cached.parent.mkdir(parents=True, exist_ok=True)
         temporary = cached.with_suffix(f".{uuid.uuid4().hex}")
-        temporary.write_text(digest.hexdigest())
-        temporary.rename(cached)
+        try:
+            temporary.write_text(digest.hexdigest())
+            temporary.rename(cached)
+        finally:
+            temporary.unlink(missing_ok=True)
     return digest.hexdigest()
 
 

@@ -39,7 +39,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tup
     """Yield each text with its ids, uint32 [T]. Raises UserError if the tokenizer fails."""
     ids: list[np.ndarray] = []
     for batch in _batches(texts):
-        with library_errors("the tokenizer cannot encode the text"):
+        with library_errors("the tokenizer cannot encode the text; give another --tokenizer"):
             encodings = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
         for (_, text), encoding in zip(batch, encodings, strict=True):
             ids.append(np.array(encoding.ids, np.uint32))

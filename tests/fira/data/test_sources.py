@@ -1,5 +1,8 @@
 import csv
 import json
+import logging
+import os
+import socket
 import sys
 import types
 from pathlib import Path
@@ -78,6 +81,61 @@ def test_folder_yields_its_visible_text_files_of_any_format_sorted(tmp_path) -> 
     (tmp_path / "b" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
     write(tmp_path / "b" / "t.csv", ROWS)
     assert list(documents(str(tmp_path), "Text")) == ["first", *TEXTS, "last"]
+
+
+@pytest.mark.parametrize("suffix", [".TXT", ".CSV", ".JSONL", ".Parquet", ".ARROW"])
+def test_upper_case_suffix_selects_the_same_reader(tmp_path, suffix: str) -> None:
+    lower = tmp_path / f"t{suffix.lower()}"
+    if suffix == ".TXT":
+        lower.write_text("\n\n".join(TEXTS))
+    else:
+        write(lower, ROWS)
+    expected = list(documents(str(lower), "Text"))
+    lower.rename(tmp_path / f"t{suffix}")
+    assert list(documents(str(tmp_path / f"t{suffix}"), "Text")) == list(documents(str(tmp_path), "Text")) == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
+def test_byte_order_mark_selects_the_encoding(tmp_path, name: str, encoding: str) -> None:
+    rows = {"a.txt": "तीसरा é", "a.csv": 'Text\r\n"तीसरा é"\r\n', "a.jsonl": '{"Text": "तीसरा é"}\n'}[name]
+    mark = "\ufeff" if encoding == "utf-16-be" else ""  # the other codecs write it themselves
+    (tmp_path / name).write_bytes((mark + rows).encode(encoding))
+    assert list(documents(str(tmp_path), "Text")) == ["तीसरा é"]
+
+
+def test_text_in_another_encoding_in_a_folder_is_refused_with_the_names(tmp_path) -> None:
+    (tmp_path / "good.txt").write_text("fine")
+    for name in "abcde":
+        (tmp_path / f"{name}.txt").write_bytes("crème brûlée".encode("latin-1"))
+    message = error(str(tmp_path))
+    assert "5 files: a.txt, b.txt, c.txt, …" in message
+    assert "UTF-8" in message
+    assert "iconv" in message
+
+
+def test_skipped_entries_of_a_folder_are_logged(tmp_path, caplog) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "broken").symlink_to(tmp_path / "missing")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    with caplog.at_level(logging.INFO), socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        assert list(documents(str(tmp_path), "")) == ["first"]
+    (record,) = caplog.records
+    assert "5 files: broken, folder, picture.png, …" in record.getMessage()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["pipe", "pipe.csv", "pipe.parquet"])
+def test_pipe_and_device_are_refused_without_waiting(tmp_path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    assert f"{name}: not a regular file" in error(str(tmp_path / name))
+    (tmp_path / "only").mkdir()
+    os.mkfifo(tmp_path / "only" / name)
+    assert "no text in this folder" in error(str(tmp_path / "only"))
+    assert "not a regular file" in error("/dev/zero")
 
 
 def test_default_is_the_standard_library_without_its_tests() -> None:

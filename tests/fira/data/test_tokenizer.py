@@ -1,3 +1,4 @@
+import json
 import unicodedata
 
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from fira.data.pieces import encode_documents
 from fira.data.tokenizer import EOS, SPECIAL_TOKENS, eos_id, load_tokenizer, train_tokenizer, vocabulary
 from fira.errors import UserError
 
@@ -76,6 +78,25 @@ def test_missing_or_invalid_file_is_named(tmp_path, content: bytes | None) -> No
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer\.json") as caught:
         load_tokenizer(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}),  # the library panics when it loads this,
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AQAAAA=="}),  # and these when it encodes
+        ("normalizer", {"type": "Prepend", "prepend": ""}),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+        ("model", {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}),  # an Exception
+        ("model", {"type": "WordLevel", "vocab": {}, "unk_token": "?"}),
+    ],
+)
+def test_panic_or_exception_of_the_library_is_a_one_line_error(tokenizer: Tokenizer, tmp_path, part, value) -> None:
+    document = json.loads(tokenizer.to_str()) | {"added_tokens": [], part: value}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="tokenizer") as caught:
+        list(encode_documents(load_tokenizer(tmp_path / "tokenizer.json"), TEXTS))
     assert "\n" not in str(caught.value)
 
 

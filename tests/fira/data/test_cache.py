@@ -9,7 +9,7 @@ from fira.data import cache as module
 from fira.data.cache import CHECKSUMS, damaged_file
 from fira.data.corpus import Corpus, prepare
 
-TEXT = "".join(f"Line {i} of a text about {i % 7} hills.\n" for i in range(3000))
+TEXT = "".join(f"Line {i} of a text about {i % 7} hills.\n" for i in range(400))
 
 
 @pytest.fixture

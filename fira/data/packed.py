@@ -106,9 +106,9 @@ class TokenWriter:
         self.length = 0
         self._write_header()
 
-    def append(self, ids: Sequence[int] | np.ndarray) -> None:
+    def append(self, ids: Sequence[int]) -> None:
         """Write ids. Raises OverflowError for an id outside the vocabulary."""
-        array = np.asarray(ids, np.int64)
+        array = np.asarray(ids)
         if len(array) and array.max() >= self._vocab_size:
             raise OverflowError(f"token id {array.max()}, vocabulary of {self._vocab_size}")
         self._file.write(array.astype(self._dtype).tobytes())

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from fira.data.cache import total_size
@@ -124,13 +124,14 @@ class Preparation:
             ):
                 texts = entry.documents(self.text_column, "tokenizing", self.progress)
                 for text, ids in encode_documents(tokenizer, texts):
+                    tokens += len(ids)
                     for part, writer in zip(split(text, ids), (train, val), strict=True):
-                        if len(part):
-                            writer.append(np.append(part, eos))
+                        if part:
+                            part.append(eos)
+                            writer.append(part)
                     count += 1
                     size += len(text.encode())
                     words += len(text.split())
-                    tokens += len(ids)
             if VALIDATION / 3 * train.length < val.length < VALIDATION * 3 * train.length:
                 break
         return {"documents": count, "bytes": size, "words": words, "tokens_per_word": tokens / words}
@@ -141,11 +142,11 @@ def _fraction(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()) / 2**56
 
 
-def _by_document(text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return (ids[:0], ids) if _fraction(text) < VALIDATION else (ids, ids[:0])
+def _by_document(text: str, ids: "array[int]") -> tuple["array[int]", "array[int]"]:
+    return (array("I"), ids) if _fraction(text) < VALIDATION else (ids, array("I"))
 
 
-def _by_tail(_text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _by_tail(_text: str, ids: "array[int]") -> tuple["array[int]", "array[int]"]:
     """Use the end of each document for validation; for corpora of few or of many equal documents."""
     cut = len(ids) - max(1, round(len(ids) * VALIDATION))
     return ids[:cut], ids[cut:]

@@ -22,7 +22,7 @@ def test_id_too_large_for_the_dtype_raises(tmp_path) -> None:
     with TokenWriter(tmp_path / "t.npy", 300) as writer, pytest.raises(OverflowError):
         writer.append([70_000])
     with TokenWriter(tmp_path / "t.npy", 300) as writer, pytest.raises(OverflowError):
-        writer.append(np.array([300], np.uint32))
+        writer.append([300])
 
 
 def test_shards_are_read_as_one_array(tmp_path) -> None:

@@ -37,8 +37,9 @@ def content(head: bytes) -> Content:
 
 
 def _decoded(head: bytes, encoding: str) -> str | None:
+    """Return the text, None if it is invalid. The last character may be incomplete where the file continues."""
     try:
-        return codecs.getincrementaldecoder(encoding)().decode(head)  # a character may be incomplete at the end
+        return codecs.getincrementaldecoder(encoding)().decode(head, final=len(head) < HEAD)
     except UnicodeDecodeError:
         return None
 

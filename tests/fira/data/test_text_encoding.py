@@ -17,15 +17,22 @@ TEXT = "Grüße, मित्र — done.\r\n\tNext line\x1b[0m\n" * 9
     ],
 )
 def test_text_decodes_to_the_same_characters(encoding: str, mark: bytes) -> None:
-    data = mark + TEXT.encode(encoding)
-    assert data.decode(text_encoding(data)) == TEXT
-    for end in range(len(mark), len(data)):  # also if a character is cut at the end
-        assert content(data[:end]) is Content.TEXT
+    for shift in range(4):  # a character is cut at the end of the head
+        text = "x" * shift + TEXT * 30
+        data = mark + text.encode(encoding)
+        assert len(data) > HEAD
+        assert data.decode(text_encoding(data[:HEAD])) == text
+        assert content(data[:HEAD]) is Content.TEXT
 
 
 @pytest.mark.parametrize(
     "data",
-    ["crème brûlée".encode("latin-1"), "“déjà”\n".encode("cp1252"), "Привет, мир".encode("koi8-r")]
+    [
+        "crème brûlée".encode("latin-1"),
+        "café".encode("latin-1"),
+        "“déjà”\n".encode("cp1252"),
+        "Привет, мир".encode("koi8-r"),
+    ]
     + ["Hello, world\n".encode(encoding) for encoding in ("utf-16-le", "utf-16-be")],
 )
 def test_text_in_another_encoding_is_not_taken_for_binary(data: bytes) -> None:

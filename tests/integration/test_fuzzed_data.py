@@ -103,7 +103,7 @@ def read_jsonl(content: bytes) -> list[str]:
 
 
 def read_parquet(content: bytes) -> list[str]:
-    return [text or "" for text in pd.read_parquet(io.BytesIO(content))["text"].tolist()]
+    return [text or "" for text in pd.read_parquet(io.BytesIO(content), columns=["text"])["text"].tolist()]
 
 
 def read_arrow(content: bytes) -> list[str]:

@@ -269,7 +269,7 @@ def fuzz(examples: int, check: Callable[[list[str], list[Edit]], None]) -> None:
     )(given(TEXTS, EDITS)(check))()
 
 
-AMOUNT = [12, pytest.param(150, marks=pytest.mark.slow)]
+AMOUNT = [12, pytest.param(110, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("examples", AMOUNT)

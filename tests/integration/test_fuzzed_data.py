@@ -260,13 +260,8 @@ def check_tokenizer(edits: list[Edit], tokenizer: Path) -> None:
 def fuzz(examples: int, check: Callable[[list[str], list[Edit]], None]) -> None:
     """Call `check` with random texts and edits; the first call has none."""
     check([], [])
-    settings(
-        max_examples=examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )(given(TEXTS, EDITS)(check))()
+    repeat = settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    settings(repeat, suppress_health_check=list(HealthCheck))(given(TEXTS, EDITS)(check))()
 
 
 AMOUNT = [12, pytest.param(110, marks=pytest.mark.slow)]

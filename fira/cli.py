@@ -10,10 +10,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fira.errors import UserError
+from fira.value_types import FlagType
 from pipeline.mpi.failure import abort_on_failure, fail
 from pipeline.mpi.world import MissingMPIError, init, launched_rank
 
 SCRIPTS = {"prepare": "prepare_data"}  # commands whose script in scripts/ has another name
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Appends the range of a number to its help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        ranges = action.type.ranges() if isinstance(action.type, FlagType) else ""
+        return f"{action.help}; {ranges}" if action.help and ranges else action.help
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +34,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None, prog: str | None = None) -> None:
-        super().__init__(prog, description=description, allow_abbrev=False)
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments = sys.argv[1:] if args is None else args

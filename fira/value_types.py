@@ -1,7 +1,7 @@
 """Allowed values of settings, declared as types and checked in one place.
 
-    dropout: Fraction = 0.1                                     field of a dataclass: `check(where, value, hint)`
-    parser.add_argument("--ranks", type=flag_type(Size))        flag: checked where it is parsed, and shown by --help
+    dropout: Fraction = 0.1                          field of a dataclass: `check(where, value, hint)`
+    parser.add_argument("--ranks", type=Size)        flag of `fira.cli.Parser`: checked by FLAG_TYPES[Size]
 
 An alias such as Size is an annotated type, so that type checkers see an int. A plain `int` is a count of at least 1, a
 plain `float` is any finite number, and a plain `str` is one line of text that is not empty.
@@ -116,7 +116,7 @@ Tokens = Annotated[int, Range(int, 1, 2**24)]  # in a vocabulary or in a sequenc
 Sequences = Annotated[int, Range(int, 1, 2**20)]  # in a batch
 Seed = Annotated[int, Range(int, 0, 2**63 - 1)]
 Steps = Annotated[int, Range(int, 0, LARGEST_INT)]
-Seconds = Annotated[float, Range(float, 0, 1e9, excluded=(0,))]
+Seconds = Annotated[float, Range(float, 0, 10**9, excluded=(0,))]
 Positive = Annotated[float, Range(float, 0, excluded=(0,))]
 NotNegative = Annotated[float, Range(float, 0)]
 Fraction = Annotated[float, Range(float, 0, 1, excluded=(1,))]
@@ -135,7 +135,7 @@ def check(where: str, value: Any, hint: Any) -> None:
 
 
 def flag_type(hint: Any) -> "FlagType":
-    """The `type` of an argument of argparse, for values of a type other than bool."""
+    """The `type` of an argument of argparse for a type other than bool."""
     return FlagType(_allowed(hint))
 
 
@@ -153,8 +153,8 @@ class FlagType:
                 continue
             if value in values:
                 return value
-        values = (str(values) for values in self.allowed if not isinstance(values, Word))
-        raise ArgumentTypeError(f"give {' or '.join(values)}, not {_shown(text)}")
+        choices = [str(values) for values in self.allowed if not isinstance(values, Word)]
+        raise ArgumentTypeError(f"give {' or '.join(choices)}, not {_shown(text)}")
 
     def ranges(self) -> str:
         """The allowed numbers, for --help; empty if the flag is not a number."""
@@ -174,4 +174,10 @@ def _shown(value: Any) -> str:
         return repr(value) if len(value) <= LONGEST_SHOWN else f"{value[:LONGEST_SHOWN]!r}…"
     if isinstance(value, int) and value.bit_length() > 4 * LONGEST_SHOWN:
         return f"an integer of {value.bit_length():,} bits"
-    return str(value).lower() if isinstance(value, int | float | None) else f"a {type(value).__name__}"
+    plain = value is None or isinstance(value, int | float)
+    return str(value).lower() if plain else f"a {type(value).__name__}"
+
+
+FLAG_TYPES: dict[Any, FlagType] = {
+    hint: flag_type(hint) for hint in (int, float, str, PathName, Sequences, Size, Tokens)
+}

@@ -13,41 +13,24 @@ from fira.errors import UserError
 from fira.generation.perplexity import TextLoss, perplexity
 from fira.generation.utilisation import counting_experts, shares
 from fira.models.language_model import LanguageModel
-from fira.value_types import PathName, Sequences, flag_type
+from fira.value_types import PathName, Sequences
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
+    checkpoint_help = "a run folder, a step folder or an exported folder"
+    parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
+    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
+    data_help = "text, CSV, JSONL, Parquet, or folders"
+    parser.add_argument("--data", type=str, nargs="+", default=[], metavar="FILE", help=data_help)
+    parser.add_argument("--text-column", type=str, default="text", help="column of the text (default: %(default)s)")
+    parser.add_argument("--tasks", type=str, help="comma-separated names of lm-eval tasks (pip install 'fira[eval]')")
     parser.add_argument(
-        "--checkpoint",
-        type=flag_type(PathName),
-        required=True,
-        help="a run folder, a step folder or an exported folder",
+        "--tasks-path", type=PathName, metavar="DIR", help="a folder of task files; default: those of lm-eval"
     )
-    parser.add_argument("--tokenizer", type=flag_type(PathName), help="a tokenizer.json; default: the checkpoint's own")
+    parser.add_argument("--limit", type=int, help="examples of each task; default: all")
     parser.add_argument(
-        "--data",
-        type=flag_type(str),
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="text, CSV, JSONL, Parquet, or folders",
-    )
-    parser.add_argument(
-        "--text-column", type=flag_type(str), default="text", help="column or key of the text (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tasks", type=flag_type(str), help="comma-separated names of lm-eval tasks (pip install 'fira[eval]')"
-    )
-    parser.add_argument(
-        "--tasks-path",
-        type=flag_type(PathName),
-        metavar="DIR",
-        help="a folder of task files; default: those of lm-eval",
-    )
-    parser.add_argument("--limit", type=flag_type(int), help="examples of each task; default: all")
-    parser.add_argument(
-        "--batch-size", type=flag_type(Sequences), default=8, help="examples in a forward pass (default: %(default)s)"
+        "--batch-size", type=Sequences, default=8, help="examples per forward pass (default: %(default)s)"
     )
     options = parser.start(arguments)
     if not options.data and not options.tasks:

@@ -15,7 +15,7 @@ from fira.generation.options import add_sampling, sampling
 from fira.generation.perplexity import perplexity
 from fira.generation.text import continue_text, text_or_content
 from fira.models.language_model import LanguageModel
-from fira.value_types import PathName, Size, flag_type
+from fira.value_types import PathName, Size
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -34,23 +34,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 def add_arguments(parser: cli.Parser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument(
-        "--checkpoint",
-        type=flag_type(PathName),
-        help="a run folder (its latest checkpoint), a step folder or an exported folder",
-    )
-    model.add_argument(
-        "--model-name", type=flag_type(PathName), help="name of a model in out/, with or without extension"
-    )
-    parser.add_argument("--tokenizer", type=flag_type(PathName), help="a tokenizer.json; default: the checkpoint's own")
+    checkpoint_help = "a run folder (its latest checkpoint), a step folder or an exported folder"
+    model.add_argument("--checkpoint", type=PathName, help=checkpoint_help)
+    model.add_argument("--model-name", type=PathName, help="name of a model in out/, with or without extension")
+    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
     parser.add_argument("--prompt", help="a text, or - for standard input; default: none, a new document begins")
     length = ("--max-new-tokens", "--max-length", "--max-num-tokens")
-    parser.add_argument(*length, type=flag_type(int), default=100, help="tokens to generate (default: %(default)s)")
+    parser.add_argument(*length, type=int, default=100, help="tokens to generate (default: %(default)s)")
     add_sampling(parser)
-    parser.add_argument(
-        "--draft", type=flag_type(PathName), metavar="CHECKPOINT", help="a smaller model for speculative decoding"
-    )
-    parser.add_argument("--beams", type=flag_type(Size), help="beam search with this number of beams")
+    parser.add_argument("--draft", type=PathName, metavar="CHECKPOINT", help="a smaller model for speculative decoding")
+    parser.add_argument("--beams", type=Size, help="beam search with this number of beams")
     parser.add_argument("--eval-text", help="a text, or a file with one: print how well it is predicted")
 
 

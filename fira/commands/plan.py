@@ -22,7 +22,7 @@ from fira.planner.device_specs import load
 from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig, add_options, given_flags
-from fira.value_types import PathName, Size, flag_type
+from fira.value_types import PathName, Size
 from pipeline.mpi.world import launched_rank
 
 PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute")
@@ -34,21 +34,16 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
     add_options(parser, KEYS)
-    parser.add_argument("--ranks", type=flag_type(Size), required=True, help="number of ranks of the run")
+    parser.add_argument("--ranks", type=Size, required=True, help="number of ranks of the run")
     parser.add_argument(
         "--device",
-        type=flag_type(PathName),
+        type=PathName,
         default="this",
         help="this, h200, h100, a100, t4 or a TOML file (default: %(default)s)",
     )
+    parser.add_argument("--top", type=int, default=10, help="number of candidates shown (default: %(default)s)")
     parser.add_argument(
-        "--top", type=flag_type(int), default=10, help="number of candidates shown (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--timeline",
-        type=flag_type(PathName),
-        metavar="JSON",
-        help="write the timeline of the best candidate as trace events and PNG",
+        "--timeline", type=PathName, metavar="JSON", help="write the best candidate's timeline as trace events and PNG"
     )
     parser.add_verbosity()
     options = parser.parse_args(arguments)

@@ -7,6 +7,7 @@ from typing import Any
 from fira.decoding.sampling import Sampling
 from fira.value_types import flag_type
 
+DEFAULTS = Sampling(temperature=0.8)
 HELP = {
     "temperature": "0 selects the most probable token (default: %(default)s)",
     "top_k": "sample from the k most probable tokens",
@@ -18,7 +19,6 @@ HELP = {
     "no_repeat_ngram": "do not generate a sequence of this many tokens twice",
     "seed": "seed of the sampling; equal seeds generate equal texts",
 }
-DEFAULTS = Sampling(temperature=0.8)
 
 
 def add_sampling(parser: ArgumentParser) -> None:

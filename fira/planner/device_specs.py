@@ -7,6 +7,7 @@ from typing import Any
 
 from fira.errors import UserError
 from fira.files import read_toml
+from fira.value_types import NotNegative, Positive, Size, check
 
 DEVICES = Path(__file__).parent / "devices"
 OPERATIONS = ("p2p", "all_to_all", "all_reduce")
@@ -66,11 +67,12 @@ def load(name: str) -> Hardware:
             raise UserError(f"--device {name}: no such device; choose this, {known}, or give a TOML file")
     values = read_toml(path, f"--device {name}")
     try:
+        efficiency = float(values["efficiency"])
         hardware = Hardware(
             name=str(values["name"]),
             memory=values["memory"],
-            memory_bandwidth=values["efficiency"] * values["memory_bandwidth"],
-            flops={precision: values["efficiency"] * value for precision, value in values["flops"].items()},
+            memory_bandwidth=efficiency * values["memory_bandwidth"],
+            flops={precision: efficiency * value for precision, value in values["flops"].items()},
             seconds_per_layer=values["seconds_per_layer"],
             ranks_per_node=values["ranks_per_node"],
             inside=_links(values["inside"]),
@@ -82,7 +84,7 @@ def load(name: str) -> Hardware:
         raise UserError(
             f"--device {name}: the file has no value for {error.args[0]}; {example} is a complete example"
         ) from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"--device {name}: a value has the wrong type: {error}") from None
     _check(hardware, f"--device {name}:")
     return hardware

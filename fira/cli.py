@@ -94,15 +94,15 @@ def start_logging(quiet: bool, verbose: bool, rank: int = 0) -> None:
         logger.setLevel(level)
 
 
-def print_pieces(pieces: Iterable[str]) -> str:
-    """Print a text and a newline while it is generated, until its end or Ctrl-C. Return what was printed."""
-    text = ""
+def print_pieces(pieces: Iterable[str]) -> list[str]:
+    """Print a text and a newline while it is generated, until its end or Ctrl-C. Return the printed pieces."""
+    printed = []
     with suppress(KeyboardInterrupt):
         for piece in pieces:
             print(piece, end="", flush=True)
-            text += piece
+            printed.append(piece)
     print(flush=True)
-    return text
+    return printed
 
 
 def command_words(command: str) -> list[str]:

@@ -65,16 +65,15 @@ def generate(model: LanguageModel, draft: LanguageModel | None, options: Namespa
     prompt = encode(text, tokenizer)
     started = time.perf_counter()
     if options.beams:
-        from fira.generation.beams import beam_text  # imports transformers
+        from fira.generation.beams import beam_pieces  # imports transformers
 
-        pieces = iter([beam_text(model, prompt, options.max_new_tokens, options.beams)])
+        pieces = beam_pieces(model, prompt, options.max_new_tokens, options.beams)
     else:
         pieces = continue_text(model, prompt, options.max_new_tokens, draft=draft, **sampling(options))
     print(f"Prompt: {text}\nGenerated text: " if options.model_name else text, end="", flush=True)
     generated = cli.print_pieces(pieces)
     seconds = time.perf_counter() - started
     if options.model_name:
-        print(f"Generated text length: {len(generated)} characters\nInference time: {seconds:.2f} s")
+        print(f"Generated text length: {len(''.join(generated))} characters\nInference time: {seconds:.2f} s")
     elif not options.quiet:
-        count = len(encode(generated, tokenizer))
-        print(f"{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
+        print(f"{len(generated)} tokens, {len(generated) / seconds:.1f} tokens/s", file=sys.stderr)

@@ -35,7 +35,8 @@ def test_script_continues_a_prompt(
         out, err = capsys.readouterr()
         assert out.startswith(prompt)
         assert out.rstrip("\n") == fira.decode(generated, tokenizer).removesuffix("</s>").rstrip("\ufffd\n")
-        assert "tokens/s" in err
+        assert err.startswith(f"{len(generated) - len(ids)} tokens, ")
+        assert len(generated) - len(ids) != len(fira.encode(out.removeprefix(prompt).rstrip("\n"), tokenizer))
 
 
 def test_model_name_refers_to_a_folder_in_out_and_prints_a_report(

@@ -40,7 +40,7 @@ INVALID_FLAGS = {
     "--model-set dropout=nan": "--model-set dropout: give a number of at least 0 and less than 1, not nan",
     "--data=": "--data: give a text without control characters that is not empty, not ''",
     "--out=": "--out: give a path",
-    "--model rish-base": "rish-base needs about",
+    "--model rish-base --model-set num_layers=32": "needs about",
     "--batch-size 1048576 --micro-batch-size 1048576": "GB available; try --micro-batch-size",
     "--steps many": "--steps: give an integer of at least 1, not 'many'",
     "--data no/such/file": "no/such/file",

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 
 import pipeline
 from fira.checkpoint.pretrained import open_saved
@@ -57,9 +58,14 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
     "local_devices": st.sampled_from(["cpu", "cpu,cpu", "cuda:0", "meta", "cpu,cuda:0", ",", "mps", "cpu:7", "cpu:-1"]),
     "recompute": st.sampled_from(["none", "full", "auto", "3"]),
+    "pp": st.integers(1, 2),
+    "dp": st.just(1),
+    "ep": st.just(1),
+    "init": st.just("missing"),
 }
+SMALL = st.integers(1, 64)
 FIELDS = sorted({f.name for preset in PRESETS.values() for f in fields(preset)})
-CHANGES = st.lists(st.tuples(st.sampled_from([*FIELDS, "x"]), NUMBERS | TEXTS), max_size=3).map(
+CHANGES = st.lists(st.tuples(st.sampled_from(FIELDS), SMALL | SMALL | NUMBERS | TEXTS), max_size=2).map(
     lambda pairs: ",".join(f"{name}={value}" for name, value in pairs)
 )
 NAMES = [setting.name for setting in fields(TrainConfig) if setting.name != "plan"]  # --plan auto measures for seconds
@@ -75,10 +81,10 @@ OTHERS = {
 
 
 def value_of(name: str) -> st.SearchStrategy[Any]:
-    """Values of a setting, of which about half are allowed."""
+    """Values of a setting, most of which are allowed."""
     setting = next(setting for setting in fields(TrainConfig) if setting.name == name)
-    likely = CHANGES if name == "model_set" else LIKELY.get(name, NUMBERS if "str" not in str(setting.type) else TEXTS)
-    return st.one_of(likely, likely, NUMBERS, TEXTS)
+    likely = CHANGES if name == "model_set" else LIKELY.get(name, TEXTS if "str" in str(setting.type) else SMALL)
+    return st.one_of(likely, likely, likely, likely, NUMBERS, TEXTS)
 
 
 def flag(name: str, value: Any, joined: bool) -> list[str]:
@@ -87,12 +93,13 @@ def flag(name: str, value: Any, joined: bool) -> list[str]:
 
 
 FLAGS = st.sampled_from(NAMES).flatmap(lambda name: st.builds(flag, st.just(name), value_of(name), st.booleans()))
-WORDS = st.lists(st.one_of(FLAGS, FLAGS, FLAGS, st.lists(TEXTS, min_size=1, max_size=1)), max_size=5).map(
+WORDS = st.lists(st.one_of(*[FLAGS] * 9, st.lists(TEXTS, min_size=1, max_size=1)), max_size=5).map(
     lambda flags: [word for words in flags for word in words if word not in ("-h", "--help")]
 )
 KEYS = st.sampled_from(NAMES).flatmap(lambda name: st.tuples(st.just(name), value_of(name) | NESTED))
-TABLES = st.lists(KEYS | st.tuples(TEXTS, NESTED), max_size=5)
+TABLES = st.lists(KEYS | st.tuples(TEXTS, NESTED), max_size=3)
 FILES = st.one_of(
+    st.none(),
     st.none(),
     TABLES.map(lambda pairs: "".join(f"{toml(key)} = {toml(value)}\n" for key, value in pairs)),
     st.text(),
@@ -190,6 +197,7 @@ def peak_memory() -> int:
 def prepare_process(folder: str) -> list[str]:
     """Enter a folder, limit the time of examples, and return a list to which writes to other folders are added."""
     os.chdir(folder)
+    set_hypothesis_home_dir(folder)
     sys.dont_write_bytecode = True
     written: list[str] = []
 

@@ -72,21 +72,20 @@ def check(monkeypatch, gigabytes: float, model, candidate: Candidate, ranks: int
     return ""
 
 
-def test_suggested_micro_batch_is_the_largest_that_fits(monkeypatch):
+def test_suggested_micro_batch_is_the_largest_that_surely_fits(monkeypatch):
     model, candidate = meta_model("fira-tiny"), Candidate(Layout(), "1f1b", 1024, 1, 0)
     message = check(monkeypatch, 4.0, model, candidate)
     assert message.startswith("model needs about ")
     assert "4.0 GB available; try --micro-batch-size " in message
     size = int(message.rpartition(" ")[2])
-    batches = [replace(candidate, microbatch=n, count=-(-1024 // n)) for n in (size, size + 1)]
+    batches = [replace(candidate, microbatch=n, count=-(-1024 // n)) for n in (size, size * 11 // 10)]
     assert [check(monkeypatch, 4.0, model, batch) == "" for batch in batches] == [True, False]
 
 
 def test_recomputation_is_suggested_if_one_sequence_does_not_fit(monkeypatch):
     model, candidate = meta_model("fira-tiny"), Candidate(Layout(), "1f1b", 1, 8, 0)
-    _, plain, _ = estimates(model, candidate)
     _, recomputed, _ = estimates(model, replace(candidate, recompute=EVERY_BLOCK))
-    message = check(monkeypatch, (plain + recomputed) / 2e9, model, candidate)
+    message = check(monkeypatch, 1.02 * recomputed / 1e9, model, candidate)
     assert message.endswith("try --micro-batch-size 1 --recompute full")
 
 
@@ -114,7 +113,7 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch):
     model, candidate = meta_model("fira-tiny"), Candidate(Layout(2, 1, 1), "1f1b", 16, 4, 0)
     needs = memory_check._estimated_needs(profile_of(model), "fp32")(candidate)
     assert check(monkeypatch, 1.01 * sum(needs) / 1e9, model, candidate, ranks=2) == ""
-    assert "try" in check(monkeypatch, 0.99 * sum(needs) / 1e9, model, candidate, ranks=2)
+    assert "try" in check(monkeypatch, 0.9 * sum(needs) / 1e9, model, candidate, ranks=2)
     memories = [SharedMemory(1.01 * need, [rank]) for rank, need in enumerate(needs)]  # two machines
     monkeypatch.setattr(memory_check, "_memories", lambda candidate, devices: memories)
     check_memory("model", model, candidate, "fp32", CPU)

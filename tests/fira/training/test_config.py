@@ -52,6 +52,9 @@ INVALID_FLAGS = {
     "--plan maybe": "invalid choice: 'maybe'",
     "--seq-len 100000": "--seq-len",
     "--local-devices gpu:x": "--local-devices gpu:x",
+    "--local-devices meta": "--local-devices meta: give devices of one type, cpu or cuda",
+    "--model mooshak-tiny --model-set rope_factor=2,rope_low=4": "rope_low 4 must be less than rope_high 4.0",
+    "--model rish-tiny --model-set d_model=8,n_kv_head=4,max_position=8": "head_dim 2: the base cannot grow",
 }
 
 

@@ -9,7 +9,6 @@ estimates the activations only where the available memory lies between the bound
 """
 
 import platform
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -109,7 +108,7 @@ def _bounded_needs(profile: ModelProfile, precision: str, device: str, bound: fl
         return LayerCost(0.0, 0.0, 0.0, 0.0, int(saved), 0.0, workspace, int(saved) if bound >= 1 else 0)
 
     def needs(candidate: Candidate) -> list[float]:
-        hardware = memory_only(0.0, precision, 1)
+        hardware = memory_only(0.0, precision, 1, device)
         inputs = PlanInputs(profile, hardware, lambda n: [cost(k, n) for k in range(len(profile.kinds))], precision)
         return _with_tokens(CandidateCosts(inputs, candidate))
 
@@ -118,7 +117,7 @@ def _bounded_needs(profile: ModelProfile, precision: str, device: str, bound: fl
 
 def _estimated_needs(profile: ModelProfile, precision: str) -> Needs:
     """Needs by the planner's estimate of activations on a CPU."""
-    hardware = memory_only(0.0, precision, 1)
+    hardware = memory_only(0.0, precision, 1, "cpu")
     inputs = PlanInputs(profile, hardware, roofline_costs(profile, hardware, precision, "cpu"), precision)
     return lambda candidate: _with_tokens(CandidateCosts(inputs, candidate))
 
@@ -145,10 +144,16 @@ def _remedy(candidate: Candidate, fits: Callable[[Candidate], bool], machines: f
         return replace(candidate, microbatch=microbatch, count=count, recompute=recompute)
 
     for recompute, flag in ((candidate.recompute, ""), (EVERY_BLOCK, " --recompute full")):
-        size = bisect_left(range(1, candidate.microbatch), True, key=lambda n: not fits(changed(n, batch, recompute)))
-        if size or (flag and fits(changed(candidate.microbatch, batch, recompute))):
-            return f"--micro-batch-size {size or candidate.microbatch}{flag}"
-    size = bisect_left(range(1, batch), True, key=lambda n: not fits(changed(1, n, EVERY_BLOCK)))
-    if size:
-        return f"--batch-size {size} --micro-batch-size 1 --recompute full"
+        for size in _powers_of_two(candidate.microbatch):
+            if fits(changed(size, batch, recompute)):
+                return f"--micro-batch-size {size}{flag}"
+    for size in _powers_of_two(batch):
+        if fits(changed(1, size, EVERY_BLOCK)):
+            return f"--batch-size {size} --micro-batch-size 1 --recompute full"
     return f"at least {int(machines) + 1:,} times as many machines with more --pp or --ep, or a smaller model"
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    """In descending order. All are tried, because memory need not grow with the size: fewer sequences in a micro-batch
+    are more micro-batches, whose gradients have more partial sums."""
+    return [2**n for n in reversed(range(largest.bit_length()))]

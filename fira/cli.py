@@ -10,14 +10,26 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fira.errors import UserError
+from fira.value_types import FLAG_TYPES, FlagType
 from pipeline.mpi.failure import abort_on_failure, fail
 from pipeline.mpi.world import MissingMPIError, init, launched_rank
 
 SCRIPTS = {"prepare": "prepare_data"}  # commands whose script in scripts/ has another name
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Appends the range of a number to its help."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        kind = action.type if isinstance(action.type, FlagType) else FLAG_TYPES.get(action.type)
+        ranges = kind.ranges() if kind else ""
+        return f"{action.help}; {ranges}" if action.help and ranges else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser that accepts `--min_lr` for `--min-lr` and raises UserError on invalid arguments.
+
+    An argument's `type` may be one of FLAG_TYPES, whose values are checked.
 
     Args:
         description: text above the flags in the output of `--help`.
@@ -25,7 +37,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None, prog: str | None = None) -> None:
-        super().__init__(prog, description=description, allow_abbrev=False)
+        super().__init__(prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        for hint, flag_type in FLAG_TYPES.items():
+            self.register("type", hint, flag_type)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments = sys.argv[1:] if args is None else args
@@ -80,15 +94,15 @@ def start_logging(quiet: bool, verbose: bool, rank: int = 0) -> None:
         logger.setLevel(level)
 
 
-def print_pieces(pieces: Iterable[str]) -> str:
-    """Print a text and a newline while it is generated, until its end or Ctrl-C. Return what was printed."""
-    text = ""
+def print_pieces(pieces: Iterable[str]) -> list[str]:
+    """Print a text and a newline while it is generated, until its end or Ctrl-C. Return the printed pieces."""
+    printed = []
     with suppress(KeyboardInterrupt):
         for piece in pieces:
             print(piece, end="", flush=True)
-            text += piece
+            printed.append(piece)
     print(flush=True)
-    return text
+    return printed
 
 
 def command_words(command: str) -> list[str]:

@@ -51,8 +51,8 @@ def _named_devices(names: str) -> list[torch.device]:
         devices = [torch.device(name.strip()) for name in names.split(",")]
     except RuntimeError:
         raise UserError(f"--local-devices {names}: give devices such as cuda:0,cuda:1 or cpu,cpu") from None
-    if len({d.type for d in devices}) > 1:
-        raise UserError(f"--local-devices {names}: give devices of one type")
+    if len({d.type for d in devices}) > 1 or devices[0].type not in ("cpu", "cuda"):
+        raise UserError(f"--local-devices {names}: give devices of one type, cpu or cuda")
     if devices[0].type != "cuda":
         return devices
     devices, visible = [torch.device("cuda", d.index or 0) for d in devices], torch.cuda.device_count()

@@ -1,13 +1,17 @@
-"""Writes that are flushed to the disk, and errors that name the file."""
+"""Writes that are flushed to the disk, files of settings, and errors that name the file."""
 
 import os
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from fira.errors import UserError
+
+LONGEST_TOML = 2**16  # bytes; the time to read nested keys is quadratic in their number
 
 
 def write(path: Path, content: bytes) -> None:
@@ -35,3 +39,17 @@ def errors_naming(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
         raise UserError(f"{path}: {reason}") from error
+
+
+def read_toml(path: str | Path, name: str) -> dict[str, Any]:
+    """The content of a file of settings. name: the file's name in messages. Raises UserError if it is not TOML."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LONGEST_TOML + 1)
+        if len(content) > LONGEST_TOML:
+            raise UserError(f"{name}: more than {LONGEST_TOML:,} bytes; give a TOML file of settings")
+        return tomllib.loads(content.decode())
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}; give a TOML file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not TOML: {error}") from None

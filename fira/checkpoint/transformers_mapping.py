@@ -71,9 +71,13 @@ def _flexolmo_fields(config: RishConfig) -> dict[str, Any]:
 def _rish_fields(document: dict[str, Any]) -> dict[str, Any]:
     rope = _rope(document, 5e5)
     _require(document, attention_bias=False, norm_topk_prob=False, tie_word_embeddings=False)
-    if rope["rope_type"] != "dynamic":
+    longest = document["max_position_embeddings"]
+    if rope["rope_type"] == "dynamic":
+        longest = document.get("seq_len", int(rope["factor"] * longest))
+    else:
         _require(rope, rope_type="default")
     return {
+        "seq_len": longest,
         "rope_theta": rope["rope_theta"],
         # Without scaling the factor is unused, because no sequence is longer than max_position.
         "rope_factor": rope.get("factor", 1.0),

@@ -11,12 +11,14 @@ from fira import cli, load_model
 from fira.devices import choose_devices
 from fira.generation.conversation import Conversation
 from fira.generation.options import add_sampling, sampling
+from fira.value_types import PathName
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
-    parser.add_argument("--checkpoint", required=True, help="a run folder, a step folder or an exported folder")
-    parser.add_argument("--tokenizer", help="a tokenizer.json; default: the checkpoint's own")
+    checkpoint_help = "a run folder, a step folder or an exported folder"
+    parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
+    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
     add_sampling(parser)
     options = parser.start(arguments)

@@ -13,18 +13,25 @@ from fira.errors import UserError
 from fira.generation.perplexity import TextLoss, perplexity
 from fira.generation.utilisation import counting_experts, shares
 from fira.models.language_model import LanguageModel
+from fira.value_types import PathName, Sequences
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
-    parser.add_argument("--checkpoint", required=True, help="a run folder, a step folder or an exported folder")
-    parser.add_argument("--tokenizer", help="a tokenizer.json; default: the checkpoint's own")
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="text, CSV, JSONL, Parquet, or folders")
-    parser.add_argument("--text-column", default="text", help="column or key of the text (default: %(default)s)")
-    parser.add_argument("--tasks", default="", help="comma-separated names of lm-eval tasks (pip install 'fira[eval]')")
-    parser.add_argument("--tasks-path", metavar="DIR", help="a folder of task files; default: those of lm-eval")
+    checkpoint_help = "a run folder, a step folder or an exported folder"
+    parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
+    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
+    data_help = "text, CSV, JSONL, Parquet, or folders"
+    parser.add_argument("--data", type=str, nargs="+", default=[], metavar="FILE", help=data_help)
+    parser.add_argument("--text-column", type=str, default="text", help="column of the text (default: %(default)s)")
+    parser.add_argument("--tasks", type=str, help="comma-separated names of lm-eval tasks (pip install 'fira[eval]')")
+    parser.add_argument(
+        "--tasks-path", type=PathName, metavar="DIR", help="a folder of task files; default: those of lm-eval"
+    )
     parser.add_argument("--limit", type=int, help="examples of each task; default: all")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples in a forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=Sequences, default=8, help="examples per forward pass (default: %(default)s)"
+    )
     options = parser.start(arguments)
     if not options.data and not options.tasks:
         raise UserError("nothing to evaluate; give --data or --tasks")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fira import cli
 from fira.huggingface.export_model import FORMATS, export
+from fira.value_types import PathName
 
 FORMAT_HELP = """fira: with the code of the model (trust_remote_code=True); llama (for mooshak) and flexolmo (for
 rish): as a class of transformers (default: %(default)s)"""
@@ -11,8 +12,9 @@ rish): as a class of transformers (default: %(default)s)"""
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
-    parser.add_argument("--checkpoint", required=True, help="a run folder, a step folder or an exported folder")
-    parser.add_argument("--out", required=True, help="a new folder")
+    checkpoint_help = "a run folder, a step folder or an exported folder"
+    parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
+    parser.add_argument("--out", type=PathName, required=True, help="a new folder")
     parser.add_argument("--format", choices=FORMATS, default="fira", help=FORMAT_HELP)
     options = parser.start(arguments)
     out = export(options.checkpoint, options.out, options.format)

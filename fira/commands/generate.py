@@ -15,6 +15,7 @@ from fira.generation.options import add_sampling, sampling
 from fira.generation.perplexity import perplexity
 from fira.generation.text import continue_text, text_or_content
 from fira.models.language_model import LanguageModel
+from fira.value_types import PathName, Size
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -33,15 +34,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 def add_arguments(parser: cli.Parser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--checkpoint", help="a run folder (its latest checkpoint), a step folder or an exported folder")
-    model.add_argument("--model-name", help="name of a model in out/, with or without extension")
-    parser.add_argument("--tokenizer", help="a tokenizer.json; default: the checkpoint's own")
+    checkpoint_help = "a run folder (its latest checkpoint), a step folder or an exported folder"
+    model.add_argument("--checkpoint", type=PathName, help=checkpoint_help)
+    model.add_argument("--model-name", type=PathName, help="name of a model in out/, with or without extension")
+    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
     parser.add_argument("--prompt", help="a text, or - for standard input; default: none, a new document begins")
     length = ("--max-new-tokens", "--max-length", "--max-num-tokens")
     parser.add_argument(*length, type=int, default=100, help="tokens to generate (default: %(default)s)")
     add_sampling(parser)
-    parser.add_argument("--draft", metavar="CHECKPOINT", help="a smaller model for speculative decoding")
-    parser.add_argument("--beams", type=int, help="beam search with this number of beams")
+    parser.add_argument("--draft", type=PathName, metavar="CHECKPOINT", help="a smaller model for speculative decoding")
+    parser.add_argument("--beams", type=Size, help="beam search with this number of beams")
     parser.add_argument("--eval-text", help="a text, or a file with one: print how well it is predicted")
 
 
@@ -58,23 +60,20 @@ def generate(model: LanguageModel, draft: LanguageModel | None, options: Namespa
 
     With `--model-name` the values have headings and are all printed on stdout.
     """
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens}: must be greater than 0")
     text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
     tokenizer = own_tokenizer(model)
     prompt = encode(text, tokenizer)
     started = time.perf_counter()
     if options.beams:
-        from fira.generation.beams import beam_text  # imports transformers
+        from fira.generation.beams import beam_pieces  # imports transformers
 
-        pieces = iter([beam_text(model, prompt, options.max_new_tokens, options.beams)])
+        pieces = beam_pieces(model, prompt, options.max_new_tokens, options.beams)
     else:
         pieces = continue_text(model, prompt, options.max_new_tokens, draft=draft, **sampling(options))
     print(f"Prompt: {text}\nGenerated text: " if options.model_name else text, end="", flush=True)
     generated = cli.print_pieces(pieces)
     seconds = time.perf_counter() - started
     if options.model_name:
-        print(f"Generated text length: {len(generated)} characters\nInference time: {seconds:.2f} s")
+        print(f"Generated text length: {len(''.join(generated))} characters\nInference time: {seconds:.2f} s")
     elif not options.quiet:
-        count = len(encode(generated, tokenizer))
-        print(f"{count} tokens, {count / seconds:.1f} tokens/s", file=sys.stderr)
+        print(f"{len(generated)} tokens, {len(generated) / seconds:.1f} tokens/s", file=sys.stderr)

@@ -22,6 +22,7 @@ from fira.planner.device_specs import load
 from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig, add_options, given_flags
+from fira.value_types import PathName, Size
 from pipeline.mpi.world import launched_rank
 
 PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute")
@@ -33,18 +34,19 @@ logger = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
     add_options(parser, KEYS)
-    parser.add_argument("--ranks", type=int, required=True, help="number of ranks of the run")
+    parser.add_argument("--ranks", type=Size, required=True, help="number of ranks of the run")
     parser.add_argument(
-        "--device", default="this", help="this, h200, h100, a100, t4 or a TOML file (default: %(default)s)"
+        "--device",
+        type=PathName,
+        default="this",
+        help="this, h200, h100, a100, t4 or a TOML file (default: %(default)s)",
     )
     parser.add_argument("--top", type=int, default=10, help="number of candidates shown (default: %(default)s)")
     parser.add_argument(
-        "--timeline", metavar="JSON", help="write the timeline of the best candidate as trace events and PNG"
+        "--timeline", type=PathName, metavar="JSON", help="write the best candidate's timeline as trace events and PNG"
     )
     parser.add_verbosity()
     options = parser.parse_args(arguments)
-    if min(options.ranks, options.top) < 1:
-        raise UserError("--ranks and --top must be greater than 0")
     world = pipeline.init() if options.device == "this" or launched_rank() is not None else None
     cli.start_logging(options.quiet, options.verbose, world.rank if world else 0)
     plan(options, world)

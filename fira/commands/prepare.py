@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fira import cli
 from fira.data.corpus import prepare
+from fira.value_types import PathName, Tokens
 
 DATA = """text file, folder, CSV, JSONL, Parquet, folder of *_train_*.npy and *_val_*.npy shards, or the name of a
 Hugging Face dataset; several with weights as A=0.7,B=0.3; default: the source of the Python standard library"""
@@ -13,11 +14,13 @@ Hugging Face dataset; several with weights as A=0.7,B=0.3; default: the source o
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
-    parser.add_argument("--data", help=DATA)
-    parser.add_argument("--text-column", default="text", help="column or key of the text (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="a tokenizer.json; default: one is trained on the text")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="vocabulary of the model (default: %(default)s)")
-    parser.add_argument("--cache", help="folder for results; default: $FIRA_CACHE or ~/.cache/fira")
+    parser.add_argument("--data", type=str, help=DATA)
+    parser.add_argument("--text-column", type=str, default="text", help="column of the text (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: one is trained on the text")
+    parser.add_argument(
+        "--vocab-size", type=Tokens, default=2048, help="vocabulary of the model (default: %(default)s)"
+    )
+    parser.add_argument("--cache", type=PathName, help="folder for results; default: $FIRA_CACHE or ~/.cache/fira")
     options = parser.start(arguments)
     settings = (options.data, options.text_column, options.tokenizer, options.vocab_size, options.cache)
     corpus = prepare(*settings, progress=not options.quiet)

@@ -4,7 +4,7 @@ Shapes: R rows of texts with T tokens, V vocabulary; ids [R, T], logits [R, V].
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fira.errors import UserError
+from fira.value_types import ClosedShare, NotNegative, OpenShare, Positive, Seed, Share, check
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # (ids, logits) → logits
 
@@ -36,23 +37,19 @@ class Sampling:
     Raises UserError for values out of range.
     """
 
-    repetition_penalty: float = 1.0
+    repetition_penalty: Positive = 1.0
     presence_penalty: float = 0.0
     no_repeat_ngram: int | None = None
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    seed: int | None = None
+    top_p: Share | None = None
+    min_p: ClosedShare | None = None
+    typical_p: OpenShare | None = None
+    seed: Seed | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature {self.temperature}: give 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k {self.top_k}: give 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p}: give a probability above 0, at most 1")
+        for option in fields(self):
+            check(option.name, getattr(self, option.name), option.type)
 
     def generators(self, rows: int, device: torch.device) -> list[torch.Generator] | None:
         """One random generator per row of a batch; None without a seed, for torch's global generator."""
@@ -131,5 +128,3 @@ def _transformers(name: str, option: str, value: Any) -> Processor:
         return getattr(import_module("transformers.generation.logits_process"), name)(value)
     except ImportError:
         raise UserError(f"{option} requires transformers; pip install transformers") from None
-    except ValueError as error:
-        raise UserError(f"{option} {value}: {error}") from None

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fira.doctor.finding import Finding, Level
+from fira.host_memory import own_group, read_text
 
-CGROUP = Path("/sys/fs/cgroup")
 GB = 1e9
 MEMORY_PER_RANK = 1.0 * GB  # of fira-tiny, with the libraries
 DISK = 5 * GB  # two checkpoints of fira-tiny and the prepared data need less, one of fira-base about 4 GB
@@ -56,35 +56,17 @@ def cores_finding(cores: Cores) -> Finding:
     return Finding("cores", text, Level.PROBLEM, remedy)
 
 
-def own_group() -> Path:
-    """The folder of this process's control group (version 2), or the root."""
-    lines = _text(Path("/proc/self/cgroup")).splitlines()
-    return CGROUP / next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-
-
 def _quota(group: Path) -> float | None:
     """Cores' worth of time that a control group or one of its parents allows; None: no limit."""
     limits = []
     for folder in (group, *group.parents):
-        words = _text(folder / "cpu.max").split() or [
-            _text(folder / "cpu" / "cpu.cfs_quota_us"),  # version 1
-            _text(folder / "cpu" / "cpu.cfs_period_us"),
+        words = read_text(folder / "cpu.max").split() or [
+            read_text(folder / "cpu" / "cpu.cfs_quota_us"),  # version 1
+            read_text(folder / "cpu" / "cpu.cfs_period_us"),
         ]
         if words[0].isdecimal() and words[1].isdecimal():
             limits.append(int(words[0]) / int(words[1]))
     return min(limits, default=None)
-
-
-def free_memory(group: Path | None = None, meminfo: Path = Path("/proc/meminfo")) -> float:
-    """Bytes of memory that are available to this process and its children."""
-    lines = (line.split() for line in _text(meminfo).splitlines())
-    free = next((int(words[1]) * 1024.0 for words in lines if words[0] == "MemAvailable:"), math.inf)
-    group = group or own_group()
-    for folder in (group, *group.parents):
-        limit, used = _text(folder / "memory.max"), _text(folder / "memory.current")
-        if limit.isdecimal() and used.isdecimal():
-            free = min(free, float(limit) - float(used))
-    return free
 
 
 def memory_finding(free: float, ranks: int) -> Finding:
@@ -116,11 +98,3 @@ def folder_finding(subject: str, folder: Path, flag: str) -> Finding:
         return Finding(subject, text)
     remedy = f"free {DISK / GB:.0f} GB, or choose a folder on another disk with {flag}"
     return Finding(subject, text, Level.PROBLEM, remedy)
-
-
-def _text(path: Path) -> str:
-    """The content of a file; empty if it cannot be read."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from fira.doctor import gpus, host, launcher
 from fira.doctor.device_probe import DeviceFacts
 from fira.doctor.finding import Finding, Level, ShowLine, examine
+from fira.host_memory import available_memory
 from pipeline.mpi import World
 
 HOPELESS = "fira cannot train on this machine; resolve the lines marked FATAL"
@@ -61,7 +62,7 @@ def all_findings(world: World | None) -> Iterator[Finding]:
             ("ranks", lambda: [ranks_finding(world)]),
             ("cores", lambda: [host.cores_finding(host.read_cores())]),
             ("torch", devices),
-            ("memory", lambda: [host.memory_finding(host.free_memory(), world.local_size if world else 1)]),
+            ("memory", lambda: [host.memory_finding(available_memory(), world.local_size if world else 1)]),
             ("shared memory", shared_memory),
             ("run folders", lambda: [host.folder_finding("run folders", Path.cwd() / "runs", "--out")]),
             ("data cache", data_cache),

@@ -1,5 +1,6 @@
 """Beam search with the implementation of transformers."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from fira.checkpoint.load_model import own_tokenizer
 from fira.data.tokenizer import eos_id
 from fira.errors import UserError
-from fira.generation.text import decode
+from fira.generation.text import text_pieces
 from fira.huggingface.export_model import as_transformers
 from fira.models.language_model import LanguageModel
 
@@ -38,9 +39,9 @@ def beam_search(model: LanguageModel, prompt: list[int], max_new_tokens: int, be
     return output[0, tokens.shape[1] :].tolist()
 
 
-def beam_text(model: LanguageModel, prompt: list[int], max_new_tokens: int, beams: int) -> str:
-    """Return the result of `beam_search` as text, without the end-of-document token."""
+def beam_pieces(model: LanguageModel, prompt: list[int], max_new_tokens: int, beams: int) -> Iterator[str]:
+    """Yield the result of `beam_search` as text, in one piece per token."""
     tokenizer = own_tokenizer(model)
     eos = eos_id(tokenizer)
-    continuation = beam_search(model, prompt or [eos], max_new_tokens, beams, eos)
-    return decode([token for token in continuation if token != eos], tokenizer)
+    prompt = prompt or [eos]
+    yield from text_pieces(tokenizer, prompt, beam_search(model, prompt, max_new_tokens, beams, eos), max_new_tokens)

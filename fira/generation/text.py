@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,10 @@ def continue_text(
     draft: LanguageModel | None = None,
     **sampling: Any,
 ) -> Iterator[str]:
-    """Yield the continuation of a prompt up to the end of the document, one piece of text per token.
+    """Yield the continuation of a prompt up to the end of the document, one piece of text per token (`text_pieces`).
 
-    A piece is empty while a character is incomplete, or while the text may continue to one in `stop`. The continuation
-    ends before the first of these texts. An empty prompt begins a new document. draft: a smaller model for
-    speculative decoding (see `speculate`). sampling: the fields of `Sampling`.
+    The continuation ends before the first of the texts in `stop`. An empty prompt begins a new document.
+    draft: a smaller model for speculative decoding (see `speculate`). sampling: the fields of `Sampling`.
     """
     tokenizer = own_tokenizer(model)
     eos = eos_id(tokenizer)
@@ -89,15 +88,23 @@ def continue_text(
                 "draft and model have different tokenizers; give a draft trained with the tokenizer of the model"
             )
         tokens = (new for new in speculate(model, draft, prompt, max_new_tokens, Sampling(**sampling), eos))
-    text = TextStream(tokenizer, prompt, stop)
-    for token in tokens:
-        if token == eos:
-            break
-        yield text.add(token)
-        if text.stopped:
+    yield from text_pieces(tokenizer, prompt, tokens, max_new_tokens, stop)
+
+
+def text_pieces(
+    tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int], max_new_tokens: int, stop: Sequence[str] = ()
+) -> Iterator[str]:
+    """Yield one piece of text per token, up to EOS, to a text in `stop`, or to `max_new_tokens` tokens.
+
+    A piece is empty for EOS, while a character is incomplete, and while the text may continue to one in `stop`.
+    """
+    eos, text = eos_id(tokenizer), TextStream(tokenizer, prompt, stop)
+    for number, token in enumerate(tokens, 1):
+        piece = "" if token == eos else text.add(token)
+        if token == eos or text.stopped or number == max_new_tokens:
+            yield piece + text.pending
             return
-    if text.pending:
-        yield text.pending
+        yield piece
 
 
 class TextStream:

@@ -83,11 +83,38 @@ class RishAIConfig(FiraLMConfig):
     family: ClassVar[str] = "rish"
     classes: ClassVar[dict[str, str]] = {"AutoModel": "RishAIModel", "AutoModelForCausalLM": "RishAICausalLM"}
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        scaling = [kwargs.pop(name, None) for name in ("rope_parameters", "rope_scaling")]
+        super().__post_init__(**kwargs)
+        for parameters in filter(None, scaling):  # after max_position_embeddings and rope_theta have been set
+            self.rope_scaling = parameters
+
     @property
     def max_position_embeddings(self) -> int:
-        """Longest context. For longer sequences the rotary base grows with the length."""
-        return self.shape["seq_len"]
+        """Longest context without `rope_scaling`, or the length above which the rotary base grows."""
+        return min(self.shape["seq_len"], self.shape["max_position"])
 
     @max_position_embeddings.setter
     def max_position_embeddings(self, value: int) -> None:
         self.shape["seq_len"] = self.shape["max_position"] = value
+
+    @property
+    def rope_scaling(self) -> dict[str, Any]:
+        """Parameters of the rotary embedding in the form of transformers, with `rope_type` "default" or "dynamic".
+
+        "dynamic" increases the rotary base for sequences longer than `max_position_embeddings`, and the longest context
+        to `factor` times as many tokens. Raises ValueError for another type.
+        """
+        if self.shape["seq_len"] <= self.shape["max_position"]:
+            return {"rope_type": "default", "rope_theta": self.shape["rope_theta"]}
+        return {"rope_type": "dynamic", "rope_theta": self.shape["rope_theta"], "factor": self.shape["rope_factor"]}
+
+    @rope_scaling.setter
+    def rope_scaling(self, parameters: dict[str, Any]) -> None:
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind not in ("default", "dynamic"):
+            raise ValueError(f"rope_type {kind!r}: give 'default' or 'dynamic'")
+        self.shape["rope_theta"] = parameters.get("rope_theta", self.shape["rope_theta"])
+        if kind == "dynamic":
+            self.shape["rope_factor"] = float(parameters["factor"])
+            self.shape["seq_len"] = int(self.shape["max_position"] * self.shape["rope_factor"])

@@ -39,7 +39,7 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
             raise UserError(f"{folder} is not empty; choose a new folder as --out")
     model = load_model(checkpoint)
     exported = as_transformers(model) if form == "fira" else as_stock(model, form)
-    exported.generation_config = GenerationConfig(max_new_tokens=model.config.seq_len // 2)
+    exported.generation_config = GenerationConfig(max_length=model.config.seq_len)
     try:
         with errors_naming(partial):
             if model.tokenizer is not None:

@@ -32,6 +32,7 @@ from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
 from fira.nn.norms import RMSNorm
 from fira.nn.rotary import Rotary
+from fira.value_types import Fraction, Layers, NotNegative, Positive, Share, Size, Tokens
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,20 @@ class BluesConfig:
     noise: standard deviation of the router's noise in training. aux_coefficient: of the loss `load_balance`.
     """
 
-    vocab_size: int = 200019
-    seq_len: int = 256
-    d_model: int = 192
-    n_head: int = 4
-    n_kv_head: int = 2
-    num_layers: int = 4
-    d_ff: int = 768
-    num_experts: int = 4
-    top_k: int | float = 1
-    dropout: float = 0.1
-    noise: float = 0.05
-    rope_theta: float = 1e4
-    norm_eps: float = 1e-5
-    aux_coefficient: float = 0.01
+    vocab_size: Tokens = 200019
+    seq_len: Tokens = 256
+    d_model: Size = 192
+    n_head: Size = 4
+    n_kv_head: Size = 2
+    num_layers: Layers = 4
+    d_ff: Size = 768
+    num_experts: Size = 4
+    top_k: Size | Share = 1
+    dropout: Fraction = 0.1
+    noise: NotNegative = 0.05
+    rope_theta: Positive = 1e4
+    norm_eps: NotNegative = 1e-5
+    aux_coefficient: NotNegative = 0.01
     gate_before_norm: bool = False
 
 

@@ -27,6 +27,7 @@ from fira.nn.moe.aux_losses import even_weights, load_balance, router_z
 from fira.nn.moe.experts import Experts
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
+from fira.value_types import Fraction, Layers, NotNegative, Share, Size, Tokens
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,21 @@ class FiraConfig:
     noise, balance_rate: see Router. capacity_factor: see MoE.
     """
 
-    vocab_size: int = 50304
-    seq_len: int = 512
-    d_model: int = 768
-    n_head: int = 12
-    num_layers: int = 12
-    d_ff: int = 3072
-    num_experts: int = 4
-    top_k: int | float = 2
-    dropout: float = 0.1
-    aux_coefficient: float = 1.0
-    switch_coefficient: float = 0.0
-    z_coefficient: float = 0.0
-    noise: float = 0.0
-    balance_rate: float = 0.0
-    capacity_factor: float = 0.0
+    vocab_size: Tokens = 50304
+    seq_len: Tokens = 512
+    d_model: Size = 768
+    n_head: Size = 12
+    num_layers: Layers = 12
+    d_ff: Size = 3072
+    num_experts: Size = 4
+    top_k: Size | Share = 2
+    dropout: Fraction = 0.1
+    aux_coefficient: NotNegative = 1.0
+    switch_coefficient: NotNegative = 0.0
+    z_coefficient: NotNegative = 0.0
+    noise: NotNegative = 0.0
+    balance_rate: NotNegative = 0.0
+    capacity_factor: NotNegative = 0.0
 
 
 class Block(Layer):

@@ -32,6 +32,7 @@ from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
 from fira.nn.norms import UnitRMS
 from fira.nn.rwkv import ChannelMix, TimeMix
+from fira.value_types import Layers, NotNegative, Share, Size, Tokens
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,18 @@ class MicroRWKVConfig:
     output_coefficient, aux_coefficient: of the losses `small_outputs` and `load_balance`.
     """
 
-    vocab_size: int = 50304
-    seq_len: int = 1024
-    d_model: int = 768
-    n_head: int = 8
-    n_group: int = 4
-    num_layers: int = 8
-    window: int = 256
-    d_moe: int = 614
-    num_experts: int = 4
-    top_k: int | float = 4
-    output_coefficient: float = 0.01
-    aux_coefficient: float = 0.0
+    vocab_size: Tokens = 50304
+    seq_len: Tokens = 1024
+    d_model: Size = 768
+    n_head: Size = 8
+    n_group: Size = 4
+    num_layers: Layers = 8
+    window: Tokens = 256
+    d_moe: Size = 614
+    num_experts: Size = 4
+    top_k: Size | Share = 4
+    output_coefficient: NotNegative = 0.01
+    aux_coefficient: NotNegative = 0.0
 
 
 class TinyMoE(nn.Module):

@@ -24,6 +24,7 @@ from fira.nn.init import Normal
 from fira.nn.mlp import GatedMLP
 from fira.nn.norms import RMSNorm
 from fira.nn.rotary import Rotary, Stretch
+from fira.value_types import Layers, NotNegative, Positive, Size, Tokens
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,21 @@ class MooshakConfig:
     rope_factor, rope_low, rope_high, rope_original: frequency scaling of Llama 3.1, see Stretch; factor 1: none.
     """
 
-    vocab_size: int = 64128
-    seq_len: int = 2048
-    d_model: int = 4096
-    n_head: int = 32
-    n_kv_head: int | None = None
-    num_layers: int = 8
-    d_ff: int = 11008
-    rope_theta: float = 1e4
-    norm_eps: float = 1e-6
+    vocab_size: Tokens = 64128
+    seq_len: Tokens = 2048
+    d_model: Size = 4096
+    n_head: Size = 32
+    n_kv_head: Size | None = None
+    num_layers: Layers = 8
+    d_ff: Size = 11008
+    rope_theta: Positive = 1e4
+    norm_eps: NotNegative = 1e-6
     norm_order: str = "pre"
     tied: bool = False
-    rope_factor: float = 1.0
-    rope_low: float = 1.0
-    rope_high: float = 4.0
-    rope_original: int = 8192
+    rope_factor: Positive = 1.0
+    rope_low: Positive = 1.0
+    rope_high: Positive = 4.0
+    rope_original: Tokens = 8192
 
 
 class Block(Layer):

@@ -4,7 +4,7 @@ To add a family, write its file in this folder and add its record to FAMILIES. N
 """
 
 from dataclasses import asdict, fields, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from fira.errors import UserError
 from fira.models.blues import FAMILY as BLUES
@@ -14,6 +14,7 @@ from fira.models.language_model import LanguageModel
 from fira.models.microrwkv import FAMILY as MICRORWKV
 from fira.models.mooshak import FAMILY as MOOSHAK
 from fira.models.rish import FAMILY as RISH
+from fira.value_types import check
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (FIRA, RISH, MOOSHAK, BLUES, MICRORWKV)}
 PRESETS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.presets.items()}
@@ -41,14 +42,15 @@ def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
     if unknown := set(changes) - existing:
         names, choices = ", ".join(sorted(unknown)), ", ".join(sorted(existing))
         raise UserError(f"{name} has no field {names}; its fields are {choices}")
-    types = get_type_hints(type(config))
-    for field, value in changes.items():
-        allowed = get_args(types[field]) or (types[field],)
-        if type(value) not in allowed and not (type(value) is int and float in allowed):
-            raise UserError(f"{field}={value}: {field} must be {' or '.join(type_.__name__ for type_ in allowed)}")
-        if type(value) is int and float not in allowed and value < 1:  # sizes and counts
-            raise UserError(f"{field}={value}: {field} must be greater than 0")
-    return replace(config, **changes)
+    changed = replace(config, **changes)
+    check_fields(changed, "--model-set")
+    return changed
+
+
+def check_fields(config: Any, where: str) -> None:
+    """Raise UserError if a field of a config has a value that its type does not allow. where: precedes the field."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        check(f"{where} {name}", getattr(config, name), hint)
 
 
 def build(config: Any) -> LanguageModel:
@@ -68,12 +70,14 @@ def to_document(config: Any) -> dict[str, Any]:
 
 
 def from_document(document: dict[str, Any]) -> Any:
-    """Inverse of `to_document`. Raises UserError for an unknown family or field."""
+    """Inverse of `to_document`. Raises UserError for an unknown family or field, or an invalid value."""
     values = dict(document)
     family = values.pop("family", None)
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"config.json: unknown model family {family!r}; choose from {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[family].config(**values)
+        config = FAMILIES[family].config(**values)
     except TypeError as error:
         raise UserError(f"config.json does not describe a {family} model: {error}") from None
+    check_fields(config, "config.json:")
+    return config

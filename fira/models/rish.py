@@ -29,6 +29,7 @@ from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
 from fira.nn.norms import RMSNorm
 from fira.nn.rotary import Rotary
+from fira.value_types import Layers, NotNegative, Positive, Share, Size, Tokens
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,20 @@ class RishConfig:
     cache is then an approximation: cached values were computed with the base of a shorter text.
     """
 
-    vocab_size: int = 100352
-    seq_len: int = 4096
-    d_model: int = 4096
-    n_head: int = 32
-    n_kv_head: int = 8
-    num_layers: int = 32
-    d_ff: int = 11008
-    num_experts: int = 7
-    top_k: int | float = 5
-    max_position: int = 4096
-    rope_theta: float = 5e5
-    rope_factor: float = 1.0
-    norm_eps: float = 1e-6
-    aux_coefficient: float = 0.01
+    vocab_size: Tokens = 100352
+    seq_len: Tokens = 4096
+    d_model: Size = 4096
+    n_head: Size = 32
+    n_kv_head: Size = 8
+    num_layers: Layers = 32
+    d_ff: Size = 11008
+    num_experts: Size = 7
+    top_k: Size | Share = 5
+    max_position: Tokens = 4096
+    rope_theta: Positive = 5e5
+    rope_factor: Positive = 1.0
+    norm_eps: NotNegative = 1e-6
+    aux_coefficient: NotNegative = 0.01
 
 
 class Block(Layer):

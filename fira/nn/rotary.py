@@ -42,6 +42,12 @@ class Rotary:
     ) -> None:
         if head_dim % 2:
             raise ValueError(f"head_dim {head_dim} is odd; rotary embedding needs an even one")
+        if head_dim == 2 and max_position is not None:
+            raise ValueError(
+                "head_dim 2: the base cannot grow with the length, because it does not occur in the angles"
+            )
+        if stretch is not None and stretch.low >= stretch.high:
+            raise ValueError(f"rope_low {stretch.low} must be less than rope_high {stretch.high}")
         self.head_dim = head_dim
         self.theta = theta
         self.max_position = max_position

@@ -49,6 +49,14 @@ def plan_for(
     return search(PlanInputs(profile, hardware, cost_model, precision), ranks, constraints, limit)
 
 
+def memory_only(memory: float, precision: str, local_ranks: int, device: str) -> Hardware:
+    """A description of this machine for estimates of memory, in which nothing takes time. device: torch's type."""
+    flops = {precision: math.inf}
+    return Hardware(
+        "this machine", memory, math.inf, flops, 0.0, local_ranks, {}, {}, overlaps_collectives=device != "cpu"
+    )
+
+
 def least_recompute(
     model: LanguageModel, candidate: Candidate, precision: str, device: torch.device, local_ranks: int
 ) -> int:
@@ -57,7 +65,7 @@ def least_recompute(
     model: on the meta device. Raises UserError if the candidate does not fit even with all blocks recomputed.
     """
     profile, memory = profile_of(model), device_memory(device, local_ranks)
-    here = Hardware("this machine", memory, math.inf, {precision: math.inf}, 0.0, local_ranks, {}, {}, False)
+    here = memory_only(memory, precision, local_ranks, device.type)
     cost_model = roofline_costs(profile, here, precision, device.type)
     costs = CandidateCosts(PlanInputs(profile, here, cost_model, precision), candidate)
     if max(rank_memory(costs)) > memory:

@@ -1,12 +1,13 @@
 """Device descriptions: memory, FLOP/s and links, read from TOML files such as those in `devices/`."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fira.errors import UserError
+from fira.files import read_toml
+from fira.value_types import NotNegative, Positive, Size, check
 
 DEVICES = Path(__file__).parent / "devices"
 OPERATIONS = ("p2p", "all_to_all", "all_reduce")
@@ -64,19 +65,16 @@ def load(name: str) -> Hardware:
         if path.suffix != ".toml" or not path.exists():
             known = ", ".join(sorted(file.stem for file in DEVICES.glob("*.toml")))
             raise UserError(f"--device {name}: no such device; choose this, {known}, or give a TOML file")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--device {name}: not readable as TOML: {error}") from None
+    values = read_toml(path, f"--device {name}")
     try:
         efficiency = float(values["efficiency"])
-        return Hardware(
+        hardware = Hardware(
             name=str(values["name"]),
-            memory=float(values["memory"]),
+            memory=values["memory"],
             memory_bandwidth=efficiency * values["memory_bandwidth"],
             flops={precision: efficiency * value for precision, value in values["flops"].items()},
-            seconds_per_layer=float(values["seconds_per_layer"]),
-            ranks_per_node=int(values["ranks_per_node"]),
+            seconds_per_layer=values["seconds_per_layer"],
+            ranks_per_node=values["ranks_per_node"],
             inside=_links(values["inside"]),
             between=_links(values["between"]),
             overlaps_collectives=True,  # descriptions are of GPUs
@@ -86,8 +84,24 @@ def load(name: str) -> Hardware:
         raise UserError(
             f"--device {name}: the file has no value for {error.args[0]}; {example} is a complete example"
         ) from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"--device {name}: a value has the wrong type: {error}") from None
+    _check(hardware, f"--device {name}:")
+    return hardware
+
+
+def _check(hardware: Hardware, where: str) -> None:
+    """Raise UserError if a number of a description is out of range."""
+    check(f"{where} memory", hardware.memory, Positive)
+    check(f"{where} memory_bandwidth times efficiency", hardware.memory_bandwidth, Positive)
+    check(f"{where} seconds_per_layer", hardware.seconds_per_layer, NotNegative)
+    check(f"{where} ranks_per_node", hardware.ranks_per_node, Size)
+    for precision, flops in hardware.flops.items():
+        check(f"{where} {precision} in flops times efficiency", flops, Positive)
+    for links in (hardware.inside, hardware.between):
+        for link in links.values():
+            check(f"{where} latency", link.latency, NotNegative)
+            check(f"{where} bandwidth", link.bandwidth, Positive)
 
 
 def _links(table: Mapping[str, Any]) -> Links:

@@ -15,7 +15,6 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from fira.data.cache import cache_folder
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, parameter_dtype
+from fira.host_memory import available_memory
 from fira.models.registry import to_document
 from fira.nn.init import initialise
 from fira.nn.moe.experts import ExpertBank
@@ -121,16 +121,13 @@ def _scaled(cost: LayerCost, slowdown: float, size: float) -> LayerCost:
 def device_memory(device: torch.device, ranks: int) -> float:
     """Bytes of memory available to each of a machine's `ranks` ranks.
 
-    On CUDA this is the free memory with what this process's allocator has reserved. Contexts and other programs occupy
+    On CUDA, this is the free memory with what this process's allocator has reserved. Contexts and other programs occupy
     the rest of the total.
     """
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         return available / -(-ranks // torch.cuda.device_count())
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    container = limit.read_text().strip() if limit.exists() else "max"
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return (physical if container == "max" else min(physical, int(container))) / ranks
+    return available_memory() / ranks
 
 
 def _cached(key: list[Any], measure: Callable[[], Any], world: World) -> Any:

@@ -21,6 +21,8 @@ from fira.parallel.parallelize import layer_flops
 from pipeline.split_backward import SplitBackward
 from pipeline.stage import Autocast
 
+LONGEST = 2**14  # tokens of a sequence whose memory is measured
+
 
 @dataclass(frozen=True)
 class LayerKind:
@@ -105,11 +107,13 @@ def saved_bytes(
 ) -> tuple[int, int]:
     """`measure_saved_bytes` of one kind of layer for one micro-batch, on fake tensors, without computing anything.
 
-    autocast: the dtype of matrix products. The copies of weights in this dtype are not counted.
+    autocast: the dtype of matrix products. The copies of weights in this dtype are not counted. Sequences longer than
+    LONGEST tokens are extrapolated, because the time grows with the length.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler, which takes seconds
 
-    size = (microbatch, profile.tokens)
+    tokens = min(profile.tokens, LONGEST)
+    size = (microbatch, tokens)
     layer = copy.deepcopy(profile.kinds[kind].layer)
     with FakeTensorMode():
         for module in layer.modules():
@@ -127,7 +131,8 @@ def saved_bytes(
         context = Context(lengths=torch.empty(microbatch), keys=keys, training=training)
         wrapped = Autocast(layer, autocast)
         with cast_weights(wrapped.modules()):
-            return measure_saved_bytes(wrapped, x, context)
+            sizes = measure_saved_bytes(wrapped, x, context)
+    return sizes[0] * profile.tokens // tokens, sizes[1] * profile.tokens // tokens
 
 
 def logits_bytes(profile: ModelProfile, microbatch: int, device: str) -> int:

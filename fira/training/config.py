@@ -1,8 +1,6 @@
 """The settings of a training run: a dataclass that defines the flags and the keys of a --config file."""
 
-import math
-import tomllib
-from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
+from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,18 +9,27 @@ from typing import Any
 
 from fira.cli import Parser
 from fira.errors import UserError
+from fira.files import read_toml
 from fira.models.family import Recipe
 from fira.models.registry import PRESETS, RECIPES
 from fira.parallel.parallelize import EVERY_BLOCK
+from fira.value_types import (
+    AnyText,
+    NotNegative,
+    PathName,
+    Positive,
+    Seconds,
+    Seed,
+    Sequences,
+    Size,
+    Steps,
+    Tokens,
+    check,
+    flag_type,
+)
 from pipeline.schedule import SCHEDULES
 
 LITERALS = {"true": True, "false": False, "none": None}
-
-POSITIVE = [  # settings that must be greater than 0
-    *("batch_size", "micro_batch_size", "steps", "seq_len", "vocab_size", "lr", "pp", "dp", "ep", "keep", "timeout"),
-    *("eval_every", "eval_sequences", "save_every"),
-]
-NOT_NEGATIVE = ["min_lr", "warmup", "weight_decay", "clip", "seed"]
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
 
@@ -36,25 +43,25 @@ class TrainConfig:
     """Settings, named like their flags. If layout or micro-batch size is None, it is chosen for the number of ranks."""
 
     model: str = _option("fira-tiny", f"preset: {', '.join(PRESETS)}")
-    model_set: str = _option("", "changes to the preset, such as d_model=256,num_layers=6")
+    model_set: AnyText = _option("", "changes to the preset, such as d_model=256,num_layers=6")
     data: str | None = _option(
         None, "text file or folder, .csv, .jsonl, .parquet, folder of .npy shards, or dataset name; A=0.7,B=0.3 mixes"
     )
     text_column: str = _option("text", "column or key that holds the text")
-    tokenizer: str | None = _option(None, "a tokenizer.json; default: one is trained on the data")
-    vocab_size: int | None = _option(None, "vocabulary; default: the preset's")
-    seq_len: int | None = _option(None, "tokens per sequence; default: the preset's context")
-    batch_size: int | None = _option(None, "sequences in the global batch; default: the preset's recipe")
-    micro_batch_size: int | None = _option(None, "sequences in a micro-batch; default: chosen for the layout")
+    tokenizer: PathName | None = _option(None, "a tokenizer.json; default: one is trained on the data")
+    vocab_size: Tokens | None = _option(None, "vocabulary; default: the preset's")
+    seq_len: Tokens | None = _option(None, "tokens per sequence; default: the preset's context")
+    batch_size: Sequences | None = _option(None, "sequences in the global batch; default: the preset's recipe")
+    micro_batch_size: Sequences | None = _option(None, "sequences in a micro-batch; default: chosen for the layout")
     steps: int | None = _option(None, "total optimizer steps; default: the recipe's, also for lr, min-lr, warmup")
-    lr: float | None = _option(None, "peak learning rate")
-    min_lr: float | None = _option(None, "learning rate at the last step")
-    warmup: int | None = _option(None, "steps of linear warmup")
-    weight_decay: float = _option(0.1, "weight decay of matrices")
-    clip: float = _option(1.0, "maximum global gradient norm; 0: no clipping")
-    pp: int | None = _option(None, "pipeline stages")
-    dp: int | None = _option(None, "data-parallel replicas")
-    ep: int | None = _option(None, "ranks that the experts are split over; divides dp")
+    lr: Positive | None = _option(None, "peak learning rate")
+    min_lr: NotNegative | None = _option(None, "learning rate at the last step")
+    warmup: Steps | None = _option(None, "steps of linear warmup")
+    weight_decay: NotNegative = _option(0.1, "weight decay of matrices")
+    clip: NotNegative = _option(1.0, "maximum global gradient norm; 0: no clipping")
+    pp: Size | None = _option(None, "pipeline stages")
+    dp: Size | None = _option(None, "data-parallel replicas")
+    ep: Size | None = _option(None, "ranks that the experts are split over; divides dp")
     schedule: str | None = _option(None, "pipeline schedule; default: 1f1b", tuple(SCHEDULES))
     plan: str | None = _option(
         None, "auto: measure, then choose the layout, schedule and micro-batch size not given", ("auto",)
@@ -72,33 +79,25 @@ class TrainConfig:
         "or auto (the fewest that fit into memory); default: none, with --plan auto",
     )
     compile: bool = _option(False, "compile attention, norms and routers with torch.compile in the first step")
-    out: str | None = _option(None, "run folder; default: a new one under runs/")
-    init: str | None = _option(
+    out: PathName | None = _option(None, "run folder; default: a new one under runs/")
+    init: PathName | None = _option(
         None, "start from the model, weights and tokenizer of a run, a checkpoint, an export, a Llama or a FlexOlmo"
     )
-    resume: str | None = _option(None, "auto (newest checkpoint in the run folder) or a checkpoint")
+    resume: PathName | None = _option(None, "auto (newest checkpoint in the run folder) or a checkpoint")
     eval_every: int = _option(50, "steps between validations")
     eval_sequences: int = _option(128, "sequences per validation, evenly spaced in the validation set")
     save_every: int = _option(100, "steps between checkpoints")
     keep: int = _option(2, "checkpoints kept")
-    trace: str | None = _option(None, "write a trace of the third step to this file, for ui.perfetto.dev")
-    seed: int = _option(42, "seed of weights, data order and dropout")
-    timeout: float | None = _option(
+    trace: PathName | None = _option(None, "write a trace of the third step to this file, for ui.perfetto.dev")
+    seed: Seed = _option(42, "seed of weights, data order and dropout")
+    timeout: Seconds | None = _option(
         None,
         "seconds a rank waits for another before the job ends with a report; default: $PIPELINE_MPI_TIMEOUT_S, or 600",
     )
 
     def __post_init__(self) -> None:
-        for name in (*POSITIVE, *NOT_NEGATIVE):
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-            if value is None:
-                continue
-            if not math.isfinite(value):
-                raise UserError(f"{flag} {value}: must be a finite number")
-            if name in POSITIVE and value <= 0:
-                raise UserError(f"{flag} {value}: must be greater than 0")
-            if value < 0:
-                raise UserError(f"{flag} {value}: must not be negative")
+        for setting in fields(self):
+            check(f"--{setting.name.replace('_', '-')}", getattr(self, setting.name), setting.type)
         self.recomputed()  # raises UserError if `recompute` is invalid
 
     def recomputed(self) -> int | None:
@@ -107,9 +106,9 @@ class TrainConfig:
             return None
         if self.recompute in ("none", "full"):
             return 0 if self.recompute == "none" else EVERY_BLOCK
-        if not str(self.recompute).isdecimal():
-            raise UserError(f"--recompute {self.recompute}: give none, full, auto, or a number of blocks per stage")
-        return int(str(self.recompute))
+        with suppress(ArgumentTypeError):
+            return int(flag_type(Steps)(str(self.recompute)))
+        raise UserError(f"--recompute {self.recompute}: give none, full, auto, or a number of blocks per stage")
 
     def recipe(self) -> Recipe:
         """Steps, learning rates and batch size: as given, else from FINE_TUNING with `init`, else from the preset."""
@@ -165,12 +164,7 @@ class _LoadConfig(Action):
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
         name = f"--config {value}"
-        try:
-            values = tomllib.loads(Path(value).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{name}: {error.strerror}; give a TOML file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{name} is not TOML: {error}") from None
+        values = read_toml(value, name)
         keys = Parser(None, name)  # without the flags that the program requires; it names the file in its messages
         _add_settings(keys, only=vars(namespace))
         keys.add_verbosity()
@@ -180,6 +174,7 @@ class _LoadConfig(Action):
                 raise UserError(f"{name}: unknown key {key}; the keys are the flags of --help")
             flag = "--" + key.replace("_", "-")
             off = flag.replace("--", "--no-", 1)
+            check(f"{name}: {key}", entry, AnyText | bool | float)
             arguments = [flag if entry else off] if isinstance(entry, bool) else [f"{flag}={entry}"]
             keys.parse_args(arguments, namespace)
 
@@ -212,7 +207,7 @@ def _add_settings(parser: ArgumentParser, only: Collection[str] | None) -> None:
         if setting.type in (bool, bool | None):
             parser.add_argument(flag, action=BooleanOptionalAction, default=setting.default, help=text)
             continue
-        kind = next(k for k in (int, float, str) if setting.type in (k, k | None))
         shown = "" if setting.default in (None, "") else " (default: %(default)s)"
         choices = setting.metadata["choices"]
+        kind = flag_type(setting.type)
         parser.add_argument(flag, type=kind, default=setting.default, choices=choices, help=text + shown)

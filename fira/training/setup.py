@@ -21,6 +21,7 @@ from fira.parallel.layout import choose_layout
 from fira.parallel.parallelize import EVERY_BLOCK, parallelize
 from fira.planner.best_candidates import least_recompute
 from fira.planner.candidates import Candidate
+from fira.planner.memory_check import check_memory
 from fira.training import state
 from fira.training.auto_layout import with_plan
 from fira.training.config import TrainConfig
@@ -56,24 +57,11 @@ def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], wo
     keep_freed_memory()
     if config.compile:
         check_compiler(devices[0])
-    if config.plan:
-        config = with_plan(config, model, batch_size, devices[0], world)
-    schedule = config.schedule or "1f1b"
-    layout = choose_layout(
-        world.size,
-        len(model.layers),
-        getattr(model_config, "num_experts", 1),
-        config.pp,
-        config.dp,
-        config.ep,
-        stages_per_rank=SCHEDULES[schedule].stages_per_rank,
-    )
+    config, candidate = choose_candidate(config, model, batch_size, devices, world)
     corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world, quiet)
+    layout, schedule = candidate.layout, candidate.schedule
     mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), devices)
-    microbatch = choose_microbatch(config, batch_size, layout)
-    split = BatchSplit(microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
-    candidate = Candidate(layout, schedule, microbatch, split.count(batch_size), recompute=0)
-    candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
+    split = BatchSplit(candidate.microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
     dtype, autocast = parameter_dtype(config.precision), AUTOCAST_DTYPES.get(config.precision)
     distributed = parallelize(model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
     if config.compile:
@@ -104,6 +92,33 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
     if config.tokenizer and config.vocab_size is None:
         changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))
     return make_config(config.model, changes), config.tokenizer
+
+
+def choose_candidate(
+    config: TrainConfig, model: LanguageModel, batch_size: int, devices: list[torch.device], world: World
+) -> tuple[TrainConfig, Candidate]:
+    """The layout, schedule, micro-batch size and recomputation, and the settings completed by --plan (collective).
+
+    model: on the meta device. Raises UserError if a setting does not match another or the run does not fit into memory.
+    """
+    if config.plan:
+        config = with_plan(config, model, batch_size, devices[0], world)
+    schedule = config.schedule or "1f1b"
+    layout = choose_layout(
+        world.size,
+        len(model.layers),
+        getattr(model.config, "num_experts", 1),
+        config.pp,
+        config.dp,
+        config.ep,
+        stages_per_rank=SCHEDULES[schedule].stages_per_rank,
+    )
+    microbatch = choose_microbatch(config, batch_size, layout)
+    count = BatchSplit(microbatch, layout.dp, 0, model.config.d_model).count(batch_size)
+    candidate = Candidate(layout, schedule, microbatch, count, recompute=0)
+    candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
+    check_memory(config.name(), model, candidate, config.precision, devices)
+    return config, candidate
 
 
 def load_corpus(config: TrainConfig, tokenizer: str | None, vocab_size: int, world: World, quiet: bool) -> Corpus:

@@ -1,5 +1,6 @@
 """Initialization: one call creates a ``torch.distributed`` process group on the ranks of ``mpirun``."""
 
+import math
 import os
 import sys
 import traceback
@@ -138,7 +139,7 @@ def _seconds(timeout: str | float) -> float | None:
         seconds = float(timeout)
     except ValueError:
         return None
-    return seconds if seconds > 0 else None
+    return seconds if 0 < seconds < math.inf else None
 
 
 _MPIRUN = "mpirun and the MPI library do not belong together; use the mpirun of that library (`which -a mpirun`)"

@@ -11,6 +11,7 @@ from transformers import modeling_rope_utils
 from transformers.models.flex_olmo import modeling_flex_olmo
 from transformers.models.llama import modeling_llama
 
+from fira.huggingface import RishAICausalLM, RishAIConfig
 from fira.nn.context import Context, TrainingContext
 from tests.fira.models.small_families import make_model, make_tokens
 from tests.fira.models.transformers_twin import MOOSHAK, RISH, names, twin
@@ -59,6 +60,28 @@ def test_logits_and_gradients_equal_transformers(config: Any, rope: str, dtype: 
     for name, parameter in model.named_parameters():
         expected = gradients[names(config)[name]]
         assert (parameter.grad - expected).abs().max() < tolerance * max(1.0, expected.abs().max()), name
+
+
+@pytest.mark.parametrize("length", [5, 13, 30])
+@pytest.mark.parametrize("dtype", [torch.float64], indirect=True)
+def test_dynamic_scaling_of_rish_equals_transformers(length: int, dtype: torch.dtype) -> None:
+    """Within `max_position_embeddings`, beyond it, and beyond `factor` times as many tokens."""
+    names = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 31, "intermediate_size": 20, "num_experts": 5, "num_experts_per_tok": 3, "rope_theta": 100.0}
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    plain, scaled = (
+        RishAICausalLM(RishAIConfig(**names, **sizes, max_position_embeddings=7, rope_scaling=parameters)).to(dtype)
+        for parameters in (None, scaling)
+    )
+    plain.load_state_dict(scaled.state_dict())
+    config = replace(RISH, max_position=7, rope_factor=4.0, rope_theta=100.0)
+    other = twin(config, dict(scaled.model.named_parameters()), dtype, "dynamic")
+    tokens = make_tokens(config, length=length)
+    expected = other(tokens).logits
+    plain.eval(), scaled.eval()
+    assert (scaled(tokens).logits - expected).abs().max() < 1e-10 * expected.abs().max()
+    assert scaled.config.max_position_embeddings == other.config.max_position_embeddings == 7
+    assert torch.equal(plain(tokens).logits, scaled(tokens).logits) == (length <= 7)
 
 
 def test_balance_loss_of_one_layer_equals_transformers() -> None:

@@ -35,7 +35,8 @@ def test_script_continues_a_prompt(
         out, err = capsys.readouterr()
         assert out.startswith(prompt)
         assert out.rstrip("\n") == fira.decode(generated, tokenizer).removesuffix("</s>").rstrip("\ufffd\n")
-        assert "tokens/s" in err
+        assert err.startswith(f"{len(generated) - len(ids)} tokens, ")
+        assert len(generated) - len(ids) != len(fira.encode(out.removeprefix(prompt).rstrip("\n"), tokenizer))
 
 
 def test_model_name_refers_to_a_folder_in_out_and_prints_a_report(
@@ -105,13 +106,16 @@ def test_invalid_arguments_end_with_a_one_line_error(
     (tmp_path / "binary").write_bytes(bytes(range(128, 256)))
     for message, arguments in (
         ("no checkpoint here", ["--checkpoint", tmp_path / "missing"]),
-        ("top_k 0", ["--checkpoint", run_folder, "--top-k=0"]),
+        ("--top-k: give an integer of at least 1, not '0'", ["--checkpoint", run_folder, "--top-k=0"]),
         ("temperature", ["--checkpoint", run_folder, "--temperature=-1"]),
-        ("invalid int value", ["--checkpoint", run_folder, "--seed=x"]),
+        ("--seed: give an integer from 0", ["--checkpoint", run_folder, "--seed=x"]),
         ("unrecognized arguments: --wrong", ["--checkpoint", run_folder, "--wrong"]),
         ("not allowed with", ["--checkpoint", run_folder, "--model_name=run"]),
-        ("must be greater than 0", ["--checkpoint", run_folder, "--prompt=def main", "--max_length=0"]),
-        ("min_p 2.0", ["--checkpoint", run_folder, "--min_p=2"]),
+        (
+            "tokens: give an integer of at least 1",
+            ["--checkpoint", run_folder, "--prompt=def main", "--max_length=0"],
+        ),
+        ("--min-p: give a number from 0 to 1, not '2'", ["--checkpoint", run_folder, "--min_p=2"]),
         ("neither a folder nor a file", ["--model_name", "run"]),
         ("UTF-8", ["--checkpoint", run_folder, "--eval-text", tmp_path / "binary"]),
         ("nothing to predict", ["--checkpoint", run_folder, "--eval-text", ""]),

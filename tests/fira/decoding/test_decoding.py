@@ -113,10 +113,10 @@ def test_generation_ends_with_eos() -> None:
         ([], {}, "nothing to continue"),
         ([300], {}, "vocabulary of 300"),
         ([-1], {}, "vocabulary of 300"),
-        ([1], {"temperature": -1.0}, "temperature -1.0"),
-        ([1], {"temperature": math.nan}, "temperature nan"),
-        ([1], {"top_k": 0}, "top_k 0"),
-        ([1], {"top_p": 0.0}, "top_p 0.0"),
+        ([1], {"temperature": -1.0}, "temperature: give"),
+        ([1], {"temperature": math.nan}, "temperature: give"),
+        ([1], {"top_k": 0}, "top_k: give"),
+        ([1], {"top_p": 0.0}, "top_p: give"),
     ],
 )
 def test_invalid_arguments_raise(ids: list[int], options: dict[str, float], message: str) -> None:

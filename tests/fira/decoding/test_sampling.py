@@ -119,13 +119,19 @@ def test_nucleus_is_the_smallest_set_that_reaches_p() -> None:
         ("temperature", [0.0, 1e-38, 1e38], [-1e-9, -0.5, -1.0, float("inf"), float("nan")]),
         ("top_k", [1, 2], [0, -1]),
         ("top_p", [1e-9, 1.0], [0.0, -0.5, 1.001, 2.0, float("nan")]),
+        ("min_p", [0.0, 1.0], [-0.1, float("nan")]),
+        ("typical_p", [0.5], [0.0, 1.0]),
+        ("repetition_penalty", [0.5], [0.0, float("inf")]),
+        ("presence_penalty", [-0.5], [float("-inf"), float("nan")]),
+        ("no_repeat_ngram", [1], [0, 1.5]),
+        ("seed", [0, 2**63 - 1], [-1, 2**63]),
     ],
 )
 def test_options_out_of_range_raise(name: str, valid: list[float], invalid: list[float]) -> None:
     for value in valid:
         assert getattr(Sampling(**{name: value}), name) == value
     for value in invalid:
-        with pytest.raises(UserError, match=f"{name} {value}: give"):
+        with pytest.raises(UserError, match=f"{name}: give .*, not {value}"):
             Sampling(**{name: value})
 
 

@@ -17,7 +17,6 @@ from fira.doctor.host import (
     Cores,
     cores_finding,
     folder_finding,
-    free_memory,
     memory_finding,
     missing_packages,
     packages_finding,
@@ -75,16 +74,6 @@ def test_quota_of_a_control_group_of_version_1(tmp_path: Path):
     assert read_cores(tmp_path).quota == 1.5
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
     assert read_cores(tmp_path).quota is None
-
-
-def test_free_memory_is_that_of_the_machine_or_of_the_control_group(tmp_path: Path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  100 kB\nMemAvailable:   50 kB\n")
-    assert free_memory(tmp_path, meminfo) == 50 * 1024
-    (tmp_path / "memory.max").write_text("30000\n")
-    (tmp_path / "memory.current").write_text("10000\n")
-    assert free_memory(tmp_path, meminfo) == 20000
-    assert 0 < free_memory() < 1e15
 
 
 def test_too_little_memory():

@@ -93,6 +93,9 @@ def test_export_can_be_loaded_as_checkpoint(
     for model, folder in exports.values():
         loaded = load_model(folder)
         assert loaded.config == model.config
+        limits = json.loads((folder / "generation_config.json").read_text())
+        assert limits["max_length"] == model.config.seq_len
+        assert "max_new_tokens" not in limits
         assert all(torch.equal(value, loaded.weights()[name]) for name, value in model.weights().items())
         assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
     monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint", str(folder), "--prompt", "def ", "--seed=1"])
@@ -119,6 +122,9 @@ def test_export_to_class_of_transformers_has_equal_logits(
     other = AutoModelForCausalLM.from_pretrained(folder)
     assert type(other).__module__.startswith("transformers.models")
     torch.testing.assert_close(other(IDS).logits, model(IDS, Context()), rtol=0, atol=1e-5)
+    assert other.generate(IDS[:1], max_length=12, eos_token_id=None).shape == (1, 12)
+    assert other.generate(IDS[:1], max_new_tokens=2, eos_token_id=None).shape == (1, IDS.shape[1] + 2)
+    assert other.generate(IDS[:1], eos_token_id=None).shape == (1, model.config.seq_len)
     loaded = load_model(folder)
     torch.testing.assert_close(loaded(IDS, Context()), model(IDS, Context()), rtol=0, atol=0)
     wrong = "flexolmo" if form == "llama" else "llama"

@@ -174,6 +174,13 @@ def test_rish_config_accepts_names_of_transformers() -> None:
         num_experts=7,
         top_k=5,
     )
+    scaled = RishAIConfig(max_position_embeddings=64, rope_theta=1e4, rope_scaling={"type": "dynamic", "factor": 4.0})
+    for scaled_config in (scaled, RishAIConfig.from_dict(scaled.to_dict())):
+        own = scaled_config.own()
+        assert (own.max_position, own.seq_len, own.rope_factor, own.rope_theta) == (64, 256, 4.0, 1e4)
+        assert scaled_config.rope_scaling == {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="rope_type 'yarn': give 'default' or 'dynamic'"):
+        RishAIConfig(rope_scaling={"rope_type": "yarn", "factor": 4.0})
     assert RishAIModel(config)(IDS).last_hidden_state.shape == (2, 9, 32)
     assert RishAICausalLM(config).generate(IDS[:1], max_length=12).shape == (1, 12)
     with pytest.raises(AttributeError, match="mooshak has no num_experts"):

@@ -5,6 +5,8 @@ import pytest
 from fira.errors import UserError
 from fira.planner.device_specs import DEVICES, load
 
+H200 = (DEVICES / "h200.toml").read_text()
+
 
 def test_shipped_description():
     t4 = load("t4")
@@ -44,8 +46,14 @@ def test_operation_with_a_table_of_its_own(tmp_path):
     ("text", "message"),
     [
         ('name = "mine"\nmemory = 1e9\n', "the file has no value for efficiency; .*h200.toml is a complete example"),
-        ("name =", "not readable as TOML"),
-        ('efficiency = "half"\n', "a value has the wrong type"),
+        ("name =", "is not TOML"),
+        (H200.replace("efficiency = 0.6", 'efficiency = "half"'), "a value has the wrong type"),
+        (H200.replace("memory = 141e9", "memory = nan"), "mine.toml: memory: give a number greater than 0, not nan"),
+        (
+            H200.replace("bandwidth = 40e9", "bandwidth = 0"),
+            "bandwidth: give a number greater than 0, not 0",
+        ),
+        (H200.replace("bf16 = 989e12", "bf16 = -1"), "mine.toml: bf16 in flops times efficiency: give a number"),
     ],
 )
 def test_invalid_file_raises(tmp_path, text, message):

@@ -1,0 +1,159 @@
+"""Refuse a run that does not fit into memory before anything is allocated.
+
+    need of a rank     rank_memory + tokens of its part of the global batch
+    available memory   shared by the ranks of a machine, or of a control group
+
+The activations of a block are about as many numbers as `_features`, the widths of its products, for every token. Half
+of them is a lower bound and 2.25 times them an upper bound, which take milliseconds and decide most runs. The planner
+estimates the activations only where the available memory lies between the bounds, because this takes about a second.
+"""
+
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from fira.errors import UserError
+from fira.host_memory import own_group
+from fira.models.language_model import LanguageModel
+from fira.nn.moe.layer import MoE
+from fira.parallel.parallelize import EVERY_BLOCK
+from fira.planner.best_candidates import memory_only
+from fira.planner.candidate_costs import CandidateCosts, PlanInputs
+from fira.planner.candidates import Candidate
+from fira.planner.costs import LayerCost, copy_size, element_size, roofline_costs
+from fira.planner.measure import device_memory
+from fira.planner.memory import rank_memory
+from fira.planner.model_profile import LayerKind, ModelProfile, logits_bytes, profile_of
+
+LEAST, MOST = 0.5, 2.25  # activations of a block in units of its features; 0.9 to 2.0 by the planner's estimates
+OVERESTIMATE = 1.08  # the largest that docs/planner.md reports for the planner's estimate
+TOKEN_BYTES = 16  # of a token of the batch and its target
+
+Needs = Callable[[Candidate], list[float]]  # candidate → bytes of each rank of the pipeline
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """available: bytes. ranks: the pipeline rank of each rank that uses this memory."""
+
+    available: float
+    ranks: list[int]
+
+    def holds(self, needs: Sequence[float]) -> bool:
+        return sum(needs[rank] for rank in self.ranks) <= self.available
+
+
+def check_memory(
+    name: str, model: LanguageModel, candidate: Candidate, precision: str, devices: Sequence[torch.device]
+) -> None:
+    """Raise UserError if the ranks of a machine need more memory than it has (collective).
+
+    name: of the model, for the message. model: on the meta device. devices: of this rank. On CUDA only the lower bound
+    is compared, because another implementation of attention may need less memory than the planner's estimate.
+    """
+    profile, memories = profile_of(model), _memories(candidate, devices)
+
+    def fits(needs: Needs) -> Callable[[Candidate], bool]:
+        return lambda candidate: all(memory.holds(needs(candidate)) for memory in memories)
+
+    least, most = (_bounded_needs(profile, precision, devices[0].type, bound) for bound in (LEAST, MOST))
+    needs, safe = least, most
+    if fits(least)(candidate):
+        if devices[0].type != "cpu" or fits(most)(candidate):
+            return
+        safe = _estimated_needs(profile, precision)
+
+        def needs(candidate: Candidate) -> list[float]:
+            return [need / OVERESTIMATE for need in safe(candidate)]
+
+        if fits(needs)(candidate):
+            return
+    memory = next(memory for memory in memories if not memory.holds(needs(candidate)))
+    required = sum(needs(candidate)[rank] for rank in memory.ranks) / len(memory.ranks)
+    raise UserError(
+        f"{name} needs about {required / 1e9:,.1f} GB per rank, {memory.available / len(memory.ranks) / 1e9:,.1f} GB "
+        f"available; try {_remedy(candidate, fits(safe), required * len(memory.ranks) / memory.available)}"
+    )
+
+
+def _memories(candidate: Candidate, devices: Sequence[torch.device]) -> list[SharedMemory]:
+    """The memories of all ranks (collective). Ranks of a machine share one, unless they have control groups or GPUs."""
+    rank, device = dist.get_rank(), devices[0]
+    owner = f"{platform.node()} {own_group()} {own_group('memory')}" if device.type == "cpu" else str(rank)
+    entries: list[tuple[str, float]] = [("", 0.0)] * dist.get_world_size()
+    dist.all_gather_object(entries, (owner, len(set(devices)) * device_memory(device, 1)))
+    ranks: dict[str, list[int]] = defaultdict(list)
+    available: dict[str, float] = {}
+    for other, (owner, memory) in enumerate(entries):
+        ranks[owner].append(other // candidate.layout.dp)
+        available[owner] = max(memory, available.get(owner, 0.0))
+    return [SharedMemory(available[owner], ranks[owner]) for owner in ranks]
+
+
+def _bounded_needs(profile: ModelProfile, precision: str, device: str, bound: float) -> Needs:
+    """Needs with `bound` numbers per feature of a block; only the upper bound counts what the head keeps."""
+    itemsize = min(element_size(precision), copy_size(precision) or 8) if bound < 1 else element_size(precision)
+
+    def cost(kind: int, microbatch: int) -> LayerCost:
+        tokens, layer = microbatch * profile.tokens, profile.kinds[kind]
+        saved, workspace = bound * itemsize * tokens * _features(layer), 0
+        if kind in (profile.layers[0], profile.layers[-1]):
+            saved = 0.0 if bound < 1 else 2.0 * itemsize * (tokens * profile.width + layer.parameters)
+        if kind == profile.layers[-1] and bound >= 1:
+            workspace = 2 * logits_bytes(profile, microbatch, device)
+        return LayerCost(0.0, 0.0, 0.0, 0.0, int(saved), 0.0, workspace, int(saved) if bound >= 1 else 0)
+
+    def needs(candidate: Candidate) -> list[float]:
+        hardware = memory_only(0.0, precision, 1, device)
+        inputs = PlanInputs(profile, hardware, lambda n: [cost(k, n) for k in range(len(profile.kinds))], precision)
+        return _with_tokens(CandidateCosts(inputs, candidate))
+
+    return needs
+
+
+def _estimated_needs(profile: ModelProfile, precision: str) -> Needs:
+    """Needs by the planner's estimate of activations on a CPU."""
+    hardware = memory_only(0.0, precision, 1, "cpu")
+    inputs = PlanInputs(profile, hardware, roofline_costs(profile, hardware, precision, "cpu"), precision)
+    return lambda candidate: _with_tokens(CandidateCosts(inputs, candidate))
+
+
+def _with_tokens(costs: CandidateCosts) -> list[float]:
+    batch = costs.candidate.count * costs.candidate.microbatch * costs.profile.tokens
+    return [memory + TOKEN_BYTES * batch for memory in rank_memory(costs)]
+
+
+def _features(kind: LayerKind) -> float:
+    """Widths of inputs and outputs of the products that a layer computes for a token, summed."""
+    moe = [module for module in kind.layer.modules() if isinstance(module, MoE)]
+    rows = kind.top_k * min([1.0, *(module.capacity_factor or 1.0 for module in moe)])
+    parameters = [p.shape for p in kind.layer.parameters()]
+    return sum(sum(shape[-2:]) * (rows if len(shape) == 3 else 1.0) for shape in parameters if len(shape) > 1)
+
+
+def _remedy(candidate: Candidate, fits: Callable[[Candidate], bool], machines: float) -> str:
+    """The flags of the largest micro-batch that fits, else of the largest batch, else the number of machines."""
+    dp, batch = candidate.layout.dp, candidate.count * candidate.microbatch * candidate.layout.dp
+
+    def changed(microbatch: int, batch: int, recompute: int) -> Candidate:
+        count = -(-batch // (microbatch * dp))
+        return replace(candidate, microbatch=microbatch, count=count, recompute=recompute)
+
+    for recompute, flag in ((candidate.recompute, ""), (EVERY_BLOCK, " --recompute full")):
+        for size in _powers_of_two(candidate.microbatch):
+            if fits(changed(size, batch, recompute)):
+                return f"--micro-batch-size {size}{flag}"
+    for size in _powers_of_two(batch):
+        if fits(changed(1, size, EVERY_BLOCK)):
+            return f"--batch-size {size} --micro-batch-size 1 --recompute full"
+    return f"at least {int(machines) + 1:,} times as many machines with more --pp or --ep, or a smaller model"
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    """In descending order. All are tried, because memory need not grow with the size: fewer sequences in a micro-batch
+    are more micro-batches, whose gradients have more partial sums."""
+    return [2**n for n in reversed(range(largest.bit_length()))]

@@ -17,6 +17,18 @@ def write(path: Path, content: bytes) -> None:
     sync(path)
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Write a file such that a process killed at any moment leaves the old or the new content."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary, content)
+    except UserError:
+        temporary.unlink(missing_ok=True)  # of a full disk
+        raise
+    with errors_naming(path):
+        temporary.replace(path)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the directory entries of a folder, to the disk (fsync)."""
     with errors_naming(path):
@@ -33,5 +45,11 @@ def errors_naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise UserError(f"{path}: {reason}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception as one line of at most 300 characters."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= 300 else line[:300] + "…"

@@ -6,6 +6,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fira.errors import UserError
+from fira.files import errors_naming, one_line
 
 TOKENIZER = "tokenizer.json"  # file name in checkpoints and exports
 EOS = "</s>"
@@ -68,10 +69,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a `tokenizer.json`, without truncation and padding. Raises UserError for a missing or invalid file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such tokenizer; give the path of a tokenizer.json")
+    with errors_naming(Path(path)):
+        raw = Path(path).read_bytes()
+    return parse_tokenizer(raw, Path(path))
+
+
+def parse_tokenizer(raw: bytes, source: Path) -> Tokenizer:
+    """Parse the content of the `tokenizer.json` named `source`; see `load_tokenizer`."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises Exception itself
-        raise UserError(f"{path}: not a tokenizer.json of the tokenizers library ({error})") from None
+        tokenizer = Tokenizer.from_buffer(raw)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises Exception itself, and PanicException, which is no Exception
+        raise UserError(f"{source}: not a tokenizer.json of the tokenizers library ({one_line(error)})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -3,6 +3,7 @@
 To add a family, write its file in this folder and add its record to FAMILIES. No other file lists the families.
 """
 
+import math
 from dataclasses import asdict, fields, replace
 from typing import Any, get_args, get_type_hints
 
@@ -18,6 +19,8 @@ from fira.models.rish import FAMILY as RISH
 FAMILIES: dict[str, Family] = {family.name: family for family in (FIRA, RISH, MOOSHAK, BLUES, MICRORWKV)}
 PRESETS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.presets.items()}
 RECIPES: dict[str, Recipe] = {name: recipe for family in FAMILIES.values() for name, recipe in family.recipes.items()}
+
+LARGEST = 2**31  # of the sizes and counts in a config
 
 
 def family_of(config: Any) -> Family:
@@ -41,14 +44,25 @@ def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
     if unknown := set(changes) - existing:
         names, choices = ", ".join(sorted(unknown)), ", ".join(sorted(existing))
         raise UserError(f"{name} has no field {names}; its fields are {choices}")
-    types = get_type_hints(type(config))
-    for field, value in changes.items():
+    _check_fields(type(config), changes)
+    return replace(config, **changes)
+
+
+def _check_fields(kind: type, values: dict[str, Any]) -> None:
+    """Raise UserError if the value of a field of the config class `kind` has another type or is out of range."""
+    types = get_type_hints(kind)
+    for field, value in values.items():
         allowed = get_args(types[field]) or (types[field],)
         if type(value) not in allowed and not (type(value) is int and float in allowed):
-            raise UserError(f"{field}={value}: {field} must be {' or '.join(type_.__name__ for type_ in allowed)}")
-        if type(value) is int and float not in allowed and value < 1:  # sizes and counts
+            names = " or ".join(type_.__name__ for type_ in allowed)
+            raise UserError(f"{field}={value!r:.40}: {field} must be {names}")
+        if type(value) is int and float not in allowed and not 1 <= value <= LARGEST:  # sizes and counts
+            limit = "must be greater than 0" if value < 1 else f"must be at most {LARGEST}"
+            raise UserError(f"{field}={value}: {field} {limit}")
+        if type(value) in (int, float) and not 0 <= value < math.inf:
+            raise UserError(f"{field}={value}: {field} must be a finite number that is not negative")
+        if field.startswith("rope_") and value == 0:
             raise UserError(f"{field}={value}: {field} must be greater than 0")
-    return replace(config, **changes)
 
 
 def build(config: Any) -> LanguageModel:
@@ -58,8 +72,8 @@ def build(config: Any) -> LanguageModel:
     """
     try:
         return family_of(config).model(config)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a tensor is larger than any memory
+        raise UserError(f"model: {str(error).partition(chr(10))[0]}") from None
 
 
 def to_document(config: Any) -> dict[str, Any]:
@@ -71,9 +85,10 @@ def from_document(document: dict[str, Any]) -> Any:
     """Inverse of `to_document`. Raises UserError for an unknown family or field."""
     values = dict(document)
     family = values.pop("family", None)
-    if family not in FAMILIES:
-        raise UserError(f"config.json: unknown model family {family!r}; choose from {', '.join(FAMILIES)}")
-    try:
-        return FAMILIES[family].config(**values)
-    except TypeError as error:
-        raise UserError(f"config.json does not describe a {family} model: {error}") from None
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise UserError(f"config.json: unknown model family {family!r:.40}; choose from {', '.join(FAMILIES)}")
+    kind = FAMILIES[family].config
+    if unknown := values.keys() - {f.name for f in fields(kind)}:
+        raise UserError(f"config.json does not describe a {family} model: it has no field {sorted(unknown)[0]!r:.40}")
+    _check_fields(kind, values)
+    return kind(**values)

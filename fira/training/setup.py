@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fira.checkpoint.pretrained import Saved, open_saved
+from fira.checkpoint.pretrained import Saved, open_saved, stored_config
 from fira.data.corpus import Corpus, prepare
 from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture
@@ -14,7 +14,7 @@ from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
-from fira.models.registry import build, change, from_document, make_config
+from fira.models.registry import build, change, make_config
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.compile_blocks import check_compiler, compile_blocks
 from fira.parallel.layout import choose_layout
@@ -99,7 +99,7 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
     changes = config.model_changes()
     if saved:
         saved_tokenizer = str(saved.folder / TOKENIZER) if saved.has_file(TOKENIZER) else None
-        model = change(from_document(saved.document("config")), config.name(), changes)
+        model = change(stored_config(saved), config.name(), changes)
         return model, config.tokenizer or saved_tokenizer
     if config.tokenizer and config.vocab_size is None:
         changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))

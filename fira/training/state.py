@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from fira.checkpoint.pretrained import Saved
+from fira.checkpoint.pretrained import Saved, read_weight, stored_config
 from fira.checkpoint.shards import Checkpoint, TensorShard, save_checkpoint
 from fira.data.loader import Loader
 from fira.data.mixture import Mixture
 from fira.data.tokenizer import TOKENIZER
 from fira.errors import UserError
-from fira.models.registry import from_document, to_document
+from fira.models.registry import to_document
 from fira.parallel.parallelize import DistributedModel, ParamShard
 from fira.training.trainer import Trainer
 
@@ -79,15 +79,15 @@ def load_weights(saved: Saved, model: DistributedModel) -> None:
 
 
 def _read(saved: Saved, name: str, shard: ParamShard) -> torch.Tensor:
-    """The rows of a stored tensor that a shard holds; UserError if its global shape differs from the stored one."""
-    if saved.shape(name) != shard.shape:
-        raise UserError(f"{saved.folder}: {name} has shape {saved.shape(name)}, this model's is {shard.shape}")
-    return saved.read(name, shard.start, shard.start + len(shard.parameter)) if shard.shape else saved.read(name)
+    """The rows of a stored tensor that a shard holds."""
+    if not shard.shape:
+        return read_weight(saved, name, shard.shape)
+    return read_weight(saved, name, shard.shape, shard.start, shard.start + len(shard.parameter))
 
 
 def _check_compatible(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | None) -> None:
     """Raise UserError if a checkpoint was written with another model config or another tokenizer."""
-    stored = to_document(from_document(saved.document("config")))  # with defaults for fields newer than the checkpoint
+    stored = to_document(stored_config(saved))  # with defaults for fields newer than the checkpoint
     current = to_document(trainer.model.config)
     fields = current if stored["family"] == current["family"] else ["family"]  # families have different fields
     if different := [key for key in fields if stored[key] != current[key]]:

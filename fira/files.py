@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -27,6 +28,14 @@ def replace(path: Path, content: bytes) -> None:
         raise
     with errors_naming(path):
         temporary.replace(path)
+
+
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Return whether `path` is still the file that was opened, and has not been removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def sync(path: Path) -> None:

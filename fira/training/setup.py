@@ -44,12 +44,20 @@ class Run:
     description: str  # printed before the first step
 
 
-def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], world: World, quiet: bool = False) -> Run:
+def set_up(
+    config: TrainConfig,
+    batch_size: int,
+    devices: list[torch.device],
+    world: World,
+    resumed: Saved | None = None,
+    quiet: bool = False,
+) -> Run:
     """Prepare the data, build this rank's part of the model and measure the peak FLOP/s (collective).
 
-    config: with the chosen precision. devices: of this rank.
+    config: with the chosen precision. devices: of this rank. resumed: the checkpoint that the run continues from; it
+    has the model and the tokenizer of --init, whose folder is therefore not needed.
     """
-    saved = open_saved(config.init) if config.init else None
+    saved = (resumed or open_saved(config.init)) if config.init else None
     model_config, tokenizer_path = choose_model(config, saved)
     with torch.device("meta"):
         model = build(model_config)
@@ -79,7 +87,7 @@ def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], wo
     if config.compile:
         compile_blocks(distributed.modules(), model_config.seq_len)
     trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
-    if saved:
+    if saved and not resumed:
         state.load_weights(saved, distributed)
     loader, validation = open_data(corpus, model_config.seq_len, config)
     return Run(

@@ -57,7 +57,7 @@ def claim(config: TrainConfig) -> Iterator[tuple[Path, RunLock | None]]:
     try:
         with collective_errors():
             if this_rank() == 0:
-                out = _existing(Path(config.out)) if config.out is not None else _new_folder(config.name())
+                out = Path(config.out) if config.out is not None else _new_folder(config.name())
                 lock = RunLock(out)
                 if config.resume is None and (out / LOG_NAME).exists():
                     raise UserError(
@@ -70,14 +70,6 @@ def claim(config: TrainConfig) -> Iterator[tuple[Path, RunLock | None]]:
             lock.release()
 
 
-def _existing(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_writable(out, error) from None
-    return out
-
-
 def _new_folder(model: str) -> Path:
     """Create the next run folder of a model. Of two jobs that start together, each gets its own."""
     first = max((number for number, _ in _numbered(model)), default=0) + 1
@@ -88,7 +80,7 @@ def _new_folder(model: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise _not_writable(out, error) from None
+            raise UserError(f"--out {out}: {error.strerror}; choose a writable folder") from None
         return out
     raise AssertionError("unreachable")
 
@@ -101,15 +93,10 @@ def _numbered(model: str) -> list[tuple[int, Path]]:
 
 
 def write_settings(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Write config.toml and data.json. Called by one rank only.
+    """Write config.toml and data.json to an existing folder. Called by one rank only.
 
-    summary: the counts and baselines of the corpus. Raises UserError if the folder is not writable.
+    summary: the counts and baselines of the corpus. Raises UserError if a file cannot be written.
     """
     baselines = {name: summary[name] for name in ("unigram", "trigram") if summary.get(name) is not None}
-    _existing(out)
     replace(out / CONFIG_NAME, config.to_toml().encode())
     replace(out / "data.json", json.dumps({**summary, "baselines": baselines}, indent=1).encode())
-
-
-def _not_writable(out: Path, error: OSError) -> UserError:
-    return UserError(f"--out {out}: {error.strerror}; choose a writable folder")

@@ -9,11 +9,11 @@ import logging
 import os
 import socket
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from fira.errors import UserError
-from fira.files import errors_naming, is_at
+from fira.files import is_at
 
 LOCK_NAME = ".lock"
 
@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Holds the lock of an existing folder until `release`. Raises UserError if another process holds it."""
+    """Holds the lock of a folder, which is created if necessary, until `release`.
+
+    Raises UserError if another process holds the lock, or if the folder is not writable.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,20 +35,22 @@ class RunLock:
         self._file = self._locked_file()
         with suppress(OSError):  # a full disk; the name of the holder is informative
             self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            self._file.flush()
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
-    def _locked_file(self) -> TextIO:
+    def _locked_file(self) -> FileIO:
         path = self.folder / LOCK_NAME
         while True:
-            with errors_naming(path):
-                file = path.open("a+", encoding="utf-8", errors="replace")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = path.open("ab+", buffering=0)  # nothing is left to write when it is closed
+            except OSError as error:
+                raise UserError(f"--out {self.folder}: {error.strerror}; choose a writable folder") from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 with file:
                     file.seek(0)
-                    holder = " ".join(file.read(300).split()) or "another process"
+                    holder = " ".join(file.read(300).decode(errors="replace").split()) or "another process"
                 raise UserError(
                     f"{self.folder} is in use by {holder}; wait until it ends, or choose another folder as --out"
                 ) from None

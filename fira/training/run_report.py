@@ -61,8 +61,8 @@ class RunReport:
 
     def _restore_folder(self) -> None:
         """Write the folder again after it was removed: the weights in memory may be the only ones that are left."""
-        run_folder.write_settings(self.out, self.config, self.run.corpus.summary)
         self.lock.acquire()
+        run_folder.write_settings(self.out, self.config, self.run.corpus.summary)
         logger.warning("%s was removed and is written again; SIGUSR1 saves a checkpoint now", self.out)
 
     def finish(self, initial_loss: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fira.checkpoint.pretrained import Saved, read_weight, stored_config
+from fira.checkpoint.ranks import this_rank
 from fira.checkpoint.shards import Checkpoint, TensorShard, save_checkpoint
 from fira.data.corpus import Corpus
 from fira.data.loader import Loader
@@ -50,7 +51,7 @@ def check_settings(saved: Checkpoint, settings: dict[str, Any], override: bool) 
 
     The number of steps may change; the learning rate then follows the schedule of the new number, which is logged.
     """
-    stored = saved.document("state").get("settings", {})
+    stored = _read_state(saved).get("settings", {})
     different = {
         name: f"{name} is {stored[name]!s:.12} (here {value!s:.12})"
         for name, value in settings.items()
@@ -63,7 +64,7 @@ def check_settings(saved: Checkpoint, settings: dict[str, Any], override: bool) 
             f"{saved.folder} was written with other settings: {', '.join(different.values())}; "
             "give the same values, or add --override"
         )
-    if different:
+    if different and this_rank() == 0:
         logger.warning("%s is continued with other settings: %s", saved.folder, ", ".join(different.values()))
 
 
@@ -114,10 +115,7 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     Raises UserError if it was written with another model or tokenizer.
     """
     _check_compatible(saved, trainer, tokenizer)
-    state = saved.document("state")
-    check(state, saved.folder / "state.json", STATE_SCHEMA)
-    if state["step"] != saved.step:
-        raise UserError(f"{saved.folder / 'state.json'} is of step {state['step']}, not {saved.step}; restore the file")
+    state = _read_state(saved)
     load_weights(saved, trainer.model)
     for shard in trainer.model.shards:
         for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[shard.name], strict=True):
@@ -126,6 +124,15 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     loader.consumed = state["loader"]["consumed"]
     trainer.scale.load_state_dict(state["loss_scale"])
     return saved.step
+
+
+def _read_state(saved: Checkpoint) -> dict[str, Any]:
+    """The document `state` of a checkpoint. Raises UserError if it is invalid, or of another step."""
+    state, path = saved.document("state"), saved.folder / "state.json"
+    check(state, path, STATE_SCHEMA)
+    if state["step"] != saved.step:
+        raise UserError(f"{path} is of step {state['step']}, the checkpoint of step {saved.step}; restore the file")
+    return state
 
 
 @torch.no_grad()

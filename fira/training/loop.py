@@ -32,7 +32,7 @@ def train(config: TrainConfig, world: World, signals: Signals, quiet: bool = Fal
     with run_folder.claim(config) as (out, lock):
         saved = _open_resumed(config, out)
         if saved and saved.step >= config.recipe().steps:
-            logger.info("nothing to do: %s is at step %d; give a larger --steps to continue it", out, saved.step)
+            logger.info("nothing to do: %s has all steps; give a larger --steps to continue the run", saved.folder)
             return
         _train(config, out, lock, saved, world, signals, quiet)
 

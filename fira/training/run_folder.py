@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +71,17 @@ def claim(config: TrainConfig) -> Iterator[tuple[Path, RunLock | None]]:
 
 def _new_folder(model: str) -> Path:
     """Create the next run folder of a model. Of two jobs that start together, each gets its own."""
-    first = max((number for number, _ in _numbered(model)), default=0) + 1
-    for number in count(first):
+    number = max((number for number, _ in _numbered(model)), default=0)
+    while True:
+        number += 1
         out = RUNS / (model if number == 1 else f"{model}-{number}")
         try:
             out.mkdir(parents=True)
+            return out
         except FileExistsError:
             continue
         except OSError as error:
             raise UserError(f"--out {out}: {error.strerror}; choose a writable folder") from None
-        return out
-    raise AssertionError("unreachable")
 
 
 def _numbered(model: str) -> list[tuple[int, Path]]:

@@ -59,6 +59,7 @@ def errors_naming(path: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception as one line of at most 300 characters."""
+    """Return the message of an exception as one printable line of at most 300 characters."""
     line = " ".join(str(error).split())
+    line = line if line.isprintable() else ascii(line)[1:-1]
     return line if len(line) <= 300 else line[:300] + "…"

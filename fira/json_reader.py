@@ -84,7 +84,7 @@ def number(low: float = -sys.float_info.max, high: float = sys.float_info.max) -
     return schema
 
 
-def text(pattern: str = r".*", meaning: str = "a line of text") -> Schema:
+def text(pattern: str = r".{,255}", meaning: str = "a line of text") -> Schema:
     """Schema of printable strings that match a regular expression as a whole; `meaning` describes them in messages."""
     compiled = re.compile(pattern)
 
@@ -117,11 +117,12 @@ def array(item: Schema, longest: int = LARGEST) -> Schema:
 
 
 def mapping(item: Schema) -> Schema:
-    """Schema of objects whose values all follow `item`."""
+    """Schema of objects whose values all follow `item`; keys are printable and not longer than a file name."""
 
     def schema(value: Any, place: str) -> None:
         _require(isinstance(value, dict), value, place, "an object")
         for key, entry in value.items():
+            _require(key.isprintable() and len(key) <= 255, key, f"a key of {place or 'the document'}", "a name")
             item(entry, _join(place, key))
 
     return schema

@@ -196,4 +196,4 @@ def test_forged_folders(originals: Path, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.slow
 def test_many_forged_folders(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    fuzz(originals, tmp_path, examples=int(os.environ.get("FORGED_FOLDERS", "1000")))
+    fuzz(originals, tmp_path, examples=int(os.environ.get("FORGED_FOLDERS", "600")))

@@ -1,4 +1,4 @@
-"""Writes that are flushed to the disk, and errors that name the file."""
+"""Reads with a limit, writes that are flushed to the disk, and errors that name the file."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,19 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from fira.errors import UserError
+
+LARGEST = 2**28  # bytes of a document or a tokenizer that is read as a whole
+
+
+def read(path: Path, largest: int = LARGEST) -> bytes:
+    """Return the content of a file. Raises UserError for a file of more than `largest` bytes, a pipe or a device."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing or not a regular file")
+    with errors_naming(path), path.open("rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise UserError(f"{path} is too large: a file of this kind has at most {largest} bytes")
+    return content
 
 
 def write(path: Path, content: bytes) -> None:

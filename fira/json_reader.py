@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fira import files
 from fira.errors import UserError
-from fira.files import errors_naming
 
 Schema = Callable[[Any, str], None]
 
@@ -26,17 +26,11 @@ LARGEST = 2**53  # integers up to this one are exact in every JSON library
 
 def read(path: Path, schema: Schema, size: int = SIZE) -> Any:
     """Read a JSON file of at most `size` bytes. Raises UserError, which names it, if it does not follow `schema`."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing or not a regular file")
-    with errors_naming(path), path.open("rb") as file:
-        raw = file.read(size + 1)
-    return parse(raw, path, schema, size)
+    return parse(files.read(path, size), path, schema)
 
 
-def parse(raw: bytes, source: Path, schema: Schema, size: int = SIZE) -> Any:
-    """Parse the content of the file `source`; see `read`."""
-    if len(raw) > size:
-        raise UserError(f"{source} is too large: a document of this kind has at most {size} bytes")
+def parse(raw: bytes, source: Path, schema: Schema) -> Any:
+    """Parse the content of the file `source`, which `files.read` has limited; see `read`."""
     try:
         document = json.loads(raw, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except RecursionError:

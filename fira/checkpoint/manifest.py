@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from fira import files
 from fira.errors import UserError
 from fira.files import errors_naming
 from fira.json_reader import SIZE, anything, array, check, integer, mapping, parse, read, record, scalar, text
@@ -149,8 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}; give a step folder or a run folder")
-    with errors_naming(path), path.open("rb") as file:
-        raw = file.read(SIZE + 1)
+    raw = files.read(path, SIZE)
     document = parse(raw, path, anything)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a {FORMAT}; give a folder that Fira wrote")
@@ -159,11 +159,11 @@ def read_manifest(folder: Path) -> Manifest:
     if raw != seal({key: value for key, value in document.items() if key != "sha256"}):
         raise UserError(f"{path} does not match its SHA-256; the file is damaged")
     check(document, path, MANIFEST_SCHEMA)
-    files = {name: FileRecord(entry["size"], entry["sha256"]) for name, entry in document["files"].items()}
-    for name in (*files, INDEX):
-        if not is_plain(name) or name not in files:
+    records = {name: FileRecord(entry["size"], entry["sha256"]) for name, entry in document["files"].items()}
+    for name in (*records, INDEX):
+        if not is_plain(name) or name not in records:
             raise UserError(f"{path}: {name!r} is missing or not a plain file name; give a folder that Fira wrote")
-    manifest = Manifest(document["step"], document["layout"], files)
+    manifest = Manifest(document["step"], document["layout"], records)
     named = re.fullmatch(STEP_FOLDER, folder.absolute().name)
     if named and int(named[1]) != manifest.step:
         raise UserError(f"{path} is the manifest of step {manifest.step}, in the folder of another step; restore it")

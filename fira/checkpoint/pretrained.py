@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fira import files
 from fira.checkpoint.manifest import FILE_NAME, MANIFEST, is_plain
-from fira.checkpoint.shards import Checkpoint
-from fira.checkpoint.step_folders import find
+from fira.checkpoint.shards import Checkpoint, open_checkpoint
 from fira.checkpoint.transformers_mapping import TRANSFORMERS_SCHEMA, expert_tensors, from_transformers
 from fira.errors import UserError
 from fira.files import errors_naming, one_line
@@ -55,8 +55,7 @@ class PretrainedFolder:
         return (self.folder / name).is_file()
 
     def file(self, name: str) -> bytes:
-        with errors_naming(self.folder / name):
-            return (self.folder / name).read_bytes()
+        return files.read(self.folder / name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor by its name in Fira."""
@@ -113,10 +112,10 @@ class PretrainedFolder:
         """Return the file name of each tensor."""
         index = self.folder / f"{WEIGHTS}.index.json"
         if index.exists():
-            files: dict[str, str] = read(index, record({"weight_map": mapping(FILE_NAME)}))["weight_map"]
-            if outside := [file for file in files.values() if not is_plain(file)]:
+            names: dict[str, str] = read(index, record({"weight_map": mapping(FILE_NAME)}))["weight_map"]
+            if outside := [file for file in names.values() if not is_plain(file)]:
                 raise UserError(f"{index}: {outside[0]!r} is not a plain file name; give a folder of transformers")
-            return files
+            return names
         return dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
 
 
@@ -131,7 +130,7 @@ def open_saved(path: str | Path) -> Saved:
     path = Path(path)
     if (path / CONFIG).is_file() and not (path / MANIFEST).is_file():
         return PretrainedFolder(path)
-    return Checkpoint.open(find(path))
+    return open_checkpoint(path)
 
 
 def stored_config(saved: Saved) -> Any:

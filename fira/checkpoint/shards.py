@@ -38,9 +38,9 @@ from fira.checkpoint.manifest import (
     read_manifest,
 )
 from fira.checkpoint.ranks import collective_errors, gather, this_rank, world_size
-from fira.checkpoint.step_folders import partial_folder, preferred_folders, publish, step_folders, step_name
+from fira.checkpoint.step_folders import find, partial_folder, preferred_folders, publish, step_folders, step_name
 from fira.errors import UserError
-from fira.files import errors_naming, sync, write
+from fira.files import errors_naming, read, sync, write
 from fira.json_reader import anything, mapping, parse
 
 logger = logging.getLogger(__name__)
@@ -209,8 +209,7 @@ class Checkpoint:
         """Return the content of the file `name`. Raises UserError if there is none."""
         if name not in self._files:
             raise UserError(f"{self.folder} has no {name}")
-        with errors_naming(self.folder / name):
-            return (self.folder / name).read_bytes()
+        return read(self.folder / name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the global shape of a tensor."""
@@ -273,3 +272,14 @@ def newest_valid(root: Path) -> Checkpoint | None:
             f"all checkpoints in {root} are damaged: {'; '.join(damaged)}; move the folder to start from the beginning"
         )
     return None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a step folder, or the first undamaged checkpoint of a run or `checkpoints` folder (collective).
+
+    Raises UserError if there is none.
+    """
+    folder = find(path)
+    checkpoint = Checkpoint.open(folder) if folder == Path(path) else newest_valid(folder.parent)
+    assert checkpoint  # `find` has found one in this folder
+    return checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fira.errors import UserError
-from fira.files import errors_naming, one_line
+from fira.files import one_line, read
 
 TOKENIZER = "tokenizer.json"  # file name in checkpoints and exports
 EOS = "</s>"
@@ -69,9 +69,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a `tokenizer.json`, without truncation and padding. Raises UserError for a missing or invalid file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such tokenizer; give the path of a tokenizer.json")
-    with errors_naming(Path(path)):
-        raw = Path(path).read_bytes()
-    return parse_tokenizer(raw, Path(path))
+    return parse_tokenizer(read(Path(path)), Path(path))
 
 
 def parse_tokenizer(raw: bytes, source: Path) -> Tokenizer:

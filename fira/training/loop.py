@@ -6,8 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from fira.checkpoint.shards import Checkpoint, newest_valid
-from fira.checkpoint.step_folders import find
+from fira.checkpoint.shards import Checkpoint, newest_valid, open_checkpoint
 from fira.devices import choose_devices, choose_precision
 from fira.errors import UserError
 from fira.models.family import Recipe
@@ -95,4 +94,4 @@ def _open_resumed(config: TrainConfig, out: Path) -> Checkpoint | None:
     """Open the checkpoint given by --resume (collective); None without one."""
     if config.resume is None:
         return None
-    return newest_valid(out / "checkpoints") if config.resume == "auto" else Checkpoint.open(find(config.resume))
+    return newest_valid(out / "checkpoints") if config.resume == "auto" else open_checkpoint(config.resume)

@@ -7,6 +7,7 @@ A forgery is a list [kind, file, …] that `apply` makes to a folder, so that on
     ["flip", file, position, bit]   change one bit of the byte at this fraction of the file's length
     ["cut", file, position]         remove everything from there on
     ["text", file, text, count]     replace the content by a text, repeated
+    ["sparse", file]                make the file a terabyte long without using the disk
     ["remove", file], ["rename", file, name], ["folder", file], ["pipe", file], ["link", file, target]
 """
 
@@ -77,6 +78,8 @@ def apply(folder: Path, forgery: Forgery, reseal: bool) -> None:
         path.write_bytes(raw)
     elif kind == "cut":
         os.truncate(path, int(values[0] * path.stat().st_size))
+    elif kind == "sparse":
+        os.truncate(path, 2**40)
     elif kind == "text":
         path.write_text(values[0] * values[1])
     elif kind == "rename":

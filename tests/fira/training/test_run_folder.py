@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from fira.commands import train as command
 from fira.errors import UserError
 from fira.training import loop, run_folder
-from fira.training.config import TrainConfig
+from fira.training.config import INHERITED, TrainConfig
 from pipeline.mpi import World, world
 
 
@@ -74,6 +75,13 @@ def test_resumed_run_takes_its_settings_but_neither_layout_nor_folder(run: Path,
     expected = {"data": "a.txt", "lr": 0.5, "micro_batch_size": 2, "precision": "bf16", "seed": 7, "steps": 200}
     assert found | expected == found
     assert not found.keys() & {"pp", "override", "resume", "out"}
+
+
+def test_every_setting_is_kept_by_a_resumed_run_or_belongs_to_machine_layout_or_output() -> None:
+    """A new setting must be added to INHERITED or here."""
+    layout = {"pp", "dp", "ep", "schedule", "plan", "recompute", "local_devices"}
+    machine, output = {"device", "compile", "timeout"}, {"out", "resume", "override", "trace"}
+    assert {field.name for field in fields(TrainConfig)} - set(INHERITED) == layout | machine | output
 
 
 def test_newest_run_is_resumed(run: Path) -> None:

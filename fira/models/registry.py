@@ -72,7 +72,7 @@ def build(config: Any) -> LanguageModel:
     """
     try:
         return family_of(config).model(config)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: a tensor is larger than any memory
+    except (ValueError, ArithmeticError, RuntimeError) as error:  # RuntimeError: a tensor larger than any memory
         raise UserError(f"model: {str(error).partition(chr(10))[0]}") from None
 
 

@@ -1,17 +1,29 @@
-"""Writes that are flushed to the disk, files of settings, and errors that name the file."""
+"""Reads with a limit, files of settings, writes that are flushed to the disk, and errors that name the file."""
 
 import os
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
 from fira.errors import UserError
 
 LONGEST_TOML = 2**16  # bytes; the time to read nested keys is quadratic in their number
+LARGEST = 2**28  # bytes of a document or a tokenizer that is read as a whole
+
+
+def read(path: Path, largest: int = LARGEST) -> bytes:
+    """Return the content of a file. Raises UserError for a file of more than `largest` bytes, a pipe or a device."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing or not a regular file")
+    with errors_naming(path), path.open("rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise UserError(f"{path} is too large: a file of this kind has at most {largest} bytes")
+    return content
 
 
 def write(path: Path, content: bytes) -> None:
@@ -19,6 +31,26 @@ def write(path: Path, content: bytes) -> None:
     with errors_naming(path):
         path.write_bytes(content)
     sync(path)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file such that a process killed at any moment leaves the old or the new content."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary, content)
+    except UserError:
+        temporary.unlink(missing_ok=True)  # of a full disk
+        raise
+    with errors_naming(path):
+        temporary.replace(path)
+
+
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Return whether `path` is still the file that was opened, and has not been removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def sync(path: Path) -> None:
@@ -37,7 +69,7 @@ def errors_naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise UserError(f"{path}: {reason}") from error
 
 
@@ -53,3 +85,10 @@ def read_toml(path: str | Path, name: str) -> dict[str, Any]:
         raise UserError(f"{name}: {error.strerror}; give a TOML file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not TOML: {error}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception as one printable line of at most 300 characters."""
+    line = " ".join(str(error).split())
+    line = line if line.isprintable() else ascii(line)[1:-1]
+    return line if len(line) <= 300 else line[:300] + "…"

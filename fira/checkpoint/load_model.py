@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from fira.checkpoint.pretrained import open_saved
-from fira.data.tokenizer import TOKENIZER, load_tokenizer
+from fira.checkpoint.pretrained import open_saved, read_weight, stored_config
+from fira.data.tokenizer import TOKENIZER, load_tokenizer, parse_tokenizer
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
-from fira.models.registry import build, from_document
+from fira.models.registry import build
 
 
 def load_model(
@@ -24,19 +24,14 @@ def load_model(
     """
     saved = open_saved(path)
     with torch.device("meta"):
-        model = build(from_document(saved.document("config")))
-    for name, tensor in model.weights().items():
-        if saved.shape(name) != tuple(tensor.shape):
-            raise UserError(
-                f"{saved.folder}: {name} has shape {saved.shape(name)}, config.json requires {tuple(tensor.shape)}"
-            )
-    weights = {name: saved.read(name) for name in model.weights()}
+        model = build(stored_config(saved))
+    weights = {name: read_weight(saved, name, tuple(tensor.shape)) for name, tensor in model.weights().items()}
     model.load_state_dict(weights, strict=not model.tied, assign=True)
     model.tie()
     if tokenizer is not None:
         model.tokenizer = load_tokenizer(tokenizer)
     elif saved.has_file(TOKENIZER):
-        model.tokenizer = Tokenizer.from_buffer(saved.file(TOKENIZER))
+        model.tokenizer = parse_tokenizer(saved.file(TOKENIZER), saved.folder / TOKENIZER)
     return model.to(device).eval()
 
 

@@ -9,20 +9,26 @@ The hashes reveal any change of a checkpoint.
 
 import hashlib
 import json
+import math
 import os
+import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from fira import files
 from fira.errors import UserError
 from fira.files import errors_naming
+from fira.json_reader import SIZE, anything, array, check, integer, mapping, parse, read, record, scalar, text
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
 FORMAT = "fira-checkpoint"
 VERSION = 1
+STEP_FOLDER = r"step-(\d{6,})(\.old)?"  # the name of the complete checkpoint of a step, see step_folders.py
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -30,6 +36,28 @@ DTYPES = {
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
     )
 }
+
+FILE_NAME = text(meaning="a file name")
+MANIFEST_SCHEMA = record(
+    {
+        "step": integer(),
+        "layout": mapping(scalar),
+        "files": mapping(record({"size": integer(), "sha256": text("[0-9a-f]{64}", "a SHA-256")})),
+    }
+)
+INDEX_SCHEMA = record(
+    {
+        "tensors": mapping(
+            record(
+                {
+                    "shape": array(integer(), longest=8),
+                    "dtype": text("|".join(DTYPES), f"one of {', '.join(DTYPES)}"),
+                    "parts": array(record({"file": FILE_NAME, "start": integer(), "rows": integer()})),
+                }
+            )
+        )
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +113,10 @@ class TensorEntry:
             end += stored.rows
         return bool(self.parts) and end == (self.shape[0] if self.shape else 1) and self.dtype in DTYPES
 
+    def row_size(self) -> int:
+        """Return the size of a row in bytes; a dimension without elements counts as one, so that none is unlimited."""
+        return DTYPES[self.dtype].itemsize * math.prod(max(1, size) for size in self.shape[1:])
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -118,32 +150,29 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no {MANIFEST}; give a step folder or a run folder")
-    with errors_naming(path):
-        raw = path.read_bytes()
-    try:
-        document = json.loads(raw)
-    except ValueError:
-        raise UserError(f"{path} is damaged: it is not valid JSON") from None
+    raw = files.read(path, SIZE)
+    document = parse(raw, path, anything)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path} is not the manifest of a {FORMAT}; give a folder that Fira wrote")
     if document.get("version") != VERSION:
         raise UserError(f"{path} has format version {document.get('version')!r}; this version of Fira reads {VERSION}")
     if raw != seal({key: value for key, value in document.items() if key != "sha256"}):
         raise UserError(f"{path} does not match its SHA-256; the file is damaged")
-    try:
-        files = {name: FileRecord(**record) for name, record in document["files"].items()}
-        manifest = Manifest(document["step"], document["layout"], files)
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} does not follow format version {VERSION}") from None
-    for name in (*files, INDEX):
-        if not is_plain(name) or name not in files:
+    check(document, path, MANIFEST_SCHEMA)
+    records = {name: FileRecord(entry["size"], entry["sha256"]) for name, entry in document["files"].items()}
+    for name in (*records, INDEX):
+        if not is_plain(name) or name not in records:
             raise UserError(f"{path}: {name!r} is missing or not a plain file name; give a folder that Fira wrote")
+    manifest = Manifest(document["step"], document["layout"], records)
+    named = re.fullmatch(STEP_FOLDER, folder.absolute().name)
+    if named and int(named[1]) != manifest.step:
+        raise UserError(f"{path} is the manifest of step {manifest.step}, in the folder of another step; restore it")
     return manifest
 
 
 def is_plain(name: str) -> bool:
     """Return whether `name` is a file name without folders, which cannot refer to a file outside the checkpoint."""
-    return name == PurePosixPath(name).name and "\\" not in name and "\0" not in name and name not in ("", "..")
+    return name == PurePosixPath(name).name and "\\" not in name and name.isprintable() and name not in ("", "..")
 
 
 def encode_index(entries: dict[str, TensorEntry]) -> bytes:
@@ -154,18 +183,21 @@ def encode_index(entries: dict[str, TensorEntry]) -> bytes:
 def read_index(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
     """Read the tensor entries by name. Raises UserError if a row is not stored exactly once."""
     path = folder / INDEX
-    with errors_naming(path):
-        raw = path.read_bytes()
-    try:
-        entries = {
-            name: TensorEntry(
-                tuple(entry["shape"]), entry["dtype"], tuple(StoredRows(**stored) for stored in entry["parts"])
-            )
-            for name, entry in json.loads(raw)["tensors"].items()
-        }
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise UserError(f"{path} does not follow format version {VERSION}") from None
+    entries = {
+        name: TensorEntry(
+            tuple(entry["shape"]),
+            entry["dtype"],
+            tuple(StoredRows(part["file"], part["start"], part["rows"]) for part in entry["parts"]),
+        )
+        for name, entry in read(path, INDEX_SCHEMA)["tensors"].items()
+    }
+    stored: Counter[str] = Counter()
     for name, entry in entries.items():
-        if not entry.is_complete() or any(stored.file not in manifest.files for stored in entry.parts):
+        if not entry.is_complete() or any(part.file not in manifest.files for part in entry.parts):
             raise UserError(f"{path} does not list every row of {name} exactly once; the checkpoint is incomplete")
+        for part in entry.parts:
+            stored[part.file] += part.rows * entry.row_size()
+    for file, size in stored.items():  # checked before memory for a tensor is allocated
+        if size > manifest.files[file].size:
+            raise UserError(f"{path} lists {size} bytes of tensors in {file}, which has {manifest.files[file].size}")
     return entries

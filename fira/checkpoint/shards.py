@@ -9,7 +9,6 @@ Where `torch.distributed` is initialised, `save_checkpoint`, `Checkpoint.open` a
 ranks call them, and an error on one rank raises the same UserError on all.
 """
 
-import json
 import logging
 import platform
 import shutil
@@ -39,9 +38,10 @@ from fira.checkpoint.manifest import (
     read_manifest,
 )
 from fira.checkpoint.ranks import collective_errors, gather, this_rank, world_size
-from fira.checkpoint.step_folders import partial_folder, publish, step_folders, step_name
+from fira.checkpoint.step_folders import find, partial_folder, preferred_folders, publish, step_folders, step_name
 from fira.errors import UserError
-from fira.files import errors_naming, sync, write
+from fira.files import errors_naming, read, sync, write
+from fira.json_reader import anything, mapping, parse
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,11 @@ class Checkpoint:
 
     def document(self, name: str) -> dict[str, Any]:
         """Return the JSON document `name`."""
-        return json.loads(self.file(f"{name}.json"))
+        return parse(self.file(f"{name}.json"), self.folder / f"{name}.json", mapping(anything))
+
+    def tensor_count(self) -> int:
+        """Return the number of stored tensors."""
+        return len(self._index)
 
     def has_file(self, name: str) -> bool:
         """Return whether the checkpoint contains the file `name`."""
@@ -205,8 +209,7 @@ class Checkpoint:
         """Return the content of the file `name`. Raises UserError if there is none."""
         if name not in self._files:
             raise UserError(f"{self.folder} has no {name}")
-        with errors_naming(self.folder / name):
-            return (self.folder / name).read_bytes()
+        return read(self.folder / name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the global shape of a tensor."""
@@ -223,21 +226,23 @@ class Checkpoint:
         for part in entry.parts:
             low, high = max(start, part.start), min(stop, part.start + part.rows)  # rows of the global tensor
             if low < high:
-                stored = self._read_rows(part.file, name, low - part.start, high - part.start)
+                stored = self._read_rows(part, name, low - part.start, high - part.start)
                 target = rows[low - start : high - start]
                 if (stored.shape, stored.dtype) != (target.shape, target.dtype):
                     raise UserError(f"{self.folder / part.file}: {name} does not have the shape and dtype in {INDEX}")
                 target.copy_(stored)
         return rows if entry.shape else rows.squeeze(0)
 
-    def _read_rows(self, file: str, name: str, low: int, high: int) -> Tensor:
+    def _read_rows(self, part: StoredRows, name: str, low: int, high: int) -> Tensor:
         """Read rows [low, high) of the rows of a tensor that one file stores."""
-        path = self.folder / file
+        path = self.folder / part.file
         with errors_naming(path):
-            if file not in self._opened:
-                self._opened[file] = safe_open(path, framework="pt")
-            stored = self._opened[file].get_slice(name)
-            return stored[low:high] if stored.get_shape() else self._opened[file].get_tensor(name).unsqueeze(0)
+            if part.file not in self._opened:
+                self._opened[part.file] = safe_open(path, framework="pt")
+            stored = self._opened[part.file].get_slice(name)
+            if not stored.get_shape():
+                return self._opened[part.file].get_tensor(name).unsqueeze(0)
+            return stored[low:high] if stored.get_shape()[0] == part.rows else stored[:0]
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self._index:
@@ -246,13 +251,13 @@ class Checkpoint:
 
 
 def newest_valid(root: Path) -> Checkpoint | None:
-    """Open the newest undamaged checkpoint in `root` (collective). Returns None if `root` has no checkpoint.
+    """Open the first undamaged of `preferred_folders` (collective). Returns None if `root` has no checkpoint.
 
     Rank 0 logs a warning for each damaged checkpoint that is skipped. Raises UserError if all checkpoints
     are damaged, because only the user can decide to start from the beginning.
     """
     damaged = []
-    for folder in gather(list(step_folders(root).values()))[0]:
+    for folder in gather(preferred_folders(root))[0]:
         try:
             checkpoint = Checkpoint.open(folder)
         except UserError as error:
@@ -267,3 +272,14 @@ def newest_valid(root: Path) -> Checkpoint | None:
             f"all checkpoints in {root} are damaged: {'; '.join(damaged)}; move the folder to start from the beginning"
         )
     return None
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a step folder, or the first undamaged checkpoint of a run or `checkpoints` folder (collective).
+
+    Raises UserError if there is none.
+    """
+    folder = find(path)
+    checkpoint = Checkpoint.open(folder) if folder == Path(path) else newest_valid(folder.parent)
+    assert checkpoint  # `find` has found one in this folder
+    return checkpoint

@@ -3,7 +3,7 @@
     step-000050        a complete checkpoint
     step-000100.old    a complete checkpoint that is being replaced; used as long as step-000100 does not exist
     step-000100.tmp    being written or being removed; never read
-    latest             text file with the name of the checkpoint published last
+    latest             text file with the name of the checkpoint published last, from which a run continues
 
 A folder is renamed to a name without `.tmp` after all its content is synced. A process killed at any moment therefore
 leaves complete checkpoints and temporary folders that the next save removes, but no incomplete checkpoint.
@@ -14,9 +14,9 @@ import re
 import shutil
 from pathlib import Path
 
-from fira.checkpoint.manifest import MANIFEST
+from fira.checkpoint.manifest import MANIFEST, STEP_FOLDER
 from fira.errors import UserError
-from fira.files import sync, write
+from fira.files import errors_naming, sync, write
 
 LATEST = "latest"
 
@@ -35,7 +35,7 @@ def step_folders(root: Path) -> dict[int, Path]:
     """Return the published checkpoints in `root` by step, newest first (none where `root` does not exist)."""
     folders: dict[int, Path] = {}
     for folder in sorted(root.glob("step-*")):  # step-000100 sorts before step-000100.old
-        match = re.fullmatch(r"step-(\d{6,})(\.old)?", folder.name)
+        match = re.fullmatch(STEP_FOLDER, folder.name)
         if match and folder.is_dir():
             folders.setdefault(int(match[1]), folder)
     return dict(sorted(folders.items(), reverse=True))
@@ -79,19 +79,31 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def preferred_folders(root: Path) -> list[Path]:
+    """Return the published checkpoints in `root` in the order in which a run continues from them.
+
+    The checkpoint named in `latest` comes first, then those before it and those after it, newest first. Checkpoints
+    after `latest` remain where a run was continued from an earlier one. Without a valid `latest`, the newest is first.
+    """
+    folders = step_folders(root)
+    pointer = root / LATEST
+    with errors_naming(pointer):
+        latest = pointer.read_text(errors="replace")[:100].strip() if pointer.is_file() else ""
+    last = next((step for step, folder in folders.items() if folder.name == latest), max(folders, default=0))
+    return [folder for later in (False, True) for step, folder in folders.items() if (step > last) == later]
+
+
 def find(path: str | Path) -> Path:
     """Return the checkpoint folder for a step folder, a `checkpoints` folder or a run folder.
 
-    Of several checkpoints, return the one named in `latest`, or else the newest. Raises UserError if there is none.
+    Of several checkpoints, return the first of `preferred_folders`. Raises UserError if there is none.
     `Checkpoint.open` checks the content.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    folders = list(step_folders(root).values())
+    folders = preferred_folders(root)
     if not folders:
         raise UserError(f"{path}: no checkpoint here; give a run folder, a checkpoints folder or a step folder")
-    pointer = root / LATEST
-    latest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    return next((folder for folder in folders if folder.name == latest), folders[0])
+    return folders[0]

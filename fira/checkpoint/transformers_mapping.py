@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fira.errors import UserError
+from fira.json_reader import anything, integer, mapping, nullable, record, text
 from fira.models.mooshak import MooshakConfig
 from fira.models.registry import family_of
 from fira.models.rish import RishConfig
@@ -22,6 +23,15 @@ ROPE_SCALING = {  # Llama 3's
     "high_freq_factor": "rope_high",
     "original_max_position_embeddings": "rope_original",
 }
+
+SIZE = integer(1, 2**31)
+# Of the values that `from_transformers` computes with; the fields of a config are checked by `from_document`.
+TRANSFORMERS_SCHEMA = record(
+    {},
+    {"model_type": text(), "hidden_act": text(), "head_dim": nullable(SIZE)}
+    | dict.fromkeys(("hidden_size", "num_attention_heads", "num_hidden_layers"), SIZE)
+    | dict.fromkeys(("rope_parameters", "rope_scaling"), nullable(mapping(anything))),
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fira.errors import UserError
+from fira.files import one_line, read
 
 TOKENIZER = "tokenizer.json"  # file name in checkpoints and exports
 EOS = "</s>"
@@ -69,8 +70,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a `tokenizer.json`, without truncation and padding. Raises UserError for a missing or invalid file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such tokenizer; give the path of a tokenizer.json")
-    with library_errors(f"{path}: not a tokenizer.json of the tokenizers library"):
-        tokenizer = Tokenizer.from_file(str(path))
+    return parse_tokenizer(read(Path(path)), Path(path))
+
+
+def parse_tokenizer(raw: bytes, source: Path) -> Tokenizer:
+    """Parse the content of the `tokenizer.json` named `source`; see `load_tokenizer`."""
+    with library_errors(f"{source}: not a tokenizer.json of the tokenizers library"):
+        tokenizer = Tokenizer.from_buffer(raw)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if not tokenizer.get_vocab_size():
@@ -91,7 +97,7 @@ def library_errors(message: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{message} ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{message} ({one_line(error)})") from None
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -10,12 +11,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fira.errors import UserError
-from fira.files import write
+from fira.files import errors_naming, is_at, replace
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 LOG_NAME = "training_log.csv"
+logger = logging.getLogger(__name__)
 # Columns with a list of numbers per MoE layer: numbers are separated by spaces, layers by ';'.
 PER_LAYER = {"expert_load", "expert_dropped", "layer_entropy"}
 
@@ -54,19 +56,24 @@ class TrainingLog:
 
     With `resume_step` 0 the file is replaced. Otherwise the rows up to this step are kept; an incomplete last line and
     later rows, whose steps will be repeated, are removed. Raises UserError if the file is not a training log.
+    A file that is removed or replaced during the run is written again, since the open file still has all rows.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         kept = _rows_until(path, resume_step) if resume_step > 0 and path.exists() else []
-        temporary = path.with_name(path.name + ".tmp")
-        write(temporary, "".join(line + "\n" for line in [_HEADER, *kept]).encode())
-        temporary.replace(path)  # atomic: if the process is killed, the old or the new file remains
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._create("".join(line + "\n" for line in [_HEADER, *kept]))
+
+    def _create(self, content: str) -> None:
+        replace(self._path, content.encode())
+        with errors_naming(self._path):
+            self._file = self._path.open("a+", encoding="utf-8")
 
     def write(self, row: Row) -> None:
         """Append a row. Raises UserError if the disk is full; the rows before it remain."""
         try:
+            if not is_at(self._file, self._path):
+                self._restore()
             self._file.write(",".join(_cell(getattr(row, name)) for name in COLUMNS) + "\n")
             self._file.flush()
         except OSError as error:
@@ -75,6 +82,15 @@ class TrainingLog:
             raise UserError(
                 f"{self._path}: {error.strerror}; free some space, then continue with --resume auto"
             ) from None
+
+    def _restore(self) -> None:
+        """Write the rows of the open file to the path again."""
+        with self._file as removed:
+            removed.seek(0)
+            content = removed.read()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._create(content)
+        logger.warning("%s was removed or replaced by another program and is written again", self._path)
 
     def close(self) -> None:
         self._file.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import cycle, zip_longest
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fira.errors import UserError
+from fira.json_reader import mapping, number, read, record
 from fira.metrics.csv_log import LOG_NAME, parse_layers, read_log
 from fira.metrics.plot_style import (
     BLUE,
@@ -197,8 +197,5 @@ def _read_baselines(path: Path) -> dict[str, float]:
     """Read `{"baselines": {name: loss}}` from a data.json; empty where the file or the key does not exist."""
     if not path.exists():
         return {}
-    try:
-        baselines = json.loads(path.read_text(encoding="utf-8")).get("baselines", {})
-        return {name: float(loss) for name, loss in baselines.items()}
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f'{path}: not of the form {{"baselines": {{"unigram": 6.1}}}}; correct or remove it') from None
+    baselines: dict[str, float] = read(path, record({}, {"baselines": mapping(number())})).get("baselines", {})
+    return baselines

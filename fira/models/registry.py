@@ -3,6 +3,7 @@
 To add a family, write its file in this folder and add its record to FAMILIES. No other file lists the families.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any, get_type_hints
 
@@ -42,15 +43,18 @@ def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
     if unknown := set(changes) - existing:
         names, choices = ", ".join(sorted(unknown)), ", ".join(sorted(existing))
         raise UserError(f"{name} has no field {names}; its fields are {choices}")
-    changed = replace(config, **changes)
-    check_fields(changed, "--model-set")
-    return changed
+    check_fields(type(config), changes, "--model-set")
+    return replace(config, **changes)
 
 
-def check_fields(config: Any, where: str) -> None:
-    """Raise UserError if a field of a config has a value that its type does not allow. where: precedes the field."""
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        check(f"{where} {name}", getattr(config, name), hint)
+def check_fields(kind: type, values: Mapping[str, Any], where: str) -> None:
+    """Raise UserError if a field of the config class `kind` has a value that its type does not allow.
+
+    where: precedes the field in the message.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    for name, value in values.items():
+        check(f"{where} {name}", value, hints[name])
 
 
 def build(config: Any) -> LanguageModel:
@@ -60,8 +64,8 @@ def build(config: Any) -> LanguageModel:
     """
     try:
         return family_of(config).model(config)
-    except ValueError as error:
-        raise UserError(f"model: {error}") from None
+    except (ValueError, ArithmeticError, RuntimeError) as error:  # RuntimeError: a tensor larger than any memory
+        raise UserError(f"model: {str(error).partition(chr(10))[0]}") from None
 
 
 def to_document(config: Any) -> dict[str, Any]:
@@ -74,10 +78,9 @@ def from_document(document: dict[str, Any]) -> Any:
     values = dict(document)
     family = values.pop("family", None)
     if not isinstance(family, str) or family not in FAMILIES:
-        raise UserError(f"config.json: unknown model family {family!r}; choose from {', '.join(FAMILIES)}")
-    try:
-        config = FAMILIES[family].config(**values)
-    except TypeError as error:
-        raise UserError(f"config.json does not describe a {family} model: {error}") from None
-    check_fields(config, "config.json:")
-    return config
+        raise UserError(f"config.json: unknown model family {family!r:.40}; choose from {', '.join(FAMILIES)}")
+    kind = FAMILIES[family].config
+    if unknown := values.keys() - {f.name for f in fields(kind)}:
+        raise UserError(f"config.json does not describe a {family} model: it has no field {sorted(unknown)[0]!r:.40}")
+    check_fields(kind, values, "config.json:")
+    return kind(**values)

@@ -31,6 +31,13 @@ from pipeline.schedule import SCHEDULES
 
 LITERALS = {"true": True, "false": False, "none": None}
 
+# Settings that a resumed run takes from the run's config.toml: all but those of the machine, the layout and the output.
+INHERITED = [
+    *("model", "model_set", "data", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
+    *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed", "init"),
+    *("eval_every", "eval_sequences", "save_every", "keep"),
+]
+
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
 
 
@@ -84,6 +91,7 @@ class TrainConfig:
         None, "start from the model, weights and tokenizer of a run, a checkpoint, an export, a Llama or a FlexOlmo"
     )
     resume: PathName | None = _option(None, "auto (newest checkpoint in the run folder) or a checkpoint")
+    override: bool = _option(False, "resume with settings that differ from those of the checkpoint")
     eval_every: int = _option(50, "steps between validations")
     eval_sequences: int = _option(128, "sequences per validation, evenly spaced in the validation set")
     save_every: int = _option(100, "steps between checkpoints")
@@ -137,8 +145,9 @@ class TrainConfig:
 
     def to_toml(self) -> str:
         """The settings as a file for --config."""
-        values = ((name, value) for name, value in (asdict(self) | asdict(self.recipe())).items() if value is not None)
-        return "".join(f"{name} = {_toml(value)}\n" for name, value in values)
+        values = asdict(self) | asdict(self.recipe())
+        del values["override"]  # accepts one difference, not those of later commands
+        return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None)
 
 
 def _value(text: str) -> bool | int | float | str | None:
@@ -163,20 +172,34 @@ class _LoadConfig(Action):
     """`--config FILE`: parse the keys of a file at its position in the command line; later flags override them."""
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
-        name = f"--config {value}"
-        values = read_toml(value, name)
-        keys = Parser(None, name)  # without the flags that the program requires; it names the file in its messages
-        _add_settings(keys, only=vars(namespace))
-        keys.add_verbosity()
-        known = vars(keys.parse_args([]))
-        for key, entry in values.items():
-            if key.replace("-", "_") not in known:
-                raise UserError(f"{name}: unknown key {key}; the keys are the flags of --help")
-            flag = "--" + key.replace("_", "-")
-            off = flag.replace("--", "--no-", 1)
-            check(f"{name}: {key}", entry, AnyText | bool | float)
-            arguments = [flag if entry else off] if isinstance(entry, bool) else [f"{flag}={entry}"]
-            keys.parse_args(arguments, namespace)
+        _parse_file(Path(value), f"--config {value}", namespace)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a --config file. Raises UserError if it is not one."""
+    defaults = Namespace(**{setting.name: setting.default for setting in fields(TrainConfig)})
+    return _parse_file(path, str(path), defaults)
+
+
+def _parse_file(path: Path, name: str, namespace: Namespace) -> dict[str, Any]:
+    """Set the keys of a file in `namespace`, whose names are the allowed ones, and return them.
+
+    name: of the file in error messages.
+    """
+    values = read_toml(path, name)
+    keys = Parser(None, name)  # without the flags that the program requires; it names the file in its messages
+    _add_settings(keys, only=vars(namespace))
+    keys.add_verbosity()
+    known = vars(keys.parse_args([]))
+    for key, entry in values.items():
+        if key.replace("-", "_") not in known:
+            raise UserError(f"{name}: unknown key {key}; the keys are the flags of --help")
+        flag = "--" + key.replace("_", "-")
+        off = flag.replace("--", "--no-", 1)
+        check(f"{name}: {key}", entry, AnyText | bool | float)
+        arguments = [flag if entry else off] if isinstance(entry, bool) else [f"{flag}={entry}"]
+        keys.parse_args(arguments, namespace)
+    return {key: getattr(namespace, key) for key in (name.replace("-", "_") for name in values)}
 
 
 def given_flags(config: TrainConfig, without: Collection[str] = ()) -> list[str]:

@@ -1,39 +1,64 @@
 """The training loop."""
 
+import logging
 import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from fira.checkpoint.shards import Checkpoint, newest_valid
-from fira.checkpoint.step_folders import find
+from fira.checkpoint.shards import Checkpoint, newest_valid, open_checkpoint
 from fira.devices import choose_devices, choose_precision
 from fira.errors import UserError
 from fira.models.family import Recipe
 from fira.optim.lr_schedule import learning_rate
 from fira.training import run_folder, state
 from fira.training.config import TrainConfig
+from fira.training.run_lock import RunLock
 from fira.training.run_report import RunReport
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
 from fira.training.step_trace import TRACED_STEP, traced
 from pipeline.mpi import World
 
+logger = logging.getLogger(__name__)
 
-def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
+
+def train(config: TrainConfig, world: World, signals: Signals, quiet: bool = False) -> None:
     """Train as configured, from the start or from a checkpoint, and write a run folder (collective).
 
     quiet: print no progress.
     """
+    with run_folder.claim(config) as (out, lock):
+        saved = _open_resumed(config, out)
+        if saved and saved.step >= config.recipe().steps:
+            logger.info("nothing to do: %s has all steps; give a larger --steps to continue the run", saved.folder)
+            return
+        _train(config, out, lock, saved, world, signals, quiet)
+
+
+def _train(
+    config: TrainConfig,
+    out: Path,
+    lock: RunLock | None,
+    saved: Checkpoint | None,
+    world: World,
+    signals: Signals,
+    quiet: bool,
+) -> None:
+    """Train in the folder `out`, from the checkpoint `saved` if there is one. lock: on rank 0."""
     recipe = config.recipe()
-    out = run_folder.choose(config)
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
-    config = replace(config, precision=choose_precision(run_folder.precision(config, out), devices))
-    run = set_up(config, recipe.batch_size, devices, world, quiet)
-    first = _resume(config, out, run) + 1
-    report = RunReport(config, out, run, first, recipe, quiet) if world.rank == 0 else None
+    config = replace(config, precision=choose_precision(config.precision, devices))
+    run = set_up(config, recipe.batch_size, devices, world, saved, quiet)
+    config = replace(config, micro_batch_size=run.trainer.split.microbatch)  # a resumed run keeps it on any layout
+    settings = state.run_settings(config, run.corpus)
+    first = 1
+    if saved:
+        state.check_settings(saved, settings, config.override)
+        first += state.restore(saved, run.trainer, run.loader, run.tokenizer)
+    report = RunReport(config, lock, run, first, recipe, quiet) if lock else None
     initial_loss = _validate(run, recipe, first - 1)
-    signals = Signals()
+    signals.catch_termination()
     for step in range(first, recipe.steps + 1):
         started = time.perf_counter()
         lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
@@ -47,7 +72,7 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
         if report:
             report.step(step, result, lr, seconds, val_loss)
         if save or end or step % config.save_every == 0:
-            state.save(out / "checkpoints", step, run.trainer, run.loader, run.tokenizer, config.keep)
+            state.save(out / "checkpoints", step, run.trainer, run.loader, run.tokenizer, config.keep, settings)
         if end:
             break
     if report:
@@ -59,14 +84,14 @@ def _validate(run: Run, recipe: Recipe, step: int) -> float:
     loss = run.trainer.evaluate(run.validation, recipe.batch_size)
     if not math.isfinite(loss):
         raise UserError(
-            f"step {step}: the validation loss is {loss}; resume from the last checkpoint with a lower --lr"
+            f"step {step}: the validation loss is {loss}; "
+            "resume from the last checkpoint with a lower --lr and --override"
         )
     return loss
 
 
-def _resume(config: TrainConfig, out: Path, run: Run) -> int:
-    """Restore the checkpoint given by --resume and return its step; without one return 0."""
+def _open_resumed(config: TrainConfig, out: Path) -> Checkpoint | None:
+    """Open the checkpoint given by --resume (collective); None without one."""
     if config.resume is None:
-        return 0
-    saved = newest_valid(out / "checkpoints") if config.resume == "auto" else Checkpoint.open(find(config.resume))
-    return state.restore(saved, run.trainer, run.loader, run.tokenizer) if saved else 0
+        return None
+    return newest_valid(out / "checkpoints") if config.resume == "auto" else open_checkpoint(config.resume)

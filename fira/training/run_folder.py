@@ -2,49 +2,86 @@
 
 import json
 import re
-import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
-
+from fira.checkpoint.ranks import collective_errors, gather, this_rank
 from fira.checkpoint.step_folders import find
 from fira.errors import UserError
+from fira.files import replace
 from fira.metrics.csv_log import LOG_NAME
-from fira.training.config import TrainConfig
+from fira.training.config import INHERITED, TrainConfig, read_settings
+from fira.training.run_lock import RunLock
 
 RUNS = Path("runs")
 CONFIG_NAME = "config.toml"
-T = TypeVar("T")
 
 
-def _broadcast(value: T) -> T:
-    """Return rank 0's value on all ranks."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+def resumed_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that the run continued by --resume has stored in its folder, and `out` (collective).
 
-
-def choose(config: TrainConfig) -> Path:
-    """Choose the run folder, the same on all ranks (collective).
-
-    Without --out it is a new folder `runs/<model>`, `runs/<model>-2`, …, or with --resume auto the newest of these.
-    Raises UserError if the folder already contains a run and --resume is not given, so that no run is overwritten.
+    Rank 0 reads the folder. Without a folder or without config.toml, there are no settings.
     """
-    earlier = sorted(_numbered(config.name())) if dist.get_rank() == 0 else []
-    if config.out is not None:
-        out = Path(config.out)
-    elif config.resume == "auto" and earlier:
-        out = earlier[-1][1]
+    settings: dict[str, Any] = {}
+    with collective_errors():
+        if this_rank() == 0:
+            settings = _resumed_settings(config)
+    return gather(settings)[0]
+
+
+def _resumed_settings(config: TrainConfig) -> dict[str, Any]:
+    if config.resume == "auto":
+        earlier = sorted(_numbered(config.name()))
+        run = Path(config.out) if config.out is not None else earlier[-1][1] if earlier else None
+        found = {"out": str(run)} if run else {}
     else:
-        number = earlier[-1][0] + 1 if earlier else 1
-        out = RUNS / (config.name() if number == 1 else f"{config.name()}-{number}")
-    out = _broadcast(out)
-    if config.resume is None and _broadcast((out / LOG_NAME).exists()):
-        raise UserError(
-            f"--out {out} already contains a run; add --resume auto to continue it, or choose another folder"
-        )
-    return out
+        root = find(str(config.resume)).absolute().parent
+        run, found = (root.parent if root.name == "checkpoints" else None), {}
+    if run and (run / CONFIG_NAME).is_file():
+        stored = read_settings(run / CONFIG_NAME)
+        found |= {name: stored[name] for name in INHERITED if name in stored}
+    return found
+
+
+@contextmanager
+def claim(config: TrainConfig) -> Iterator[tuple[Path, RunLock | None]]:
+    """Choose and lock the run folder, the same on all ranks (collective). Rank 0 holds the lock during the block.
+
+    Without --out it is a new folder `runs/<model>`, `runs/<model>-2`, …. Raises UserError if another job writes to the
+    folder, or if it already contains a run and --resume is not given, so that no run is overwritten.
+    """
+    out, lock = Path(), None
+    try:
+        with collective_errors():
+            if this_rank() == 0:
+                out = Path(config.out) if config.out is not None else _new_folder(config.name())
+                lock = RunLock(out)
+                if config.resume is None and (out / LOG_NAME).exists():
+                    raise UserError(
+                        f"--out {out} already contains a run; "
+                        "add --resume auto to continue it, or choose another folder"
+                    )
+        yield gather(out)[0], lock
+    finally:
+        if lock:
+            lock.release()
+
+
+def _new_folder(model: str) -> Path:
+    """Create the next run folder of a model. Of two jobs that start together, each gets its own."""
+    number = max((number for number, _ in _numbered(model)), default=0)
+    while True:
+        number += 1
+        out = RUNS / (model if number == 1 else f"{model}-{number}")
+        try:
+            out.mkdir(parents=True)
+            return out
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}; choose a writable folder") from None
 
 
 def _numbered(model: str) -> list[tuple[int, Path]]:
@@ -54,34 +91,11 @@ def _numbered(model: str) -> list[tuple[int, Path]]:
     return [(int(match[1] or 1), path) for match, path in matches if match]
 
 
-def precision(config: TrainConfig, out: Path) -> str:
-    """The given precision; for "auto", that of the run that --resume continues, if its folder states it (collective).
+def write_settings(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
+    """Write config.toml and data.json to an existing folder. Called by one rank only.
 
-    A run therefore keeps its precision when it continues on other devices. out: the run folder of this run.
+    summary: the counts and baselines of the corpus. Raises UserError if a file cannot be written.
     """
-    if config.precision != "auto" or config.resume is None:
-        return config.precision
-    resumed = out if config.resume == "auto" else find(config.resume).parent.parent
-    return _broadcast(_stored_precision(resumed / CONFIG_NAME) or config.precision)
-
-
-def _stored_precision(path: Path) -> str | None:
-    """The precision in the config.toml of a run; None if there is no readable file."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8")).get("precision")
-    except (OSError, ValueError):
-        return None
-
-
-def create(out: Path, config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Create the folder and write config.toml and data.json. Called by one rank only.
-
-    summary: the counts and baselines of the corpus. Raises UserError if the folder is not writable.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / CONFIG_NAME).write_text(config.to_toml(), encoding="utf-8")
-        baselines = {name: summary[name] for name in ("unigram", "trigram") if summary.get(name) is not None}
-        (out / "data.json").write_text(json.dumps({**summary, "baselines": baselines}, indent=1), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose a writable folder") from None
+    baselines = {name: summary[name] for name in ("unigram", "trigram") if summary.get(name) is not None}
+    replace(out / CONFIG_NAME, config.to_toml().encode())
+    replace(out / "data.json", json.dumps({**summary, "baselines": baselines}, indent=1).encode())

@@ -1,7 +1,6 @@
 """Report of a run by one rank: console output, training log, and the plot at the end."""
 
 import logging
-from pathlib import Path
 
 from fira.metrics import console
 from fira.metrics.csv_log import LOG_NAME, Row, TrainingLog
@@ -9,6 +8,7 @@ from fira.metrics.run_plots import plot_files
 from fira.models.family import Recipe
 from fira.training import run_folder
 from fira.training.config import TrainConfig
+from fira.training.run_lock import RunLock
 from fira.training.setup import Run
 from fira.training.trainer import StepResult
 
@@ -18,17 +18,19 @@ logger = logging.getLogger(__name__)
 class RunReport:
     """Writes the run folder except for the checkpoints, and prints progress; created by one rank only.
 
-    first: number of the first step, 1 or the one after a checkpoint. quiet: print no progress.
+    lock: of the run folder. first: number of the first step, 1 or the one after a checkpoint.
+    quiet: print no progress.
     """
 
-    def __init__(self, config: TrainConfig, out: Path, run: Run, first: int, recipe: Recipe, quiet: bool) -> None:
-        run_folder.create(out, config, run.corpus.summary)
-        self.quiet = quiet
+    def __init__(self, config: TrainConfig, lock: RunLock, run: Run, first: int, recipe: Recipe, quiet: bool) -> None:
+        out = lock.folder
+        self.log = TrainingLog(out / LOG_NAME, first - 1)  # first, because it refuses a file that is not a log
+        run_folder.write_settings(out, config, run.corpus.summary)
+        self.config, self.lock, self.quiet = config, lock, quiet
         self._show(run.description)
         if first > 1:
             logger.info("resumed after step %d in %s", first - 1, out)
         self.out, self.run, self.steps = out, run, recipe.steps
-        self.log = TrainingLog(out / LOG_NAME, first - 1)
         self.tokens = recipe.batch_size * run.trainer.model.config.seq_len
         self.progress = None if quiet else console.ConsoleProgress(recipe.steps, first, self.tokens)
         self.last: Row | None = None
@@ -51,16 +53,22 @@ class RunReport:
             expert_dropped=result.expert_dropped if result.dropped else (),
             layer_entropy=[[entropy] for entropy in result.router_entropy],
         )
+        if not self.lock.is_held():
+            self._restore_folder()
         self.log.write(self.last)
         if self.progress:
             self.progress.update(self.last)
 
+    def _restore_folder(self) -> None:
+        """Write the folder again after it was removed: the weights in memory may be the only ones that are left."""
+        self.lock.acquire()
+        run_folder.write_settings(self.out, self.config, self.run.corpus.summary)
+        logger.warning("%s was removed and is written again; SIGUSR1 saves a checkpoint now", self.out)
+
     def finish(self, initial_loss: float) -> None:
         """Draw the plot and print the result. initial_loss: the validation loss before the first step."""
         self.log.close()
-        if self.last is None:
-            logger.info("nothing to do: %s is already at step %d; raise --steps to continue", self.out, self.steps)
-            return
+        assert self.last is not None  # a run without steps is not started
         assert self.last.val_loss is not None  # the last step of a run is always validated
         self._show(console.loss_change(initial_loss, self.last.val_loss, self.run.corpus.summary))
         self._show(f"picture: {plot_files([self.out])}")

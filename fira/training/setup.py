@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fira.checkpoint.pretrained import Saved, open_saved
+from fira.checkpoint.pretrained import Saved, open_saved, stored_config
 from fira.data.corpus import Corpus, prepare
 from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture
@@ -14,7 +14,7 @@ from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
-from fira.models.registry import build, change, from_document, make_config
+from fira.models.registry import build, change, make_config
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.compile_blocks import check_compiler, compile_blocks
 from fira.parallel.layout import choose_layout
@@ -45,12 +45,20 @@ class Run:
     description: str  # printed before the first step
 
 
-def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], world: World, quiet: bool = False) -> Run:
+def set_up(
+    config: TrainConfig,
+    batch_size: int,
+    devices: list[torch.device],
+    world: World,
+    resumed: Saved | None = None,
+    quiet: bool = False,
+) -> Run:
     """Prepare the data, build this rank's part of the model and measure the peak FLOP/s (collective).
 
-    config: with the chosen precision. devices: of this rank.
+    config: with the chosen precision. devices: of this rank. resumed: the checkpoint that the run continues from; it
+    has the model and the tokenizer of --init, whose folder is therefore not needed.
     """
-    saved = open_saved(config.init) if config.init else None
+    saved = (resumed or open_saved(config.init)) if config.init else None
     model_config, tokenizer_path = choose_model(config, saved)
     with torch.device("meta"):
         model = build(model_config)
@@ -67,7 +75,7 @@ def set_up(config: TrainConfig, batch_size: int, devices: list[torch.device], wo
     if config.compile:
         compile_blocks(distributed.modules(), model_config.seq_len)
     trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
-    if saved:
+    if saved and not resumed:
         state.load_weights(saved, distributed)
     loader, validation = open_data(corpus, model_config.seq_len, config)
     return Run(
@@ -87,7 +95,7 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
     changes = config.model_changes()
     if saved:
         saved_tokenizer = str(saved.folder / TOKENIZER) if saved.has_file(TOKENIZER) else None
-        model = change(from_document(saved.document("config")), config.name(), changes)
+        model = change(stored_config(saved), config.name(), changes)
         return model, config.tokenizer or saved_tokenizer
     if config.tokenizer and config.vocab_size is None:
         changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))

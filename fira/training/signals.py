@@ -1,7 +1,8 @@
 """SIGUSR1: save a checkpoint and continue. SIGTERM: save a checkpoint and end the run.
 
-A handler only records the signal. All ranks act on it after the same step, since the requests of all ranks are summed
-together with the results of that step.
+A handler only counts the signals. All ranks act on them after the same step, since the requests of all ranks are summed
+together with the results of that step. This module imports nothing that takes time, so that SIGUSR1 is handled from the
+start of the program; its default action would end the process.
 """
 
 import signal
@@ -9,19 +10,25 @@ from types import FrameType
 
 
 class Signals:
-    """Handlers of this process for SIGUSR1 and SIGTERM."""
+    """Handler of this process for SIGUSR1 and, after `catch_termination`, SIGTERM.
+
+    Before, SIGTERM ends the process at once: there is nothing to save.
+    """
 
     def __init__(self) -> None:
-        self._save = self._end = False
-        signal.signal(signal.SIGUSR1, self._record)
-        signal.signal(signal.SIGTERM, self._record)
+        self._received = {signal.SIGUSR1: 0, signal.SIGTERM: 0}  # written by the handler only
+        self._taken = dict(self._received)
+        signal.signal(signal.SIGUSR1, self._count)
 
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        self._save = True
-        self._end = self._end or number == signal.SIGTERM
+    def catch_termination(self) -> None:
+        signal.signal(signal.SIGTERM, self._count)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self._received[signal.Signals(number)] += 1
 
     def take_requests(self) -> list[float]:
-        """The requests since the last call, [save, end], as 0 or 1."""
-        requests = [float(self._save), float(self._end)]
-        self._save = self._end = False
-        return requests
+        """The requests since the last call, [save, end], as 0 or 1. A signal during the call counts for the next."""
+        received = dict(self._received)
+        new = {number: received[number] > self._taken[number] for number in received}
+        self._taken = received
+        return [float(any(new.values())), float(new[signal.SIGTERM])]

@@ -1,27 +1,86 @@
 """Save the state of a training run as a checkpoint, and restore it on any layout."""
 
+import logging
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fira.checkpoint.pretrained import Saved
+from fira.checkpoint.pretrained import Saved, read_weight, stored_config
+from fira.checkpoint.ranks import this_rank
 from fira.checkpoint.shards import Checkpoint, TensorShard, save_checkpoint
+from fira.data.corpus import Corpus
 from fira.data.loader import Loader
 from fira.data.mixture import Mixture
 from fira.data.tokenizer import TOKENIZER
 from fira.errors import UserError
-from fira.models.registry import from_document, to_document
+from fira.json_reader import check, integer, mapping, number, record, scalar
+from fira.models.registry import to_document
 from fira.parallel.parallelize import DistributedModel, ParamShard
+from fira.training.config import TrainConfig
 from fira.training.trainer import Trainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, tokenizer: bytes | None, keep: int) -> Path:
+STATE_SCHEMA = record(
+    {
+        "step": integer(),
+        "updates": integer(),
+        "loader": record({"consumed": integer()}),
+        "loss_scale": record({"value": number(2**-100, 2**100), "good_steps": integer()}),
+    },
+    {"settings": mapping(scalar)},  # not in checkpoints of earlier versions
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run_settings(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """Return the settings that determine the results, apart from the model and the tokenizer, which are stored whole.
+
+    config: with the chosen precision and micro-batch size. `data` is the key of the corpus, the hash of its content.
+    """
+    names = ("micro_batch_size", "weight_decay", "clip", "precision", "seed")
+    return {**asdict(config.recipe()), **{name: getattr(config, name) for name in names}, "data": corpus.folder.name}
+
+
+def check_settings(saved: Checkpoint, settings: dict[str, Any], override: bool) -> None:
+    """Raise UserError if a checkpoint was written with other settings and `override` is false.
+
+    The number of steps may change; the learning rate then follows the schedule of the new number, which is logged.
+    """
+    stored = _read_state(saved).get("settings", {})
+    different = {
+        name: f"{name} is {stored[name]!s:.12} (here {value!s:.12})"
+        for name, value in settings.items()
+        if name in stored and stored[name] != value
+    }
+    if steps := different.pop("steps", None):
+        logger.info("%s: the learning rate follows the schedule of the new number of steps", steps)
+    if different and not override:
+        raise UserError(
+            f"{saved.folder} was written with other settings: {', '.join(different.values())}; "
+            "give the same values, or add --override"
+        )
+    if different and this_rank() == 0:
+        logger.warning("%s is continued with other settings: %s", saved.folder, ", ".join(different.values()))
+
+
+def save(
+    root: Path,
+    step: int,
+    trainer: Trainer,
+    loader: Loader | Mixture,
+    tokenizer: bytes | None,
+    keep: int,
+    settings: dict[str, Any],
+) -> Path:
     """Write `root/step-…` (collective): weights, moments of AdamW, loader position, loss scale, config and tokenizer.
 
-    tokenizer: the content of tokenizer.json. keep: number of checkpoints kept in `root`. Dropout and data order are
-    functions of the seed and the sequence number, so there is no random state to save.
+    tokenizer: the content of tokenizer.json. keep: number of checkpoints kept in `root`. settings: see `run_settings`.
+    Dropout and data order are functions of the seed and the sequence number, so there is no random state to save.
     """
     mesh, optimizer = trainer.mesh, trainer.optimizer
     owned = [shard for shard in trainer.model.shards if (mesh.edp_rank if shard.expert else mesh.dp_rank) == 0]
@@ -36,6 +95,7 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, toke
         "updates": optimizer.updates,
         "loader": {"consumed": loader.consumed},
         "loss_scale": trainer.scale.state_dict(),
+        "settings": settings,
     }
     return save_checkpoint(
         root,
@@ -55,7 +115,7 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     Raises UserError if it was written with another model or tokenizer.
     """
     _check_compatible(saved, trainer, tokenizer)
-    state = saved.document("state")
+    state = _read_state(saved)
     load_weights(saved, trainer.model)
     for shard in trainer.model.shards:
         for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[shard.name], strict=True):
@@ -64,6 +124,15 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     loader.consumed = state["loader"]["consumed"]
     trainer.scale.load_state_dict(state["loss_scale"])
     return saved.step
+
+
+def _read_state(saved: Checkpoint) -> dict[str, Any]:
+    """The document `state` of a checkpoint. Raises UserError if it is invalid, or of another step."""
+    state, path = saved.document("state"), saved.folder / "state.json"
+    check(state, path, STATE_SCHEMA)
+    if state["step"] != saved.step:
+        raise UserError(f"{path} is of step {state['step']}, the checkpoint of step {saved.step}; restore the file")
+    return state
 
 
 @torch.no_grad()
@@ -79,15 +148,15 @@ def load_weights(saved: Saved, model: DistributedModel) -> None:
 
 
 def _read(saved: Saved, name: str, shard: ParamShard) -> torch.Tensor:
-    """The rows of a stored tensor that a shard holds; UserError if its global shape differs from the stored one."""
-    if saved.shape(name) != shard.shape:
-        raise UserError(f"{saved.folder}: {name} has shape {saved.shape(name)}, this model's is {shard.shape}")
-    return saved.read(name, shard.start, shard.start + len(shard.parameter)) if shard.shape else saved.read(name)
+    """The rows of a stored tensor that a shard holds."""
+    if not shard.shape:
+        return read_weight(saved, name, shard.shape)
+    return read_weight(saved, name, shard.shape, shard.start, shard.start + len(shard.parameter))
 
 
 def _check_compatible(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | None) -> None:
     """Raise UserError if a checkpoint was written with another model config or another tokenizer."""
-    stored = to_document(from_document(saved.document("config")))  # with defaults for fields newer than the checkpoint
+    stored = to_document(stored_config(saved))  # with defaults for fields newer than the checkpoint
     current = to_document(trainer.model.config)
     fields = current if stored["family"] == current["family"] else ["family"]  # families have different fields
     if different := [key for key in fields if stored[key] != current[key]]:

@@ -56,7 +56,7 @@ def _reshard(model: dict[str, Any], layouts: list[list[int]], folder: Path) -> d
     """Train four steps on the first layout and save after two; resume on every layout for the other two."""
     uninterrupted = Training(model, layouts[0])
     uninterrupted.steps(2)
-    state.save(folder, 2, uninterrupted.trainer, uninterrupted.loader, None, keep=1)
+    state.save(folder, 2, uninterrupted.trainer, uninterrupted.loader, None, keep=1, settings={})
     step = find(folder)
     saved = Checkpoint.open(step)
     continued = [uninterrupted.steps(2)]

@@ -1,5 +1,6 @@
 """Loading a model from a checkpoint."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def test_missing_foreign_or_damaged_checkpoint_raises(tmp_path: Path) -> None:
     weights.write_bytes(content)
     with pytest.raises(UserError, match=weights.name):
         load_model(tmp_path / "damaged")
+
+
+def test_damaged_checkpoint_is_replaced_by_the_one_before_it_unless_it_is_given(tmp_path: Path, caplog) -> None:
+    root = save(tmp_path, make_model(), {}).parent
+    damaged = root / "step-000008"
+    shutil.copytree(root / "step-000007", damaged)  # its manifest is of step 7
+    (root / "latest").write_text("step-000008\n")
+    for path in (tmp_path, root):
+        caplog.clear()
+        assert torch.equal(load_model(path).layers[0].token.weight, make_model().layers[0].token.weight)
+        (line,) = caplog.messages
+        assert line.endswith("in the folder of another step; restore it; using step-000007 instead")
+    with pytest.raises(UserError, match=r"step-000008/manifest\.json is the manifest of step 7"):
+        load_model(damaged)
 
 
 def test_model_without_tokenizer_raises_where_one_is_needed(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def test_manifest_cannot_list_a_file_outside_its_folder(root: Path, name: str) -
     folder = Path(save_state(str(root), 1))
     (root / "x").write_text("secret")
     edit_manifest(folder, lambda manifest: manifest["files"].update({name: {"size": 6, "sha256": "0" * 64}}))
-    assert f"manifest.json: {name!r} is missing or not a plain file name" in open_error(str(folder))
+    message = open_error(str(folder))
+    assert f"{folder / 'manifest.json'}" in message
+    assert f"{name!r} is missing or not a plain file name" in message or f"{name!r}, not a name" in message
     assert not is_plain(name)
 
 
@@ -100,13 +102,30 @@ def test_equal_size_but_other_content_does_not_match_the_hash(root: Path, name: 
 def test_manifest_must_list_the_index_and_a_record_per_file(root: Path) -> None:
     changes: list[tuple[str, Callable[[dict], object]]] = [
         ("'index.json' is missing", lambda manifest: manifest["files"].pop("index.json")),
-        ("does not follow format version 1", lambda manifest: manifest["files"].update(x={"size": 1})),
-        ("does not follow format version 1", lambda manifest: manifest.pop("layout")),
+        ("files.x.sha256 is missing", lambda manifest: manifest["files"].update(x={"size": 1})),
+        ("layout is missing", lambda manifest: manifest.pop("layout")),
+        ("step is '1', not an integer", lambda manifest: manifest.update(step="1")),
+        ("files is a container of 2 entries, not an object", lambda manifest: manifest.update(files=[1, 2])),
     ]
     for step, (message, change) in enumerate(changes):
         folder = Path(save_state(str(root), step))
         edit_manifest(folder, change)
         assert message in open_error(str(folder))
+
+
+def test_manifest_of_another_step_is_refused(root: Path) -> None:
+    folder = Path(save_state(str(root), 1))
+    edit_manifest(folder, lambda manifest: manifest.update(step=7))
+    assert "is the manifest of step 7, in the folder of another step" in open_error(str(folder))
+    copied = folder.rename(root / "best")  # the name of a copy says nothing about the step
+    assert open_error(str(copied)) == ""
+
+
+def test_index_cannot_list_more_data_than_its_files_contain(root: Path) -> None:
+    """Otherwise memory for the listed size would be allocated before the file is read."""
+    folder = Path(save_state(str(root), 1))
+    edit_index(folder, lambda tensors: tensors["embedding.weight"].update(shape=[11, 2**40]))
+    assert f"bytes of tensors in {MODEL}, which has" in open_error(str(folder))
 
 
 def test_json_text_is_that_of_the_format() -> None:

@@ -170,6 +170,13 @@ def test_newest_undamaged_checkpoint_is_used_and_damaged_ones_are_reported(
         newest_valid(root)
 
 
+def test_manifest_that_is_nested_too_deeply_does_not_prevent_the_fallback(root: Path) -> None:
+    for step in (50, 100):
+        save_state(str(root), step)
+    (root / "step-000100" / "manifest.json").write_text("[" * 100_000)
+    assert newest_step(str(root)) == 50
+
+
 # Several ranks
 
 

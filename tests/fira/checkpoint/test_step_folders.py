@@ -34,6 +34,20 @@ def test_find_accepts_run_checkpoints_and_step_folders(root: Path) -> None:
             find(missing)
 
 
+def test_run_continues_from_the_checkpoint_that_it_saved_last(root: Path) -> None:
+    """A run that was continued from step 20 does not continue from a later checkpoint of the abandoned branch."""
+    for step in (10, 20, 30, 40):
+        save_state(str(root), step, keep=9)
+    save_state(str(root), 25, keep=9)
+    assert (root / "latest").read_text() == "step-000025\n"
+    assert newest_step(str(root)) == 25
+    (root / "step-000025" / MODEL).unlink()
+    assert newest_step(str(root)) == 20  # damaged: the one before it
+    for step in (10, 20):
+        shutil.rmtree(root / f"step-{step:06d}")
+    assert newest_step(str(root)) == 40
+
+
 def test_older_checkpoints_and_temporary_folders_are_removed(root: Path) -> None:
     for step in (10, 20, 30, 40):
         save_state(str(root), step, keep=9)

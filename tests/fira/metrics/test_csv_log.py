@@ -165,6 +165,40 @@ def test_full_disk_raises_user_error_and_the_log_can_be_resumed(tmp_path: Path) 
     assert list(read_log(path)["iter"]) == list(range(1, 11))
 
 
+@pytest.mark.parametrize("removal", ["file", "folder", "replaced"])
+def test_log_that_is_removed_during_a_run_is_written_again(
+    tmp_path: Path, removal: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run" / "log.csv"
+    path.parent.mkdir()
+    log = TrainingLog(path)
+    log.write(row(1))
+    log.write(row(2))
+    path.unlink()
+    if removal == "folder":
+        path.parent.rmdir()
+    elif removal == "replaced":
+        path.write_text("another file\n")
+    log.write(row(3))
+    log.write(row(4))
+    log.close()
+    assert list(read_log(path)["iter"]) == [1, 2, 3, 4]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} was removed or replaced by another program and is written again"
+    ]
+
+
+def test_log_that_cannot_be_written_again_is_a_user_error(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "log.csv"
+    path.parent.mkdir()
+    log = TrainingLog(path)
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.touch()  # a file in the place of the folder
+    with pytest.raises(UserError, match=r"log\.csv: File exists; free some space"):
+        log.write(row(1))
+
+
 def test_logging_imports_neither_pandas_nor_matplotlib() -> None:
     code = (
         "import sys, fira.metrics.console, fira.metrics.run_plots; print({'pandas', 'matplotlib'} & set(sys.modules))"

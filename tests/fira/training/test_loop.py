@@ -1,13 +1,26 @@
-"""Resuming a run on the same layout, on other layouts and from a damaged checkpoint; refusal to overwrite a run."""
+"""Resuming on the same and on other layouts, after damage, a rewind and with other flags; two jobs in one folder."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.fira.training.small_runs import ONE, PP2_DP2_EP2, PP4, kill_all, losses, start, train, wait_for
+from tests.fira.training.small_runs import (
+    ONE,
+    PP2_DP2_EP2,
+    PP4,
+    TRAIN,
+    cache,
+    kill_all,
+    losses,
+    start,
+    train,
+    wait_for,
+)
+from tests.launch import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -52,3 +65,45 @@ def test_existing_run_is_not_overwritten(settings, uninterrupted):
     result = train(settings, 1, "--out", uninterrupted, status=2)
     assert "already contains a run" in result.stderr
     assert (uninterrupted / "training_log.csv").read_bytes() == before
+
+
+def test_second_job_in_the_same_folder_ends_in_one_line(settings, uninterrupted, tmp_path):
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    first = start(settings, "--out", run, "--resume", "auto", "--steps", 3000, "--save-every", 3000)
+    try:
+        wait_for(lambda: len(losses(run)) > 21, first)
+        second = train(settings, 2, "--out", run, "--resume", "auto", "--steps", 30, status=2)
+        assert re.fullmatch(rf"{run} is in use by process \d+ on \S+; wait until it ends, .*\n", second.stderr)
+        steps = len(losses(run))
+        wait_for(lambda: len(losses(run)) > steps, first)
+    finally:
+        kill_all(first)
+    assert train(settings, 1, "--out", run, "--resume", "auto", "--steps", 21)
+
+
+def test_run_continues_on_its_branch_after_a_rewind(settings, uninterrupted, tmp_path):
+    """A run that was continued from step 10 and saved step 12 does not continue from the older step 20."""
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    rewound = ["--out", run, "--resume", run / "checkpoints" / "step-000010"]
+    train(settings, 1, *rewound, "--steps", 12, "--lr", 1e-4, "--override")
+    result = train(settings, 1, "--out", run, "--resume", "auto", "--steps", 13, "--lr", 1e-4)
+    assert "resumed after step 12" in result.stdout
+
+
+def test_resume_needs_no_other_flag_and_names_differences(settings, uninterrupted, tmp_path):
+    """The data, the model and the schedule come from the run's config.toml."""
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    resume = ["--out", run, "--resume", "auto"]
+    result = run_ranks(1, TRAIN, *resume, env=cache(settings))
+    done = run / "checkpoints" / "step-000020"
+    assert result.stdout == f"nothing to do: {done} has all steps; give a larger --steps to continue the run\n"
+    result = run_ranks(2, TRAIN, *resume, "--steps", 22, "--lr", 1, "--seed", 7, "--batch-size", 4, env=cache(settings))
+    assert result.returncode == 2
+    shown = "batch_size is 6 (here 4), seed is 42 (here 7)"
+    assert re.search(
+        rf"step-000020 was written with other settings: lr is 0\.006 \(here 1\.0\), {re.escape(shown)};", result.stderr
+    )
+    assert result.stderr.count("\n") == 1
+    result = run_ranks(2, TRAIN, *resume, "--steps", 22, env=cache(settings))
+    assert "resumed after step 20" in result.stdout, result.stderr
+    assert "steps is 20 (here 22): the learning rate follows the schedule" in result.stdout

@@ -1,11 +1,22 @@
-"""Log, picture and other files of a finished run."""
+"""Log, picture and other files of a finished run; a run folder that is removed, or has another log."""
 
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from fira.errors import UserError
 from fira.metrics.csv_log import read_log
+from fira.models.family import Recipe
+from fira.training.config import TrainConfig
+from fira.training.run_lock import RunLock
+from fira.training.run_report import RunReport
+from tests.fira.training.small_runs import kill_all, losses, start, wait_for
 
 
 def test_run_folder_contents(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
-    assert names == {"config.toml", "data.json", "training_log.csv", "training_progress.png", "checkpoints"}
+    assert names == {".lock", "config.toml", "data.json", "training_log.csv", "training_progress.png", "checkpoints"}
     header = (uninterrupted / "training_log.csv").read_text().splitlines()[0]
     assert header.startswith("iter,train_loss,val_loss,lr,mfu,")
     assert (uninterrupted / "training_progress.png").read_bytes().startswith(b"\x89PNG")
@@ -13,3 +24,28 @@ def test_run_folder_contents(uninterrupted):
     assert log["val_loss"].notna().tolist() == [step in (10, 20) for step in range(1, 21)]
     assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
     assert log["mfu"].between(0, 1, inclusive="neither").all()
+
+
+def test_file_that_is_not_a_log_is_refused_before_the_settings_are_written(tmp_path):
+    for name in ("training_log.csv", "config.toml"):
+        (tmp_path / name).write_text("my,own,notes\n")
+    lock, run, recipe = RunLock(tmp_path), SimpleNamespace(corpus=SimpleNamespace(summary={})), Recipe(9, 1, 1, 1)
+    with pytest.raises(UserError, match=r"training_log\.csv is not a training log"):
+        RunReport(TrainConfig(), lock, run, first=5, recipe=recipe, quiet=True)
+    assert (tmp_path / "config.toml").read_text() == "my,own,notes\n"
+
+
+@pytest.mark.slow
+def test_folder_that_is_removed_during_a_run_is_written_again(settings, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    process = start(settings, "--out", run, "--steps", 40, "--save-every", 1000)
+    try:
+        wait_for((run / "training_log.csv").exists, process)
+        wait_for(lambda: len(losses(run)) > 2, process)
+        shutil.rmtree(run)
+        assert process.wait(100) == 0
+    finally:
+        kill_all(process)
+    assert len(losses(run)) == 40  # of which the first lines were written before the removal
+    assert {path.name for path in run.iterdir()} == {path.name for path in uninterrupted.iterdir()}
+    assert (run / "checkpoints" / "step-000040").is_dir()

@@ -1,10 +1,80 @@
 """Signals during training: SIGUSR1 saves a checkpoint, SIGTERM saves one and ends the run."""
 
 import signal
+import subprocess
+import sys
+from types import FrameType
+from typing import Any
 
 import pytest
 
+from fira.training.signals import Signals
 from tests.fira.training.small_runs import PP2_DP2_EP2, kill_all, losses, start, wait_for
+from tests.launch import inherited
+
+SIGNAL_AT_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name in ("torch", "mpi4py"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            print("running", flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["scripts/train.py"]
+exec(open("scripts/train.py").read())
+"""
+
+
+@pytest.fixture
+def signals() -> Any:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    found = Signals()
+    found.catch_termination()
+    yield found
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_requests_are_taken_once(signals: Signals) -> None:
+    assert signals.take_requests() == [0, 0]
+    signal.raise_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGUSR1)
+    assert signals.take_requests() == [1, 0]
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.take_requests() == [1, 1]
+    assert signals.take_requests() == [0, 0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_no_signal_is_lost_between_two_instructions(signals: Signals, number: signal.Signals) -> None:
+    """Raise the signal before each bytecode instruction of `take_requests`, once per call."""
+    remaining = moment = 0
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal remaining
+        frame.f_trace_opcodes = True
+        if frame.f_code is Signals.take_requests.__code__ and event == "opcode":
+            remaining -= 1
+            if remaining == 0:
+                signal.raise_signal(number)
+        return trace
+
+    while remaining <= 0:
+        moment += 1
+        remaining = moment
+        sys.settrace(trace)
+        during = signals.take_requests()
+        sys.settrace(None)
+        after = signals.take_requests()
+        total = [a + b for a, b in zip(during, after, strict=True)]
+        assert total == ([1, float(number == signal.SIGTERM)] if remaining <= 0 else [0, 0]), moment
+    assert moment > 10
+
+
+def test_signal_before_torch_and_mpi_are_imported_does_not_end_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNAL_AT_IMPORT], env=inherited(), capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b"running\n"), done.stderr
 
 
 @pytest.mark.parametrize(

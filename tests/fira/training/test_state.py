@@ -1,16 +1,85 @@
-"""Restoring the training state of a checkpoint."""
+"""Restoring the training state of a checkpoint: another model, other settings, forged or older documents."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fira.checkpoint.shards import Checkpoint, save_checkpoint
+from fira.errors import UserError
+from fira.training.state import check_settings
 from tests.fira.training.small_runs import train
+
+SETTINGS = {"steps": 200, "lr": 0.006, "batch_size": 32, "seed": 42, "micro_batch_size": 8, "data": "a" * 64}
+STATE: dict[str, Any] = {
+    "step": 7,
+    "updates": 7,
+    "loader": {"consumed": 14},
+    "loss_scale": {"value": 1.0, "good_steps": 0},
+    "settings": SETTINGS,
+}
+
+
+def saved(folder: Path, **changes: Any) -> Checkpoint:
+    """A checkpoint with a changed state; a value of None removes the key."""
+    state = {key: value for key, value in (STATE | changes).items() if value is not None}
+    return Checkpoint.open(save_checkpoint(folder, 7, [], [], {"state": state}, {}, {}, 2))
+
+
+def test_equal_settings_are_accepted(tmp_path: Path) -> None:
+    check_settings(saved(tmp_path), SETTINGS, override=False)
+
+
+def test_every_difference_is_named_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint, changed = saved(tmp_path), SETTINGS | {"lr": 0.1, "seed": 7, "data": "b" * 64}
+    with pytest.raises(UserError) as error:
+        check_settings(checkpoint, changed, override=False)
+    shown = f"lr is 0.006 (here 0.1), seed is 42 (here 7), data is {'a' * 12} (here {'b' * 12})"
+    assert str(error.value) == (
+        f"{checkpoint.folder} was written with other settings: {shown}; give the same values, or add --override"
+    )
+    check_settings(checkpoint, changed, override=True)
+    assert caplog.messages == [f"{checkpoint.folder} is continued with other settings: {shown}"]
+
+
+def test_number_of_steps_may_change_and_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        check_settings(saved(tmp_path), SETTINGS | {"steps": 400}, override=False)
+    assert caplog.messages == [
+        "steps is 200 (here 400): the learning rate follows the schedule of the new number of steps"
+    ]
+
+
+def test_checkpoint_without_settings_is_accepted(tmp_path: Path) -> None:
+    check_settings(saved(tmp_path, settings=None), SETTINGS, override=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 8}, "is of step 8, the checkpoint of step 7"),
+        ({"step": "7"}, "step is '7', not an integer"),
+        ({"updates": -1}, "updates is -1"),
+        ({"loader": {"consumed": 1.5}}, "loader.consumed is 1.5"),
+        ({"loader": None}, "loader is missing"),
+        ({"loss_scale": {"value": 0, "good_steps": 0}}, "loss_scale.value is 0"),
+        ({"settings": {"lr": {}}}, "settings.lr is a container"),
+    ],
+)
+def test_forged_state_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=r"state\.json is ") as error:
+        check_settings(saved(tmp_path, **changes), SETTINGS, override=True)
+    assert message in str(error.value)
 
 
 def test_checkpoint_of_another_model_is_refused(settings, uninterrupted, tmp_path):
-    resume = ["--resume", uninterrupted]
+    resume = ["--resume", uninterrupted, "--steps", 21]
     result = train(settings, 1, "--out", tmp_path / "run", "--model-set", "d_model=32,n_head=2", *resume, status=2)
     message = "is of another model: its d_model is 16 (here 32), d_ff is 16 (here 256), dropout is 0.1 (here 0.0); give"
     assert message in result.stderr
 
 
 def test_checkpoint_of_another_family_is_refused_without_a_list_of_its_fields(settings, uninterrupted, tmp_path):
-    flags = ["--model", "mooshak-tiny", "--model-set", "num_layers=2", "--resume", uninterrupted]
+    flags = ["--model", "mooshak-tiny", "--model-set", "num_layers=2", "--resume", uninterrupted, "--steps", 21]
     result = train(settings, 1, "--out", tmp_path / "run", *flags, status=2)
     assert "is of another model: its family is fira (here mooshak); give the flags" in result.stderr

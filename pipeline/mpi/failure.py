@@ -26,6 +26,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn
 
+from pipeline.mpi import guardian
+
 NOTIFY_S = 1.0
 EXIT_S = 5.0  # a rank that has not exited on its own by then is aborted
 ANNOUNCE_S = 0.5  # a rank that waits longer than this for the others to exit announces its own exit
@@ -55,6 +57,7 @@ def abort_on_failure() -> Iterator[None]:
     when another rank waits for it. The exit status of the job is then that of ``sys.exit``, but 1 for a ``SystemExit``
     that was raised directly.
     """
+    guardian.start()
     try:
         yield
     except SystemExit as error:
@@ -69,6 +72,7 @@ def abort(status: int) -> NoReturn:
     """End every rank at once. Output that this rank has already written to stderr is not lost."""
     from mpi4py import MPI
 
+    guardian.release()
     _wait_until_read(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # suppresses the line that MPICH adds, which has less information
     MPI.COMM_WORLD.Abort(status)

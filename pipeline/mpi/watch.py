@@ -16,12 +16,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
 from mpi4py import MPI
 
 from pipeline.mpi.failure import abort
+from pipeline.mpi.guardian import describe_end
 from pipeline.mpi.hang_report import HangReport, Snapshot
 from pipeline.mpi.trace import LAST, GroupTrace, Trace
 
@@ -128,7 +130,8 @@ class Watch:
             self._report(*self._requests.pop())
         for rank, at in self._dead.items():
             if now - at > DEATH_S:
-                self._report(f"rank {rank} (process {self._pids[rank]}) died without a message; the job ends", 1)
+                end, status = describe_end(self._pids[rank])
+                self._report(f"rank {rank} (process {self._pids[rank]}) {end}; the job ends", status)
         for entry in self._trace.waiting.copy():
             entry.waited_s += elapsed
             if entry.deadline != math.inf:
@@ -153,7 +156,8 @@ class Watch:
         if not status and time.monotonic() - self._reported_at < QUIET_S:
             return
         self._reported_at = time.monotonic()
-        snapshots = self._gather(required=range(1))
+        alive = [rank for rank in range(self._size) if rank not in self._dead]
+        snapshots = self._gather(required=alive[:1])
         first = min(snapshots)
         if first != self._rank:
             self._send(json.dumps([reason, status]).encode(), first, REPORT)
@@ -161,7 +165,7 @@ class Watch:
                 self._await_end()
                 print(f"pipeline: {reason}; rank {first} did not report in time", file=sys.stderr, flush=True)
         else:
-            snapshots = self._gather(required=range(self._size))
+            snapshots = self._gather(required=alive)
             silent = {rank: self._why_silent(rank) for rank in range(self._size) if rank not in snapshots}
             report = HangReport(snapshots, silent)
             print(self._publish(reason, report.text(), snapshots), file=sys.stderr, flush=True)
@@ -206,7 +210,7 @@ class Watch:
 
     # Messages
 
-    def _gather(self, required: range) -> dict[int, Snapshot]:
+    def _gather(self, required: Iterable[int]) -> dict[int, Snapshot]:
         """Return the traces of the ranks that answer and of this one. Wait at most ``ANSWER_S`` for ``required``."""
         with self._gathering:
             self._answers = {self._rank: self._trace.as_json()}

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pipeline.clock import clock_of
 from pipeline.messages import Channel, Direction, Message
+from pipeline.mpi.activity import doing
 from pipeline.schedule import Action, ActionKind, Schedule
 from pipeline.stage import Stage
 
@@ -96,7 +97,8 @@ class Engine:
                 for position, action in enumerate(actions):
                     for upcoming in actions[position : position + LOOK_AHEAD]:
                         run.post_receives(upcoming)
-                    with last_backward(action.stage) if action is last.get(action.stage) else nullcontext():
+                    around = last_backward(action.stage) if action is last.get(action.stage) else nullcontext()
+                    with around, doing(action.describe()):
                         start, end = run.execute(action)
                     if self._trace is not None:
                         self._trace.append((action, start, end))

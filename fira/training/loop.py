@@ -18,6 +18,7 @@ from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
 from fira.training.step_trace import TRACED_STEP, traced
 from pipeline.mpi import World
+from pipeline.mpi.activity import doing
 
 
 def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
@@ -29,8 +30,9 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
     out = run_folder.choose(config)
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     config = replace(config, precision=choose_precision(run_folder.precision(config, out), devices))
-    run = set_up(config, recipe.batch_size, devices, world, quiet)
-    first = _resume(config, out, run) + 1
+    with doing("start"):
+        run = set_up(config, recipe.batch_size, devices, world, quiet)
+        first = _resume(config, out, run) + 1
     report = RunReport(config, out, run, first, recipe, quiet) if world.rank == 0 else None
     initial_loss = _validate(run, recipe, first - 1)
     signals = Signals()
@@ -38,7 +40,7 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
         started = time.perf_counter()
         lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
         trace = config.trace if step == first + TRACED_STEP - 1 else None
-        with traced(run.trainer.model.engine, trace):
+        with traced(run.trainer.model.engine, trace), doing(f"step {step}"):
             result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, extra=signals.take_requests())
             seconds = time.perf_counter() - started
         save, end = (requests > 0 for requests in result.extra)
@@ -47,7 +49,8 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
         if report:
             report.step(step, result, lr, seconds, val_loss)
         if save or end or step % config.save_every == 0:
-            state.save(out / "checkpoints", step, run.trainer, run.loader, run.tokenizer, config.keep)
+            with doing(f"saving step {step}"):
+                state.save(out / "checkpoints", step, run.trainer, run.loader, run.tokenizer, config.keep)
         if end:
             break
     if report:
@@ -56,7 +59,8 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
 
 def _validate(run: Run, recipe: Recipe, step: int) -> float:
     """The validation loss after a step; UserError if it is not finite."""
-    loss = run.trainer.evaluate(run.validation, recipe.batch_size)
+    with doing(f"validation of step {step}"):
+        loss = run.trainer.evaluate(run.validation, recipe.batch_size)
     if not math.isfinite(loss):
         raise UserError(
             f"step {step}: the validation loss is {loss}; resume from the last checkpoint with a lower --lr"

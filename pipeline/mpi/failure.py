@@ -13,11 +13,8 @@ message and aborts the job, whatever the other ranks are waiting for.
 """
 
 import atexit
-import fcntl
 import os
-import stat
 import sys
-import termios
 import threading
 import time
 import traceback
@@ -27,6 +24,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from pipeline.mpi import guardian
+from pipeline.mpi.activity import activity_of
 
 NOTIFY_S = 1.0
 EXIT_S = 5.0  # a rank that has not exited on its own by then is aborted
@@ -41,10 +39,10 @@ def fail(message: str, status: int = 1) -> NoReturn:
     Raises:
         SystemExit: if every rank fails, or before ``init()``. Otherwise the job is aborted.
     """
-    if _job is None:
-        print(message, file=sys.stderr)
-    else:
+    if _job is not None:
         _job.end(message, status)
+    elif message:
+        print(message, file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -64,7 +62,7 @@ def abort_on_failure() -> Iterator[None]:
         if _job is None or error.code in (None, 0):
             raise
         if isinstance(error.code, int):
-            fail("", error.code)
+            fail(f"rank {_job.rank} exited with status {error.code}{_during(error)}", error.code)
         fail(str(error.code))
 
 
@@ -73,7 +71,7 @@ def abort(status: int) -> NoReturn:
     from mpi4py import MPI
 
     guardian.release()
-    _wait_until_read(2)
+    guardian.wait_until_read(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # suppresses the line that MPICH adds, which has less information
     MPI.COMM_WORLD.Abort(status)
     raise AssertionError("MPI_Abort returned")
@@ -102,7 +100,7 @@ class _Job:
         self._watch = watch
         self._close = close
         self._comm = comm.Dup()  # a private communicator: no other message can interfere
-        self._rank = comm.Get_rank()
+        self.rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._ending = threading.Lock()
         self._exit_status = 0
@@ -112,8 +110,8 @@ class _Job:
         if issubclass(kind, KeyboardInterrupt):
             self.end("", 130)
         else:
-            lines = "".join(traceback.format_exception(kind, value, trace))
-            self.end(f"rank {self._rank} failed:\n{lines}", 1, explain=True)
+            lines = traceback.format_exception(kind, value, trace)
+            self.end(f"rank {self.rank} failed{_during(value)}: {_summary(value)}\n{''.join(lines)}", 1, explain=True)
 
     def on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
         """Replacement for ``threading.excepthook``, which ignores ``SystemExit`` as Python's own hook does."""
@@ -137,9 +135,9 @@ class _Job:
         if not self._ending.acquire(blocking=False):
             return
         failing = self._failing_ranks()
-        if self._rank == min(failing) and message:
+        if self.rank == min(failing) and message:
             print(message.rstrip("\n"), file=sys.stderr)
-        if self._rank == min(failing) and explain:
+        if self.rank == min(failing) and explain:
             print(self._watch.after_failure(), end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -148,7 +146,7 @@ class _Job:
             timer.daemon = True
             timer.start()
             return
-        if self._rank != min(failing):
+        if self.rank != min(failing):
             time.sleep(EXIT_S)  # the rank that prints aborts the job first
         abort(status)
 
@@ -156,9 +154,9 @@ class _Job:
         """Return this rank and the ranks whose notification of failure arrives within ``NOTIFY_S``."""
         from mpi4py import MPI
 
-        failing = {self._rank}
+        failing = {self.rank}
         for peer in range(self._size):
-            if peer != self._rank:
+            if peer != self.rank:
                 self._comm.Isend([b"", 0, MPI.BYTE], peer)
         status = MPI.Status()
         deadline = time.monotonic() + NOTIFY_S
@@ -173,11 +171,12 @@ class _Job:
     def leave(self) -> None:
         """Wait for the other ranks before ``MPI_Finalize`` does, because it would spin on a core that they need."""
         barrier, deadline = self._comm.Ibarrier(), time.monotonic() + ANNOUNCE_S
-        while not barrier.Test():
-            if time.monotonic() > deadline:
-                self._watch.announce_exit(self._exit_status)
-                deadline = float("inf")
-            time.sleep(0.001)
+        with self._watch.begin_exit():  # the timeout applies to this wait as well
+            while not barrier.Test():
+                if time.monotonic() > deadline:
+                    self._watch.announce_exit(self._exit_status)
+                    deadline = float("inf")
+                time.sleep(0.001)
         self._close()
         self._watch.stop()
         barrier = self._comm.Ibarrier()  # a rank that exits while another rank's watch runs would be reported as dead
@@ -185,14 +184,15 @@ class _Job:
             time.sleep(0.001)
 
 
-def _wait_until_read(descriptor: int) -> None:
-    """Wait at most ``NOTIFY_S`` until the launcher has read the pipe, because an abort discards unread output."""
-    deadline = time.monotonic() + NOTIFY_S
-    while stat.S_ISFIFO(os.fstat(descriptor).st_mode) and time.monotonic() < deadline:
-        unread = int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
-        if unread == 0:
-            return
-        time.sleep(0.001)
+def _during(error: BaseException | None) -> str:
+    """Return `` in <activity>`` if the activity in which an exception was raised is known."""
+    text = "" if error is None else activity_of(error)
+    return f" in {text}" if text else ""
+
+
+def _summary(error: BaseException | None) -> str:
+    """Return type and first line of the message of an exception."""
+    return "".join(traceback.format_exception_only(error)).partition("\n")[0]
 
 
 _job: _Job | None = None

@@ -10,13 +10,17 @@ Open MPI and Slurm name the rank themselves. There, and on systems without ``pid
 This file is also the guardian's program, which imports only a few modules and needs 10 ms and 8 MB.
 """
 
+import fcntl
 import os
 import select
+import stat
 import sys
+import termios
 import time
 
 REPORT_S = 7.0  # longer than the other ranks need for a report
 POLL_S = 0.05  # after the rank's death
+READ_S = 1.0  # for the launcher to read what was printed
 
 _lifeline: int | None = None  # written to when the rank ends in order
 
@@ -68,6 +72,16 @@ def describe_end(pid: int) -> tuple[str, int]:
     return f"exited with status {status} before the end of the job", status or 1
 
 
+def wait_until_read(descriptor: int) -> None:
+    """Wait at most ``READ_S`` until the launcher has read the pipe, because an abort discards unread output."""
+    deadline = time.monotonic() + READ_S
+    while stat.S_ISFIFO(os.fstat(descriptor).st_mode) and time.monotonic() < deadline:
+        unread = int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
+        if unread == 0:
+            return
+        time.sleep(0.001)
+
+
 def _guard(pid: int, connection: int, rank: str) -> None:
     """Wait for the end of the rank. Unless it ends in order, wait for the end of the job, or end the job."""
     poller = select.poll()
@@ -93,6 +107,7 @@ def _guard(pid: int, connection: int, rank: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     end, status = describe_end(pid)
     print(f"pipeline: rank {rank} (process {pid}) {end}; the job ends", file=sys.stderr, flush=True)
+    wait_until_read(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.write(connection, f"cmd=abort exitcode={status}\n".encode())  # what MPI_Abort sends
     poller.poll(REPORT_S * 1000)

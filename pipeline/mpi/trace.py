@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.mpi.activity import activity, is_long
+
 LAST = 256  # operations kept per rank
 # operations that are numbered per peer and tag instead of per group
 POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})
@@ -134,7 +136,7 @@ class Trace:
         self.last: deque[Entry] = deque(maxlen=LAST)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the snapshot of this process: operations, stacks of all threads and time."""
+        """Return the snapshot of this process: operations, stacks of all threads, activity and times."""
         waiting, last = self.waiting.copy(), list(self.last)
         entries = sorted(waiting.difference(last), key=lambda entry: entry.started) + last
         names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -144,6 +146,9 @@ class Trace:
             "pid": os.getpid(),
             "time": time.time(),
             "now": _place(main),
+            "activity": activity(),
+            "long": is_long(),
+            "cpu_s": time.process_time(),
             "operations": [entry.as_json(entry in waiting) for entry in entries],
             "stacks": {names.get(ident, str(ident)): _stack(frame) for ident, frame in frames.items()},
         }

@@ -17,21 +17,24 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from mmap import mmap
 from pathlib import Path
 from types import FrameType
 
 from mpi4py import MPI
 
+from pipeline.mpi.activity import open_activity, read_activity, share
 from pipeline.mpi.failure import abort
 from pipeline.mpi.guardian import describe_end
-from pipeline.mpi.hang_report import HangReport, Snapshot
-from pipeline.mpi.trace import LAST, GroupTrace, Trace
+from pipeline.mpi.hang_report import EXIT, HangReport, Snapshot
+from pipeline.mpi.trace import LAST, Entry, GroupTrace, Trace
 
 POLL_S = 0.25  # a thread that wakes four times per second has no measurable cost
 ANSWER_S = 2.5  # limit for the answers of the other ranks
 DEATH_S = 1.0  # delay from a rank's death to the report; the other ranks may be about to exit as well
 LEFT_S = 2.0  # an operation may wait this long for a rank that has left its script
 RELAY_S = 7.0  # after this time, a rank that passed its report on to another rank ends the job itself
+LEAST_USE = 0.01  # fraction of a core that a rank in a long activity uses, more than this thread does
 QUIET_S = 2.0  # a signal sent to all ranks counts as one request
 
 ASK, ANSWER, REPORT, LEFT = 1, 2, 3, 4  # message tags
@@ -59,7 +62,8 @@ class Watch:
         self._dead: dict[int, float] = {}  # rank → when its death was detected
         self._left: dict[int, int] = {}  # rank → exit status with which it left its script
         self._checked_left_at = float("-inf")
-        self._pids = _local_processes(self._comm)
+        self._pids, self._activities = _local_processes(self._comm)
+        self._cpu_s: dict[int, float] = {}  # rank → CPU time when its long activity was last looked at
         self._wake_up, self._alarm = os.pipe()
         os.set_blocking(self._alarm, False)
         self._thread = threading.Thread(target=self._run, name="mpi-watch", daemon=True)
@@ -81,6 +85,12 @@ class Watch:
     def group(self, ranks: list[int]) -> GroupTrace:
         """Return the trace of a new group of these global ranks."""
         return GroupTrace(self._trace, ranks)
+
+    def begin_exit(self) -> Entry:
+        """Record that this rank has left its script and will wait for the other ranks."""
+        group = self.group(list(range(self._size)))
+        group.name = EXIT
+        return group.begin(EXIT, [])
 
     def announce_exit(self, status: int) -> None:
         """Notify the other ranks that this rank has left its script and begins no more operations."""
@@ -136,12 +146,25 @@ class Watch:
             entry.waited_s += elapsed
             if entry.deadline != math.inf:
                 continue
+            if entry.waited_s > self.timeout_s and self._long_activity():
+                entry.waited_s = 0.0
             if entry.waited_s > self.timeout_s:
                 reason = f"rank {self._rank} has waited {entry.waited_s:.0f} s in {entry.operation} and ends the job"
                 self._report(reason, 1)
             if self._left and entry.waited_s > LEFT_S and now - self._checked_left_at > LEFT_S:
                 self._checked_left_at = now
                 self._check_left()
+
+    def _long_activity(self) -> bool:
+        """Return whether all ranks answer, and one is in a long activity and has used the CPU since the last call."""
+        snapshots = self._gather(required=range(self._size))
+        used_s = {
+            rank: snapshot["cpu_s"] - self._cpu_s.get(rank, 0.0)
+            for rank, snapshot in snapshots.items()
+            if snapshot["long"]
+        }
+        self._cpu_s |= {rank: snapshots[rank]["cpu_s"] for rank in used_s}
+        return len(snapshots) == self._size and any(used > LEAST_USE * self.timeout_s for used in used_s.values())
 
     def _check_left(self) -> None:
         """End the job if this rank waits for a rank that has left its script without beginning the operation."""
@@ -195,6 +218,11 @@ class Watch:
 
     def _why_silent(self, rank: int) -> str:
         """Return the reason why a rank does not answer, as far as this rank can determine it."""
+        if text := read_activity(self._activities.get(rank)):
+            return f"{self._why_no_answer(rank)}; it was in {text}"
+        return self._why_no_answer(rank)
+
+    def _why_no_answer(self, rank: int) -> str:
         if rank not in self._pids:
             return f"no answer from its machine within {ANSWER_S:g} s"
         pid = self._pids[rank]
@@ -251,11 +279,13 @@ class Watch:
         os.write(self._alarm, b"!")
 
 
-def _local_processes(comm: MPI.Intracomm) -> dict[int, int]:
-    """Return the process ids of the ranks on this machine by rank: those with this boot id and PID namespace."""
+def _local_processes(comm: MPI.Intracomm) -> tuple[dict[int, int], dict[int, mmap | None]]:
+    """Return process ids and activities of the ranks on this machine: those with this boot id and PID namespace."""
     try:
         namespace = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     except OSError:  # not Linux, or a sandbox: no other rank is known to be local
         namespace = f"rank {comm.Get_rank()}"
-    processes = comm.allgather((namespace, os.getpid()))
-    return {rank: pid for rank, (other, pid) in enumerate(processes) if other == namespace}
+    processes = comm.allgather((namespace, os.getpid(), share()))
+    local = {rank: process[1:] for rank, process in enumerate(processes) if process[0] == namespace}
+    activities = {rank: open_activity(*process) for rank, process in local.items()}
+    return {rank: pid for rank, (pid, _) in local.items()}, activities

@@ -1,0 +1,101 @@
+"""What this process is doing, for error messages and hang reports, also after it was stopped or killed.
+
+    with doing("step 7"):
+        with doing("backward of stage 1, micro-batch 3"):
+            ...    # current activity: "step 7, backward of stage 1, micro-batch 3"
+
+The text is in shared memory, which the other ranks of the machine map at the start. Entry and exit take 2 µs together.
+"""
+
+import mmap
+import os
+from types import TracebackType
+from typing import Self
+
+SIZE = 256  # bytes of the text
+NOTE = "activity: "  # begins the note that an exception gets
+
+_texts: list[str] = []  # of the contexts that the main thread is in, outermost first
+_long: list[str] = []  # of those of them that are long
+_memory: mmap.mmap | None = None  # None until another rank may read it
+
+
+class doing:
+    """Context manager that states what this process does in the block. Only for the main thread.
+
+    An exception that leaves the block gets a note with the activity.
+
+    Args:
+        text: such as ``step 7`` or ``validation``.
+        long: whether the block may take longer than the timeout of the job. Other ranks may wait for this rank as long
+            as it uses the CPU.
+    """
+
+    def __init__(self, text: str, long: bool = False) -> None:
+        self._text = text
+        self._long = long
+
+    def __enter__(self) -> Self:
+        _texts.append(self._text)
+        if self._long:
+            _long.append(self._text)
+        _publish()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not activity_of(error):
+            error.add_note(NOTE + activity())
+        _texts.pop()
+        if self._long:
+            _long.pop()
+        _publish()
+
+
+def activity() -> str:
+    """Return what this process is doing; an empty string outside all contexts."""
+    return ", ".join(_texts)
+
+
+def is_long() -> bool:
+    """Return whether the current activity may take longer than the timeout of the job."""
+    return bool(_long)
+
+
+def activity_of(error: BaseException) -> str:
+    """Return the activity in which an exception was raised; an empty string if it is not known."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(NOTE)]
+    return notes[0].removeprefix(NOTE) if notes else ""
+
+
+def share() -> int:
+    """Make the activity readable by other processes. Return the descriptor that they open; -1 if it is not possible."""
+    global _memory
+    try:
+        descriptor = os.memfd_create("activity")
+        os.ftruncate(descriptor, SIZE)
+        _memory = mmap.mmap(descriptor, SIZE)
+    except (AttributeError, OSError):  # not Linux, or a sandbox
+        return -1
+    _publish()
+    return descriptor
+
+
+def open_activity(pid: int, descriptor: int) -> mmap.mmap | None:
+    """Open the activity of another process of this machine; None if it is not possible."""
+    try:
+        with open(f"/proc/{pid}/fd/{descriptor}", "rb") as file:
+            return mmap.mmap(file.fileno(), SIZE, prot=mmap.PROT_READ)
+    except OSError:
+        return None
+
+
+def read_activity(memory: mmap.mmap | None) -> str:
+    """Return the text of ``open_activity``; an empty string for None."""
+    return "" if memory is None else memory[:].rstrip(b"\0").decode(errors="ignore")
+
+
+def _publish() -> None:
+    if _memory is not None:
+        _memory[:] = activity().encode()[:SIZE].ljust(SIZE, b"\0")

@@ -12,12 +12,14 @@ import os
 from types import TracebackType
 from typing import Self
 
-SIZE = 256  # bytes of the text
+from pipeline.mpi.guardian import MEMORY_BYTES, TEXT_BYTES
+
 NOTE = "activity: "  # begins the note that an exception gets
 
 _texts: list[str] = []  # of the contexts that the main thread is in, outermost first
 _long: list[str] = []  # of those of them that are long
-_memory: mmap.mmap | None = None  # None until another rank may read it
+_memory: mmap.mmap | None = None
+_descriptor = -1  # of the memory
 
 
 class doing:
@@ -70,32 +72,25 @@ def activity_of(error: BaseException) -> str:
 
 
 def share() -> int:
-    """Make the activity readable by other processes. Return the descriptor that they open; -1 if it is not possible."""
-    global _memory
-    try:
-        descriptor = os.memfd_create("activity")
-        os.ftruncate(descriptor, SIZE)
-        _memory = mmap.mmap(descriptor, SIZE)
-    except (AttributeError, OSError):  # not Linux, or a sandbox
-        return -1
-    _publish()
-    return descriptor
+    """Put the activity into shared memory. Return its descriptor, which others open; -1 if it is not possible."""
+    global _memory, _descriptor
+    if _memory is None and hasattr(os, "memfd_create"):
+        _descriptor = os.memfd_create("activity")
+        os.ftruncate(_descriptor, MEMORY_BYTES)
+        _memory = mmap.mmap(_descriptor, MEMORY_BYTES)
+        _publish()
+    return _descriptor
 
 
 def open_activity(pid: int, descriptor: int) -> mmap.mmap | None:
-    """Open the activity of another process of this machine; None if it is not possible."""
+    """Map the shared memory of another process of this machine; None if it is not possible."""
     try:
-        with open(f"/proc/{pid}/fd/{descriptor}", "rb") as file:
-            return mmap.mmap(file.fileno(), SIZE, prot=mmap.PROT_READ)
+        with open(f"/proc/{pid}/fd/{descriptor}", "r+b") as file:
+            return mmap.mmap(file.fileno(), MEMORY_BYTES)
     except OSError:
         return None
 
 
-def read_activity(memory: mmap.mmap | None) -> str:
-    """Return the text of ``open_activity``; an empty string for None."""
-    return "" if memory is None else memory[:].rstrip(b"\0").decode(errors="ignore")
-
-
 def _publish() -> None:
     if _memory is not None:
-        _memory[:] = activity().encode()[:SIZE].ljust(SIZE, b"\0")
+        _memory[:TEXT_BYTES] = activity().encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")

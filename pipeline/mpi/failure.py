@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from pipeline.mpi import guardian
-from pipeline.mpi.activity import activity_of
+from pipeline.mpi.activity import activity_of, share
 
 NOTIFY_S = 1.0
 EXIT_S = 5.0  # a rank that has not exited on its own by then is aborted
@@ -55,7 +55,7 @@ def abort_on_failure() -> Iterator[None]:
     when another rank waits for it. The exit status of the job is then that of ``sys.exit``, but 1 for a ``SystemExit``
     that was raised directly.
     """
-    guardian.start()
+    guardian.start(share())
     try:
         yield
     except SystemExit as error:

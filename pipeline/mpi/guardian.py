@@ -1,9 +1,10 @@
 """Guardian: a small process next to each rank, so that no rank can die without a message or with status 0.
 
 MPICH's ``mpirun`` notices the death of a rank when the rank's connection to it closes. It then kills the other ranks
-at once, before they can report, and returns 0 if the rank called ``os._exit(0)``. The guardian holds the connection
-open as well. When its rank dies, the other ranks therefore have ``REPORT_S`` seconds to report it (``watch.py``) and to
-end the job. If they have not, for example because they have not reached ``init()`` yet, the guardian does both.
+before these can report, and returns 0 if the rank called ``os._exit(0)``. The guardian holds the connection open as
+well. When its rank dies, the other ranks therefore have ``REPORT_S`` seconds to report it (``watch.py``) and to end the
+job. If they have not, because they have not reached ``init()`` yet, the guardian does both. After a signal, ``mpirun``
+may still kill the other ranks at any moment; then the guardian prints the line that names the rank.
 
 Open MPI and Slurm name the rank themselves. There, and on systems without ``pidfd_open``, no guardian is started.
 
@@ -11,6 +12,7 @@ This file is also the guardian's program, which imports only a few modules and n
 """
 
 import fcntl
+import mmap
 import os
 import select
 import stat
@@ -22,26 +24,34 @@ REPORT_S = 7.0  # longer than the other ranks need for a report
 POLL_S = 0.05  # after the rank's death
 READ_S = 1.0  # for the launcher to read what was printed
 
+# Shared memory of a rank: its activity, whether its death has been reported, and how it ended (0 or 1, wait status)
+TEXT_BYTES = 256
+CLAIM, STATUS, MEMORY_BYTES = TEXT_BYTES, TEXT_BYTES + 1, TEXT_BYTES + 4
+
 _lifeline: int | None = None  # written to when the rank ends in order
 
 
-def start() -> None:
-    """Start this rank's guardian, if ``mpirun`` is that of MPICH and it does not run yet."""
+def start(activity: int) -> None:
+    """Start this rank's guardian, if ``mpirun`` is that of MPICH and it does not run yet.
+
+    Args:
+        activity: descriptor of the memory that contains this rank's activity; -1 if there is none.
+    """
     global _lifeline
     if _lifeline is not None or not {"PMI_FD", "PMI_RANK", "HYDI_CONTROL_FD"} <= os.environ.keys():
         return
-    if not hasattr(os, "pidfd_open"):
+    if activity < 0 or not hasattr(os, "pidfd_open"):
         return
     import atexit
     import subprocess
 
     read, _lifeline = os.pipe()
-    connection = int(os.environ["PMI_FD"])
+    connection, rank = int(os.environ["PMI_FD"]), os.environ["PMI_RANK"]
     subprocess.Popen(
-        [sys.executable, "-ISE", __file__, str(os.getpid()), str(connection), os.environ["PMI_RANK"]],
+        [sys.executable, "-ISE", __file__, *map(str, (os.getpid(), connection, activity, rank, os.getppid()))],
         stdin=read,
         stdout=subprocess.DEVNULL,
-        pass_fds=[connection],
+        pass_fds=[connection, activity],
         start_new_session=True,  # signals to the job are not for the guardian
     )
     os.close(read)
@@ -54,22 +64,49 @@ def release() -> None:
         os.write(_lifeline, b"!")
 
 
-def describe_end(pid: int) -> tuple[str, int]:
-    """Return how a process of this machine ended, and an exit status for the job, which is not 0."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:  # its parent has already asked for its status
-        return "died without a message", 1
-    ended = int(fields[49])  # the status as os.waitpid returns it; 0 as well if it may not be read
-    if os.WIFSIGNALED(ended):
+def describe_death(rank: int, pid: int, memory: mmap.mmap | None) -> tuple[str, int]:
+    """Return how a rank of this machine died, and an exit status for the job, which is not 0.
+
+    Args:
+        memory: shared memory of the rank, in which its guardian stores how it ended.
+    """
+    ended = None if memory is None or not memory[STATUS] else int.from_bytes(memory[STATUS + 1 :])
+    ended = wait_status(pid) if ended is None else ended
+    if ended is None:
+        end, status = "died", 1
+    elif os.WIFSIGNALED(ended):
         import signal
 
         number = os.WTERMSIG(ended)
-        memory = ", perhaps because memory ran out" if number == signal.SIGKILL else ""
-        return f"was killed by {signal.Signals(number).name}{memory}", 128 + number
-    status = os.WEXITSTATUS(ended)
-    return f"exited with status {status} before the end of the job", status or 1
+        cause = " (the kernel does this when memory runs out)" if number == signal.SIGKILL else ""
+        end, status = f"was killed by {signal.Signals(number).name}{cause}", 128 + number
+    else:
+        end, status = f"exited with status {os.WEXITSTATUS(ended)}", os.WEXITSTATUS(ended) or 1
+    activity = read_activity(memory)
+    return f"rank {rank} (process {pid}) {end}{f' in {activity}' if activity else ''}; the job ends", status
+
+
+def wait_status(pid: int) -> int | None:
+    """Return the status of a process that has ended, as ``os.waitpid`` does; 0 if it runs, None if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[49])
+    except (OSError, IndexError):  # its parent has already waited for it
+        return None
+
+
+def read_activity(memory: mmap.mmap | None) -> str:
+    """Return the activity in the shared memory of a rank; an empty string if it is not known."""
+    return "" if memory is None else memory[:TEXT_BYTES].rstrip(b"\0").decode(errors="ignore")
+
+
+def claim(memory: mmap.mmap | None) -> bool:
+    """Return whether the caller is the first that reports the death of a rank; its guardian and other ranks may."""
+    if memory is not None and memory[CLAIM]:
+        return False
+    if memory is not None:
+        memory[CLAIM] = 1
+    return True
 
 
 def wait_until_read(descriptor: int) -> None:
@@ -82,36 +119,69 @@ def wait_until_read(descriptor: int) -> None:
         time.sleep(0.001)
 
 
-def _guard(pid: int, connection: int, rank: str) -> None:
+def _guard(pid: int, connection: int, memory: mmap.mmap, rank: int, launcher: int) -> None:
     """Wait for the end of the rank. Unless it ends in order, wait for the end of the job, or end the job."""
-    poller = select.poll()
-    try:
-        process = os.pidfd_open(pid)
-        poller.register(process, select.POLLIN)
-        poller.register(0, select.POLLIN)
-        while events := dict(poller.poll()):
-            if events.get(0, 0) & select.POLLIN:
-                return
-            if process in events:
-                break
-            poller.unregister(0)  # closed without a message, by exec
-    except ProcessLookupError:
-        pass  # it ended before this program had started
+    ended = _await_death(pid)
+    if ended is None:
+        return
+    first = _claim_launcher(launcher)
+    memory[STATUS:] = b"\1" + ended.to_bytes(2)
+    message, status = describe_death(rank, pid, memory)
     poller = select.poll()
     poller.register(connection, 0)  # POLLHUP: mpirun has ended the job
     deadline = time.monotonic() + REPORT_S
-    while time.monotonic() < deadline:
-        if poller.poll(POLL_S * 1000):
+    reported = False
+    while not poller.poll(POLL_S * 1000):
+        late = time.monotonic() > deadline
+        # mpirun kills the other ranks when it has waited for a process that a signal ended
+        killed = os.WIFSIGNALED(ended) and not os.path.exists(f"/proc/{pid}")
+        if not reported and (late or killed or memory[CLAIM]):
+            if claim(memory) and first:
+                print(f"pipeline: {message}", file=sys.stderr, flush=True)
+                wait_until_read(2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # mpirun waits until no process can write to stderr
+            reported = True
+        if late:
+            os.write(connection, f"cmd=abort exitcode={status}\n".encode())  # what MPI_Abort sends
+        if late or killed:
             return
-        if not os.path.exists(f"/proc/{pid}"):  # mpirun ends the job, and waits until no process can write to stderr
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    end, status = describe_end(pid)
-    print(f"pipeline: rank {rank} (process {pid}) {end}; the job ends", file=sys.stderr, flush=True)
-    wait_until_read(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os.write(connection, f"cmd=abort exitcode={status}\n".encode())  # what MPI_Abort sends
-    poller.poll(REPORT_S * 1000)
+
+
+def _claim_launcher(launcher: int) -> object:
+    """Return an object that no other guardian gets until this one ends, or None: a rank died before.
+
+    ``mpirun`` kills the other ranks in consequence of the first death; their guardians print nothing.
+    """
+    import socket
+
+    name = socket.socket(socket.AF_UNIX)
+    try:
+        name.bind(f"\0pipeline-mpi-{launcher}")
+    except OSError:
+        return None
+    return name
+
+
+def _await_death(pid: int) -> int | None:
+    """Return the wait status of the rank when it dies; None if it ends in order."""
+    poller = select.poll()
+    poller.register(0, select.POLLIN)
+    ended: int | None = None
+    try:
+        process = os.pidfd_open(pid)
+        poller.register(process, select.POLLIN)
+        while process not in (events := dict(poller.poll())):
+            if events[0] & select.POLLIN:
+                return None
+            ended = wait_status(pid)  # files are closed first; a moment later, mpirun may have waited for the process
+            poller.unregister(0)
+        if events.get(0, 0) & select.POLLIN:
+            return None
+    except ProcessLookupError:  # it ended before this program had started
+        pass
+    return wait_status(pid) or ended or 0
 
 
 if __name__ == "__main__":
-    _guard(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    _pid, _connection, _descriptor, _rank, _launcher = map(int, sys.argv[1:])
+    _guard(_pid, _connection, mmap.mmap(_descriptor, MEMORY_BYTES), _rank, _launcher)

@@ -23,9 +23,9 @@ from types import FrameType
 
 from mpi4py import MPI
 
-from pipeline.mpi.activity import open_activity, read_activity, share
+from pipeline.mpi.activity import open_activity, share
 from pipeline.mpi.failure import abort
-from pipeline.mpi.guardian import describe_end
+from pipeline.mpi.guardian import claim, describe_death, read_activity
 from pipeline.mpi.hang_report import EXIT, HangReport, Snapshot
 from pipeline.mpi.trace import LAST, Entry, GroupTrace, Trace
 
@@ -59,7 +59,7 @@ class Watch:
         self._requests: list[tuple[str, int]] = []  # (reason, exit status; 0: the job continues)
         self._reported_at = float("-inf")
         self._stopped = False
-        self._dead: dict[int, float] = {}  # rank → when its death was detected
+        self._dead: dict[int, tuple[float, str, int]] = {}  # rank → when it died, how, and the exit status of the job
         self._left: dict[int, int] = {}  # rank → exit status with which it left its script
         self._checked_left_at = float("-inf")
         self._pids, self._activities = _local_processes(self._comm)
@@ -121,7 +121,9 @@ class Watch:
                     os.read(self._wake_up, 4096)
                 else:
                     poller.unregister(descriptor)
-                    self._dead[ranks[descriptor]] = time.monotonic()
+                    rank = ranks[descriptor]
+                    death = describe_death(rank, self._pids[rank], self._activities[rank])
+                    self._dead[rank] = time.monotonic(), *death
             self._receive()
             now = time.monotonic()
             self._check(now, min(now - before, 2 * POLL_S))  # time in which the process was stopped does not count
@@ -138,10 +140,10 @@ class Watch:
         """Report what was requested, dead ranks, and waits that are too long or can never end."""
         while self._requests:
             self._report(*self._requests.pop())
-        for rank, at in self._dead.items():
+        for rank, (at, death, status) in self._dead.items():
             if now - at > DEATH_S:
-                end, status = describe_end(self._pids[rank])
-                self._report(f"rank {rank} (process {self._pids[rank]}) {end}; the job ends", status)
+                first = claim(self._activities[rank])
+                self._report(death if first else f"state of the other ranks after the death of rank {rank}", status)
         for entry in self._trace.waiting.copy():
             entry.waited_s += elapsed
             if entry.deadline != math.inf:

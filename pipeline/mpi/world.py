@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.mpi import guardian
+from pipeline.mpi.activity import share
 from pipeline.mpi.failure import abort, fail, install
 
 TIMEOUT_S = 600.0
@@ -46,7 +47,7 @@ def init(timeout_s: float | None = None, cuda: bool = True) -> World:
     """
     global _world
     if _world is None:
-        guardian.start()
+        guardian.start(share())
         deprecated = _rename_deprecated_variables()
         given = os.environ.get("PIPELINE_MPI_TIMEOUT_S", TIMEOUT_S) if timeout_s is None else timeout_s
         seconds = _seconds(given)

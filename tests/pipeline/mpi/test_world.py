@@ -94,7 +94,7 @@ def test_rank_that_ends_before_init_is_named() -> None:
     job = Job("ended_before_init", 2)
     assert not job.left
     assert job.status in FAILURE
-    assert job.error.endswith(") exited with status 0 before the end of the job; the job ends\n"), job.error
+    assert job.error.endswith(") exited with status 0; the job ends\n"), job.error
 
 
 @numbers_of_ranks

@@ -8,13 +8,14 @@ may still kill the other ranks at any moment; then the guardian prints the line 
 
 Open MPI and Slurm name the rank themselves. There, and on systems without ``pidfd_open``, no guardian is started.
 
-This file is also the guardian's program, which imports only a few modules and needs 10 ms and 8 MB.
+This file is also the guardian's program, which imports only a few modules and needs 20 ms and 10 MB.
 """
 
 import fcntl
 import mmap
 import os
 import select
+import socket
 import stat
 import sys
 import termios
@@ -23,6 +24,7 @@ import time
 REPORT_S = 7.0  # longer than the other ranks need for a report
 POLL_S = 0.05  # after the rank's death
 READ_S = 1.0  # for the launcher to read what was printed
+IN_ORDER = -1  # instead of a wait status
 
 # Shared memory of a rank: its activity, whether its death has been reported, and how it ended (0 or 1, wait status)
 TEXT_BYTES = 256
@@ -121,49 +123,41 @@ def wait_until_read(descriptor: int) -> None:
 
 def _guard(pid: int, connection: int, memory: mmap.mmap, rank: int, launcher: int) -> None:
     """Wait for the end of the rank. Unless it ends in order, wait for the end of the job, or end the job."""
+    name = socket.socket(socket.AF_UNIX)
     ended = _await_death(pid)
-    if ended is None:
+    if ended == IN_ORDER:
         return
-    first = _claim_launcher(launcher)
-    memory[STATUS:] = b"\1" + ended.to_bytes(2)
+    try:
+        name.bind(f"\0pipeline-mpi-{launcher}")
+    except (
+        OSError
+    ):  # taken by the guardian of the rank that died first, in consequence of which mpirun kills the others
+        os.close(connection)
+        return
+    memory[STATUS:] = b"\0\0\0" if ended is None else b"\1" + ended.to_bytes(2)
     message, status = describe_death(rank, pid, memory)
     poller = select.poll()
     poller.register(connection, 0)  # POLLHUP: mpirun has ended the job
     deadline = time.monotonic() + REPORT_S
-    reported = False
     while not poller.poll(POLL_S * 1000):
         late = time.monotonic() > deadline
         # mpirun kills the other ranks when it has waited for a process that a signal ended
-        killed = os.WIFSIGNALED(ended) and not os.path.exists(f"/proc/{pid}")
-        if not reported and (late or killed or memory[CLAIM]):
-            if claim(memory) and first:
-                print(f"pipeline: {message}", file=sys.stderr, flush=True)
-                wait_until_read(2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # mpirun waits until no process can write to stderr
-            reported = True
-        if late:
+        killed = (ended is None or os.WIFSIGNALED(ended)) and not os.path.exists(f"/proc/{pid}")
+        if (late or killed) and claim(memory):
+            print(f"pipeline: {message}", file=sys.stderr, flush=True)
+            wait_until_read(2)
+        if late or killed or memory[CLAIM]:  # mpirun waits until no process can write to stderr
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        if late or (killed and ended is None):
             os.write(connection, f"cmd=abort exitcode={status}\n".encode())  # what MPI_Abort sends
         if late or killed:
-            return
-
-
-def _claim_launcher(launcher: int) -> object:
-    """Return an object that no other guardian gets until this one ends, or None: a rank died before.
-
-    ``mpirun`` kills the other ranks in consequence of the first death; their guardians print nothing.
-    """
-    import socket
-
-    name = socket.socket(socket.AF_UNIX)
-    try:
-        name.bind(f"\0pipeline-mpi-{launcher}")
-    except OSError:
-        return None
-    return name
+            break
+    os.close(connection)
+    _wait_for(launcher, REPORT_S)  # while the name is taken
 
 
 def _await_death(pid: int) -> int | None:
-    """Return the wait status of the rank when it dies; None if it ends in order."""
+    """Return the wait status of the rank when it dies, or None if it is not known, or IN_ORDER."""
     poller = select.poll()
     poller.register(0, select.POLLIN)
     ended: int | None = None
@@ -172,14 +166,24 @@ def _await_death(pid: int) -> int | None:
         poller.register(process, select.POLLIN)
         while process not in (events := dict(poller.poll())):
             if events[0] & select.POLLIN:
-                return None
+                return IN_ORDER
             ended = wait_status(pid)  # files are closed first; a moment later, mpirun may have waited for the process
             poller.unregister(0)
         if events.get(0, 0) & select.POLLIN:
-            return None
+            return IN_ORDER
     except ProcessLookupError:  # it ended before this program had started
         pass
-    return wait_status(pid) or ended or 0
+    return wait_status(pid) or ended
+
+
+def _wait_for(pid: int, limit_s: float) -> None:
+    """Wait at most ``limit_s`` seconds for the end of a process."""
+    poller = select.poll()
+    try:
+        poller.register(os.pidfd_open(pid), select.POLLIN)
+    except ProcessLookupError:
+        return
+    poller.poll(limit_s * 1000)
 
 
 if __name__ == "__main__":

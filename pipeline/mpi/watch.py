@@ -140,10 +140,9 @@ class Watch:
         """Report what was requested, dead ranks, and waits that are too long or can never end."""
         while self._requests:
             self._report(*self._requests.pop())
-        for rank, (at, death, status) in self._dead.items():
+        for at, death, status in self._dead.values():
             if now - at > DEATH_S:
-                first = claim(self._activities[rank])
-                self._report(death if first else f"state of the other ranks after the death of rank {rank}", status)
+                self._report(death, status)
         for entry in self._trace.waiting.copy():
             entry.waited_s += elapsed
             if entry.deadline != math.inf:
@@ -193,6 +192,8 @@ class Watch:
             snapshots = self._gather(required=alive)
             silent = {rank: self._why_silent(rank) for rank in range(self._size) if rank not in snapshots}
             report = HangReport(snapshots, silent)
+            if not all(claim(self._activities[rank]) for rank in self._dead):
+                reason = "state of the other ranks"  # the guardian has reported the death
             print(self._publish(reason, report.text(), snapshots), file=sys.stderr, flush=True)
         if status:
             abort(status)

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from pipeline.mpi import guardian
-from pipeline.mpi.activity import activity_of, share
+from pipeline.mpi.activity import activity, activity_of, share
 
 NOTIFY_S = 1.0
 EXIT_S = 5.0  # a rank that has not exited on its own by then is aborted
@@ -103,7 +103,7 @@ class _Job:
         self.rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._ending = threading.Lock()
-        self._exit_status = 0
+        self._exit_status, self._exit_activity = 0, ""
 
     def on_exception(self, kind: type[BaseException], value: BaseException | None, trace: TracebackType | None) -> None:
         """Replacement for ``sys.excepthook``."""
@@ -122,6 +122,7 @@ class _Job:
         """Replacement for ``sys.exit`` that records the status, since ``atexit`` functions do not receive it."""
         if threading.current_thread() is threading.main_thread():
             self._exit_status = status if isinstance(status, int) else int(status is not None)
+            self._exit_activity = activity()
         raise SystemExit(status)
 
     def end(self, message: str, status: int, explain: bool = False) -> None:
@@ -174,7 +175,7 @@ class _Job:
         with self._watch.begin_exit():  # the timeout applies to this wait as well
             while not barrier.Test():
                 if time.monotonic() > deadline:
-                    self._watch.announce_exit(self._exit_status)
+                    self._watch.announce_exit(self._exit_status, self._exit_activity)
                     deadline = float("inf")
                 time.sleep(0.001)
         self._close()

@@ -17,6 +17,7 @@ import os
 import select
 import socket
 import stat
+import struct
 import sys
 import termios
 import time
@@ -24,6 +25,7 @@ import time
 REPORT_S = 7.0  # longer than the other ranks need for a report
 POLL_S = 0.05  # after the rank's death
 READ_S = 1.0  # for the launcher to read what was printed
+PIDFD_GET_INFO, INFO_EXIT = 0xC040FF0B, 8  # include/uapi/linux/pidfd.h
 IN_ORDER = -1  # instead of a wait status
 
 # Shared memory of a rank: its activity, whether its death has been reported, and how it ended (0 or 1, wait status)
@@ -95,6 +97,17 @@ def wait_status(pid: int) -> int | None:
             return int(file.read().rpartition(")")[2].split()[49])
     except (OSError, IndexError):  # its parent has already waited for it
         return None
+
+
+def _exit_info(process: int) -> int | None:
+    """Return the status of an ended process from its pidfd, which Linux 6.15 and later keep after the wait."""
+    information = bytearray(struct.pack("=Q56x", INFO_EXIT))
+    try:
+        fcntl.ioctl(process, PIDFD_GET_INFO, information)
+    except OSError:
+        return None
+    (mask,), (status,) = struct.unpack_from("=Q", information), struct.unpack_from("=i", information, 60)
+    return status if mask & INFO_EXIT else None
 
 
 def read_activity(memory: mmap.mmap | None) -> str:
@@ -171,6 +184,7 @@ def _await_death(pid: int) -> int | None:
             poller.unregister(0)
         if events.get(0, 0) & select.POLLIN:
             return IN_ORDER
+        ended = _exit_info(process) or ended
     except ProcessLookupError:  # it ended before this program had started
         pass
     return wait_status(pid) or ended

@@ -59,8 +59,8 @@ class Watch:
         self._requests: list[tuple[str, int]] = []  # (reason, exit status; 0: the job continues)
         self._reported_at = float("-inf")
         self._stopped = False
-        self._dead: dict[int, tuple[float, str, int]] = {}  # rank → when it died, how, and the exit status of the job
-        self._left: dict[int, int] = {}  # rank → exit status with which it left its script
+        self._dead: dict[int, float] = {}  # rank → when its death was detected
+        self._left: dict[int, tuple[int, str]] = {}  # rank → exit status and activity with which it left its script
         self._checked_left_at = float("-inf")
         self._pids, self._activities = _local_processes(self._comm)
         self._cpu_s: dict[int, float] = {}  # rank → CPU time when its long activity was last looked at
@@ -92,11 +92,16 @@ class Watch:
         group.name = EXIT
         return group.begin(EXIT, [])
 
-    def announce_exit(self, status: int) -> None:
-        """Notify the other ranks that this rank has left its script and begins no more operations."""
+    def announce_exit(self, status: int, activity: str) -> None:
+        """Notify the other ranks that this rank has left its script and begins no more operations.
+
+        Args:
+            status: exit status.
+            activity: in which ``sys.exit`` was called; empty if it was not called in one.
+        """
         for peer in range(self._size):
             if peer != self._rank:
-                self._send(json.dumps(status).encode(), peer, LEFT)
+                self._send(json.dumps([status, activity]).encode(), peer, LEFT)
 
     def after_failure(self) -> str:
         """Return mismatches and waits between the ranks after this rank's failure, or an empty string."""
@@ -121,9 +126,7 @@ class Watch:
                     os.read(self._wake_up, 4096)
                 else:
                     poller.unregister(descriptor)
-                    rank = ranks[descriptor]
-                    death = describe_death(rank, self._pids[rank], self._activities[rank])
-                    self._dead[rank] = time.monotonic(), *death
+                    self._dead[ranks[descriptor]] = time.monotonic()
             self._receive()
             now = time.monotonic()
             self._check(now, min(now - before, 2 * POLL_S))  # time in which the process was stopped does not count
@@ -140,9 +143,9 @@ class Watch:
         """Report what was requested, dead ranks, and waits that are too long or can never end."""
         while self._requests:
             self._report(*self._requests.pop())
-        for at, death, status in self._dead.values():
+        for rank, at in self._dead.items():
             if now - at > DEATH_S:
-                self._report(death, status)
+                self._report(*describe_death(rank, self._pids[rank], self._activities[rank]))
         for entry in self._trace.waiting.copy():
             entry.waited_s += elapsed
             if entry.deadline != math.inf:
@@ -171,9 +174,11 @@ class Watch:
         """End the job if this rank waits for a rank that has left its script without beginning the operation."""
         report = HangReport(self._gather(required=range(self._size)), {})
         for rank in sorted(report.never_began[self._rank] & self._left.keys()):
-            status = self._left[rank]
-            reason = f"rank {rank} has exited with status {status} " if status else f"rank {rank} has ended its script "
-            self._report(f"{reason}while rank {self._rank} waits for it; the job ends", status or 1)
+            status, activity = self._left[rank]
+            exited = status or activity
+            reason = f"rank {rank} has exited with status {status}" if exited else f"rank {rank} has ended its script"
+            during = f" in {activity}" if activity else ""
+            self._report(f"{reason}{during} while rank {self._rank} waits for it; the job ends", status or 1)
 
     def _report(self, reason: str, status: int) -> None:
         """Let the lowest rank that answers print the report, then end the job with ``status`` unless that is 0."""

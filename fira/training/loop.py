@@ -17,6 +17,7 @@ from fira.training.run_report import RunReport
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
 from fira.training.step_trace import TRACED_STEP, traced
+from fira.training.stragglers import Stragglers
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
 
@@ -35,18 +36,22 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
         first = _resume(config, out, run) + 1
     report = RunReport(config, out, run, first, recipe, quiet) if world.rank == 0 else None
     initial_loss = _validate(run, recipe, first - 1)
-    signals = Signals()
+    signals, stragglers = Signals(), Stragglers(world, run.trainer.mesh.layout)
     for step in range(first, recipe.steps + 1):
         started = time.perf_counter()
         lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
         trace = config.trace if step == first + TRACED_STEP - 1 else None
         with traced(run.trainer.model.engine, trace), doing(f"step {step}"):
-            result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, extra=signals.take_requests())
+            stragglers.start()
+            extra = [*signals.take_requests(), *stragglers.exchanged()]  # the times of the step before
+            result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, extra)
+            stragglers.stop()
             seconds = time.perf_counter() - started
-        save, end = (requests > 0 for requests in result.extra)
+        save, end = (requests > 0 for requests in result.extra[:2])
         end = end or step == recipe.steps
         val_loss = _validate(run, recipe, step) if end or step % config.eval_every == 0 else None
         if report:
+            stragglers.update(step - 1, result.extra[2:])
             report.step(step, result, lr, seconds, val_loss)
         if save or end or step % config.save_every == 0:
             with doing(f"saving step {step}"):
@@ -54,7 +59,8 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
         if end:
             break
     if report:
-        report.finish(initial_loss)
+        with doing("plots", long=True):  # the other ranks have ended
+            report.finish(initial_loss)
 
 
 def _validate(run: Run, recipe: Recipe, step: int) -> float:

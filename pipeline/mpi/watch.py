@@ -17,16 +17,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from mmap import mmap
 from pathlib import Path
 from types import FrameType
 
 from mpi4py import MPI
 
-from pipeline.mpi.activity import open_activity, share
 from pipeline.mpi.failure import abort
-from pipeline.mpi.guardian import claim, describe_death, read_activity
 from pipeline.mpi.hang_report import EXIT, HangReport, Snapshot
+from pipeline.mpi.processes import Processes
 from pipeline.mpi.trace import LAST, Entry, GroupTrace, Trace
 
 POLL_S = 0.25  # a thread that wakes four times per second has no measurable cost
@@ -62,7 +60,7 @@ class Watch:
         self._dead: dict[int, float] = {}  # rank → when its death was detected
         self._left: dict[int, tuple[int, str]] = {}  # rank → exit status and activity with which it left its script
         self._checked_left_at = float("-inf")
-        self._pids, self._activities = _local_processes(self._comm)
+        self._processes = Processes(self._comm)
         self._cpu_s: dict[int, float] = {}  # rank → CPU time when its long activity was last looked at
         self._wake_up, self._alarm = os.pipe()
         os.set_blocking(self._alarm, False)
@@ -116,7 +114,7 @@ class Watch:
     def _run(self) -> None:
         poller = select.poll()
         poller.register(self._wake_up, select.POLLIN)
-        ranks = self._process_handles()
+        ranks = self._processes.handles()
         for handle in ranks:
             poller.register(handle, select.POLLIN)
         before = time.monotonic()
@@ -132,20 +130,13 @@ class Watch:
             self._check(now, min(now - before, 2 * POLL_S))  # time in which the process was stopped does not count
             before = now
 
-    def _process_handles(self) -> dict[int, int]:
-        """Return file descriptors that become readable when the process of another local rank ends, with its rank."""
-        try:
-            return {os.pidfd_open(pid): rank for rank, pid in self._pids.items() if rank != self._rank}
-        except (AttributeError, OSError):  # an old kernel, an old Python or a sandbox: the timeout reports the death
-            return {}
-
     def _check(self, now: float, elapsed: float) -> None:
         """Report what was requested, dead ranks, and waits that are too long or can never end."""
         while self._requests:
             self._report(*self._requests.pop())
         for rank, at in self._dead.items():
             if now - at > DEATH_S:
-                self._report(*describe_death(rank, self._pids[rank], self._activities[rank]))
+                self._report(*self._processes.death(rank))
         for entry in self._trace.waiting.copy():
             entry.waited_s += elapsed
             if entry.deadline != math.inf:
@@ -161,7 +152,7 @@ class Watch:
 
     def _long_activity(self) -> bool:
         """Return whether all ranks answer, and one is in a long activity and has used the CPU since the last call."""
-        snapshots = self._gather(required=range(self._size))
+        snapshots = self._gather(required=self._alive())
         used_s = {
             rank: snapshot["cpu_s"] - self._cpu_s.get(rank, 0.0)
             for rank, snapshot in snapshots.items()
@@ -185,7 +176,7 @@ class Watch:
         if not status and time.monotonic() - self._reported_at < QUIET_S:
             return
         self._reported_at = time.monotonic()
-        alive = [rank for rank in range(self._size) if rank not in self._dead]
+        alive = self._alive()
         snapshots = self._gather(required=alive[:1])
         first = min(snapshots)
         if first != self._rank:
@@ -195,11 +186,13 @@ class Watch:
                 print(f"pipeline: {reason}; rank {first} did not report in time", file=sys.stderr, flush=True)
         else:
             snapshots = self._gather(required=alive)
-            silent = {rank: self._why_silent(rank) for rank in range(self._size) if rank not in snapshots}
+            silent = {rank: self._processes.why_silent(rank) for rank in range(self._size) if rank not in snapshots}
             report = HangReport(snapshots, silent)
-            if not all(claim(self._activities[rank]) for rank in self._dead):
-                reason = "state of the other ranks"  # the guardian has reported the death
-            print(self._publish(reason, report.text(), snapshots), file=sys.stderr, flush=True)
+            text = self._publish(reason, report.text(), snapshots)
+            # Claimed as late as possible: mpirun may kill this process at any moment, then the guardian prints.
+            if not all(self._processes.claim(rank) for rank in self._dead):
+                text = text.replace(reason, "state of the other ranks", 1)
+            print(text, file=sys.stderr, flush=True)
         if status:
             abort(status)
 
@@ -224,25 +217,9 @@ class Watch:
             return f"{text}\n  the ranks' last operations could not be written: {error}"
         return f"{text}\n  every rank's last {LAST} operations and stacks: {folder.resolve()}"
 
-    def _why_silent(self, rank: int) -> str:
-        """Return the reason why a rank does not answer, as far as this rank can determine it."""
-        if text := read_activity(self._activities.get(rank)):
-            return f"{self._why_no_answer(rank)}; it was in {text}"
-        return self._why_no_answer(rank)
-
-    def _why_no_answer(self, rank: int) -> str:
-        if rank not in self._pids:
-            return f"no answer from its machine within {ANSWER_S:g} s"
-        pid = self._pids[rank]
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            state = "Z"
-        if state == "T":
-            return f"its process {pid} is stopped (SIGSTOP)"
-        if state in "XZ":
-            return f"its process {pid} is dead"
-        return f"its process {pid} runs, but too slowly or in C code that holds Python's global interpreter lock"
+    def _alive(self) -> list[int]:
+        """Return the ranks that can answer, as far as this rank can determine it."""
+        return [rank for rank in range(self._size) if rank not in self._dead and self._processes.can_answer(rank)]
 
     # Messages
 
@@ -285,15 +262,3 @@ class Watch:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._requests.append((f"report requested by {signal.Signals(number).name}", 0))
         os.write(self._alarm, b"!")
-
-
-def _local_processes(comm: MPI.Intracomm) -> tuple[dict[int, int], dict[int, mmap | None]]:
-    """Return process ids and activities of the ranks on this machine: those with this boot id and PID namespace."""
-    try:
-        namespace = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux, or a sandbox: no other rank is known to be local
-        namespace = f"rank {comm.Get_rank()}"
-    processes = comm.allgather((namespace, os.getpid(), share()))
-    local = {rank: process[1:] for rank, process in enumerate(processes) if process[0] == namespace}
-    activities = {rank: open_activity(*process) for rank, process in local.items()}
-    return {rank: pid for rank, (pid, _) in local.items()}, activities

@@ -4,7 +4,8 @@ import os
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ DEPRECATED_VARIABLES = {  # still read in this release
 
 @dataclass(frozen=True)
 class World:
-    """Rank of this process and number of ranks, in the job and on this machine."""
+    """Rank of this process and number of ranks, in the job and on this machine.
+
+    waited_s: returns the seconds that this process has waited for MPI operations.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+    waited_s: Callable[[], float] = field(default=float, compare=False, repr=False)
 
 
 def init(timeout_s: float | None = None, cuda: bool = True) -> World:
@@ -132,7 +137,7 @@ def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
     start(comm, progress, watch, *choose_transport(world.local_rank, cuda))
     watch.start()
     install(comm, watch, destroy_nccl_groups)  # after torch, which installs its own excepthook
-    return world
+    return replace(world, waited_s=lambda: progress.waited_s)
 
 
 def _seconds(timeout: str | float) -> float | None:

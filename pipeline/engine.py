@@ -97,8 +97,7 @@ class Engine:
                 for position, action in enumerate(actions):
                     for upcoming in actions[position : position + LOOK_AHEAD]:
                         run.post_receives(upcoming)
-                    around = last_backward(action.stage) if action is last.get(action.stage) else nullcontext()
-                    with around, doing(action.describe()):
+                    with last_backward(action.stage) if action is last.get(action.stage) else nullcontext():
                         start, end = run.execute(action)
                     if self._trace is not None:
                         self._trace.append((action, start, end))
@@ -192,15 +191,16 @@ class _ScheduleRun:
 
     def execute(self, action: Action) -> tuple[Any, Any]:
         """[2] to [4] for one action. Returns marks of the clock after the wait for its message and at its end."""
-        tensor = self._input(action)  # [2]
-        start = self.engine.clock.mark()
-        if tensor is None:
-            self.engine.stages[action.stage].backward_weight(action.microbatch)  # [3]
-        elif action.kind is ActionKind.FORWARD:
-            self._forward(action, tensor)
-        else:
-            self._backward(action, tensor)
-        return start, self.engine.clock.mark()
+        with doing(action.describe()):
+            tensor = self._input(action)  # [2]
+            start = self.engine.clock.mark()
+            if tensor is None:
+                self.engine.stages[action.stage].backward_weight(action.microbatch)  # [3]
+            elif action.kind is ActionKind.FORWARD:
+                self._forward(action, tensor)
+            else:
+                self._backward(action, tensor)
+            return start, self.engine.clock.mark()
 
     def wait_for_sends(self) -> None:
         """[5] Wait until all messages have been sent."""

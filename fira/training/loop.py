@@ -43,15 +43,20 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
         trace = config.trace if step == first + TRACED_STEP - 1 else None
         with traced(run.trainer.model.engine, trace), doing(f"step {step}"):
             stragglers.start()
-            extra = [*signals.take_requests(), *stragglers.exchanged()]  # the times of the step before
+            extra = [*signals.take_requests(), world.checksum(), *stragglers.exchanged()]
             result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, extra)
             stragglers.stop()
             seconds = time.perf_counter() - started
-        save, end = (requests > 0 for requests in result.extra[:2])
+        *requests, difference = result.extra[:3]
+        if difference != 0:  # on all ranks; the report that follows names the operation if it is a recent one
+            raise RuntimeError(
+                "the ranks have called different collective operations; do not trust this step's results"
+            )
+        save, end = (number > 0 for number in requests)
         end = end or step == recipe.steps
         val_loss = _validate(run, recipe, step) if end or step % config.eval_every == 0 else None
         if report:
-            stragglers.update(step - 1, result.extra[2:])
+            stragglers.update(step - 1, result.extra[3:])
             report.step(step, result, lr, seconds, val_loss)
         if save or end or step % config.save_every == 0:
             with doing(f"saving step {step}"):

@@ -131,15 +131,15 @@ class _Job:
         Args:
             message: printed by the lowest failing rank; may be empty.
             status: exit status of the job.
-            explain: whether to print what the other ranks were doing.
+            explain: whether to print what the other ranks were doing; collectives that differ are always printed.
         """
         if not self._ending.acquire(blocking=False):
             return
         failing = self._failing_ranks()
         if self.rank == min(failing) and message:
             print(message.rstrip("\n"), file=sys.stderr)
-        if self.rank == min(failing) and explain:
-            print(self._watch.after_failure(), end="", file=sys.stderr)
+        if self.rank == min(failing):
+            print(self._watch.after_failure(waits=explain), end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if len(failing) == self._size and threading.current_thread() is threading.main_thread():

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections import deque
 from types import CodeType, FrameType
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from pipeline.mpi.activity import activity, is_long
 
 LAST = 256  # operations kept per rank
+SIGNATURES = 2**20  # number of possible signatures
 # operations that are numbered per peer and tag instead of per group
 POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})
 
@@ -28,6 +30,11 @@ _INTERNAL = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__)
 def _is_internal(file: str) -> bool:
     """Return whether a file belongs to torch or to this folder, and is skipped when a caller is looked up."""
     return file.startswith(_INTERNAL)
+
+
+@functools.cache
+def _code(operation: str, dtype: torch.dtype | None) -> int:
+    return zlib.crc32(f"{operation} {dtype}".encode())
 
 
 class Entry:
@@ -103,7 +110,9 @@ class GroupTrace:
         self.trace = trace
         self.ranks = ranks
         self.name = self.description = ""
+        self.signature = 0  # of the collectives so far, equal on all members
         self._numbers: dict[Any, int] = {}
+        trace.groups.append(self)
 
     def begin(self, operation: str, tensors: list[Tensor], peer: int = -1, detail: Any = None) -> Entry:
         """Record the start of an operation.
@@ -119,6 +128,9 @@ class GroupTrace:
         entry = Entry(self, operation, number, peer, detail)
         if tensors:
             entry.shape, entry.dtype = tensors[0].shape, tensors[0].dtype
+        if key is None:
+            size = entry.shape.numel() if entry.shape is not None and not operation.startswith("all_to_all") else 0
+            self.signature = (self.signature * 31 + _code(operation, entry.dtype) + size) % SIGNATURES
         frame: FrameType | None = sys._getframe(2)  # the caller's frame
         while frame is not None and _is_internal(frame.f_code.co_filename):
             frame = frame.f_back
@@ -134,6 +146,22 @@ class Trace:
     def __init__(self) -> None:
         self.waiting: set[Entry] = set()
         self.last: deque[Entry] = deque(maxlen=LAST)
+        self.groups: list[GroupTrace] = []
+
+    def checksum(self, rank: int) -> int:
+        """Return a number whose sum over all ranks is 0 if the members of each group called equal collectives.
+
+        A member's signature is weighted by its position in the group, and the first member subtracts all of
+        them. For 10,000 ranks, the numbers and their sums are exact in float64.
+
+        Args:
+            rank: global rank of this process.
+        """
+        total = 0
+        for group in self.groups:
+            position, size = group.ranks.index(rank), len(group.ranks)
+            total += group.signature * (position if position else -size * (size - 1) // 2)
+        return total
 
     def as_json(self) -> dict[str, Any]:
         """Return the snapshot of this process: operations, stacks of all threads, activity and times."""

@@ -84,6 +84,10 @@ class Watch:
         """Return the trace of a new group of these global ranks."""
         return GroupTrace(self._trace, ranks)
 
+    def checksum(self) -> int:
+        """See ``Trace.checksum``."""
+        return self._trace.checksum(self._rank)
+
     def begin_exit(self) -> Entry:
         """Record that this rank has left its script and will wait for the other ranks."""
         group = self.group(list(range(self._size)))
@@ -101,12 +105,16 @@ class Watch:
             if peer != self._rank:
                 self._send(json.dumps([status, activity]).encode(), peer, LEFT)
 
-    def after_failure(self) -> str:
-        """Return mismatches and waits between the ranks after this rank's failure, or an empty string."""
-        snapshots = self._gather(required=range(self._size))
+    def after_failure(self, waits: bool) -> str:
+        """Return mismatches between the ranks after this rank's failure, or an empty string.
+
+        Args:
+            waits: whether to return what the other ranks wait for as well.
+        """
+        snapshots = self._gather(required=self._alive())
         snapshots[self._rank]["now"] = "the failure above"
         report = HangReport(snapshots, {})
-        lines = report.mismatches + report.waits
+        lines = report.mismatches + (report.waits if waits else [])
         return self._publish("state of the other ranks at the failure", lines, snapshots) + "\n" if lines else ""
 
     # The thread

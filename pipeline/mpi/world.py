@@ -25,6 +25,7 @@ class World:
     """Rank of this process and number of ranks, in the job and on this machine.
 
     waited_s: returns the seconds that this process has waited for MPI operations.
+    checksum: returns a number whose sum over all ranks is 0 if all have called equal collectives, see ``Trace``.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class World:
     local_rank: int
     local_size: int
     waited_s: Callable[[], float] = field(default=float, compare=False, repr=False)
+    checksum: Callable[[], int] = field(default=int, compare=False, repr=False)
 
 
 def init(timeout_s: float | None = None, cuda: bool = True) -> World:
@@ -137,7 +139,7 @@ def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
     start(comm, progress, watch, *choose_transport(world.local_rank, cuda))
     watch.start()
     install(comm, watch, destroy_nccl_groups)  # after torch, which installs its own excepthook
-    return replace(world, waited_s=lambda: progress.waited_s)
+    return replace(world, waited_s=lambda: progress.waited_s, checksum=watch.checksum)
 
 
 def _seconds(timeout: str | float) -> float | None:

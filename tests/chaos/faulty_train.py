@@ -3,6 +3,7 @@
 The fault is injected by replacing functions of the product in this process, before it starts:
 
     start       before the model is built
+    preparation before the data are prepared
     training    before the backward of the second micro-batch (or the only one) of the second step
     validation  in the validation after the second step
     saving      before the checkpoint of the second step
@@ -18,6 +19,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,12 +32,12 @@ import torch.distributed as dist
 
 from fira import cli
 from fira.commands.train import main
-from fira.training import loop, state
+from fira.training import loop, setup, state
 from fira.training.trainer import Trainer
 from pipeline.stage import Stage
 
-RANK = 1  # the rank with the fault
 FAULT, PLACE, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+RANK = 0 if PLACE == "preparation" else 1  # the rank with the fault; rank 0 prepares the data
 STEP = 25 if FAULT == "slow" else 2  # of the fault; the first 20 steps show the usual times
 
 
@@ -70,6 +72,18 @@ def os_exit_3() -> None:
 def endless_loop() -> None:
     while True:
         pass
+
+
+def long() -> None:
+    """Compute for longer than the timeout."""
+    end = time.monotonic() + 12
+    while time.monotonic() < end:
+        pass
+
+
+def idle() -> None:
+    """Wait for something that never comes."""
+    threading.Event().wait()
 
 
 def out_of_memory() -> None:
@@ -204,6 +218,8 @@ def install() -> None:
     Trainer.step = step  # type: ignore[method-assign]
     if PLACE == "start":
         before(loop, "set_up")
+    elif PLACE == "preparation":
+        before(setup, "prepare")
     elif PLACE == "training" and FAULT in ("nan_expert", "wrong_data", "truncated_data", "slow"):
         before(Trainer, "_backward", lambda *_: len(STEPS) == STEP)
     elif PLACE == "training" and FAULT in ("missing_collective", "other_shape", "other_order"):

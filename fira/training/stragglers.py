@@ -12,8 +12,8 @@ Every WINDOW steps, the median own time of each rank is compared with the time t
     one replica        its own time in the first window, times the ratio by which the other ranks have become slower
                        since then, because stages differ in their work
 
-A rank is slow if it needs more than FACTOR times the expected time, and LEAST_S seconds more. It is reported once, and
-again after a window in which it was not slow.
+A rank is slow if it needs more than FACTOR times the expected time, and LEAST_S seconds more, in two windows in
+succession. It is reported once, and again after a window in which it was not slow.
 """
 
 import logging
@@ -40,7 +40,7 @@ class Stragglers:
         self._times = [0.0, 0.0, 0.0]  # own, waited and running time of this rank in the last step
         self._steps: list[list[float]] = []  # of this window: the times of all ranks
         self._usual: list[float] = []  # own time of each rank in the first window
-        self._slow: set[int] = set()
+        self._slow: dict[int, int] = {}  # rank → number of windows in succession in which it was slow
 
     def start(self) -> None:
         """Begin to measure a step."""
@@ -59,18 +59,21 @@ class Stragglers:
 
     def update(self, step: int, times: Sequence[float]) -> None:
         """Log the ranks that have become slow. times: the sum of `exchanged` over all ranks, in a step."""
+        if self._world.size == 1 or not any(times):  # before the first step
+            return
         self._steps.append(list(times))
-        if len(self._steps) < WINDOW or self._world.size == 1:
+        if len(self._steps) < WINDOW:
             return
         medians = [median(values) for values in zip(*self._steps, strict=True)]
         self._steps = []
         own = medians[0::3]
         self._usual = self._usual or own
         expected = [self._expected(rank, own) for rank in range(self._world.size)]
-        slow = {r for r, s in enumerate(own) if s > FACTOR * expected[r] and s - expected[r] > LEAST_S}
-        for rank in sorted(slow - self._slow):
-            self._report(rank, step, expected[rank], medians)
-        self._slow = slow
+        slow = [r for r, s in enumerate(own) if s > FACTOR * expected[r] and s - expected[r] > LEAST_S]
+        self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow}
+        for rank in slow:
+            if self._slow[rank] == 2:
+                self._report(rank, step, expected[rank], medians)
 
     def _expected(self, rank: int, own: list[float]) -> float:
         """The own time that the other ranks lead to expect."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.mpi.activity import activity, is_long
 
 LAST = 256  # operations kept per rank
-SIGNATURES = 2**20  # number of possible signatures
+SIGNATURES, WEIGHTS = 2**16, 2**8  # possible values, so that sums of checksums are exact in float64
 # operations that are numbered per peer and tag instead of per group
 POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})
 
@@ -112,6 +112,7 @@ class GroupTrace:
         self.name = self.description = ""
         self.signature = 0  # of the collectives so far, equal on all members
         self._numbers: dict[Any, int] = {}
+        self.weight = zlib.crc32(repr(ranks).encode()) % WEIGHTS + 1  # equal differences in two groups must not cancel
         trace.groups.append(self)
 
     def begin(self, operation: str, tensors: list[Tensor], peer: int = -1, detail: Any = None) -> Entry:
@@ -151,8 +152,8 @@ class Trace:
     def checksum(self, rank: int) -> int:
         """Return a number whose sum over all ranks is 0 if the members of each group called equal collectives.
 
-        A member's signature is weighted by its position in the group, and the first member subtracts all of
-        them. For 10,000 ranks, the numbers and their sums are exact in float64.
+        A member adds its signature, weighted by its position in the group, and the first member subtracts
+        the same for all of them. For 10,000 ranks, the numbers and their sums are exact in float64.
 
         Args:
             rank: global rank of this process.
@@ -160,7 +161,8 @@ class Trace:
         total = 0
         for group in self.groups:
             position, size = group.ranks.index(rank), len(group.ranks)
-            total += group.signature * (position if position else -size * (size - 1) // 2)
+            factor = position if position else -size * (size - 1) // 2
+            total += group.signature * group.weight * factor
         return total
 
     def as_json(self) -> dict[str, Any]:

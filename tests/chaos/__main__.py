@@ -125,7 +125,7 @@ def _command(case: Case, folder: Path) -> list[str]:
         np.save(data / "x_val_0.npy", tokens[:5000])
     else:
         shutil.copy(argparse.__file__, data)
-    steps = 60 if case.fault == "slow" else 4
+    steps = 70 if case.fault == "slow" else 4
     settings.write_text(f'{SETTINGS}\ndata = "{data}"\nout = "{folder}/run"\nsteps = {steps}\n')
     script = [sys.executable, ROOT / "tests" / "chaos" / "faulty_train.py", case.fault, case.place, folder]
     command = [mpirun(), "-np", case.ranks, *script, "--config", settings]

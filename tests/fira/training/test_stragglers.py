@@ -13,6 +13,7 @@ def reports(layout: Layout, windows: list[list[float]], caplog: pytest.LogCaptur
     """The messages for windows of steps in which every rank has a constant own time in seconds."""
     stragglers = Stragglers(World(0, layout.world, 0, layout.world), layout)
     with caplog.at_level(logging.WARNING, "fira"):
+        stragglers.update(0, [0.0] * 3 * layout.world)
         for number, own in enumerate(windows):
             for step in range(WINDOW):
                 spike = 10 if step % 3 == 0 else 1  # in a minority of the steps
@@ -29,18 +30,19 @@ def reports(layout: Layout, windows: list[list[float]], caplog: pytest.LogCaptur
         (Layout(dp=2), [[0.001, 0.005]]),  # less than LEAST_S
         (Layout(dp=2), [[0.1, 0.14]]),  # less than FACTOR
         (Layout(), [[0.1], [0.9]]),  # one rank
+        (Layout(dp=2), [[0.1, 0.2], [0.1, 0.1]]),  # slow in one window only
     ],
 )
 def test_equal_ranks_are_not_reported(layout, windows, caplog):
-    assert not reports(layout, windows, caplog)
+    assert not reports(layout, [*windows, windows[-1]], caplog)
 
 
 @pytest.mark.parametrize(
     ("layout", "windows", "rank", "text"),
     [
-        (Layout(dp=2), [[0.1, 0.2]], 1, "rank 1 (stage 0) is slow: in steps 1 to 20 it needs 200 ms per step"),
-        (Layout(pp=2), [[0.1, 0.3], [0.2, 0.3]], 0, "rank 0 (stage 0) is slow: in steps 21 to 40 it needs 200 ms"),
-        (Layout(pp=2, dp=2), [[0.1, 0.1, 0.3, 0.6]], 3, "rank 3 (stage 1) is slow: in steps 1 to 20 it needs 600 ms"),
+        (Layout(dp=2), [[0.1, 0.2]], 1, "rank 1 (stage 0) is slow: in steps 21 to 40 it needs 200 ms per step"),
+        (Layout(pp=2), [[0.1, 0.3], [0.2, 0.3]], 0, "rank 0 (stage 0) is slow: in steps 41 to 60 it needs 200 ms"),
+        (Layout(pp=2, dp=2), [[0.1, 0.1, 0.3, 0.6]], 3, "rank 3 (stage 1) is slow: in steps 21 to 40 it needs 600 ms"),
     ],
 )
 def test_slow_rank_is_reported_once_with_the_expected_time(layout, windows, rank, text, caplog):
@@ -53,7 +55,7 @@ def test_slow_rank_is_reported_once_with_the_expected_time(layout, windows, rank
 
 def test_rank_is_reported_again_after_a_normal_window(caplog):
     normal, slow = [0.1, 0.1], [0.1, 0.2]
-    assert len(reports(Layout(dp=2), [slow, normal, slow], caplog)) == 2
+    assert len(reports(Layout(dp=2), [slow, slow, normal, slow, slow, slow], caplog)) == 2
 
 
 def test_sum_of_the_exchanged_lists_has_the_times_of_all_ranks():

@@ -87,7 +87,7 @@ class Stragglers:
         own, waited, running = (1000 * seconds for seconds in medians[3 * rank : 3 * rank + 3])
         others = 1000 * median(medians[3 * other + 1] for other in range(self._world.size) if other != rank)
         logger.warning(
-            "rank %d (stage %d) is slow: in steps %d to %d it needs %.0f ms per step for its own work instead of %.0f, "
-            "of which its thread ran for %.0f ms, and waits %.0f ms for others; the others wait %.0f ms",
-            *(rank, rank // self._layout.dp, step - WINDOW + 1, step, own, 1000 * expected, running, waited, others),
+            f"rank {rank} (stage {rank // self._layout.dp}) is slow: in steps {step - WINDOW + 1} to {step} it needs "
+            f"{own:.0f} ms per step for its own work instead of {1000 * expected:.0f}, of which its thread ran for "
+            f"{running:.0f} ms, and waits {waited:.0f} ms for others; the others wait {others:.0f} ms"
         )

@@ -70,7 +70,7 @@ def abort(status: int) -> NoReturn:
     """End every rank at once. Output that this rank has already written to stderr is not lost."""
     from mpi4py import MPI
 
-    guardian.release()
+    guardian.release(guardian.ABORTING)
     guardian.wait_until_read(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # suppresses the line that MPICH adds, which has less information
     MPI.COMM_WORLD.Abort(status)

@@ -21,12 +21,13 @@ import struct
 import sys
 import termios
 import time
+from contextlib import suppress
 
 REPORT_S = 7.0  # longer than the other ranks need for a report
 POLL_S = 0.05  # after the rank's death
 READ_S = 1.0  # for the launcher to read what was printed
 PIDFD_GET_INFO, INFO_EXIT = 0xC040FF0B, 8  # include/uapi/linux/pidfd.h
-IN_ORDER = -1  # instead of a wait status
+IN_ORDER, ABORTING = b"i", b"a"  # messages to the guardian
 
 # Shared memory of a rank: its activity, whether its death has been reported, and how it ended (0 or 1, wait status)
 TEXT_BYTES = 256
@@ -44,13 +45,13 @@ def start(activity: int) -> None:
     global _lifeline
     if _lifeline is not None or not {"PMI_FD", "PMI_RANK", "HYDI_CONTROL_FD"} <= os.environ.keys():
         return
-    if activity < 0 or not hasattr(os, "pidfd_open"):
+    connection, rank = int(os.environ["PMI_FD"]), os.environ["PMI_RANK"]
+    if activity < 0 or not hasattr(os, "pidfd_open") or not _is_open(connection):
         return
     import atexit
     import subprocess
 
     read, _lifeline = os.pipe()
-    connection, rank = int(os.environ["PMI_FD"]), os.environ["PMI_RANK"]
     subprocess.Popen(
         [sys.executable, "-ISE", __file__, *map(str, (os.getpid(), connection, activity, rank, os.getppid()))],
         stdin=read,
@@ -62,10 +63,11 @@ def start(activity: int) -> None:
     atexit.register(release)  # the first function registered, thus the last one called
 
 
-def release() -> None:
-    """End the guardian, because this rank ends in order or ends the job itself."""
+def release(message: bytes = IN_ORDER) -> None:
+    """Tell the guardian that this rank ends in order, or that it ends the job itself: ABORTING."""
     if _lifeline is not None:
-        os.write(_lifeline, b"!")
+        with suppress(BrokenPipeError):
+            os.write(_lifeline, message)
 
 
 def describe_death(rank: int, pid: int, memory: mmap.mmap | None) -> tuple[str, int]:
@@ -134,70 +136,97 @@ def wait_until_read(descriptor: int) -> None:
         time.sleep(0.001)
 
 
+def _is_open(descriptor: int) -> bool:
+    """Return whether the descriptor is open; a child process of a rank has its environment, but not its connection."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
 def _guard(pid: int, connection: int, memory: mmap.mmap, rank: int, launcher: int) -> None:
     """Wait for the end of the rank. Unless it ends in order, wait for the end of the job, or end the job."""
     name = socket.socket(socket.AF_UNIX)
-    ended = _await_death(pid)
+    process = _open_process(pid)
+    ended = _await_end(pid, process)
     if ended == IN_ORDER:
         return
-    try:
+    try:  # The guardian of the rank that dies first takes the name. In consequence, mpirun kills the other ranks.
         name.bind(f"\0pipeline-mpi-{launcher}")
-    except (
-        OSError
-    ):  # taken by the guardian of the rank that died first, in consequence of which mpirun kills the others
-        os.close(connection)
+    except OSError:
         return
-    memory[STATUS:] = b"\0\0\0" if ended is None else b"\1" + ended.to_bytes(2)
+    if not isinstance(ended, bytes):
+        memory[STATUS:] = b"\0\0\0" if ended is None else b"\1" + ended.to_bytes(2)
+        _end_job(pid, ended, connection, memory, rank)
+    os.close(connection)
+    _wait_for(launcher, REPORT_S)  # while the name is taken
+
+
+def _end_job(pid: int, ended: int | None, connection: int, memory: mmap.mmap, rank: int) -> None:
+    """Wait until the other ranks have reported the death and ended the job, or do so.
+
+    Args:
+        ended: the wait status of the rank; None if it is not known.
+    """
     message, status = describe_death(rank, pid, memory)
     poller = select.poll()
     poller.register(connection, 0)  # POLLHUP: mpirun has ended the job
     deadline = time.monotonic() + REPORT_S
-    while not poller.poll(POLL_S * 1000):
+    late = killed = silent = False
+    while not (late or killed or poller.poll(POLL_S * 1000)):
         late = time.monotonic() > deadline
         # mpirun kills the other ranks when it has waited for a process that a signal ended
         killed = (ended is None or os.WIFSIGNALED(ended)) and not os.path.exists(f"/proc/{pid}")
         if (late or killed) and claim(memory):
             print(f"pipeline: {message}", file=sys.stderr, flush=True)
             wait_until_read(2)
-        if late or killed or memory[CLAIM]:  # mpirun waits until no process can write to stderr
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        if late or (killed and ended is None):
-            os.write(connection, f"cmd=abort exitcode={status}\n".encode())  # what MPI_Abort sends
-        if late or killed:
-            break
-    os.close(connection)
-    _wait_for(launcher, REPORT_S)  # while the name is taken
+        if memory[CLAIM] and not silent:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # mpirun waits until no process can write to stderr
+            silent = True
+    if late or (killed and ended is None):
+        os.write(connection, f"cmd=abort exitcode={status}\n".encode())  # what MPI_Abort sends
 
 
-def _await_death(pid: int) -> int | None:
-    """Return the wait status of the rank when it dies, or None if it is not known, or IN_ORDER."""
+def _open_process(pid: int) -> int | None:
+    """Return a descriptor that becomes readable when the process ends; None if it is gone."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _await_end(pid: int, process: int | None) -> bytes | int | None:
+    """Return the rank's message when it ends in order or ends the job; else its wait status, None if it is not known.
+
+    Args:
+        process: as ``_open_process`` returns it.
+    """
+    if process is None:
+        return None
     poller = select.poll()
     poller.register(0, select.POLLIN)
+    poller.register(process, select.POLLIN)
     ended: int | None = None
-    try:
-        process = os.pidfd_open(pid)
-        poller.register(process, select.POLLIN)
-        while process not in (events := dict(poller.poll())):
-            if events[0] & select.POLLIN:
-                return IN_ORDER
-            ended = wait_status(pid)  # files are closed first; a moment later, mpirun may have waited for the process
-            poller.unregister(0)
+    events: dict[int, int] = {}
+    while process not in events:
+        events = dict(poller.poll())
         if events.get(0, 0) & select.POLLIN:
-            return IN_ORDER
-        ended = _exit_info(process) or ended
-    except ProcessLookupError:  # it ended before this program had started
-        pass
-    return wait_status(pid) or ended
+            return os.read(0, 1)
+        if 0 in events:  # closed, as all files before a process ends; soon mpirun may have waited for it
+            ended = wait_status(pid)
+            poller.unregister(0)
+    known = (status for status in (_exit_info(process), wait_status(pid), ended) if status is not None)
+    return next(known, None)
 
 
 def _wait_for(pid: int, limit_s: float) -> None:
     """Wait at most ``limit_s`` seconds for the end of a process."""
-    poller = select.poll()
-    try:
-        poller.register(os.pidfd_open(pid), select.POLLIN)
-    except ProcessLookupError:
-        return
-    poller.poll(limit_s * 1000)
+    process = _open_process(pid)
+    if process is not None:
+        poller = select.poll()
+        poller.register(process, select.POLLIN)
+        poller.poll(limit_s * 1000)
 
 
 if __name__ == "__main__":

@@ -77,12 +77,12 @@ class Engine:
         self,
         schedule: Schedule,
         microbatches: Sequence[MicroBatch],
-        last_backward: Callable[[int], AbstractContextManager[object]] = nullcontext,
+        around_backward: Callable[[Action, bool], AbstractContextManager[object]] = lambda action, last: nullcontext(),
     ) -> list[Tensor]:
         """Execute this rank's actions. Gradients are added to the parameters' `.grad`.
 
-        last_backward: called with a stage's number before the last action of its backward, which runs in the context
-        manager that it returns; after this action the gradients of the stage are complete.
+        around_backward: called with each action of a backward, and whether it is the last one of its stage, after which
+        the gradients of the stage are complete. The action runs in the context manager that it returns.
         Returns the reported scalar of each micro-batch where this rank holds the last stage, else an empty list.
         Raises ValueError when the schedule is for another number of micro-batches.
         """
@@ -97,7 +97,8 @@ class Engine:
                 for position, action in enumerate(actions):
                     for upcoming in actions[position : position + LOOK_AHEAD]:
                         run.post_receives(upcoming)
-                    with last_backward(action.stage) if action is last.get(action.stage) else nullcontext():
+                    backward = action.kind is not ActionKind.FORWARD
+                    with around_backward(action, action is last[action.stage]) if backward else nullcontext():
                         start, end = run.execute(action)
                     if self._trace is not None:
                         self._trace.append((action, start, end))

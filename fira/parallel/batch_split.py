@@ -1,8 +1,8 @@
 """Split the sequences of a global batch into the micro-batches of one replica.
 
-sequences   0 1 | 2 3 | 4 5 | 6 7 | 8 –        microbatch 2, dp 2, "–": padding, a sequence of length zero
-micro-batch   0     1     2     3     4     5
-replica       0     1     0     1     0     1
+sequences   0 1 | 2 3 | 4 5 | 6 7 | 8 – | – –    microbatch 2, dp 2, "–": padding, a sequence of length zero
+micro-batch   0     1     2     3     4     –
+replica       0     0     0     1     1     1
 """
 
 import hashlib
@@ -15,16 +15,17 @@ import torch
 from fira.nn.context import Context, TrainingContext, pinned_for
 from fira.nn.cross_entropy import IGNORE_INDEX
 from pipeline.engine import MicroBatch
+from pipeline.tree_sum import leaves_of
 
 Read = Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # (first, count) → tokens, targets [count, T]
 
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """Micro-batch j, of `microbatch` sequences, goes to replica j mod dp.
+    """Each replica gets consecutive micro-batches of `microbatch` sequences, as `tree_sum.leaves_of` says.
 
     Every replica runs the same number of micro-batches of the same size, so that all ranks call the same collectives.
-    The last ones are padded with sequences of length zero, whose targets are ignored and whose weight is zero.
+    They are padded with sequences of length zero, whose targets are ignored and whose weight is zero.
     """
 
     microbatch: int
@@ -33,9 +34,17 @@ class BatchSplit:
     width: int  # of the hidden tensor
     device: torch.device | None = None  # of the contexts; None: the CPU
 
+    def total(self, sequences: int) -> int:
+        """The number of micro-batches of a global batch of this many sequences, without those that only pad it."""
+        return -(-sequences // self.microbatch)
+
+    def numbers(self, sequences: int) -> range:
+        """The numbers of this replica's micro-batches of the global batch; padding follows them."""
+        return leaves_of(self.dp_rank, self.dp, self.total(sequences))
+
     def count(self, sequences: int) -> int:
         """The number of micro-batches that each replica runs for a global batch of this many sequences."""
-        return -(-sequences // (self.microbatch * self.dp))
+        return -(-self.total(sequences) // self.dp)
 
     def microbatches(
         self, read: Read, first: int, sequences: int, dropout_seed: int | None, loss_scale: float = 1.0
@@ -50,15 +59,17 @@ class BatchSplit:
         lengths = (targets != IGNORE_INDEX).sum(1)
         weight = loss_scale / max(1, lengths.sum())
         result = []
-        for j in range(self.dp_rank, self.count(sequences) * self.dp, self.dp):
+        numbers = self.numbers(sequences)
+        for i in range(self.count(sequences)):
+            j = numbers.start + i if i < len(numbers) else self.total(sequences)
             rows = slice(j * self.microbatch, (j + 1) * self.microbatch)
             missing = self.microbatch - len(tokens[rows])
             following = torch.from_numpy(_pad(targets[rows], missing, IGNORE_INDEX))
             valid = torch.from_numpy(_pad(lengths[rows], missing, 0))
             context = Context(lengths=valid, training=TrainingContext(following, loss_weight=weight))
             if dropout_seed is not None:
-                numbers = range(first + rows.start, first + rows.stop)
-                context.keys = torch.tensor([_key(dropout_seed, number) for number in numbers])
+                keys = [_key(dropout_seed, number) for number in range(first + rows.start, first + rows.stop)]
+                context.keys = torch.tensor(keys)
                 context.training.aux_weights = valid * weight
             inputs = torch.from_numpy(_pad(tokens[rows], missing, 0))
             if self.device:

@@ -53,7 +53,7 @@ def cast_parameters(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     Embedding tables are not factors of a product, and routers compute in full precision.
     """
     if isinstance(layer, ExpertBank):
-        yield from ((layer, name) for name, p in layer.named_parameters(recurse=False) if p.dim() == 3)
+        yield from ((layer, name) for name in layer.matrices())
     elif isinstance(layer, nn.Linear):
         yield layer, "weight"
     elif not isinstance(layer, Router):
@@ -86,7 +86,7 @@ class _CastWeight:
     def __init__(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
         self.module, self.name = module, name
         self.parameter = module.get_parameter(name)
-        self.copy = self.parameter.detach().to(dtype)  # [1]
+        self.copy = _cast(self.parameter.detach(), dtype)  # [1]
         self._replace(self.copy)
 
     def renew_leaf(self) -> None:
@@ -109,3 +109,8 @@ class _CastWeight:
 
     def _replace(self, weight: Tensor) -> None:
         self.module._parameters[self.name] = weight  # type: ignore[assignment]  # nn.Module accepts parameters only
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in another dtype, of experts' weights [R, …] that are expanded without copies as well."""
+    return weight[0].to(dtype).expand_as(weight) if weight.dim() == 4 else weight.to(dtype)

@@ -12,6 +12,10 @@ E/R experts per rank, n assignments of all ranks to this rank's experts. No assi
       [5] ungroup, all-to-all  receive → send
     outputs  [N·k], sorted by expert as after [1]
 
+With `by_source`, [4] is omitted: the experts compute the rows of each sending rank separately, in products of the same
+shapes as with all experts on one rank. Outputs and gradients are then bitwise those of one rank. The experts' weights
+have R versions, [R, E/R, …], to which autograd gives separate gradients.
+
 With two parts, [3] to [5] are done for the first half of each rank's experts and for the second half, and [1] sorts by
 half before expert. The all-to-all of one half overlaps with the products of the other:
 
@@ -20,7 +24,7 @@ half before expert. The all-to-all of one half overlaps with the products of the
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.distributed as dist
@@ -39,8 +43,7 @@ class Part:
 
     send: list[int]  # [R] rows to each rank
     receive: list[int]  # [R] rows from each rank
-    regroup: Tensor  # [n] sorts received rows by expert
-    ungroup: Tensor  # [n] its inverse
+    regroup: tuple[Tensor, Tensor] | None  # [n] sorts received rows by expert, and its inverse; None: by source
     groups: RowGroups  # numbers of rows of the experts on this rank; zero for those of other parts
 
 
@@ -55,12 +58,14 @@ class AllToAllDispatcher(TokenDispatcher):
     """Dispatcher for experts on R ranks: rank e // (E/R) of the group has expert e. All methods are collective.
 
     parts: number of parts of each rank's experts that are exchanged one after another, at most one per expert.
+    by_source: give the experts the rows in R · E/R groups, by sending rank and then by expert. It excludes parts.
     """
 
-    def __init__(self, group: dist.ProcessGroup, parts: int = 1) -> None:
+    def __init__(self, group: dist.ProcessGroup, parts: int = 1, by_source: bool = False) -> None:
         self.group = group
         self.ranks = dist.get_world_size(group)
         self.parts = parts
+        self.by_source = by_source
 
     def plan(self, experts: Tensor, num_experts: int, dropped: bool = False) -> ExchangePlan:
         """experts: [N, k] chosen experts; the value `num_experts` marks a dropped assignment.
@@ -77,6 +82,10 @@ class AllToAllDispatcher(TokenDispatcher):
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=self.group)  # [2]
         sizes = torch.stack([outgoing, incoming]).tolist()
+        if self.by_source:
+            groups = RowGroups(incoming.flatten(), dict(enumerate(chain(*sizes[1]))))
+            send, receive = ([sum(row) for row in rows] for rows in sizes)
+            return ExchangePlan(order, inverse, groups, [Part(send, receive, None, groups)])
         groups = RowGroups(incoming.sum(0), dict(enumerate(map(sum, zip(*sizes[1], strict=True)))))
         bounds = [-(-part * local // parts) for part in range(parts + 1)]
         spans = [range(*pair) for pair in pairwise(bounds)]
@@ -93,9 +102,13 @@ class AllToAllDispatcher(TokenDispatcher):
             exchanges.append([self._start(x, part.send, part.receive) for x in inputs])
         returning = []
         for part, started in zip(plan.parts, exchanges, strict=True):
-            rows, *part_keys = (gather_rows(e.wait(x), part.regroup, part.ungroup) for e, x in started)  # [4]
+            rows, *part_keys = (exchange.wait(x) for exchange, x in started)
+            if part.regroup:
+                regroup, ungroup = part.regroup
+                rows, *part_keys = (gather_rows(x, regroup, ungroup) for x in (rows, *part_keys))  # [4]
             rows = experts(rows, part.groups, part_keys[0] if part_keys else None)
-            rows = gather_rows(rows, part.ungroup, part.regroup)
+            if part.regroup:
+                rows = gather_rows(rows, ungroup, regroup)
             returning.append(self._start(rows, part.receive, part.send))  # [5]
         outputs = [exchange.wait(y) for exchange, y in returning]
         return _resize(outputs[0] if len(outputs) == 1 else torch.cat(outputs), len(plan.order))
@@ -117,7 +130,7 @@ def _part(sizes: list[list[list[int]]], incoming: Tensor, groups: RowGroups, spa
     received = torch.arange(len(span), device=incoming.device).repeat(len(incoming))  # expert of each count
     columns = incoming[:, span.start : span.stop].flatten()
     received = received.repeat_interleave(columns, output_size=sum(receive))  # expert of each row
-    return Part(send, receive, *sort_by_expert(received), groups)
+    return Part(send, receive, sort_by_expert(received), groups)
 
 
 def _by_part(rows: Tensor, plan: ExchangePlan) -> list[Tensor]:

@@ -1,56 +1,18 @@
-"""Gradients over all ranks: their sum over replicas, their global norm, and scaling."""
+"""The global norm of the gradients, and their scaling."""
 
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from fira.parallel.parallelize import DistributedModel, ParamShard
 from pipeline.mesh import Mesh
-
-UNBUCKETED = 2**20  # bytes from which a gradient is reduced in place, without a bucket
-BUCKET = 2**22  # bytes of a bucket of smaller gradients, small enough to stay in the CPU cache until copied back
 
 
 def gradient_of(shard: ParamShard) -> Tensor:
     """The gradient of a shard. Every parameter is used in every step, so the gradient exists after each backward."""
     assert shard.parameter.grad is not None, shard.name
     return shard.parameter.grad
-
-
-def reduce_gradients(shards: Sequence[ParamShard], mesh: Mesh) -> None:
-    """Sum gradients over the replicas: over dp, and for experts over edp, the ranks that hold the same experts.
-
-    The result is a sum, not a mean, because the objective is already divided by the tokens of the global batch.
-    """
-    for expert, axis in ((False, "dp"), (True, "edp")):
-        group = mesh.groups[axis]
-        if dist.get_world_size(group) == 1:
-            continue
-        gradients = [gradient_of(shard) for shard in shards if shard.expert == expert]
-        for gradient in gradients:
-            if gradient.nbytes >= UNBUCKETED:
-                dist.all_reduce(gradient, group=group)
-        for bucket in _buckets([gradient for gradient in gradients if gradient.nbytes < UNBUCKETED]):
-            flat = _flatten_dense_tensors(bucket)
-            dist.all_reduce(flat, group=group)
-            for gradient, reduced in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
-                gradient.copy_(reduced)
-
-
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Group consecutive tensors on one device; a group is complete when it has at least BUCKET bytes."""
-    buckets: list[list[Tensor]] = []
-    size = BUCKET  # the first tensor starts a group
-    for tensor in tensors:
-        if size >= BUCKET or tensor.device != buckets[-1][0].device:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(tensor)
-        size += tensor.nbytes
-    return buckets
 
 
 class NormVector:

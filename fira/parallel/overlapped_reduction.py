@@ -16,7 +16,7 @@ list of actions, and the layers of a stage always start in descending order. The
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch.distributed as dist
 from torch import Tensor
@@ -24,10 +24,11 @@ from torch import Tensor
 from fira.parallel.gradients import gradient_of
 from fira.parallel.parallelize import DistributedModel, ParamShard
 from pipeline.mesh import Mesh
+from pipeline.schedule import Action
 
 
 class OverlappedReduction:
-    """Replaces `reduce_gradients`: `stage` is entered during the step, `finish` is called at its end.
+    """Has the methods of `GradientSum`. Autograd sums over micro-batches, NCCL over replicas: the order is not fixed.
 
     torchgpipe runs the layers of a stage in several threads and chunks, so a stage that is split over several devices
     is reduced after its last backward.
@@ -37,16 +38,25 @@ class OverlappedReduction:
         self._stages = model.stages
         self._groups = {False: mesh.groups["dp"], True: mesh.groups["edp"]}
         self._per_layer = len(mesh.ep_groups) == 1  # one local device
-        self._tied = model.tied.original if model.tied else None
+        self._shards_of_rank = model.shards
+        self._tied = model.tied
         self._shards: dict[int, list[ParamShard]] = defaultdict(list)  # by layer
         for shard in model.shards:
             self._shards[int(shard.name.split(".")[1])].append(shard)
         self._works: list[dist.Work] = []
 
+    def begin(self, microbatches: int) -> None:
+        """Start a step."""
+        for shard in self._shards_of_rank:
+            shard.parameter.grad = None
+
+    def around_backward(self, action: Action, last: bool) -> AbstractContextManager[None]:
+        """Context manager for one action of a backward. The last one of a stage starts the reductions."""
+        return self._last_backward(action.stage) if last else nullcontext()
+
     @contextmanager
-    def stage(self, number: int) -> Iterator[None]:
-        """Context manager for the last backward of a stage, which starts the reduction of its gradients."""
-        waiting = list(self._stages[number])
+    def _last_backward(self, stage: int) -> Iterator[None]:
+        waiting = list(self._stages[stage])
 
         def arrived(layer: int) -> None:
             if layer not in waiting:
@@ -69,14 +79,17 @@ class OverlappedReduction:
             self._start_layer(waiting.pop())  # [2]
 
     def finish(self) -> None:
-        """Let the device wait until all gradients are reduced. Those of a tied embedding must have been summed."""
-        self._start([shard for shard in self._shards[0] if shard.parameter is self._tied])  # [3]
+        """Let the device wait until all gradients are reduced (collective)."""
+        if self._tied:
+            self._tied.sum_gradients()
+            self._start([shard for shard in self._shards[0] if shard.parameter is self._tied.original])  # [3]
         for work in self._works:
             work.wait()
         self._works = []
 
     def _start_layer(self, layer: int) -> None:
-        self._start([shard for shard in self._shards[layer] if shard.parameter is not self._tied])
+        tied = self._tied.original if self._tied else None
+        self._start([shard for shard in self._shards[layer] if shard.parameter is not tied])
 
     def _start(self, shards: Sequence[ParamShard]) -> None:
         """Start one reduction of the gradients of each group and device, in place."""

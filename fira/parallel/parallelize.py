@@ -51,6 +51,8 @@ class ParamShard:
 
     expert: dim 0 counts experts and is sharded over ep. Any other tensor is replicated on all ranks of a stage, and its
     shard is the whole tensor.
+    leaf: the tensor for which autograd computes gradients; the parameter itself, or for experts on R ranks its
+    expansion [R, …] with one gradient per sending rank, see `AllToAllDispatcher`.
     """
 
     name: str
@@ -58,6 +60,7 @@ class ParamShard:
     start: int
     shape: tuple[int, ...]
     expert: bool
+    leaf: Tensor
 
     @property
     def is_matrix(self) -> bool:
@@ -182,6 +185,8 @@ def _initialised_layers(
             first_expert = _shard_experts(layers[i], mesh, group)
             _to_empty(layers[i], device, dtype)
             initialise(layers[i], f"layers.{i}", seed, first_expert)
+            if mesh.separates_sources:
+                _expand_experts(layers[i], mesh.layout.ep)
     return layers
 
 
@@ -224,13 +229,22 @@ def _shard_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> in
     ranks, first = mesh.layout.ep, 0
     for module in layer.modules():
         if isinstance(module, MoE) and ranks > 1:
-            module.dispatcher = AllToAllDispatcher(group, parts=2 if mesh.ep_between_machines else 1)
+            parts = 2 if mesh.ep_between_machines else 1
+            module.dispatcher = AllToAllDispatcher(group, parts, by_source=mesh.separates_sources)
         if isinstance(module, ExpertBank):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 count = len(parameter) // ranks
                 first = mesh.ep_rank * count
                 setattr(module, name, nn.Parameter(parameter.detach()[first : first + count]))
     return first
+
+
+def _expand_experts(layer: nn.Module, ranks: int) -> None:
+    """Expand experts' parameters to [ranks, …] without copies, so that each has one gradient per sending rank."""
+    for module in layer.modules():
+        if isinstance(module, ExpertBank):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().expand(ranks, *parameter.shape)))
 
 
 def _tie(
@@ -257,6 +271,8 @@ def _shards(tensors: Sequence[GlobalTensor], layers: Mapping[int, nn.Module], me
         _, index, path = name.split(".", 2)
         if int(index) in layers:
             module, _, attribute = path.rpartition(".")
-            tensor = getattr(layers[int(index)].get_submodule(module), attribute)
-            shards.append(ParamShard(name, tensor, mesh.ep_rank * len(tensor) if expert else 0, shape, expert))
+            leaf = tensor = getattr(layers[int(index)].get_submodule(module), attribute)
+            if expert and mesh.separates_sources:
+                tensor = nn.Parameter(leaf.detach()[0])
+            shards.append(ParamShard(name, tensor, mesh.ep_rank * len(tensor) if expert else 0, shape, expert, leaf))
     return shards

@@ -236,7 +236,7 @@ def _measure_optimizer(layers: DeviceLayers) -> float:
     """Seconds per step for the gradients' norm, clipping, AdamW, and the cast of the weights."""
     banks = [module for module in layers.modules() if isinstance(module, ExpertBank)]
     experts = {p for bank in banks for p in bank.parameters(recurse=False)}
-    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts) for name, p in layers.named_parameters()]
+    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts, p) for name, p in layers.named_parameters()]
     optimizer = AdamW(dict(layers.named_parameters()), {shard.name for shard in shards if shard.is_matrix}, 0.1)
 
     def step() -> None:

@@ -1,18 +1,19 @@
 """The memory of a candidate.
 
-memory of a rank = weights + gradients + AdamW's two moments
+memory of a rank = weights + AdamW's two moments
+                 + gradients: one of each weight, or the partial sums of a tree (pipeline/tree_sum.py)
                  + max(activations at the schedule's peak + temporary tensors of a backward
                        + copies of matrices in the dtype of autocast (fira/parallel/cast_weights.py), reduction bucket)
 """
 
 from bisect import bisect_left
 
-from fira.parallel.gradients import BUCKET, UNBUCKETED
+from fira.parallel.gradient_sum import BUCKET
 from fira.planner.candidate_costs import CandidateCosts
 from fira.planner.candidates import schedule_of
 from pipeline.simulate import peak_memory
 
-TENSORS_PER_WEIGHT = 4  # the weight, its gradient and AdamW's two moments
+TENSORS_PER_WEIGHT = 3  # the weight and AdamW's two moments
 
 
 def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
@@ -26,9 +27,10 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
         largest_gradient = costs.element_size * max(costs.layer_kinds[i].largest for i in layers)
         workspace = max(costs.layer_costs[i].workspace for i in layers)
         backward = max(recompute + largest_gradient, workspace)
-        reduction = min(weights, BUCKET + UNBUCKETED) if costs.layout.dp > 1 else 0
+        gradients = costs.element_size * _gradients(costs, rank)
+        reduction = min(weights, 3 * BUCKET) if costs.layout.dp > 1 else 0  # sent, received and reduced
         copies = costs.copy_size * costs.cast_parameters(rank)
-        result.append(TENSORS_PER_WEIGHT * weights + max(activations[rank] + backward + copies, reduction))
+        result.append(TENSORS_PER_WEIGHT * weights + gradients + max(activations[rank] + backward + copies, reduction))
     return tuple(result)
 
 
@@ -40,6 +42,15 @@ def with_least_recompute(costs: CandidateCosts) -> CandidateCosts:
         return max(rank_memory(costs.with_recompute(blocks))) <= costs.hardware.memory
 
     return costs.with_recompute(min(limit, 1 + bisect_left(range(1, limit + 1), True, key=fits)))
+
+
+def _gradients(costs: CandidateCosts, rank: int) -> float:
+    """Numbers in the gradients that a rank stores at the end of the last backward."""
+    replicated, experts = costs.parameters(rank)
+    if costs.hardware.overlaps_collectives:
+        return replicated + experts
+    # n micro-batches leave the sums of about log₂ n nodes, and experts have them for every rank of the ep group.
+    return costs.candidate.count.bit_length() * (replicated + costs.layout.ep * experts)
 
 
 def _peak_activations(costs: CandidateCosts) -> list[float]:

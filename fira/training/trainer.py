@@ -4,7 +4,6 @@ import functools
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,7 +18,8 @@ from fira.optim.adamw import AdamW
 from fira.optim.loss_scale import LossScale
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.cast_weights import cast_weights
-from fira.parallel.gradients import NormVector, reduce_gradients, scale_gradients
+from fira.parallel.gradient_sum import GradientSum
+from fira.parallel.gradients import NormVector, scale_gradients
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import DistributedModel
 from pipeline.engine import MicroBatch
@@ -45,14 +45,18 @@ class StepResult:
 
 @dataclass(frozen=True)
 class StepSums:
-    """Contributions of one rank to the results of a step, or their sums over all ranks; float64."""
+    """Contributions of one rank to the results of a step, or their sums over all ranks; float64.
+
+    Sums over ranks are exact, because they are sums of integers, or one rank has the number and the others have zero.
+    `bubble` and `extra` are the exceptions.
+    """
 
     norms: Tensor  # [entries of NormVector] squared gradient norms
     load: Tensor  # [MoE layers, experts] assignments
     dropped: Tensor  # [MoE layers, experts] dropped assignments
-    entropy: Tensor  # [MoE layers] router entropy in nats, summed over tokens
-    aux_loss: Tensor  # [] auxiliary loss times the loss scale
-    loss: Tensor  # [] nats, summed over tokens
+    entropy: Tensor  # [MoE layers, micro-batches] router entropy in nats, summed over tokens
+    aux_loss: Tensor  # [MoE layers, micro-batches] auxiliary loss times the loss scale
+    loss: Tensor  # [micro-batches] nats, summed over tokens
     bubble: Tensor  # [] fraction of the step in which this rank waited, divided by the number of ranks
     extra: Tensor  # [n] argument `extra` of `step`
 
@@ -90,11 +94,12 @@ class Trainer:
             {shard.name: shard.parameter for shard in model.shards},
             {shard.name for shard in model.shards if shard.is_matrix},
             weight_decay,
+            stacked={shard.name for shard in model.shards if shard.expert},
         )
         self.scale = LossScale(fp16)
         self.norms = NormVector(model, mesh)
         nccl = dist.get_backend(mesh.groups["dp"]) == "nccl"
-        self.reduction = OverlappedReduction(model, mesh) if nccl else None  # it would slow down a CPU's backward
+        self.reduction = OverlappedReduction(model, mesh) if nccl else GradientSum(model, mesh)
         self.loads_kernels_first = nccl and mesh.layout.pp > 1
         self._loaded: set[bool] = set()  # kernels of validation: False, of training: True
 
@@ -112,11 +117,11 @@ class Trainer:
         loader.consumed += sequences
         tokens = sequences * microbatches[0].inputs.shape[1]
 
-        losses = self._backward(microbatches)
+        losses = self._backward(microbatches, self.split.total(sequences))
         waited = self.model.engine.waited()  # on CUDA, this waits for the device
         bubble = waited / (time.perf_counter() - started) / self.mesh.layout.world
-        sums = self._step_sums(microbatches, losses, bubble, extra).all_reduce()
-        loss, norm = float(sums.loss) / tokens, math.sqrt(float(sums.norms.sum())) / scale
+        sums = self._step_sums(sequences, microbatches, losses, bubble, extra).all_reduce()
+        loss, norm = float(sums.loss.sum()) / tokens, math.sqrt(float(sums.norms.sum())) / scale
 
         overflow = self.scale.enabled and not math.isfinite(norm)
         self._check_finite(loss, sums.norms, overflow)
@@ -125,32 +130,28 @@ class Trainer:
             self._update(lr, norm, scale, sums.load)
         return StepResult(
             loss=loss,
-            aux_loss=float(sums.aux_loss) / scale,
+            aux_loss=float(sums.aux_loss.sum()) / scale,
             grad_norm=norm,
             expert_load=(sums.load / sums.load.sum(1, keepdim=True)).tolist(),
             expert_dropped=(sums.dropped / sums.load.clamp(min=1)).tolist(),
             dropped=float(sums.dropped.sum() / sums.load.sum()) if len(sums.load) else None,
-            router_entropy=(sums.entropy / tokens).tolist(),
+            router_entropy=(sums.entropy.sum(1) / tokens).tolist(),
             bubble=float(sums.bubble),
             skipped=overflow,
             extra=sums.extra.tolist(),
         )
 
-    def _backward(self, microbatches: list[MicroBatch]) -> list[Tensor]:
-        """Run forward and backward, reduce the gradients over replicas, and return the losses of this rank."""
+    def _backward(self, microbatches: list[MicroBatch], total: int) -> list[Tensor]:
+        """Run forward and backward, sum the gradients, and return the losses of this rank's micro-batches.
+
+        total: number of micro-batches of the global batch.
+        """
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
-        last_backward = self.reduction.stage if self.reduction else nullcontext
         with cast_weights(self.model.modules()):
             self._load_kernels(microbatches[0], training=True)
-            for shard in self.model.shards:
-                shard.parameter.grad = None
-            losses = self.model.engine.run(schedule, microbatches, last_backward)
-        if self.model.tied:
-            self.model.tied.sum_gradients()
-        if self.reduction:
-            self.reduction.finish()
-        else:
-            reduce_gradients(self.model.shards, self.mesh)
+            self.reduction.begin(total)
+            losses = self.model.engine.run(schedule, microbatches, self.reduction.around_backward)
+        self.reduction.finish()
         return losses
 
     def _load_kernels(self, microbatch: MicroBatch, training: bool) -> None:
@@ -180,42 +181,59 @@ class Trainer:
 
     def evaluate(self, data: ValidationSequences | Joined, batch: int) -> float:
         """Mean loss in nats per token over all sequences of `data`, computed in batches of `batch` sequences."""
-        total = torch.zeros(2, dtype=torch.float64)
+        losses, tokens = [], []
         with cast_weights(self.model.modules()):
             for first in range(0, len(data), batch):
                 count = min(batch, len(data) - first)
                 microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
                 self._load_kernels(microbatches[0], training=False)
                 schedule = forward_only(self.model.placement, len(microbatches))
-                losses = self.model.engine.run(schedule, microbatches)
-                if losses:  # only the rank of the last stage has them
-                    total[0] += float(_total(losses, self.model.device))
-                    total[1] += sum(int(batch.context.lengths.sum()) for batch in microbatches)
-        dist.all_reduce(total)
-        return float(total[0] / total[1])
+                losses.append(self._by_number(self.model.engine.run(schedule, microbatches), count))
+                lengths = [microbatch.context.lengths.sum() for microbatch in microbatches]
+                tokens.append(self._by_number(lengths if self.mesh.pp_rank == 0 else [], count))
+        sums = torch.stack([torch.cat(losses), torch.cat(tokens)]).cpu()
+        dist.all_reduce(sums)
+        loss, count = sums.sum(1).tolist()
+        return loss / count
+
+    def _by_number(self, values: list[Tensor], sequences: int) -> Tensor:
+        """[micro-batches] float64: values of this rank's micro-batches at their numbers in the global batch.
+
+        They may be missing, as the losses are on all ranks except that of the last stage.
+        """
+        result = torch.zeros(self.split.total(sequences), dtype=torch.float64, device=self.model.device)
+        if values:
+            numbers = self.split.numbers(sequences)
+            result[numbers.start : numbers.stop] = torch.stack(values)[: len(numbers)]
+        return result
 
     def _step_sums(
-        self, microbatches: list[MicroBatch], losses: list[Tensor], bubble: float, extra: Sequence[float]
+        self,
+        sequences: int,
+        microbatches: list[MicroBatch],
+        losses: list[Tensor],
+        bubble: float,
+        extra: Sequence[float],
     ) -> StepSums:
         """Contributions of this rank, on its device."""
         layers, device = len(self.model.moe_layers), self.model.device
         load, dropped = torch.zeros(2, layers, self.model.num_experts, dtype=torch.float64, device=device)
-        entropy, aux_loss = torch.zeros(layers, dtype=torch.float64, device=device), load.new_zeros(())
-        for microbatch in microbatches:
+        entropy, aux_loss = load.new_zeros(2, layers, self.split.total(sequences))
+        for number, microbatch in zip(self.split.numbers(sequences), microbatches, strict=False):
             stats: dict[tuple[int, int], MoEStats] = microbatch.context.training.stats
             for (layer, _), routing in sorted(stats.items()):
                 row = self.model.moe_layers.index(layer)
                 load[row] += routing.load.to(device)
                 dropped[row] += routing.dropped.to(device)
-                entropy[row] += routing.entropy.to(device)
-                aux_loss += routing.aux.to(device)
+                entropy[row, number] += routing.entropy.to(device)
+                aux_loss[row, number] += routing.aux.to(device)
         return StepSums(
             norms=self.norms.local(),
             load=load,
             dropped=dropped,
             entropy=entropy,
             aux_loss=aux_loss,
-            loss=_total(losses, device),
+            loss=self._by_number(losses, sequences),
             bubble=load.new_full((), bubble),  # new_tensor would wait for the device
             extra=pinned_for(device, torch.tensor(extra, dtype=load.dtype)).to(device, non_blocking=True),
         )
@@ -234,10 +252,3 @@ class Trainer:
         raise UserError(
             f"{cause}{where}; no weight was changed: resume from the last checkpoint with a lower --lr or --clip"
         )
-
-
-def _total(losses: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of losses, [] float64 on the device; zero without losses."""
-    if not losses:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.stack(losses).double().sum().to(device)

@@ -201,7 +201,7 @@ def record(
         stages=ranges,
         tied=None,
         shards=[
-            ParamShard(f"layers.{i}.w", parameter, 0, (i + 1,), expert)
+            ParamShard(f"layers.{i}.w", parameter, 0, (i + 1,), expert, parameter)
             for s in stages
             for i, layer in zip(ranges[s], stages[s].layers, strict=True)
             for expert, parameter in enumerate(layer.parameters)
@@ -222,7 +222,7 @@ def record(
             if loads == "before":
                 with torch.set_grad_enabled(any(a.kind is not ActionKind.FORWARD for a in schedule.actions[place])):
                     engine.run_stages(microbatches[0])
-            engine.run(schedule, microbatches, overlapped.stage)
+            engine.run(schedule, microbatches, overlapped.around_backward)
             overlapped.finish()
             program.append(Instruction("rendezvous"))
     return program

@@ -35,6 +35,7 @@ MODELS = {
 RESHARDED = ["blues", "fira"]  # saved on one layout and resumed on others: a tied weight, and a router bias
 ONE = [1, 1, 1]
 OTHER_SCHEDULES = ["gpipe", "interleaved", "zb-h1", "zb-v"]
+PADDED = {"microbatch": 2}  # 5 sequences
 EXACT = {"microbatch": 2, "dtype": "float64"}
 
 
@@ -53,12 +54,12 @@ def cases(name: str) -> list[str]:
         case(name, ONE),
         case(name, ONE, recompute=99),
         case(name, ONE, **EXACT),
+        case(name, ONE, **PADDED),
         case(name, ONE, **EXACT, devices=2, recompute=99),
         case(name, [2, 1, 1]),
         *(case(name, [2, 1, 1], schedule=schedule) for schedule in OTHER_SCHEDULES),
-        case(name, [1, 2, 1], **EXACT),
-        case(name, sharded(name, 1, 2), **EXACT),
-        case(name, sharded(name, 2, 2), **EXACT, schedule="zb-v"),
+        *(case(name, layout, **p) for layout in ([1, 2, 1], sharded(name, 1, 2)) for p in (EXACT, PADDED)),
+        *(case(name, sharded(name, 2, 2), **p, schedule="zb-v") for p in (EXACT, PADDED)),
         case(name, [2, 1, 1], **EXACT, devices=2),
     ]
 
@@ -112,7 +113,8 @@ def test_pipelines_and_recompute_are_bitwise_identical(name: str) -> None:
     assert result(case(name, ONE, recompute=99)) == plain
 
 
-def assert_equals_one_rank(name: str, layout: list[int], **settings: Any) -> None:
+def assert_close_to_one_rank(name: str, layout: list[int], **settings: Any) -> None:
+    """torchgpipe divides micro-batches, so that products have other shapes."""
     plain, other = case(name, ONE, **EXACT), case(name, layout, **EXACT, **settings)
     assert distance(other, plain) < 1e-12, (layout, settings)
     for key, values in result(plain)["experts"].items():
@@ -120,27 +122,27 @@ def assert_equals_one_rank(name: str, layout: list[int], **settings: Any) -> Non
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_replicas_expert_shards_and_torchgpipe_equal_one_rank(name: str) -> None:
-    plain = case(name, ONE, **EXACT)
-    assert distance(plain, case(name, ONE)) > 1e-12  # the comparison detects the precision of fp32
-    assert_equals_one_rank(name, [1, 2, 1])
-    assert_equals_one_rank(name, sharded(name, 1, 2))
-    assert_equals_one_rank(name, ONE, devices=2, recompute=99)
-    assert_equals_one_rank(name, [2, 1, 1], devices=2)
-    assert np.any(result(plain)["experts"]["dropped"]) == (name == "fira")
+@pytest.mark.parametrize("precision", [EXACT, PADDED], ids=["float64", "float32"])
+def test_replicas_and_expert_shards_are_bitwise_identical_to_one_rank(name: str, precision: dict[str, Any]) -> None:
+    plain = result(case(name, ONE, **precision))
+    assert result(case(name, [1, 2, 1], **precision)) == plain
+    assert result(case(name, sharded(name, 1, 2), **precision)) == plain
+    assert result(case(name, sharded(name, 2, 2), **precision, schedule="zb-v")) == plain
+    assert np.any(plain["experts"]["dropped"]) == (name == "fira")
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_replicas_of_pipelines_equal_one_rank(name: str) -> None:
-    assert_equals_one_rank(name, sharded(name, 2, 2), schedule="zb-v")
+def test_torchgpipe_equals_one_rank(name: str) -> None:
+    assert distance(case(name, ONE, **EXACT), case(name, ONE)) > 1e-12  # the comparison detects the precision of fp32
+    assert_close_to_one_rank(name, ONE, devices=2, recompute=99)
+    assert_close_to_one_rank(name, [2, 1, 1], devices=2)
 
 
 @pytest.mark.parametrize("name", RESHARDED)
 def test_checkpoint_resumes_on_every_layout(name: str) -> None:
     resharded = dict(zip(RESHARDED, job(2)[0]["resharded"], strict=True))[name]
     uninterrupted, same, other = resharded["continued"]
-    assert same == uninterrupted
-    np.testing.assert_allclose(other, uninterrupted, rtol=1e-12)
+    assert same == other == uninterrupted
     weights = [name for name in resharded["names"] if not name.startswith("exp_avg")]
     assert sorted(resharded["loaded"].weights()) == weights
     assert not any(tensor.is_meta for tensor in resharded["loaded"].parameters())

@@ -7,7 +7,7 @@ import pytest
 
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from pipeline.mesh import Layout
-from pipeline.schedule import SCHEDULES, forward_only
+from pipeline.schedule import SCHEDULES, Action, forward_only
 from tests.integration.nccl_order import Group, record
 from tests.integration.nccl_replay import deadlocks
 
@@ -115,9 +115,9 @@ class Ascending(OverlappedReduction):
     """Starts the layers of a stage in ascending order."""
 
     @contextmanager
-    def stage(self, number: int) -> Iterator[None]:
+    def around_backward(self, action: Action, last: bool) -> Iterator[None]:
         yield
-        for layer in self._stages[number]:
+        for layer in self._stages[action.stage] if last else ():
             self._start_layer(layer)
 
 

@@ -14,7 +14,7 @@ from pipeline.schedule import SCHEDULES
 from tests.launch import run_function
 
 TIED = BluesConfig(vocab_size=61, seq_len=13, num_layers=4, d_ff=20, d_model=24, n_head=6, n_kv_head=2, dropout=0.0)
-SETTINGS: dict[str, Any] = {"dropout": 0.1, "steps": 2, "layers": 6, "observe": True, "overlapped": True}
+SETTINGS: dict[str, Any] = {"dropout": 0.1, "steps": 2, "layers": 6, "observe": True, "reduction": "overlapped"}
 CASES = [
     {"layout": layout, "schedule": schedule, **SETTINGS}
     for layout in ([2, 1, 1], [4, 1, 1], [2, 2, 2])

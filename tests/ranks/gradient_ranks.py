@@ -9,8 +9,8 @@ from torch import nn
 from fira.data.loader import Loader
 from fira.models.fira import FiraConfig
 from fira.parallel.batch_split import BatchSplit
-from fira.parallel.gradients import BUCKET, UNBUCKETED, NormVector, reduce_gradients
-from fira.parallel.parallelize import ParamShard, parallelize
+from fira.parallel.gradients import NormVector
+from fira.parallel.parallelize import parallelize
 from fira.parallel.tied_embedding import TiedWeight
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, Mesh, make_mesh
@@ -24,27 +24,10 @@ def check_all(layout: list[int]) -> dict[str, Any]:
     mesh = make_mesh(Layout(*layout), range(layout[0]))
     result: dict[str, Any] = {"tied": tied(mesh)}
     if mesh.layout.pp == 1:
-        result |= {"reduced": reduced(mesh), **norms(mesh)}
+        result |= norms(mesh)
     if mesh.layout.world == 1:
         result["clipped"] = {str(clip): clipped(mesh, clip) for clip in (0.0, 0.3, 1e9)}
     return result
-
-
-def reduced(mesh: Mesh) -> dict[str, list[float]]:
-    """Return the first and the last element of reduced gradients; rank r contributes r + 1 and 2(r + 1)."""
-    sizes = {"small": 8, "almost large": UNBUCKETED - 4, "large": UNBUCKETED, "more than a bucket": BUCKET + 4}
-    sizes |= {f"bucket {i}": UNBUCKETED - 8 for i in range(6)}
-    shards = []
-    for expert in (False, True):
-        for name, size in sizes.items():
-            parameter = nn.Parameter(torch.zeros(size // 4))
-            parameter.grad = torch.full_like(parameter, mesh.rank + 1)
-            parameter.grad[-1] *= 2
-            shards.append(
-                ParamShard(f"expert {name}" if expert else name, parameter, 0, tuple(parameter.shape), expert)
-            )
-    reduce_gradients(shards, mesh)
-    return {s.name: [float(s.parameter.grad[0]), float(s.parameter.grad[-1])] for s in shards}
 
 
 def norms(mesh: Mesh) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Short training of a small model on synthetic tokens, run on each rank of a parity test."""
 
+import dataclasses
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
 from pipeline.schedule import SCHEDULES
+from tests.ranks.plain_reduction import PlainReduction
 
 SEQ_LEN = 13
 
@@ -57,16 +60,17 @@ def train(
     model: dict[str, Any] | None = None,
     observe: bool = False,
     parts: int = 1,
-    overlapped: bool = False,
+    reduction: str = "tree",
 ) -> dict[str, Any]:
     """Train a model on one layout.
 
     model: the document of a config; by default a small fira. observe: also evaluate after each step, and trace all
-    steps. parts: of the experts' exchange. overlapped: as with NCCL, reduce gradients during the backward
-    and load kernels first.
+    steps. parts: of the experts' exchange. reduction: of gradients, "tree", or as on GPUs "plain" (after the backward)
+    or "overlapped" (during it, where kernels are loaded first).
 
-    Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the sum of each
-    of this rank's replicated weights; with `observe`, the validation losses and the numbers of traced actions as well.
+    Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the SHA-256 of
+    this rank's weights and moments, for experts of each one; with `observe`, the validation losses and the numbers of
+    traced actions as well.
     """
     torch.set_num_threads(1)
     config = FiraConfig(
@@ -83,6 +87,8 @@ def train(
         config = from_document(model)
     local_devices = [CPU] * devices
     mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), local_devices)
+    if reduction != "tree":  # experts do not separate the rows of sending ranks
+        mesh = dataclasses.replace(mesh, device_type="cuda")
     parameter_dtype = getattr(torch, dtype)
     built = parallelize(meta_model(config), mesh, 7, local_devices, schedule, parameter_dtype, recompute=recompute)
     if compiler:
@@ -92,9 +98,9 @@ def train(
             module.dispatcher.parts = parts
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
-    if overlapped:
-        trainer.reduction = OverlappedReduction(built, mesh)
-        trainer.loads_kernels_first = True
+    if reduction != "tree":
+        trainer.reduction = {"plain": PlainReduction, "overlapped": OverlappedReduction}[reduction](built, mesh)
+        trainer.loads_kernels_first = reduction == "overlapped"
     loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
     results, validation, traced = [], [], []
     for step in range(1, steps + 1):
@@ -106,7 +112,12 @@ def train(
             traced.append(len(built.engine.stop_trace()))
             unseen = ValidationSequences(Tokens(config.vocab_size, 100), SEQ_LEN)  # type: ignore[arg-type]
             validation.append(trainer.evaluate(unseen, batch))
-    weights = {s.name: float(s.parameter.detach().double().sum()) for s in built.shards if not s.expert}
+    weights = {}
+    for shard in built.shards:
+        for tensor in (shard.parameter.detach(), *trainer.optimizer.moments[shard.name]):
+            for i, row in enumerate(tensor if shard.expert else [tensor]):
+                place = f"{shard.name}[{shard.start + i}]" if shard.expert else shard.name
+                weights[place] = weights.get(place, "") + hashlib.sha256(row.numpy()).hexdigest()
     experts = {"load": result.expert_load, "dropped": result.expert_dropped, "entropy": [result.router_entropy]}
     observed = {"validation": validation, "traced": traced} if observe else {}
     return {"steps": results, "experts": experts, "weights": weights, **observed}

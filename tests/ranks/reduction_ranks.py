@@ -18,9 +18,10 @@ from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import ParamShard, parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, Mesh, make_mesh
-from pipeline.schedule import SCHEDULES
+from pipeline.schedule import SCHEDULES, Action
 from pipeline.split_backward import run_backward
 from tests.ranks.parity_ranks import SEQ_LEN, Tokens, meta_model
+from tests.ranks.plain_reduction import PlainReduction
 
 SIZES: dict[str, Any] = {"vocab_size": 61, "seq_len": SEQ_LEN, "num_layers": 6, "d_ff": 20}
 CONFIGS = {
@@ -40,10 +41,11 @@ class LoggedReduction(OverlappedReduction):
         self.log: list[int | str] = []
 
     @contextmanager
-    def stage(self, number: int) -> Iterator[None]:
-        with super().stage(number):
+    def around_backward(self, action: Action, last: bool) -> Iterator[None]:
+        with super().around_backward(action, last):
             yield
-            self.log.append(f"end of stage {number}")
+            if last:
+                self.log.append(f"end of stage {action.stage}")
 
     def finish(self) -> None:
         self.log.append("finish")
@@ -76,13 +78,14 @@ def compare(
     """
     torch.set_num_threads(1)
     mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), [CPU] * devices)
+    mesh = dataclasses.replace(mesh, device_type="cuda")  # experts do not separate the rows of sending ranks
     if backend == "gloo":
         mesh = dataclasses.replace(mesh, groups=mesh.groups | {axis: gloo_group(mesh, axis) for axis in ("dp", "edp")})
     precision = getattr(torch, dtype), autocast and getattr(torch, autocast)
     after, during = (
         make_trainer(mesh, schedule, CONFIGS[model], recompute, devices, *precision, fp16=fp16) for _ in range(2)
     )
-    assert after.reduction is None  # the groups are on a CPU
+    after.reduction = PlainReduction(after.model, mesh)
     during.reduction = reduction = LoggedReduction(during.model, mesh)
     steps = []
     for trainer in (after, during):

@@ -10,7 +10,7 @@ from tests.ranks import parity_ranks, strict_group
 
 def train_both(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The results of all cases with the ordinary backend, as on a CPU, and those with strict groups, as with NCCL."""
-    ordinary = parity_ranks.train_all([case | {"overlapped": False} for case in cases])
+    ordinary = parity_ranks.train_all([case | {"reduction": "plain"} for case in cases])
     strict_group.install()
     return [ordinary, parity_ranks.train_all(cases)]
 

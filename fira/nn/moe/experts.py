@@ -34,7 +34,11 @@ class ExpertBank(PerExpertInit, nn.Module):
 
     def own_numel(self) -> int:
         """Number of weights, without biases, of one expert."""
-        return sum(p[0].numel() for p in self.parameters() if p.dim() == 3)
+        return sum(math.prod(self.get_parameter(name).shape[-2:]) for name in self.matrices())
+
+    def matrices(self) -> list[str]:
+        """The names of the weights, without biases."""
+        return [name for name, _ in self.named_parameters(recurse=False) if name.startswith("w")]
 
 
 class Experts(ExpertBank):

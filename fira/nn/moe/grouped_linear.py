@@ -6,6 +6,8 @@ Shapes: n rows sorted by expert, E experts.
     weight  [E, out, in]  bias    [E, out]
     y       [n, out]      rows of group e: x weight[e]ᵀ + bias[e]; rows of no expert: 0
 
+Weights [R, E, out, in] and biases [R, E, out] have R versions of each expert, group r·E + e that of weight[r, e].
+
 The product is three autograd nodes, so that either gradient can be computed without the other, as a split backward
 does. A single autograd.Function always computes all of its gradients.
 
@@ -14,8 +16,13 @@ does. A single autograd.Function always computes all of its gradients.
     weight, bias ─→ [weights] ────┘                      grad_weight = grad_yᵀ x         in [weights].backward
 
 [weights] returns a placeholder of y's shape without memory. [join] returns y and passes grad_y to both branches.
+
+On a CPU a row of y does not depend on the rows of other experts. Two details ensure this: the rounding of a product
+depends on the alignment of its factors in memory, so factors start at multiples of ALIGNMENT bytes; and the rounding of
+elementwise functions differs for the last elements of a contiguous tensor, so the rows of y are padded to ALIGNMENT.
 """
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +32,8 @@ from torch import Tensor
 
 from fira.nn.autocast import product_dtype
 from fira.nn.kernels.fused import use_fused
+
+ALIGNMENT = 128  # bytes of two vectors of 512 bits, which torch's elementwise functions process at a time
 
 
 class RowGroups:
@@ -55,7 +64,7 @@ class RowGroups:
 
 
 def grouped_linear(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [n, in], weight [E, out, in], bias [E, out] → y [n, out]; see the shapes at the top of this file.
+    """x [n, in], weight [(R,) E, out, in], bias [(R,) E, out] → y [n, out]; see the shapes at the top of this file.
 
     The gradient of an expert without rows is zero. In bf16, on GPUs that have it, one kernel reads the sizes
     on the device. Otherwise each group is a product that writes into a slice of the result, in the backward as well,
@@ -135,18 +144,35 @@ def _aligned_grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[int, int]) -> Tensor:
     """y of the shapes above; with grad_y and weightᵀ it is grad_x."""
-    y = x.new_empty(len(x), weight.shape[1])
+    width = weight.shape[-2]
+    unit = ALIGNMENT // x.element_size()
+    y = x.new_empty(len(x), -(-width // unit) * unit)[:, :width]
     spans = _spans(sizes, len(x))
     for e, rows, out in zip(sizes, x.split(spans), y.split(spans), strict=False):
         if not len(rows):
             continue
+        factor = _aligned(weight[_index(weight, e)]).T
         if bias is None:
-            torch.mm(rows, weight[e].T, out=out)
+            torch.mm(_aligned(rows), factor, out=out)
         else:
-            torch.addmm(bias[e], rows, weight[e].T, out=out)
+            torch.addmm(bias[_index(weight, e)], _aligned(rows), factor, out=out)
     if spans[-1]:
         y[-spans[-1] :] = 0
     return y
+
+
+def _index(weight: Tensor, group: int) -> int | tuple[int, int]:
+    """The index of a group's matrix in weight [(R,) E, out, in]."""
+    return group if weight.dim() == 3 else divmod(group, weight.shape[1])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it at an aligned address. torch's allocations are aligned."""
+    return x if _is_aligned(x) else x.clone()
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.storage_offset() * x.element_size() % ALIGNMENT == 0
 
 
 def _spans(sizes: dict[int, int], rows: int) -> list[int]:
@@ -166,7 +192,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
-        return _product(grad_y, weight.transpose(1, 2), None, ctx.sizes), None, None, None
+        return _product(grad_y, weight.transpose(-2, -1), None, ctx.sizes), None, None, None
 
 
 class _Weights(torch.autograd.Function):
@@ -176,20 +202,25 @@ class _Weights(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, x: Tensor, sizes: dict[int, int]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sizes, ctx.shape, ctx.biased = sizes, weight.shape, bias is not None
-        return weight.new_empty(()).expand(len(x), weight.shape[1])
+        return weight.new_empty(()).expand(len(x), weight.shape[-2])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
         # Experts that are missing in sizes have no product below that would write their gradient.
-        new = grad_y.new_empty if len(ctx.sizes) == ctx.shape[0] else grad_y.new_zeros
+        new = grad_y.new_empty if len(ctx.sizes) == math.prod(ctx.shape[:-2]) else grad_y.new_zeros
         grad_weight = new(ctx.shape)
-        grad_bias = new(ctx.shape[:2]) if ctx.biased else None
+        grad_bias = new(ctx.shape[:-1]) if ctx.biased else None
         spans = _spans(ctx.sizes, len(x))
         for e, grad_rows, rows in zip(ctx.sizes, grad_y.split(spans), x.split(spans), strict=False):
-            torch.mm(grad_rows.T, rows, out=grad_weight[e])
+            index = _index(grad_weight, e)
+            target = grad_weight[index]
+            if _is_aligned(target):
+                torch.mm(_aligned(grad_rows).T, _aligned(rows), out=target)
+            else:
+                target.copy_(torch.mm(_aligned(grad_rows).T, _aligned(rows)))
             if grad_bias is not None:
-                torch.sum(grad_rows, 0, out=grad_bias[e])
+                torch.sum(grad_rows, 0, out=grad_bias[index])
         return grad_weight, grad_bias, None, None
 
 

@@ -21,7 +21,7 @@ def read(first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 def test_each_sequence_is_in_one_microbatch_and_the_rest_is_padding():
     replicas = [BatchSplit(2, 2, rank, 5).microbatches(read, 7, 5, dropout_seed=3) for rank in range(2)]
     assert [len(replica) for replica in replicas] == [2, 2]
-    ordered = [replicas[j % 2][j // 2] for j in range(4)]
+    ordered = [microbatch for replica in replicas for microbatch in replica]
     inputs = torch.cat([microbatch.inputs for microbatch in ordered])
     tokens, targets = read(7, 5)
     assert inputs[:5].tolist() == tokens.tolist()

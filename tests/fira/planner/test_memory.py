@@ -19,13 +19,14 @@ def saved_costs(microbatch: int) -> list[LayerCost]:
 
 
 def activations(profile, hardware, schedule, count, recompute=0):
-    """Bytes of each rank beyond weights, gradients, moments and the largest gradient."""
+    """Bytes of each rank beyond weights, sums of gradients, moments and the largest gradient."""
     costs = CandidateCosts(
         PlanInputs(profile, hardware, saved_costs, "fp32"), Candidate(Layout(2, 1, 1), schedule, 1, count, recompute)
     )
     largest = [4 * max(costs.layer_kinds[i].largest for i in layers) for layers in costs.rank_layers]
     weights = [4 * sum(costs.parameters(rank)) for rank in range(2)]
-    return [m - 4 * w - g for m, w, g in zip(rank_memory(costs), weights, largest, strict=True)]
+    tensors = 3 + {1: 1, 4: 3, 5: 3, 50: 6}[count]  # of a weight; a sum of 50 micro-batches has six partial sums
+    return [m - tensors * w - g for m, w, g in zip(rank_memory(costs), weights, largest, strict=True)]
 
 
 def test_activations_by_schedule(tiny, hardware):

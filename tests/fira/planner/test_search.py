@@ -18,7 +18,7 @@ from fira.planner.step_time import least_seconds, predict
 @settings(max_examples=5, deadline=None)
 @given(
     flops=st.sampled_from([1e11, 1e12, 1e13]),
-    memory=st.sampled_from([3e7, 5e7, 1e9]),
+    memory=st.sampled_from([4e7, 6e7, 1e9]),
     bandwidth=st.sampled_from([1e8, 1e10]),
     overlaps=st.booleans(),
 )

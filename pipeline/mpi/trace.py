@@ -18,6 +18,8 @@ from torch import Tensor
 from pipeline.mpi.activity import activity, is_long
 
 LAST = 256  # operations kept per rank
+# operations whose tensors have the same size on every rank in every valid program
+EQUAL_SIZES = frozenset({"all_reduce", "all_reduce_coalesced", "reduce", "broadcast"})
 SIGNATURES, WEIGHTS = 2**16, 2**8  # possible values, so that sums of checksums are exact in float64
 # operations that are numbered per peer and tag instead of per group
 POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})
@@ -33,8 +35,9 @@ def _is_internal(file: str) -> bool:
 
 
 @functools.cache
-def _code(operation: str, dtype: torch.dtype | None) -> int:
-    return zlib.crc32(f"{operation} {dtype}".encode())
+def _code(operation: str, dtype: torch.dtype | None) -> tuple[int, bool]:
+    """Return a number for an operation and a dtype, and whether the sizes of its tensors are equal on all ranks."""
+    return zlib.crc32(f"{operation} {dtype}".encode()), operation in EQUAL_SIZES
 
 
 class Entry:
@@ -130,8 +133,9 @@ class GroupTrace:
         if tensors:
             entry.shape, entry.dtype = tensors[0].shape, tensors[0].dtype
         if key is None:
-            size = entry.shape.numel() if entry.shape is not None and not operation.startswith("all_to_all") else 0
-            self.signature = (self.signature * 31 + _code(operation, entry.dtype) + size) % SIGNATURES
+            code, has_equal_sizes = _code(operation, entry.dtype)
+            size = tensors[0].numel() if tensors and has_equal_sizes else 0
+            self.signature = (self.signature * 31 + code + size) % SIGNATURES
         frame: FrameType | None = sys._getframe(2)  # the caller's frame
         while frame is not None and _is_internal(frame.f_code.co_filename):
             frame = frame.f_back

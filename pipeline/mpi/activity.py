@@ -9,6 +9,7 @@ The text is in shared memory, which the other ranks of the machine map at the st
 
 import mmap
 import os
+import threading
 from types import TracebackType
 from typing import Self
 
@@ -16,14 +17,14 @@ from pipeline.mpi.guardian import MEMORY_BYTES, TEXT_BYTES
 
 NOTE = "activity: "  # begins the note that an exception gets
 
-_texts: list[str] = []  # of the contexts that the main thread is in, outermost first
-_long: list[str] = []  # of those of them that are long
+_MAIN_THREAD = threading.main_thread().ident
+_blocks: list["doing"] = []  # that the main thread is in, outermost first
 _memory: mmap.mmap | None = None
 _descriptor = -1  # of the memory
 
 
 class doing:
-    """Context manager that states what this process does in the block. Only for the main thread.
+    """Context manager that states what this process does in the block. It has no effect outside the main thread.
 
     An exception that leaves the block gets a note with the activity.
 
@@ -34,35 +35,36 @@ class doing:
     """
 
     def __init__(self, text: str, long: bool = False) -> None:
-        self._text = text
-        self._long = long
+        self.text = text  # in the block, with the texts of the blocks around it
+        self.long = long
 
     def __enter__(self) -> Self:
-        _texts.append(self._text)
-        if self._long:
-            _long.append(self._text)
-        _publish()
+        if threading.get_ident() == _MAIN_THREAD:
+            if _blocks:
+                self.text = f"{_blocks[-1].text}, {self.text}"
+                self.long = self.long or _blocks[-1].long
+            _blocks.append(self)
+            _publish()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not activity_of(error):
-            error.add_note(NOTE + activity())
-        _texts.pop()
-        if self._long:
-            _long.pop()
-        _publish()
+        if threading.get_ident() == _MAIN_THREAD:
+            if error is not None and not activity_of(error):
+                error.add_note(NOTE + activity())
+            _blocks.pop()
+            _publish()
 
 
 def activity() -> str:
     """Return what this process is doing; an empty string outside all contexts."""
-    return ", ".join(_texts)
+    return _blocks[-1].text if _blocks else ""
 
 
 def is_long() -> bool:
     """Return whether the current activity may take longer than the timeout of the job."""
-    return bool(_long)
+    return bool(_blocks) and _blocks[-1].long
 
 
 def activity_of(error: BaseException) -> str:

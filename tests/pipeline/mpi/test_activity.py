@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def test_exception_has_the_innermost_activity_once() -> None:
 
 def test_exception_outside_all_activities_has_none() -> None:
     assert activity_of(ValueError()) == ""
+
+
+def test_other_threads_have_no_effect() -> None:
+    def work() -> None:
+        with doing("background"):
+            seen.append(activity())
+
+    seen: list[str] = []
+    with doing("step 7"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert (seen, activity()) == (["step 7"], "")
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create")

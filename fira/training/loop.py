@@ -48,10 +48,7 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
             stragglers.stop()
             seconds = time.perf_counter() - started
         *requests, difference = result.extra[:3]
-        if difference != 0:  # on all ranks; the report that follows names the operation if it is a recent one
-            raise RuntimeError(
-                "the ranks have called different collective operations; do not trust this step's results"
-            )
+        _check_collectives(step, difference)
         save, end = (number > 0 for number in requests)
         end = end or step == recipe.steps
         val_loss = _validate(run, recipe, step) if end or step % config.eval_every == 0 else None
@@ -66,6 +63,12 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
     if report:
         with doing("plots", long=True):  # the other ranks have ended
             report.finish(initial_loss)
+
+
+def _check_collectives(step: int, difference: float) -> None:
+    """Raise on all ranks unless the sum of the ranks' checksums is 0. The report names the operation if it is recent."""
+    if difference != 0:
+        raise RuntimeError(f"step {step}: the ranks have called different collective operations, its results are wrong")
 
 
 def _validate(run: Run, recipe: Recipe, step: int) -> float:

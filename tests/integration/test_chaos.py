@@ -8,10 +8,10 @@ from tests.chaos.cases import CASES
 QUICK = [
     "killed-training-2",
     "os_exit_0-saving-2",
-    "raising-validation-2",
     "sys_exit_3-start-2",
     "other_order-training-2",
     "wrong_data-training-2",
+    "long-preparation-2",
 ]
 
 

@@ -66,7 +66,7 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
 
 
 def _check_collectives(step: int, difference: float) -> None:
-    """Raise on all ranks unless the sum of the ranks' checksums is 0. The report names the operation if it is recent."""
+    """Raise on all ranks unless the ranks' checksums have the sum 0. The report names a recent operation."""
     if difference != 0:
         raise RuntimeError(f"step {step}: the ranks have called different collective operations, its results are wrong")
 

@@ -4,7 +4,7 @@
         with doing("backward of stage 1, micro-batch 3"):
             ...    # current activity: "step 7, backward of stage 1, micro-batch 3"
 
-The text is in shared memory, which the other ranks of the machine map at the start. Entry and exit take about 3 µs together.
+The text is in shared memory, which the other ranks of the machine map at the start. A block takes about 3 µs.
 """
 
 import mmap

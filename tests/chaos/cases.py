@@ -22,7 +22,7 @@ ENDS = {  # a fault of one rank that is possible at any place → what the messa
     "out_of_memory": r"rank 1 failed.*: .*[Mm]emory",
     "segmentation_fault": r"rank 1 .*was killed by SIGSEGV",
 }
-HARMLESS = {("sys_exit_0", "exit")}  # an ordinary end
+HARMLESS = {("sys_exit_0", "exit"): 0, ("sys_exit_3", "exit"): 3}  # ordinary ends, with their exit status
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Case:
 
 def _end(fault: str, place: str, ranks: int) -> Case:
     if (fault, place) in HARMLESS:
-        return Case(fault, place, ranks, status=0)
+        status = HARMLESS[fault, place]
+        return Case(fault, place, ranks, status, (f"rank 1 exited with status {status}",) if status else ())
     return Case(fault, place, ranks, message=(ENDS[fault], PLACES[place]))
 
 

@@ -1,0 +1,73 @@
+"""Training steps with sums in the order of a tree and in any order, as contenders of `cost.py`."""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+
+import pipeline
+from benchmarks.turns import serve
+from fira.devices import keep_freed_memory
+from fira.doctor.one_step import RandomTokens
+from fira.models.fira import FiraConfig
+from fira.models.registry import PRESETS, build
+from fira.parallel.batch_split import BatchSplit
+from fira.parallel.gradients import gradient_of
+from fira.parallel.overlapped_reduction import OverlappedReduction
+from fira.parallel.parallelize import parallelize
+from fira.training.trainer import Trainer
+from pipeline.mesh import CPU, Layout, make_mesh
+from pipeline.schedule import Action
+
+BATCH, MICROBATCH = 16, 4  # sequences
+MODELS = {
+    "fira-tiny": PRESETS["fira-tiny"],
+    "30 million": FiraConfig(vocab_size=4096, seq_len=128, d_model=384, n_head=6, num_layers=6, d_ff=768),
+}
+LAYOUTS = {1: [(1, 1, 1)], 2: [(2, 1, 1), (1, 2, 1), (1, 2, 2)], 4: [(2, 2, 2)]}
+
+
+class Plain(OverlappedReduction):
+    """Autograd adds up the gradients of micro-batches, and one all-reduce per parameter those of replicas."""
+
+    def around_backward(self, action: Action, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def finish(self) -> None:
+        if self._tied:
+            self._tied.sum_gradients()
+        for shard in self._shards_of_rank:
+            if dist.get_world_size(self._groups[shard.expert]) > 1:
+                dist.all_reduce(gradient_of(shard), group=self._groups[shard.expert])
+
+
+def step_of(model: str, layout: Layout, exact: bool) -> Callable[[], object]:
+    config = MODELS[model]
+    mesh = make_mesh(layout, range(layout.pp))
+    if not exact:  # experts compute the rows of all ranks together
+        mesh = dataclasses.replace(mesh, device_type="cuda")
+    with torch.device("meta"):
+        built = parallelize(build(config), mesh, 0, [CPU])
+    split = BatchSplit(MICROBATCH, layout.dp, mesh.dp_rank, config.d_model)
+    trainer = Trainer(built, mesh, split, "1f1b", weight_decay=0.1, clip=1.0, fp16=False)
+    if not exact:
+        trainer.reduction = Plain(built, mesh)
+    loader = RandomTokens(config.vocab_size, config.seq_len)
+    return lambda: trainer.step(loader, BATCH, 1e-4, 0)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    world = pipeline.init()
+    keep_freed_memory()
+    runs = {}
+    for model in MODELS:
+        for layout in (Layout(*sizes) for sizes in LAYOUTS[world.size]):
+            for exact in (True, False):
+                runs[f"{model}, {layout}, {'tree' if exact else 'plain'}"] = step_of(model, layout, exact)
+    serve(runs, world.rank)
+
+
+if __name__ == "__main__":
+    main()

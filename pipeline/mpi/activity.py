@@ -7,18 +7,21 @@
 The text is in shared memory, which the other ranks of the machine map at the start. A block takes about 3 µs.
 """
 
+import math
 import mmap
 import os
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
-from pipeline.mpi.guardian import MEMORY_BYTES, TEXT_BYTES
+from pipeline.mpi.guardian import LONG, MEMORY_BYTES, TEXT_BYTES
 
 NOTE = "activity: "  # begins the note that an exception gets
 
 _MAIN_THREAD = threading.main_thread().ident
 _blocks: list["doing"] = []  # that the main thread is in, outermost first
+_long_ended = -math.inf  # when the last long activity has ended (time.monotonic)
 _memory: mmap.mmap | None = None
 _descriptor = -1  # of the memory
 
@@ -50,10 +53,13 @@ class doing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        global _long_ended
         if threading.get_ident() == _MAIN_THREAD:
             if error is not None and not activity_of(error):
                 error.add_note(NOTE + activity())
             _blocks.pop()
+            if self.long and not is_long():
+                _long_ended = time.monotonic()
             _publish()
 
 
@@ -65,6 +71,11 @@ def activity() -> str:
 def is_long() -> bool:
     """Return whether the current activity may take longer than the timeout of the job."""
     return bool(_blocks) and _blocks[-1].long
+
+
+def seconds_since_long() -> float:
+    """Return how long ago the last long activity has ended; 0 in one, infinity without one."""
+    return 0.0 if is_long() else time.monotonic() - _long_ended
 
 
 def activity_of(error: BaseException) -> str:
@@ -96,3 +107,4 @@ def open_activity(pid: int, descriptor: int) -> mmap.mmap | None:
 def _publish() -> None:
     if _memory is not None:
         _memory[:TEXT_BYTES] = activity().encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
+        _memory[LONG] = is_long()

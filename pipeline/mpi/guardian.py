@@ -29,9 +29,10 @@ READ_S = 1.0  # for the launcher to read what was printed
 PIDFD_GET_INFO, INFO_EXIT = 0xC040FF0B, 8  # include/uapi/linux/pidfd.h
 IN_ORDER, ABORTING = b"i", b"a"  # messages to the guardian
 
-# Shared memory of a rank: its activity, whether its death has been reported, and how it ended (0 or 1, wait status)
+# Shared memory of a rank: its activity, whether this is long, whether its death has been reported, and how it ended (0
+# or 1, wait status)
 TEXT_BYTES = 256
-CLAIM, STATUS, MEMORY_BYTES = TEXT_BYTES, TEXT_BYTES + 1, TEXT_BYTES + 4
+LONG, CLAIM, STATUS, MEMORY_BYTES = TEXT_BYTES, TEXT_BYTES + 1, TEXT_BYTES + 2, TEXT_BYTES + 5
 
 _lifeline: int | None = None  # written to when the rank ends in order
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from mpi4py import MPI
 
 from pipeline.mpi.activity import open_activity, share
-from pipeline.mpi.guardian import claim, describe_death, read_activity
+from pipeline.mpi.guardian import LONG, claim, describe_death, read_activity
 
 
 class Processes:
@@ -35,8 +35,20 @@ class Processes:
             return {}
 
     def can_answer(self, rank: int) -> bool:
-        """Return whether a rank can answer, as far as this rank can determine it."""
+        """Return whether a rank is neither stopped nor dead, as far as this rank can determine it."""
         return self._state(rank) not in "TXZ"
+
+    def is_local(self, rank: int) -> bool:
+        """Return whether a rank is on this machine."""
+        return rank in self._pids
+
+    def cpu_s_of_long_activity(self, rank: int) -> float | None:
+        """Return the CPU seconds that a rank has used if its activity may take longer than the timeout, else None."""
+        memory = self._activities.get(rank)
+        if memory is None or not memory[LONG] or not self.can_answer(rank):
+            return None
+        user, system = self._stat(rank)[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def why_silent(self, rank: int) -> str:
         """Return the reason why a rank does not answer, and its activity, as far as this rank can determine them."""
@@ -62,9 +74,11 @@ class Processes:
 
     def _state(self, rank: int) -> str:
         """Return the state of a rank's process as ``ps`` does, or ``?`` if it is on another machine."""
-        if rank not in self._pids:
-            return "?"
+        return self._stat(rank)[0] if rank in self._pids else "?"
+
+    def _stat(self, rank: int) -> list[str]:
+        """Return the fields of ``/proc/<pid>/stat`` from the state on; state Z if the process is gone."""
         try:
-            return Path(f"/proc/{self._pids[rank]}/stat").read_text().rpartition(")")[2].split()[0]
+            return Path(f"/proc/{self._pids[rank]}/stat").read_text().rpartition(")")[2].split()
         except OSError:
-            return "Z"
+            return ["Z", *["0"] * 49]

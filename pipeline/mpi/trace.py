@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.mpi.activity import activity, is_long
+from pipeline.mpi.activity import activity, seconds_since_long
 
 LAST = 256  # operations kept per rank
 # operations whose tensors have the same size on every rank in every valid program
@@ -181,7 +181,7 @@ class Trace:
             "time": time.time(),
             "now": _place(main),
             "activity": activity(),
-            "long": is_long(),
+            "since_long_s": seconds_since_long(),
             "cpu_s": time.process_time(),
             "operations": [entry.as_json(entry in waiting) for entry in entries],
             "stacks": {names.get(ident, str(ident)): _stack(frame) for ident, frame in frames.items()},

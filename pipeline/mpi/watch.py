@@ -151,7 +151,7 @@ class Watch:
                 continue
             if entry.waited_s > self.timeout_s and self._long_activity():
                 entry.waited_s = 0.0
-            if entry.waited_s > self.timeout_s:
+            if entry.waited_s > self.timeout_s and entry in self._trace.waiting:  # it may have ended in the meantime
                 reason = f"rank {self._rank} has waited {entry.waited_s:.0f} s in {entry.operation} and ends the job"
                 self._report(reason, 1)
             if self._left and entry.waited_s > LEFT_S and now - self._checked_left_at > LEFT_S:
@@ -159,15 +159,24 @@ class Watch:
                 self._check_left()
 
     def _long_activity(self) -> bool:
-        """Return whether all ranks answer, and one is in a long activity and has used the CPU since the last call."""
+        """Return whether a rank is or was in a long activity and has used the CPU since the last call; none is stopped.
+
+        A rank that does not answer may be in C code that holds Python's global interpreter lock, or the machine may be
+        busy. This rank then examines its process.
+        """
         snapshots = self._gather(required=self._alive())
-        used_s = {
-            rank: snapshot["cpu_s"] - self._cpu_s.get(rank, 0.0)
-            for rank, snapshot in snapshots.items()
-            if snapshot["long"]
-        }
-        self._cpu_s |= {rank: snapshots[rank]["cpu_s"] for rank in used_s}
-        return len(snapshots) == self._size and any(used > LEAST_USE * self.timeout_s for used in used_s.values())
+        cpu_s: dict[int, float | None] = {}
+        for rank in range(self._size):
+            if rank in snapshots:
+                recent = snapshots[rank]["since_long_s"] <= self.timeout_s  # the wait may end at this moment
+                cpu_s[rank] = snapshots[rank]["cpu_s"] if recent else None
+            elif self._processes.is_local(rank) and self._processes.can_answer(rank):
+                cpu_s[rank] = self._processes.cpu_s_of_long_activity(rank)
+            else:
+                return False
+        used_s = [now - self._cpu_s.get(rank, 0.0) for rank, now in cpu_s.items() if now is not None]
+        self._cpu_s |= {rank: now for rank, now in cpu_s.items() if now is not None}
+        return any(used > LEAST_USE * self.timeout_s for used in used_s)
 
     def _check_left(self) -> None:
         """End the job if this rank waits for a rank that has left its script without beginning the operation."""

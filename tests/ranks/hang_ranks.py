@@ -99,12 +99,13 @@ def exit_awaited(rank: int) -> None:
 
 
 def long_activity(rank: int) -> None:
-    """Work for longer than the timeout, which is 3 s."""
+    """Work for longer than the timeout, which is 3 s, first in Python, then with the global interpreter lock held."""
     if rank == 1:
         with doing("data preparation", long=True):
-            end = time.monotonic() + 8
+            end = time.monotonic() + 4
             while time.monotonic() < end:
                 pass
+            sum(range(100_000_000))
     dist.barrier()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.mpi.activity import activity, activity_of, doing, is_long, open_activity
+from pipeline.mpi.activity import activity, activity_of, doing, is_long, open_activity, seconds_since_long
 from pipeline.mpi.guardian import claim, describe_death, read_activity, wait_status
 from tests.launch import ROOT, inherited
 
@@ -26,8 +26,9 @@ with doing("step 7"), doing("backward of stage 1"):
 def test_activities_are_nested() -> None:
     with doing("step 7"):
         with doing("backward", long=True):
-            assert (activity(), is_long()) == ("step 7, backward", True)
+            assert (activity(), is_long(), seconds_since_long()) == ("step 7, backward", True, 0)
         assert (activity(), is_long()) == ("step 7", False)
+        assert 0 < seconds_since_long() < 60
     assert activity() == ""
 
 

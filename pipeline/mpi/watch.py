@@ -32,7 +32,7 @@ ANSWER_S = 2.5  # limit for the answers of the other ranks
 DEATH_S = 1.0  # delay from a rank's death to the report; the other ranks may be about to exit as well
 LEFT_S = 2.0  # an operation may wait this long for a rank that has left its script
 RELAY_S = 7.0  # after this time, a rank that passed its report on to another rank ends the job itself
-LEAST_USE = 0.01  # fraction of a core that a rank in a long activity uses, more than this thread does
+LEAST_USE = 0.04  # fraction of a core that a rank in a long activity uses; its idle threads use less than 0.02
 QUIET_S = 2.0  # a signal sent to all ranks counts as one request
 
 ASK, ANSWER, REPORT, LEFT = 1, 2, 3, 4  # message tags

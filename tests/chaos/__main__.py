@@ -44,7 +44,7 @@ One fault is injected into one rank of a small training run (two pipeline stages
 `--timeout {timeout:g}`). Every run must end with a message that names the rank and what it was doing, with a status
 that is not 0 (2 for what a user can correct), and without a process that is left. `python -m tests.chaos` writes this
 page. A hang (`stopped`, `endless_loop`, and collectives that differ) is found after the timeout; everything else ends
-within {limit:g} s. `slow` is reported and the run continues.
+within {limit:g} s. `slow` is reported and the run continues; `long` takes longer than the timeout without being a fault.
 
 | fault | place | ranks | s until the end | status | first line of the message | processes left |
 |---|---|---|---|---|---|---|
@@ -68,7 +68,8 @@ class Outcome:
         first = next((line for line in self.error.splitlines() if line.strip()), "")
         first = re.sub(r"\(process \d+\)", "(process …)", first).replace("|", "\\|")
         first = re.sub(r"/tmp/\S*?/(run|shards)", r"\1", first)
-        cells = self.case.fault, self.case.place, self.case.ranks, f"{self.seconds:.1f}", self.status, first, self.left
+        seconds = "continues" if self.case.status == 0 else f"{self.seconds:.1f}"
+        cells = self.case.fault, self.case.place, self.case.ranks, seconds, self.status, first, self.left
         return f"| {' | '.join(map(str, cells))} |"
 
 

@@ -132,4 +132,4 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
         fail(str(error), 2)
     except BrokenPipeError:  # as in `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # the status that a shell reports for a program that SIGPIPE ended
+        fail("", 141)  # the status that a shell reports for a program that SIGPIPE ended

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pipeline.clock import clock_of
 from pipeline.messages import Channel, Direction, Message
+from pipeline.mpi.activity import doing
 from pipeline.schedule import Action, ActionKind, Schedule
 from pipeline.stage import Stage
 
@@ -191,15 +192,16 @@ class _ScheduleRun:
 
     def execute(self, action: Action) -> tuple[Any, Any]:
         """[2] to [4] for one action. Returns marks of the clock after the wait for its message and at its end."""
-        tensor = self._input(action)  # [2]
-        start = self.engine.clock.mark()
-        if tensor is None:
-            self.engine.stages[action.stage].backward_weight(action.microbatch)  # [3]
-        elif action.kind is ActionKind.FORWARD:
-            self._forward(action, tensor)
-        else:
-            self._backward(action, tensor)
-        return start, self.engine.clock.mark()
+        with doing(action.describe()):
+            tensor = self._input(action)  # [2]
+            start = self.engine.clock.mark()
+            if tensor is None:
+                self.engine.stages[action.stage].backward_weight(action.microbatch)  # [3]
+            elif action.kind is ActionKind.FORWARD:
+                self._forward(action, tensor)
+            else:
+                self._backward(action, tensor)
+            return start, self.engine.clock.mark()
 
     def wait_for_sends(self) -> None:
         """[5] Wait until all messages have been sent."""

@@ -43,6 +43,10 @@ class Action(NamedTuple):
     def __str__(self) -> str:
         return f"{self.kind}{self.stage}.{self.microbatch}"
 
+    def describe(self) -> str:
+        """Return the action in words, such as ``backward of stage 1, micro-batch 3``."""
+        return f"{self.kind.name.lower().replace('_', ' ')} of stage {self.stage}, micro-batch {self.microbatch}"
+
 
 @dataclass(frozen=True)
 class Schedule:

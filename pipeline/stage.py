@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.mpi.activity import doing
 from pipeline.split_backward import SplitBackward, run_backward
 
 
@@ -47,23 +48,28 @@ class Segment(Protocol):
 
 
 class DeviceLayers(nn.Module):
-    """Layers in sequence on one device. With recompute (activation checkpointing) only each layer's input is kept."""
+    """Layers in sequence on one device. With recompute (activation checkpointing) only each layer's input is kept.
+
+    first: number of the first layer in error messages.
+    """
 
     def __init__(
-        self, layers: Sequence[nn.Module], autocast: torch.dtype | None = None, recompute: bool = False
+        self, layers: Sequence[nn.Module], autocast: torch.dtype | None = None, recompute: bool = False, first: int = 0
     ) -> None:
         super().__init__()
+        self.first = first
         self.layers = nn.ModuleList(Autocast(layer, autocast) for layer in layers)
         self.recompute = recompute
         self.splits_backward = not recompute
 
     def forward(self, x: Tensor, context: Any) -> Tensor:
-        for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
-                # The randomness of a layer comes from its context, so there is no generator state to restore.
-                x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, context)
+        for number, layer in enumerate(self.layers, self.first):
+            with doing(f"layer {number}"):
+                if self.recompute and torch.is_grad_enabled():
+                    # The randomness of a layer comes from its context, so there is no generator state to restore.
+                    x = checkpoint(layer, x, context, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = layer(x, context)
         return x
 
 

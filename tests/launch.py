@@ -86,6 +86,11 @@ def mpirun() -> str:
     return str(installed) if installed.exists() else "mpirun"
 
 
+def is_mpich() -> bool:
+    """Return whether ``mpirun`` is that of MPICH."""
+    return "HYDRA" in subprocess.run([mpirun(), "--version"], capture_output=True, text=True, check=False).stdout
+
+
 def members(session: int) -> list[int]:
     """Return the running processes of a session. mpirun puts its children in separate process groups."""
     found = []

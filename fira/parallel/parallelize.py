@@ -139,7 +139,7 @@ def parallelize(
         else:
             blocks = [place for place, i in enumerate(stage_layers, 1) if 0 < i < len(model.layers) - 1]
             cut = max([0, *blocks[:recompute]])
-            rank_stages[number] = _stage([*stage_layers.values()], cut, autocast, devices[0])
+            rank_stages[number] = _stage(stage_layers, cut, autocast, devices[0])
     tied = _tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
     return DistributedModel(
         config=model.config,
@@ -203,10 +203,11 @@ def _local_pipeline_stage(
     return Stage(local, devices[0])
 
 
-def _stage(layers: list[nn.Module], cut: int, autocast: torch.dtype | None, device: torch.device) -> Stage:
+def _stage(stage_layers: dict[int, nn.Module], cut: int, autocast: torch.dtype | None, device: torch.device) -> Stage:
     """A stage that recomputes its first `cut` layers in the backward."""
-    recomputed = DeviceLayers(layers[:cut], autocast, recompute=True)
-    regular = DeviceLayers(layers[cut:], autocast)
+    first, layers = min(stage_layers), [*stage_layers.values()]
+    recomputed = DeviceLayers(layers[:cut], autocast, recompute=True, first=first)
+    regular = DeviceLayers(layers[cut:], autocast, first=first + cut)
     if cut in (0, len(layers)):
         return Stage(recomputed if cut else regular, device)
     return Stage(regular, device, before=recomputed)

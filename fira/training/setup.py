@@ -28,6 +28,7 @@ from fira.training.config import TrainConfig
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
+from pipeline.mpi.activity import doing
 from pipeline.schedule import SCHEDULES
 
 
@@ -135,7 +136,10 @@ def load_corpus(config: TrainConfig, tokenizer: str | None, vocab_size: int, wor
     def corpus(progress: bool) -> Corpus:
         return prepare(config.data, config.text_column, tokenizer, vocab_size, progress=progress)
 
-    prepared = corpus(progress=world.rank == 0 and not quiet) if world.local_rank == 0 else None
+    prepared = None
+    if world.local_rank == 0:
+        with doing("data preparation", long=True):  # may take longer than the timeout, while the other ranks wait
+            prepared = corpus(progress=world.rank == 0 and not quiet)
     dist.barrier()
     return prepared or corpus(progress=False)
 

@@ -13,11 +13,8 @@ message and aborts the job, whatever the other ranks are waiting for.
 """
 
 import atexit
-import fcntl
 import os
-import stat
 import sys
-import termios
 import threading
 import time
 import traceback
@@ -25,6 +22,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn
+
+from pipeline.mpi import guardian
+from pipeline.mpi.activity import activity, activity_of, share
 
 NOTIFY_S = 1.0
 EXIT_S = 5.0  # a rank that has not exited on its own by then is aborted
@@ -39,10 +39,10 @@ def fail(message: str, status: int = 1) -> NoReturn:
     Raises:
         SystemExit: if every rank fails, or before ``init()``. Otherwise the job is aborted.
     """
-    if _job is None:
-        print(message, file=sys.stderr)
-    else:
+    if _job is not None:
         _job.end(message, status)
+    elif message:
+        print(message, file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -55,13 +55,14 @@ def abort_on_failure() -> Iterator[None]:
     when another rank waits for it. The exit status of the job is then that of ``sys.exit``, but 1 for a ``SystemExit``
     that was raised directly.
     """
+    guardian.start(share())
     try:
         yield
     except SystemExit as error:
         if _job is None or error.code in (None, 0):
             raise
         if isinstance(error.code, int):
-            fail("", error.code)
+            fail(f"rank {_job.rank} exited with status {error.code}{_during(error)}", error.code)
         fail(str(error.code))
 
 
@@ -69,7 +70,8 @@ def abort(status: int) -> NoReturn:
     """End every rank at once. Output that this rank has already written to stderr is not lost."""
     from mpi4py import MPI
 
-    _wait_until_read(2)
+    guardian.release(guardian.ABORTING)
+    guardian.wait_until_read(2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # suppresses the line that MPICH adds, which has less information
     MPI.COMM_WORLD.Abort(status)
     raise AssertionError("MPI_Abort returned")
@@ -98,18 +100,18 @@ class _Job:
         self._watch = watch
         self._close = close
         self._comm = comm.Dup()  # a private communicator: no other message can interfere
-        self._rank = comm.Get_rank()
+        self.rank = comm.Get_rank()
         self._size = comm.Get_size()
         self._ending = threading.Lock()
-        self._exit_status = 0
+        self._exit_status, self._exit_activity = 0, ""
 
     def on_exception(self, kind: type[BaseException], value: BaseException | None, trace: TracebackType | None) -> None:
         """Replacement for ``sys.excepthook``."""
         if issubclass(kind, KeyboardInterrupt):
             self.end("", 130)
         else:
-            lines = "".join(traceback.format_exception(kind, value, trace))
-            self.end(f"rank {self._rank} failed:\n{lines}", 1, explain=True)
+            lines = traceback.format_exception(kind, value, trace)
+            self.end(f"rank {self.rank} failed{_during(value)}: {_summary(value)}\n{''.join(lines)}", 1, explain=True)
 
     def on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
         """Replacement for ``threading.excepthook``, which ignores ``SystemExit`` as Python's own hook does."""
@@ -120,6 +122,7 @@ class _Job:
         """Replacement for ``sys.exit`` that records the status, since ``atexit`` functions do not receive it."""
         if threading.current_thread() is threading.main_thread():
             self._exit_status = status if isinstance(status, int) else int(status is not None)
+            self._exit_activity = activity()
         raise SystemExit(status)
 
     def end(self, message: str, status: int, explain: bool = False) -> None:
@@ -128,15 +131,15 @@ class _Job:
         Args:
             message: printed by the lowest failing rank; may be empty.
             status: exit status of the job.
-            explain: whether to print what the other ranks were doing.
+            explain: whether to print what the other ranks were doing; collectives that differ are always printed.
         """
         if not self._ending.acquire(blocking=False):
             return
         failing = self._failing_ranks()
-        if self._rank == min(failing) and message:
+        if self.rank == min(failing) and message:
             print(message.rstrip("\n"), file=sys.stderr)
-        if self._rank == min(failing) and explain:
-            print(self._watch.after_failure(), end="", file=sys.stderr)
+        if self.rank == min(failing):
+            print(self._watch.after_failure(waits=explain), end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if len(failing) == self._size and threading.current_thread() is threading.main_thread():
@@ -144,7 +147,7 @@ class _Job:
             timer.daemon = True
             timer.start()
             return
-        if self._rank != min(failing):
+        if self.rank != min(failing):
             time.sleep(EXIT_S)  # the rank that prints aborts the job first
         abort(status)
 
@@ -152,9 +155,9 @@ class _Job:
         """Return this rank and the ranks whose notification of failure arrives within ``NOTIFY_S``."""
         from mpi4py import MPI
 
-        failing = {self._rank}
+        failing = {self.rank}
         for peer in range(self._size):
-            if peer != self._rank:
+            if peer != self.rank:
                 self._comm.Isend([b"", 0, MPI.BYTE], peer)
         status = MPI.Status()
         deadline = time.monotonic() + NOTIFY_S
@@ -169,11 +172,14 @@ class _Job:
     def leave(self) -> None:
         """Wait for the other ranks before ``MPI_Finalize`` does, because it would spin on a core that they need."""
         barrier, deadline = self._comm.Ibarrier(), time.monotonic() + ANNOUNCE_S
-        while not barrier.Test():
-            if time.monotonic() > deadline:
-                self._watch.announce_exit(self._exit_status)
-                deadline = float("inf")
-            time.sleep(0.001)
+        with self._watch.begin_exit():  # the timeout applies to this wait as well
+            while not barrier.Test():
+                if time.monotonic() > deadline:
+                    self._watch.announce_exit(self._exit_status, self._exit_activity)
+                    deadline = float("inf")
+                time.sleep(0.001)
+        if self._exit_status and not self._ending.locked():
+            print(f"rank {self.rank} exited with status {self._exit_status}", file=sys.stderr, flush=True)
         self._close()
         self._watch.stop()
         barrier = self._comm.Ibarrier()  # a rank that exits while another rank's watch runs would be reported as dead
@@ -181,14 +187,15 @@ class _Job:
             time.sleep(0.001)
 
 
-def _wait_until_read(descriptor: int) -> None:
-    """Wait at most ``NOTIFY_S`` until the launcher has read the pipe, because an abort discards unread output."""
-    deadline = time.monotonic() + NOTIFY_S
-    while stat.S_ISFIFO(os.fstat(descriptor).st_mode) and time.monotonic() < deadline:
-        unread = int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
-        if unread == 0:
-            return
-        time.sleep(0.001)
+def _during(error: BaseException | None) -> str:
+    """Return `` in <activity>`` if the activity in which an exception was raised is known."""
+    text = "" if error is None else activity_of(error)
+    return f" in {text}" if text else ""
+
+
+def _summary(error: BaseException | None) -> str:
+    """Return type and first line of the message of an exception."""
+    return "".join(traceback.format_exception_only(error)).partition("\n")[0]
 
 
 _job: _Job | None = None

@@ -18,6 +18,7 @@ Record = dict[str, Any]
 Snapshot = dict[str, Any]
 
 MESSAGES = ("send", "recv", "recvAnySource")
+EXIT = "exit"  # the operation of a rank that has left its script and waits for the others
 
 
 class HangReport:
@@ -116,11 +117,15 @@ class HangReport:
                     single = rank if record["operation"] in (*MESSAGES, "monitored_barrier") else None
                     operation = _group_key(record), record["operation"], record["number"], record["peer"], single
                     waiting_by_operation[operation][rank] = record
+        if len(waiting_by_operation) > 1:  # the lines of the others name the ranks that have left
+            waiting_by_operation = {key: waiting for key, waiting in waiting_by_operation.items() if key[1] != EXIT}
         lines = []
         for waiting in waiting_by_operation.values():
             rank, record = next(iter(waiting.items()))
             verb = "waits" if len(waiting) == 1 else "wait"
-            lines.append(f"{_ranks(waiting)} {verb} in {_described(record)}, {_where(record)}")
+            activities = {self._snapshots[rank]["activity"] for rank in waiting}
+            during = f", in {activities.pop()}" if len(activities) == 1 and any(activities) else ""
+            lines.append(f"{_ranks(waiting)} {verb} in {_described(record)}, {_where(record)}{during}")
             if record["operation"] in MESSAGES:
                 lines += self._missing_message(rank, record)
             elif record["operation"] != "monitored_barrier":
@@ -171,7 +176,9 @@ class HangReport:
         """Describe a rank's last operation and the line that it executes now."""
         snapshot = self._snapshots[rank]
         now = f"it is now at {_short(snapshot['now'])}" if snapshot["now"] else "its script has ended"
-        last = max(snapshot["operations"], key=lambda record: record["started"], default=None)
+        now += f", in {snapshot['activity']}" if snapshot["activity"] else ""
+        operations = [record for record in snapshot["operations"] if record["operation"] != EXIT]
+        last = max(operations, key=lambda record: record["started"], default=None)
         if last is None:
             return f"it has not begun any operation yet; {now}"
         if last["waited_s"] is not None:
@@ -251,6 +258,8 @@ def _tensor(record: Record) -> str:
 
 
 def _where(record: Record) -> str:
+    if record["operation"] == EXIT:
+        return "at the end of the script"
     return _short(record["where"]) if record["where"] else "called from C++"
 
 

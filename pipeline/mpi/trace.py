@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections import deque
 from types import CodeType, FrameType
 from typing import Any
@@ -14,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.mpi.activity import activity, seconds_since_long
+
 LAST = 256  # operations kept per rank
+# operations whose tensors have the same size on every rank in every valid program
+EQUAL_SIZES = frozenset({"all_reduce", "all_reduce_coalesced", "reduce", "broadcast"})
+SIGNATURES, WEIGHTS = 2**16, 2**8  # possible values, so that sums of checksums are exact in float64
 # operations that are numbered per peer and tag instead of per group
 POINT_TO_POINT = frozenset({"send", "recv", "recvAnySource", "monitored_barrier"})
 
@@ -26,6 +32,12 @@ _INTERNAL = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__)
 def _is_internal(file: str) -> bool:
     """Return whether a file belongs to torch or to this folder, and is skipped when a caller is looked up."""
     return file.startswith(_INTERNAL)
+
+
+@functools.cache
+def _code(operation: str, dtype: torch.dtype | None) -> tuple[int, bool]:
+    """Return a number for an operation and a dtype, and whether the sizes of its tensors are equal on all ranks."""
+    return zlib.crc32(f"{operation} {dtype}".encode()), operation in EQUAL_SIZES
 
 
 class Entry:
@@ -101,7 +113,10 @@ class GroupTrace:
         self.trace = trace
         self.ranks = ranks
         self.name = self.description = ""
+        self.signature = 0  # of the collectives so far, equal on all members
         self._numbers: dict[Any, int] = {}
+        self.weight = zlib.crc32(repr(ranks).encode()) % WEIGHTS + 1  # equal differences in two groups must not cancel
+        trace.groups.append(self)
 
     def begin(self, operation: str, tensors: list[Tensor], peer: int = -1, detail: Any = None) -> Entry:
         """Record the start of an operation.
@@ -117,6 +132,10 @@ class GroupTrace:
         entry = Entry(self, operation, number, peer, detail)
         if tensors:
             entry.shape, entry.dtype = tensors[0].shape, tensors[0].dtype
+        if key is None:
+            code, has_equal_sizes = _code(operation, entry.dtype)
+            size = tensors[0].numel() if tensors and has_equal_sizes else 0
+            self.signature = (self.signature * 31 + code + size) % SIGNATURES
         frame: FrameType | None = sys._getframe(2)  # the caller's frame
         while frame is not None and _is_internal(frame.f_code.co_filename):
             frame = frame.f_back
@@ -132,9 +151,26 @@ class Trace:
     def __init__(self) -> None:
         self.waiting: set[Entry] = set()
         self.last: deque[Entry] = deque(maxlen=LAST)
+        self.groups: list[GroupTrace] = []
+
+    def checksum(self, rank: int) -> int:
+        """Return a number whose sum over all ranks is 0 if the members of each group called equal collectives.
+
+        A member adds its signature, weighted by its position in the group, and the first member subtracts
+        the same for all of them. For 10,000 ranks, the numbers and their sums are exact in float64.
+
+        Args:
+            rank: global rank of this process.
+        """
+        total = 0
+        for group in self.groups:
+            position, size = group.ranks.index(rank), len(group.ranks)
+            factor = position if position else -size * (size - 1) // 2
+            total += group.signature * group.weight * factor
+        return total
 
     def as_json(self) -> dict[str, Any]:
-        """Return the snapshot of this process: operations, stacks of all threads and time."""
+        """Return the snapshot of this process: operations, stacks of all threads, activity and times."""
         waiting, last = self.waiting.copy(), list(self.last)
         entries = sorted(waiting.difference(last), key=lambda entry: entry.started) + last
         names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -144,6 +180,9 @@ class Trace:
             "pid": os.getpid(),
             "time": time.time(),
             "now": _place(main),
+            "activity": activity(),
+            "since_long_s": seconds_since_long(),
+            "cpu_s": time.process_time(),
             "operations": [entry.as_json(entry in waiting) for entry in entries],
             "stacks": {names.get(ident, str(ident)): _stack(frame) for ident, frame in frames.items()},
         }

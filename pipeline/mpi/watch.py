@@ -16,20 +16,23 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 
 from mpi4py import MPI
 
 from pipeline.mpi.failure import abort
-from pipeline.mpi.hang_report import HangReport, Snapshot
-from pipeline.mpi.trace import LAST, GroupTrace, Trace
+from pipeline.mpi.hang_report import EXIT, HangReport, Snapshot
+from pipeline.mpi.processes import Processes
+from pipeline.mpi.trace import LAST, Entry, GroupTrace, Trace
 
 POLL_S = 0.25  # a thread that wakes four times per second has no measurable cost
 ANSWER_S = 2.5  # limit for the answers of the other ranks
 DEATH_S = 1.0  # delay from a rank's death to the report; the other ranks may be about to exit as well
 LEFT_S = 2.0  # an operation may wait this long for a rank that has left its script
 RELAY_S = 7.0  # after this time, a rank that passed its report on to another rank ends the job itself
+LEAST_USE = 0.04  # fraction of a core that a rank in a long activity uses; its idle threads use less than 0.02
 QUIET_S = 2.0  # a signal sent to all ranks counts as one request
 
 ASK, ANSWER, REPORT, LEFT = 1, 2, 3, 4  # message tags
@@ -55,9 +58,10 @@ class Watch:
         self._reported_at = float("-inf")
         self._stopped = False
         self._dead: dict[int, float] = {}  # rank → when its death was detected
-        self._left: dict[int, int] = {}  # rank → exit status with which it left its script
+        self._left: dict[int, tuple[int, str]] = {}  # rank → exit status and activity with which it left its script
         self._checked_left_at = float("-inf")
-        self._pids = _local_processes(self._comm)
+        self._processes = Processes(self._comm)
+        self._cpu_s: dict[int, float] = {}  # rank → CPU time when its long activity was last looked at
         self._wake_up, self._alarm = os.pipe()
         os.set_blocking(self._alarm, False)
         self._thread = threading.Thread(target=self._run, name="mpi-watch", daemon=True)
@@ -80,18 +84,37 @@ class Watch:
         """Return the trace of a new group of these global ranks."""
         return GroupTrace(self._trace, ranks)
 
-    def announce_exit(self, status: int) -> None:
-        """Notify the other ranks that this rank has left its script and begins no more operations."""
+    def checksum(self) -> int:
+        """See ``Trace.checksum``."""
+        return self._trace.checksum(self._rank)
+
+    def begin_exit(self) -> Entry:
+        """Record that this rank has left its script and will wait for the other ranks."""
+        group = self.group(list(range(self._size)))
+        group.name = EXIT
+        return group.begin(EXIT, [])
+
+    def announce_exit(self, status: int, activity: str) -> None:
+        """Notify the other ranks that this rank has left its script and begins no more operations.
+
+        Args:
+            status: exit status.
+            activity: in which ``sys.exit`` was called; empty if it was not called in one.
+        """
         for peer in range(self._size):
             if peer != self._rank:
-                self._send(json.dumps(status).encode(), peer, LEFT)
+                self._send(json.dumps([status, activity]).encode(), peer, LEFT)
 
-    def after_failure(self) -> str:
-        """Return mismatches and waits between the ranks after this rank's failure, or an empty string."""
-        snapshots = self._gather(required=range(self._size))
+    def after_failure(self, waits: bool) -> str:
+        """Return mismatches between the ranks after this rank's failure, or an empty string.
+
+        Args:
+            waits: whether to return what the other ranks wait for as well.
+        """
+        snapshots = self._gather(required=self._alive())
         snapshots[self._rank]["now"] = "the failure above"
         report = HangReport(snapshots, {})
-        lines = report.mismatches + report.waits
+        lines = report.mismatches + (report.waits if waits else [])
         return self._publish("state of the other ranks at the failure", lines, snapshots) + "\n" if lines else ""
 
     # The thread
@@ -99,7 +122,7 @@ class Watch:
     def _run(self) -> None:
         poller = select.poll()
         poller.register(self._wake_up, select.POLLIN)
-        ranks = self._process_handles()
+        ranks = self._processes.handles()
         for handle in ranks:
             poller.register(handle, select.POLLIN)
         before = time.monotonic()
@@ -115,45 +138,63 @@ class Watch:
             self._check(now, min(now - before, 2 * POLL_S))  # time in which the process was stopped does not count
             before = now
 
-    def _process_handles(self) -> dict[int, int]:
-        """Return file descriptors that become readable when the process of another local rank ends, with its rank."""
-        try:
-            return {os.pidfd_open(pid): rank for rank, pid in self._pids.items() if rank != self._rank}
-        except (AttributeError, OSError):  # an old kernel, an old Python or a sandbox: the timeout reports the death
-            return {}
-
     def _check(self, now: float, elapsed: float) -> None:
         """Report what was requested, dead ranks, and waits that are too long or can never end."""
         while self._requests:
             self._report(*self._requests.pop())
         for rank, at in self._dead.items():
             if now - at > DEATH_S:
-                self._report(f"rank {rank} (process {self._pids[rank]}) died without a message; the job ends", 1)
+                self._report(*self._processes.death(rank))
         for entry in self._trace.waiting.copy():
             entry.waited_s += elapsed
             if entry.deadline != math.inf:
                 continue
-            if entry.waited_s > self.timeout_s:
+            if entry.waited_s > self.timeout_s and self._long_activity():
+                entry.waited_s = 0.0
+            if entry.waited_s > self.timeout_s and entry in self._trace.waiting:  # it may have ended in the meantime
                 reason = f"rank {self._rank} has waited {entry.waited_s:.0f} s in {entry.operation} and ends the job"
                 self._report(reason, 1)
             if self._left and entry.waited_s > LEFT_S and now - self._checked_left_at > LEFT_S:
                 self._checked_left_at = now
                 self._check_left()
 
+    def _long_activity(self) -> bool:
+        """Return whether a rank is or was in a long activity and has used the CPU since the last call; none is stopped.
+
+        A rank that does not answer may be in C code that holds Python's global interpreter lock, or the machine may be
+        busy. This rank then examines its process.
+        """
+        snapshots = self._gather(required=self._alive())
+        cpu_s: dict[int, float | None] = {}
+        for rank in range(self._size):
+            if rank in snapshots:
+                recent = snapshots[rank]["since_long_s"] <= self.timeout_s  # the wait may end at this moment
+                cpu_s[rank] = snapshots[rank]["cpu_s"] if recent else None
+            elif self._processes.is_local(rank) and self._processes.can_answer(rank):
+                cpu_s[rank] = self._processes.cpu_s_of_long_activity(rank)
+            else:
+                return False
+        used_s = [now - self._cpu_s.get(rank, 0.0) for rank, now in cpu_s.items() if now is not None]
+        self._cpu_s |= {rank: now for rank, now in cpu_s.items() if now is not None}
+        return any(used > LEAST_USE * self.timeout_s for used in used_s)
+
     def _check_left(self) -> None:
         """End the job if this rank waits for a rank that has left its script without beginning the operation."""
         report = HangReport(self._gather(required=range(self._size)), {})
         for rank in sorted(report.never_began[self._rank] & self._left.keys()):
-            status = self._left[rank]
-            reason = f"rank {rank} has exited with status {status} " if status else f"rank {rank} has ended its script "
-            self._report(f"{reason}while rank {self._rank} waits for it; the job ends", status or 1)
+            status, activity = self._left[rank]
+            exited = status or activity
+            reason = f"rank {rank} has exited with status {status}" if exited else f"rank {rank} has ended its script"
+            during = f" in {activity}" if activity else ""
+            self._report(f"{reason}{during} while rank {self._rank} waits for it; the job ends", status or 1)
 
     def _report(self, reason: str, status: int) -> None:
         """Let the lowest rank that answers print the report, then end the job with ``status`` unless that is 0."""
         if not status and time.monotonic() - self._reported_at < QUIET_S:
             return
         self._reported_at = time.monotonic()
-        snapshots = self._gather(required=range(1))
+        alive = self._alive()
+        snapshots = self._gather(required=alive[:1])
         first = min(snapshots)
         if first != self._rank:
             self._send(json.dumps([reason, status]).encode(), first, REPORT)
@@ -161,10 +202,14 @@ class Watch:
                 self._await_end()
                 print(f"pipeline: {reason}; rank {first} did not report in time", file=sys.stderr, flush=True)
         else:
-            snapshots = self._gather(required=range(self._size))
-            silent = {rank: self._why_silent(rank) for rank in range(self._size) if rank not in snapshots}
+            snapshots = self._gather(required=alive)
+            silent = {rank: self._processes.why_silent(rank) for rank in range(self._size) if rank not in snapshots}
             report = HangReport(snapshots, silent)
-            print(self._publish(reason, report.text(), snapshots), file=sys.stderr, flush=True)
+            text = self._publish(reason, report.text(), snapshots)
+            # Claimed as late as possible: mpirun may kill this process at any moment, then the guardian prints.
+            if not all(self._processes.claim(rank) for rank in self._dead):
+                text = text.replace(reason, "state of the other ranks", 1)
+            print(text, file=sys.stderr, flush=True)
         if status:
             abort(status)
 
@@ -189,24 +234,13 @@ class Watch:
             return f"{text}\n  the ranks' last operations could not be written: {error}"
         return f"{text}\n  every rank's last {LAST} operations and stacks: {folder.resolve()}"
 
-    def _why_silent(self, rank: int) -> str:
-        """Return the reason why a rank does not answer, as far as this rank can determine it."""
-        if rank not in self._pids:
-            return f"no answer from its machine within {ANSWER_S:g} s"
-        pid = self._pids[rank]
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            state = "Z"
-        if state == "T":
-            return f"its process {pid} is stopped (SIGSTOP)"
-        if state in "XZ":
-            return f"its process {pid} is dead"
-        return f"its process {pid} runs, but too slowly or in C code that holds Python's global interpreter lock"
+    def _alive(self) -> list[int]:
+        """Return the ranks that can answer, as far as this rank can determine it."""
+        return [rank for rank in range(self._size) if rank not in self._dead and self._processes.can_answer(rank)]
 
     # Messages
 
-    def _gather(self, required: range) -> dict[int, Snapshot]:
+    def _gather(self, required: Iterable[int]) -> dict[int, Snapshot]:
         """Return the traces of the ranks that answer and of this one. Wait at most ``ANSWER_S`` for ``required``."""
         with self._gathering:
             self._answers = {self._rank: self._trace.as_json()}
@@ -245,13 +279,3 @@ class Watch:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._requests.append((f"report requested by {signal.Signals(number).name}", 0))
         os.write(self._alarm, b"!")
-
-
-def _local_processes(comm: MPI.Intracomm) -> dict[int, int]:
-    """Return the process ids of the ranks on this machine by rank: those with this boot id and PID namespace."""
-    try:
-        namespace = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux, or a sandbox: no other rank is known to be local
-        namespace = f"rank {comm.Get_rank()}"
-    processes = comm.allgather((namespace, os.getpid()))
-    return {rank: pid for rank, (other, pid) in enumerate(processes) if other == namespace}

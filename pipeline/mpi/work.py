@@ -36,6 +36,7 @@ class ProgressEngine:
 
     def __init__(self, spins: int) -> None:
         self._spins = spins
+        self.waited_s = 0.0  # sum of all waits, in which other operations may have been advanced
         self._active: set[Operation] = set()
         # torch 2.6 keeps only the C++ part of an operation alive that DDP or a functional collective waits for
         self._recent: deque[Operation] = deque(maxlen=64 if torch.__version__ < "2.7" else 0)
@@ -52,17 +53,16 @@ class ProgressEngine:
     def wait(self, operation: "Operation", deadline: float) -> bool:
         """Wait until the operation has ended or ``deadline`` (``time.monotonic()``). Return whether it has ended."""
         tests = 0
-        began = time.monotonic()
-        while not operation.advance():
+        began = now = time.monotonic()
+        while not operation.advance() and now <= deadline:
             tests += 1
             if tests > self._spins:
                 now = time.monotonic()
-                if now > deadline:
-                    return False
                 for other in tuple(self._active):
                     other.advance()
                 pause(tests - self._spins, now - began)
-        return True
+        self.waited_s += time.monotonic() - began
+        return operation.advance()
 
     def advance_in_thread(self, operation: "Operation") -> None:
         """Advance the operation in a thread, because waiting for its future does not make progress in MPI."""

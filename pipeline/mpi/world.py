@@ -5,10 +5,13 @@ import os
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.mpi import guardian
+from pipeline.mpi.activity import share
 from pipeline.mpi.failure import abort, fail, install
 
 TIMEOUT_S = 600.0
@@ -20,12 +23,18 @@ DEPRECATED_VARIABLES = {  # still read in this release
 
 @dataclass(frozen=True)
 class World:
-    """Rank of this process and number of ranks, in the job and on this machine."""
+    """Rank of this process and number of ranks, in the job and on this machine.
+
+    waited_s: returns the seconds that this process has waited for MPI operations.
+    checksum: returns a number whose sum over all ranks is 0 if all have called equal collectives, see ``Trace``.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+    waited_s: Callable[[], float] = field(default=float, compare=False, repr=False)
+    checksum: Callable[[], int] = field(default=int, compare=False, repr=False)
 
 
 def init(timeout_s: float | None = None, cuda: bool = True) -> World:
@@ -46,6 +55,7 @@ def init(timeout_s: float | None = None, cuda: bool = True) -> World:
     """
     global _world
     if _world is None:
+        guardian.start(share())
         deprecated = _rename_deprecated_variables()
         given = os.environ.get("PIPELINE_MPI_TIMEOUT_S", TIMEOUT_S) if timeout_s is None else timeout_s
         seconds = _seconds(given)
@@ -130,7 +140,7 @@ def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
     start(comm, progress, watch, *choose_transport(world.local_rank, cuda))
     watch.start()
     install(comm, watch, destroy_nccl_groups)  # after torch, which installs its own excepthook
-    return world
+    return replace(world, waited_s=lambda: progress.waited_s, checksum=watch.checksum)
 
 
 def _seconds(timeout: str | float) -> float | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import pipeline.engine
 from pipeline.engine import LOOK_AHEAD, Engine, MicroBatch
 from pipeline.messages import Direction
+from pipeline.mpi.activity import activity_of
 from pipeline.schedule import SCHEDULES, Action, ActionKind, Schedule, forward_only
 from pipeline.stage import DeviceLayers, Stage
 from tests.pipeline.stand_ins import ManualClock, Network, Work, groups_of
@@ -285,3 +286,29 @@ def test_messages_are_sent_in_their_dtype_and_stages_take_theirs():
     assert {tensor.dtype for tensor in sent} == {torch.bfloat16}
     assert reports != losses
     np.testing.assert_allclose(reports, losses, rtol=0.02)
+
+
+class Passing(nn.Module):
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        return x
+
+
+class Failing(nn.Module):
+    """A layer that raises in its second call."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("injected")
+        return x
+
+
+def test_error_in_a_layer_names_stage_micro_batch_and_layer():
+    stage = Stage(DeviceLayers([Passing(), Failing()], first=4), CPU)
+    engine = Engine({0: stage}, lambda y, context: (y.sum(), y.sum()))
+    microbatches = [MicroBatch(torch.zeros(1), torch.Size([1])) for _ in range(3)]
+    with pytest.raises(RuntimeError, match="injected") as caught:
+        engine.run(forward_only((0,), 3), microbatches)
+    assert activity_of(caught.value) == "forward of stage 0, micro-batch 1, layer 5"

@@ -82,6 +82,10 @@ def killed(rank: int) -> None:
     _sum(rank)
 
 
+def ended_before_init(rank: int) -> None:
+    _sum(rank)  # not reached by rank 1
+
+
 def _print_sum(rank: int) -> None:
     os.write(1, f"sum {int(_sum(rank))}\n".encode())  # one write, so that the ranks' lines do not mix
 
@@ -94,6 +98,10 @@ def _sum(rank: int) -> torch.Tensor:
 
 if __name__ == "__main__":
     assert not {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} & set(os.environ)
-    if sys.argv[1] == "badly_timed" and "1" in {os.environ.get(name) for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")}:
-        os.environ["PIPELINE_MPI_TIMEOUT_S"] = "abc"
+    if "1" in {os.environ.get(name) for name in ("PMI_RANK", "OMPI_COMM_WORLD_RANK")}:
+        if sys.argv[1] == "badly_timed":
+            os.environ["PIPELINE_MPI_TIMEOUT_S"] = "abc"
+        if sys.argv[1] == "ended_before_init":
+            pipeline.abort_on_failure().__enter__()
+            os._exit(0)
     globals()[sys.argv[1]](pipeline.init().rank)

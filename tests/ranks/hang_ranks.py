@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import pipeline
+from pipeline.mpi.activity import doing
 
 
 def skipped_collective(rank: int) -> None:
@@ -85,8 +86,40 @@ def gone(rank: int) -> None:
 
 
 def killed(rank: int) -> None:
+    with doing(f"waiting for rank {1 - rank}"):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.barrier()
+
+
+def exit_awaited(rank: int) -> None:
+    dist.barrier()
+    while rank == 1:
+        pass
+
+
+def long_activity(rank: int) -> None:
+    """Work for longer than the timeout, which is 3 s, first in Python, then with the global interpreter lock held."""
     if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        with doing("data preparation", long=True):
+            end = time.monotonic() + 4
+            while time.monotonic() < end:
+                pass
+            sum(range(100_000_000))
+    dist.barrier()
+
+
+def long_activity_idle(rank: int) -> None:
+    if rank == 1:
+        with doing("data preparation", long=True):
+            time.sleep(60)
+    dist.barrier()
+
+
+def long_activity_stopped(rank: int) -> None:
+    if rank == 1:
+        with doing("data preparation", long=True):
+            os.kill(os.getpid(), signal.SIGSTOP)
     dist.barrier()
 
 

@@ -22,7 +22,8 @@ POSITIVE = [  # settings that must be greater than 0
     *("batch_size", "micro_batch_size", "steps", "seq_len", "vocab_size", "lr", "pp", "dp", "ep", "keep", "timeout"),
     *("eval_every", "eval_sequences", "save_every"),
 ]
-NOT_NEGATIVE = ["min_lr", "warmup", "weight_decay", "clip", "seed"]
+NOT_NEGATIVE = ["min_lr", "warmup", "weight_decay", "clip", "seed", "max_restarts"]
+SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
 
@@ -86,6 +87,16 @@ class TrainConfig:
     timeout: float | None = _option(
         None,
         "seconds a rank waits for another before the job ends with a report; default: $PIPELINE_MPI_TIMEOUT_S, or 600",
+    )
+    elastic: str | None = _option(
+        None, "MIN:MAX ranks: start them with mpirun or srun, and restart them after a failure on those that are left"
+    )
+    max_restarts: int | None = _option(None, "restarts without a newer checkpoint in between; default with elastic: 3")
+    hosts: str | None = _option(
+        None, "with elastic: the hosts that exist now, a host file of mpirun or a program that prints one"
+    )
+    launcher: str | None = _option(
+        None, 'with elastic: the launcher and its flags, such as "mpirun --oversubscribe"; default: srun or mpirun'
     )
 
     def __post_init__(self) -> None:

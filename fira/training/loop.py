@@ -13,6 +13,7 @@ from fira.models.family import Recipe
 from fira.optim.lr_schedule import learning_rate
 from fira.training import run_folder, state
 from fira.training.config import TrainConfig
+from fira.training.finish_marker import mark_finished, remove_marker
 from fira.training.run_report import RunReport
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
@@ -32,8 +33,11 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
     run = set_up(config, recipe.batch_size, devices, world, quiet)
     first = _resume(config, out, run) + 1
     report = RunReport(config, out, run, first, recipe, quiet) if world.rank == 0 else None
+    if report:
+        remove_marker(out)
     initial_loss = _validate(run, recipe, first - 1)
     signals = Signals()
+    step = first - 1
     for step in range(first, recipe.steps + 1):
         started = time.perf_counter()
         lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
@@ -52,6 +56,8 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
             break
     if report:
         report.finish(initial_loss)
+        if step >= recipe.steps:
+            mark_finished(out, step)
 
 
 def _validate(run: Run, recipe: Recipe, step: int) -> float:

@@ -1,0 +1,128 @@
+"""One job: a launcher, such as mpirun, and the ranks that it starts."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from fira.doctor.launcher import find_launchers, find_library, implementation
+from fira.doctor.limited_process import kill_session, members
+from fira.errors import UserError
+from fira.files import errors_naming
+from fira.supervisor.hosts import Slots
+
+LINES = 2000  # of the output that are kept for the cause of a failure
+STOP_S = 5.0  # for the launcher to end the ranks of all machines
+RANK = re.compile(rb"(?:\A|\0)(?:PMI_RANK|OMPI_COMM_WORLD_RANK|SLURM_PROCID)=(\d+)")  # in a process's environment
+
+
+def launcher_words(given: str | None) -> list[str]:
+    """The launcher with its flags: the given one, else srun within a job of Slurm, else mpirun.
+
+    Raises UserError if there is none.
+    """
+    if given:
+        return shlex.split(given)
+    if "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
+        library, _ = find_library()
+        mpi = "pmix" if library and implementation(library).startswith("Open MPI") else "pmi2"
+        return ["srun", "--kill-on-bad-exit=1", f"--mpi={os.environ.get('SLURM_MPI_TYPE', mpi)}"]
+    if launchers := find_launchers():
+        return [launchers[0].path]
+    raise UserError("--elastic needs mpirun, and there is none: pip install mpich, or give --launcher")
+
+
+def launch_command(launcher: Sequence[str], ranks: int, placement: Slots | None, program: Sequence[str]) -> list[str]:
+    """The command that starts a program on a number of ranks.
+
+    placement: ranks by host; None: the launcher chooses.
+    """
+    if Path(launcher[0]).name == "srun":
+        hosts = ["--nodes", str(len(placement)), "--nodelist", ",".join(placement)] if placement else []
+        return [*launcher, "--ntasks", str(ranks), *hosts, *program]
+    hosts = ["--host", ",".join(f"{host}:{n}" for host, n in placement.items())] if placement else []
+    return [*launcher, *hosts, "-n", str(ranks), *program]
+
+
+class Job:
+    """A running job. Its output is passed on, and its last lines are kept.
+
+    The launcher runs in a session of its own: signals of the terminal reach the supervisor only, and no process of the
+    session is left after `stop`.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with errors_naming(Path(command[0])):
+            self._process = subprocess.Popen(command, **pipes, start_new_session=True)  # type: ignore[call-overload]
+        self.session = self._process.pid
+        self._lines: deque[bytes] = deque(maxlen=LINES)
+        self._silent = False
+        self.ranks: dict[int, int] = {}  # by process id, on this machine
+        assert self._process.stdout
+        assert self._process.stderr
+        streams = [(self._process.stdout, sys.stdout.buffer), (self._process.stderr, sys.stderr.buffer)]
+        self._copies = [threading.Thread(target=self._copy, args=pair, daemon=True) for pair in streams]
+        for copy in self._copies:
+            copy.start()
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait at most some seconds for the end of the launcher. Return its exit status, or None if it still runs."""
+        self.ranks |= local_ranks(self.session)
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(seconds)
+        return None
+
+    def request_checkpoint(self) -> None:
+        """Send SIGUSR1 to the launcher, which forwards it to the ranks."""
+        with suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGUSR1)
+
+    def stop(self) -> None:
+        """End all ranks, and return when no process of the job is left on this machine.
+
+        Two SIGINT, as from a user who presses Ctrl-C twice, make mpirun and srun end the ranks of all machines. What
+        they print about it is discarded.
+        """
+        for limit in (0.2, STOP_S):
+            if self._process.poll() is None:
+                self._silent = True
+                self._process.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(limit)
+        kill_session(self._process)
+        for copy in self._copies:
+            copy.join(STOP_S)
+
+    def output(self) -> str:
+        """The last lines of stdout and stderr."""
+        return b"".join(self._lines.copy()).decode(errors="replace")
+
+    def _copy(self, source: BinaryIO, target: BinaryIO) -> None:
+        """Pass lines on. A closed target, as in `… | head`, does not stop the job: its output is then discarded."""
+        for line in source:
+            self._lines.append(line)
+            with suppress(OSError, ValueError):
+                if not self._silent:
+                    target.write(line)
+                    target.flush()
+
+
+def local_ranks(session: int) -> dict[int, int]:
+    """Rank by process id of the processes of a session that have a rank in their environment."""
+    ranks = {}
+    for pid in members(session):
+        with suppress(OSError):
+            found = RANK.search(Path(f"/proc/{pid}/environ").read_bytes())
+            if found:
+                ranks[pid] = int(found[1])
+    return ranks

@@ -10,12 +10,13 @@ USER_ERROR = 2  # exit status of commands for invalid input, which a restart can
 class Ended:
     """How a job ended.
 
-    status: exit status of the launcher; negative if a signal ended it. signal: the signal that ended a rank, if known.
-    finished: the run has reached its last step. saved: the job has published a checkpoint. requested: the supervisor
-    ended it, to continue on another number of ranks.
+    status: exit status of the launcher; negative if a signal ended it. rank, signal: of the rank that failed alone,
+    where they are known. finished: the run has reached its last step. saved: the job has published a checkpoint.
+    requested: the supervisor ended it, to continue on other ranks.
     """
 
     status: int
+    rank: int | None = None
     signal: int | None = None
     finished: bool = False
     saved: bool = False
@@ -51,7 +52,7 @@ def decide(ended: Ended, without_progress: int, max_restarts: int) -> Restart | 
         return End(0, "the run has reached its last step")
     if ended.requested:
         return Restart(0.0, 0 if ended.saved else without_progress)
-    if ended.status == USER_ERROR and ended.signal is None:  # MPICH reports signal 2 as status 2
+    if ended.status == USER_ERROR and ended.rank is None and ended.signal is None:  # MPICH: signal 2 is status 2
         return End(USER_ERROR, "the settings are invalid, see the message above; a restart would not help")
     restarts = 1 if ended.saved else without_progress + 1
     if restarts > max_restarts:

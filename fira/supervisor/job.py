@@ -1,7 +1,6 @@
 """One job: a launcher, such as mpirun, and the ranks that it starts."""
 
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fira.doctor.launcher import find_launchers, find_library, implementation
-from fira.doctor.limited_process import kill_session, members
+from fira.doctor.limited_process import kill_session
 from fira.errors import UserError
 from fira.files import errors_naming
 from fira.supervisor.hosts import Slots
 
 LINES = 2000  # of the output that are kept for the cause of a failure
 STOP_S = 5.0  # for the launcher to end the ranks of all machines
-RANK = re.compile(rb"(?:\A|\0)(?:PMI_RANK|OMPI_COMM_WORLD_RANK|SLURM_PROCID)=(\d+)")  # in a process's environment
 
 
 def launcher_words(given: str | None) -> list[str]:
@@ -67,7 +65,6 @@ class Job:
         self.session = self._process.pid
         self._lines: deque[bytes] = deque(maxlen=LINES)
         self._silent = False
-        self.ranks: dict[int, int] = {}  # by process id, on this machine
         assert self._process.stdout
         assert self._process.stderr
         streams = [(self._process.stdout, sys.stdout.buffer), (self._process.stderr, sys.stderr.buffer)]
@@ -77,7 +74,6 @@ class Job:
 
     def wait(self, seconds: float) -> int | None:
         """Wait at most some seconds for the end of the launcher. Return its exit status, or None if it still runs."""
-        self.ranks |= local_ranks(self.session)
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(seconds)
         return None
@@ -115,14 +111,3 @@ class Job:
                 if not self._silent:
                     target.write(line)
                     target.flush()
-
-
-def local_ranks(session: int) -> dict[int, int]:
-    """Rank by process id of the processes of a session that have a rank in their environment."""
-    ranks = {}
-    for pid in members(session):
-        with suppress(OSError):
-            found = RANK.search(Path(f"/proc/{pid}/environ").read_bytes())
-            if found:
-                ranks[pid] = int(found[1])
-    return ranks

@@ -125,9 +125,10 @@ class Supervisor:
         finally:
             job.stop()
         after = read_state(self._out)
-        cause = find_cause(status or 0, job.output(), job.ranks)
+        cause = find_cause(status or 0, job.output())
         return Ended(
             status=status or 0,
+            rank=cause.rank,
             signal=cause.signal,
             finished=after.finished not in (0, before.finished),
             saved=after.saved != before.saved,

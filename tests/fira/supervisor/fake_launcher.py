@@ -1,8 +1,8 @@
 """Takes the place of mpirun: appends its arguments to `started.jsonl` and plays the next line of `jobs.txt`.
 
-The arguments after the folder of these two files are those of a launcher. A line consists of actions: `save STEP` writes
-what a checkpoint and a row of the log change in the run folder, `print TEXT`, `finish`, `exit STATUS`, and `train STEP`,
-which runs until SIGINT and saves STEP at SIGUSR1.
+The arguments after the folder of these two files are those of a launcher. A line consists of actions: `save STEP`
+writes what a checkpoint and a row of the log change in the run folder, `print TEXT`, `finish`, `exit STATUS`, and
+`train STEP`, which runs until SIGINT and saves STEP at SIGUSR1.
 """
 
 import json

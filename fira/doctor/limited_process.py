@@ -59,7 +59,7 @@ def run_limited(command: Sequence[str], limit_s: float, env: Mapping[str, str] |
             if status is not None:
                 left = _remaining(process.pid)
         finally:
-            kill_session(process)
+            _kill(process)
         output.seek(0)
         return Outcome(status, output.read().decode(errors="replace"), seconds, left)
 
@@ -72,23 +72,23 @@ def without_launcher(variables: Mapping[str, str]) -> dict[str, str]:
 def _remaining(session: int) -> int:
     """The number of processes of a session that have not ended after `EXIT_S`."""
     deadline = time.monotonic() + EXIT_S
-    while (running := members(session)) and time.monotonic() < deadline:
+    while (running := _members(session)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return len(running)
 
 
-def kill_session(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill a program and all processes of its session."""
     if process.returncode is None:  # the number of an ended process may be in use again
         process.kill()
-    for pid in members(process.pid):
+    for pid in _members(process.pid):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
     _remaining(process.pid)
 
 
-def members(session: int) -> list[int]:
+def _members(session: int) -> list[int]:
     """The running processes of a session. mpirun puts its children in separate process groups."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):

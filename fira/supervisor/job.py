@@ -7,20 +7,23 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 from fira.doctor.launcher import find_launchers, find_library, implementation
-from fira.doctor.limited_process import kill_session
 from fira.errors import UserError
 from fira.files import errors_naming
 from fira.supervisor.hosts import Slots
 
+JOB = "FIRA_JOB"  # environment variable that identifies the processes of a job
 LINES = 2000  # of the output that are kept for the cause of a failure
 STOP_S = 5.0  # for the launcher to end the ranks of all machines
+POLL_S = 0.02
 
 
 def launcher_words(given: str | None) -> list[str]:
@@ -54,15 +57,16 @@ def launch_command(launcher: Sequence[str], ranks: int, placement: Slots | None,
 class Job:
     """A running job. Its output is passed on, and its last lines are kept.
 
-    The launcher runs in a session of its own: signals of the terminal reach the supervisor only, and no process of the
-    session is left after `stop`.
+    The launcher runs in a session of its own, so that signals of the terminal reach the supervisor only. mpirun starts
+    each rank in yet another session; the processes of a job are therefore identified by a variable in their environment.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
+        self.name = uuid4().hex
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        environment = os.environ | {JOB: self.name}
         with errors_naming(Path(command[0])):
-            self._process = subprocess.Popen(command, **pipes, start_new_session=True)  # type: ignore[call-overload]
-        self.session = self._process.pid
+            self._process = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)  # type: ignore[call-overload]
         self._lines: deque[bytes] = deque(maxlen=LINES)
         self._silent = False
         assert self._process.stdout
@@ -95,7 +99,12 @@ class Job:
                 self._process.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(limit)
-        kill_session(self._process)
+        while left := processes(self.name):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._process.poll()
+            time.sleep(POLL_S)
         for copy in self._copies:
             copy.join(STOP_S)
 
@@ -111,3 +120,13 @@ class Job:
                 if not self._silent:
                     target.write(line)
                     target.flush()
+
+
+def processes(job: str) -> list[int]:
+    """The processes of a job on this machine, without ended ones."""
+    mark, found = f"{JOB}={job}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # of another user, or ended in the meantime
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found

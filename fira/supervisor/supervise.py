@@ -118,7 +118,7 @@ class Supervisor:
                 ranks=ranks.count,
                 layout=layout,
                 hosts=ranks.placement,
-                session=job.session,
+                job=job.name,
                 restarts_without_progress=restarts,
             )
             status = self._observe(job, ranks, before)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -20,8 +19,8 @@ import pytest
 
 from fira.checkpoint.manifest import read_index, read_manifest
 from fira.checkpoint.shards import Checkpoint
-from fira.doctor.limited_process import members
 from fira.supervisor.events import EVENTS
+from fira.supervisor.job import processes
 from fira.supervisor.run_state import read_state
 from tests.launch import ROOT, inherited
 
@@ -31,10 +30,10 @@ model_set = "d_model=16,num_layers=4,d_ff=16,n_head=2,dropout=0.1"
 vocab_size = 300
 seq-len = 16
 batch_size = 6
-steps = 120
+steps = 80
 eval_every = 1000
 eval_sequences = 4
-save_every = 15
+save_every = 10
 """
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -83,8 +82,8 @@ class SupervisedRun:
         """Send SIGKILL to a random rank of the running job, at a random time, and set the slots that are left."""
         time.sleep(chooser.uniform(0, 1.0))
         self.hosts.write_text(f"localhost:{slots}\n")
-        session = self.events("start")[-1]["session"]
-        ranks = [pid for pid in members(session) if re.search(rb"\0PMI_RANK=", environment(pid))]
+        job = processes(self.events("start")[-1]["job"])
+        ranks = [pid for pid in job if b"\0PMI_RANK=" in environment(pid) and b"train.py" in command_line(pid)]
         os.kill(chooser.choice(sorted(ranks)), signal.SIGKILL)
 
     def text(self) -> str:
@@ -111,6 +110,10 @@ def environment(pid: int) -> bytes:
         return b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return b""
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def weights_and_moments(run: Path) -> str:
@@ -148,7 +151,7 @@ def test_kills_shrinking_and_growing_do_not_change_the_weights(tmp_path: Path, c
     assert weights_and_moments(disturbed.out) == weights_and_moments(undisturbed.out)
     assert [start["ranks"] for start in disturbed.events("start")] == [2, 1, 1, 2, 2]
     assert [event["signal"] for event in disturbed.events("exit")] == [signal.SIGKILL] * 3
-    assert json.loads((disturbed.out / "finished.json").read_text())["step"] == 120
+    assert json.loads((disturbed.out / "finished.json").read_text())["step"] == 80
     assert [event["event"] for event in undisturbed.events("exit")] == []
 
 

@@ -5,9 +5,8 @@ import time
 
 import pytest
 
-from fira.doctor.limited_process import members
 from fira.errors import UserError
-from fira.supervisor.job import Job, launch_command, launcher_words
+from fira.supervisor.job import Job, launch_command, launcher_words, processes
 
 
 def test_commands_of_the_launchers():
@@ -48,14 +47,14 @@ def test_output_is_passed_on_and_kept(capfd: pytest.CaptureFixture[str]):
 
 
 def test_no_process_is_left_after_stop(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """A launcher and a rank that both ignore SIGINT are killed; what they print meanwhile is not shown."""
+    """A launcher and a rank in a session of its own, which both ignore SIGINT, are killed; what they print meanwhile is not shown."""
     monkeypatch.setattr("fira.supervisor.job.STOP_S", 0.5)
     rank = "import signal, time; signal.signal(2, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
-    job = Job(["sh", "-c", f'trap "echo caught" INT; {sys.executable} -c "{rank}" & wait; wait; wait; sleep 60'])
+    job = Job(["sh", "-c", f'trap "echo caught" INT; setsid {sys.executable} -c "{rank}" & wait; wait; wait; sleep 60'])
     deadline = time.monotonic() + 20
     while "ready" not in job.output() and time.monotonic() < deadline:
         assert job.wait(0.05) is None
-    assert len(members(job.session)) == 2
+    assert len(processes(job.name)) == 2
     job.stop()
-    assert members(job.session) == []
+    assert processes(job.name) == []
     assert capfd.readouterr().out == "ready\n"

@@ -57,8 +57,8 @@ def launch_command(launcher: Sequence[str], ranks: int, placement: Slots | None,
 class Job:
     """A running job. Its output is passed on, and its last lines are kept.
 
-    The launcher runs in a session of its own, so that signals of the terminal reach the supervisor only. mpirun starts
-    each rank in yet another session; the processes of a job are therefore identified by a variable in their environment.
+    The launcher runs in a session of its own, so that signals of the terminal reach the supervisor only. MPICH's mpirun
+    starts each rank in yet another session. The processes of a job are identified by a variable in their environment.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -99,7 +99,8 @@ class Job:
                 self._process.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(limit)
-        while left := processes(self.name):
+        deadline = time.monotonic() + STOP_S
+        while (left := processes(self.name)) and time.monotonic() < deadline:
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -47,7 +47,10 @@ def test_output_is_passed_on_and_kept(capfd: pytest.CaptureFixture[str]):
 
 
 def test_no_process_is_left_after_stop(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """A launcher and a rank in a session of its own, which both ignore SIGINT, are killed; what they print meanwhile is not shown."""
+    """A launcher and a rank in a session of its own, which both ignore SIGINT, are killed.
+
+    What they print meanwhile is not shown.
+    """
     monkeypatch.setattr("fira.supervisor.job.STOP_S", 0.5)
     rank = "import signal, time; signal.signal(2, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
     job = Job(["sh", "-c", f'trap "echo caught" INT; setsid {sys.executable} -c "{rank}" & wait; wait; wait; sleep 60'])

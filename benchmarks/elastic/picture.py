@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 
 from fira.metrics.plot_style import BLUE, GREEN, INK, VERMILLION, save_png, style_axes
 
+BREAK_S = 4.0  # the line of the losses is interrupted where no step is completed for this long
+
 
 def draw(
     samples: pd.DataFrame, kills: Sequence[Mapping[str, float]], events: Sequence[Mapping[str, Any]], out: Path
@@ -27,8 +29,9 @@ def draw(
     loss, step, ranks = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
     minutes = samples["time_s"] / 60
     style_axes(loss, "Training loss", "nats per token")
-    new = samples["step"].diff() != 0  # no line while no step is completed
-    loss.plot(minutes, samples["train_loss"].where(new), color=BLUE, linewidth=1)
+    rows = samples[samples["step"].diff() != 0]
+    continued = rows["time_s"].diff() < BREAK_S
+    loss.plot(rows["time_s"] / 60, rows["train_loss"].where(continued), color=BLUE, linewidth=1)
     style_axes(step, "Steps", "step")
     step.plot(minutes, samples["step"], color=BLUE, linewidth=1)
     style_axes(ranks, "Ranks", "living ranks")

@@ -13,6 +13,7 @@ import sys
 import time
 from argparse import __file__ as text
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,8 @@ class SupervisedRun:
         self.until(lambda: len(self.events("start")) >= starts)
         start = self.events("start")[starts - 1]
         assert start["ranks"] == ranks, self.text()
-        self.until(lambda: read_state(self.out).logged_step > start["step"])
+        started_ns = datetime.fromisoformat(start["time"]).timestamp() * 1e9
+        self.until(lambda: (state := read_state(self.out)).log > started_ns and state.logged_step > start["step"])
 
     def kill_a_rank(self, chooser: random.Random, slots: int) -> None:
         """Send SIGKILL to a random rank of the running job, at a random time, and set the slots that are left."""

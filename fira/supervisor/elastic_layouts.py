@@ -7,6 +7,7 @@ computes the same weights as one that does not.
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,15 @@ def elastic(config: TrainConfig, out: Path) -> Elastic:
     default = min(choose_microbatch(config, batch, layout) for layout in layouts.values())
     stored = _stored_microbatch(out) if config.resume == "auto" and config.micro_batch_size is None else None
     return Elastic(layouts, stored or default)
+
+
+def threads_per_rank(most: int, slots: Mapping[str, int] | None) -> int:
+    """The number of threads with which the largest number of ranks uses all cores of a machine.
+
+    slots: by host; None: all ranks run on this machine.
+    """
+    local = min(most, max(slots.values(), default=1)) if slots else most
+    return max(1, len(os.sched_getaffinity(0)) // local)
 
 
 def _size(config: TrainConfig) -> tuple[int, int]:

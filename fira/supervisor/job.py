@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -57,14 +57,16 @@ def launch_command(launcher: Sequence[str], ranks: int, placement: Slots | None,
 class Job:
     """A running job. Its output is passed on, and its last lines are kept.
 
+    variables: of the environment, in addition to those of this process.
+
     The launcher runs in a session of its own, so that signals of the terminal reach the supervisor only. MPICH's mpirun
     starts each rank in yet another session. The processes of a job are identified by a variable in their environment.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
         self.name = uuid4().hex
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        environment = os.environ | {JOB: self.name}
+        environment = {**os.environ, **variables, JOB: self.name}
         with errors_naming(Path(command[0])):
             self._process = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)  # type: ignore[call-overload]
         self._lines: deque[bytes] = deque(maxlen=LINES)

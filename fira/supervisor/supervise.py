@@ -6,6 +6,7 @@ wait for ranks ─→ start ─→ observe ─→ the job has ended ─→ decid
 """
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from fira.errors import UserError
 from fira.supervisor.decision import End, Ended, Restart, decide
-from fira.supervisor.elastic_layouts import elastic
+from fira.supervisor.elastic_layouts import elastic, threads_per_rank
 from fira.supervisor.events import EventLog
 from fira.supervisor.exit_cause import ExitCause, find_cause
 from fira.supervisor.hosts import Slots, lost, place, read_hosts
@@ -28,6 +29,8 @@ POLL_S = 0.2
 HOSTS_S = 2.0  # between two readings of --hosts
 SAVE_S = 60.0  # limit for the checkpoint before a job is stopped
 RESEND_S = 2.0  # a rank that has not begun its first step may ignore the request for a checkpoint
+
+THREADS = "OMP_NUM_THREADS"  # the same in all jobs, because results depend on it
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,8 @@ class Supervisor:
         fixed = ["--micro-batch-size", str(self._elastic.microbatch), *flags]
         own = given_flags(config, without=(*SUPERVISED, "micro_batch_size", "resume"))
         self._program = [*program, *own, *fixed]
+        threads = os.environ.get(THREADS) or threads_per_rank(self._elastic.most, self._slots)
+        self._variables = {THREADS: str(threads)}
         self._limit = MAX_RESTARTS if config.max_restarts is None else config.max_restarts
         self._events = EventLog(self._out)
         self._first = read_state(self._out)
@@ -109,7 +114,7 @@ class Supervisor:
     def _run_job(self, ranks: Ranks, before: RunState, restarts: int) -> tuple[Ended, ExitCause]:
         """Start a job and wait for its end, or stop it if the run is to end or to use other ranks."""
         layout, step = self._layout(ranks), self._resumed_step(before)
-        job = Job(launch_command(self._launcher, ranks.count, ranks.placement, self._command(before)))
+        job = Job(launch_command(self._launcher, ranks.count, ranks.placement, self._command(before)), self._variables)
         try:
             self._events.write(
                 "start",

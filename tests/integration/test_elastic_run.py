@@ -173,11 +173,15 @@ def test_signals_to_the_supervisor_leave_no_process(tmp_path: Path, cache: Path,
     assert saved > 0 if number == signal.SIGTERM else saved == 0
 
 
-def test_the_marker_is_removed_when_a_run_continues(tmp_path: Path, cache: Path):
-    run = SupervisedRun(tmp_path, cache, "--steps", 2)
-    assert run.process.wait(60) == 0, run.text()
-    run.end()
+def test_the_marker_of_a_finished_run(tmp_path: Path, cache: Path):
+    """It is written at the last step, written again for a run that has all steps, and removed for more steps."""
+    for settings in ([], ["--resume", "auto"]):
+        run = SupervisedRun(tmp_path, cache, "--steps", 2, *settings)
+        assert run.process.wait(60) == 0, run.text()
+        run.end()
+        (run.out / "finished.json").unlink()
     longer = SupervisedRun(tmp_path, cache, "--steps", 1000, "--resume", "auto")
+    (run.out / "finished.json").write_text("{}")
     try:
         longer.until(lambda: read_state(longer.out).logged_step > 2)
         assert not (longer.out / "finished.json").exists()

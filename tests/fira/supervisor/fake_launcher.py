@@ -1,4 +1,4 @@
-"""Takes the place of mpirun: appends its arguments to `started.jsonl` and plays the next line of `jobs.txt`.
+"""Takes the place of mpirun: appends its arguments and the threads per rank to `started.jsonl` and plays the next line of `jobs.txt`.
 
 The arguments after the folder of these two files are those of a launcher. A line consists of actions: `save STEP`
 writes what a checkpoint and a row of the log change in the run folder, `print TEXT`, `finish`, `exit STATUS`, and
@@ -6,6 +6,7 @@ writes what a checkpoint and a row of the log change in the run folder, `print T
 """
 
 import json
+import os
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ def main(folder: Path, arguments: list[str]) -> None:
     started = folder / "started.jsonl"
     number = len(started.read_text().splitlines()) if started.exists() else 0
     with started.open("a") as file:
-        print(json.dumps(arguments), file=file)
+        print(json.dumps([*arguments, os.environ["OMP_NUM_THREADS"]]), file=file)
     out = Path(arguments[arguments.index("--out") + 1])
     for action in (folder / "jobs.txt").read_text().splitlines()[number].split("; "):
         word, _, value = action.partition(" ")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fira.errors import UserError
-from fira.supervisor.elastic_layouts import elastic, parse_range
+from fira.supervisor.elastic_layouts import elastic, parse_range, threads_per_rank
 from fira.training.config import TrainConfig
 from fira.training.setup import choose_microbatch
 from pipeline.mesh import Layout
@@ -47,3 +47,11 @@ def test_a_run_keeps_its_micro_batch_size(tmp_path: Path):
     assert elastic(TrainConfig(elastic="1:4", resume="auto"), tmp_path).microbatch == 3
     assert elastic(TrainConfig(elastic="1:4", resume="auto", micro_batch_size=8), tmp_path).microbatch == 8
     assert elastic(TrainConfig(elastic="1:4"), tmp_path).microbatch == 4
+
+
+def test_all_jobs_have_the_threads_of_the_largest_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    assert threads_per_rank(4, None) == 4
+    assert threads_per_rank(32, None) == 1
+    assert threads_per_rank(32, {"a": 8, "b": 4}) == 2
+    assert threads_per_rank(4, {"a": 8}) == 4

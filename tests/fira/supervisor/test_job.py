@@ -26,7 +26,7 @@ def test_commands_of_the_launchers():
 def test_the_given_launcher_is_used_and_a_missing_one_is_named():
     assert launcher_words("mpirun --oversubscribe") == ["mpirun", "--oversubscribe"]
     with pytest.raises(UserError, match="no-such-launcher: No such file"):
-        Job(["no-such-launcher", "-n", "1"])
+        Job(["no-such-launcher", "-n", "1"], {})
 
 
 def test_the_launcher_of_slurm_is_used_in_its_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path):
@@ -39,7 +39,7 @@ def test_the_launcher_of_slurm_is_used_in_its_jobs(monkeypatch: pytest.MonkeyPat
 
 
 def test_output_is_passed_on_and_kept(capfd: pytest.CaptureFixture[str]):
-    job = Job(["sh", "-c", "echo to stdout; echo to stderr >&2; exit 3"])
+    job = Job(["sh", "-c", "echo to $TARGET; echo to stderr >&2; exit 3"], {"TARGET": "stdout"})
     assert job.wait(10) == 3
     job.stop()
     assert capfd.readouterr() == ("to stdout\n", "to stderr\n")
@@ -53,7 +53,9 @@ def test_no_process_is_left_after_stop(capfd: pytest.CaptureFixture[str], monkey
     """
     monkeypatch.setattr("fira.supervisor.job.STOP_S", 0.5)
     rank = "import signal, time; signal.signal(2, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
-    job = Job(["sh", "-c", f'trap "echo caught" INT; setsid {sys.executable} -c "{rank}" & wait; wait; wait; sleep 60'])
+    job = Job(
+        ["sh", "-c", f'trap "echo caught" INT; setsid {sys.executable} -c "{rank}" & wait; wait; wait; sleep 60'], {}
+    )
     deadline = time.monotonic() + 20
     while "ready" not in job.output() and time.monotonic() < deadline:
         assert job.wait(0.05) is None

@@ -44,8 +44,10 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def started(folder: Path) -> list[str]:
-    """The arguments of each job, as text."""
-    return [" ".join(json.loads(line)) for line in (folder / "started.jsonl").read_text().splitlines()]
+    """The arguments of each job, as text; all jobs have the same number of threads per rank."""
+    jobs = [json.loads(line) for line in (folder / "started.jsonl").read_text().splitlines()]
+    assert {job.pop() for job in jobs} == {"1"}  # tests/conftest.py
+    return [" ".join(job) for job in jobs]
 
 
 def until(condition: Callable[[], bool]) -> None:

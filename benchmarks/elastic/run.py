@@ -1,6 +1,6 @@
 """A supervised run whose ranks are killed at random times, next to an undisturbed one.
 
-    python -m benchmarks.elastic.run [--kills 30] [--every 60] [--dp 1] --steps 2000 [other flags of fira train]
+    python -m benchmarks.elastic.run [--kills 30] [--every 60] --steps 2000 [other flags of fira train]
 
 4 ranks on this machine. A kill leaves 2, 3 or 4 slots, and all 4 return before the next kill. The weights of both runs
 must have the same SHA-256. Effective time: duration of the steps that are part of the result over wall time.

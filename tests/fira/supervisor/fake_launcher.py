@@ -1,5 +1,6 @@
-"""Takes the place of mpirun: appends its arguments and the threads per rank to `started.jsonl` and plays the next line of `jobs.txt`.
+"""Takes the place of mpirun: plays the next line of `jobs.txt`.
 
+It appends its arguments and the number of threads per rank to `started.jsonl`.
 The arguments after the folder of these two files are those of a launcher. A line consists of actions: `save STEP`
 writes what a checkpoint and a row of the log change in the run folder, `print TEXT`, `finish`, `exit STATUS`, and
 `train STEP`, which runs until SIGINT and saves STEP at SIGUSR1.

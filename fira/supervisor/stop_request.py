@@ -12,7 +12,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as with nohup
+            signals.append(signal.SIGHUP)
+        for number in signals:
             signal.signal(number, self._record)
 
     def _record(self, number: int, frame: FrameType | None) -> None:

@@ -42,6 +42,10 @@ class Ranks:
     count: int
     placement: Slots | None
 
+    @property
+    def text(self) -> str:
+        return f"{self.count} rank{'s' if self.count > 1 else ''}"
+
 
 class Supervisor:
     """Supervises one run.
@@ -97,7 +101,7 @@ class Supervisor:
                 return Ranks(count, place(slots, count) if slots else None)
             if not waiting:
                 needed = min(self._elastic.layouts)
-                self._events.write("wait", f"{available} slots, {needed} are needed; waiting for more", ranks=available)
+                self._events.write("wait", f"{available} slots, {needed} are needed; waiting for more", slots=available)
                 waiting = True
             self._stop.wait(HOSTS_S)
         return None
@@ -118,7 +122,7 @@ class Supervisor:
         try:
             self._events.write(
                 "start",
-                f"{ranks.count} ranks, {layout}, from step {step}",
+                f"{ranks.text}, {layout}, from {'the given checkpoint' if step is None else f'step {step}'}",
                 step=step,
                 ranks=ranks.count,
                 layout=layout,
@@ -147,7 +151,7 @@ class Supervisor:
             reason = None
             if self._stop.number is not None:
                 reason = f"{signal.Signals(self._stop.number).name} received"
-            elif self._slots and time.monotonic() - read_at > HOSTS_S:
+            elif self._config.hosts and time.monotonic() - read_at > HOSTS_S:
                 reason = self._why_resize(ranks, before)
                 read_at = time.monotonic()
             if reason:
@@ -188,7 +192,7 @@ class Supervisor:
         if ended.requested:
             return
         step = read_state(self._out).logged_step
-        message = f"{cause.text}; {ranks.count} ranks, after step {step}"
+        message = f"{cause.text}; {ranks.text}, after step {step}"
         if isinstance(following, Restart):
             message += f"; restart {following.without_progress} of {self._limit} without a newer checkpoint"
             message += f", in {following.delay_s:.0f} s" if following.delay_s else ""
@@ -225,5 +229,7 @@ class Supervisor:
         first = self._first.log if self._config.resume is None else self._first.saved
         return "auto" if written != first else self._config.resume
 
-    def _resumed_step(self, before: RunState) -> int:
-        return before.saved_step if self._resume(before) else 0
+    def _resumed_step(self, before: RunState) -> int | None:
+        """The step of the checkpoint from which a job continues; None if it is one that the user gave."""
+        resume = self._resume(before)
+        return before.saved_step if resume == "auto" else None if resume else 0

@@ -174,6 +174,17 @@ def test_signals_end_the_run(tmp_path: Path, number: int, status: int, step: int
     assert events(tmp_path)[-1]["cause"] == signal.Signals(number).name
 
 
+def test_nohup_protects_from_sighup(tmp_path: Path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def send() -> None:
+        until(lambda: (tmp_path / "started.jsonl").exists())
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    assert during_run(supervisor(tmp_path, "exit 0", "finish"), send) == 0
+    assert len(started(tmp_path)) == 2
+
+
 def test_the_run_folder_must_be_named():
     with pytest.raises(UserError, match="need --out"):
         Supervisor(TrainConfig(elastic="1:2"), ["train"], [])

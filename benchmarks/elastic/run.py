@@ -35,8 +35,8 @@ def disturb(run: ObservedRun, kills: int, every: float, chooser: random.Random) 
         if not (run.observe(until=after(run, pause / 2)) and run.observe(until=lambda: bool(run.ranks()))):
             return
         slots = chooser.choice(SLOTS_LEFT)
-        run.set_slots(slots)
         os.kill(chooser.choice(run.ranks()), signal.SIGKILL)
+        run.set_slots(slots)
         run.kills.append({"time_s": run.seconds(), "slots": slots})
         print(f"kill {len(run.kills)} of {kills} after {run.seconds():.0f} s; {slots} slots are left", flush=True)
     run.observe(until=after(run, every / 2))

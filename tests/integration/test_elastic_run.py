@@ -83,10 +83,10 @@ class SupervisedRun:
     def kill_a_rank(self, chooser: random.Random, slots: int) -> None:
         """Send SIGKILL to a random rank of the running job, at a random time, and set the slots that are left."""
         time.sleep(chooser.uniform(0, 1.0))
-        self.hosts.write_text(f"localhost:{slots}\n")
         job = processes(self.events("start")[-1]["job"])
         ranks = [pid for pid in job if b"\0PMI_RANK=" in environment(pid) and b"train.py" in command_line(pid)]
         os.kill(chooser.choice(sorted(ranks)), signal.SIGKILL)
+        self.hosts.write_text(f"localhost:{slots}\n")  # the launcher needs longer to end than this takes
 
     def text(self) -> str:
         self.output.seek(0)

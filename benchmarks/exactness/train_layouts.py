@@ -17,6 +17,7 @@ from fira.checkpoint.shards import Checkpoint
 from fira.checkpoint.step_folders import find
 from fira.training.config import TrainConfig
 from fira.training.loop import train
+from fira.training.signals import Signals
 
 # Small models with dropout, auxiliary losses and, for blues, tied embeddings. Some widths do not fill vectors.
 MODELS = {
@@ -82,7 +83,7 @@ def main(folder: str, steps: str) -> None:
                 out=str(out),
                 **settings,
             )
-            train(config, world, quiet=True)
+            train(config, world, Signals(), quiet=True)
             saved = Checkpoint.open(find(out))
             if world.rank == 0:
                 print(json.dumps({"family": family, **settings, **digests(out, saved)}), flush=True)

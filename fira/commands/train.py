@@ -1,18 +1,27 @@
 """Train a Mixture-of-Experts language model, split into pipeline stages over the ranks of mpirun.
 
-Without arguments: a small model on the source of the Python standard library.
+Without arguments: a small model on the source of the Python standard library. With --elastic or --max-restarts, and
+without mpirun, the command starts the ranks itself and restarts them after a failure.
 """
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fira import cli
+from fira.errors import UserError
 from fira.training.signals import Signals
+from pipeline.mpi.world import launched_rank
+
+if TYPE_CHECKING:
+    from fira.training.config import TrainConfig
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     signals = Signals()  # before torch and MPI are imported, which takes seconds
     import pipeline
-    from fira.training.config import TrainConfig, add_options
+    from fira.training.config import SUPERVISED, TrainConfig, add_options
     from fira.training.loop import train
     from fira.training.run_folder import resumed_settings
 
@@ -27,9 +36,25 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         return TrainConfig(**values), quiet, verbose
 
     config, quiet, verbose = settings()
-    world = pipeline.init(config.timeout, cuda=config.device != "cpu")
-    cli.start_logging(quiet, verbose, world.rank)
+    supervised = any(getattr(config, name) is not None for name in SUPERVISED)
+    world = None if supervised else pipeline.init(config.timeout, cuda=config.device != "cpu")
+    cli.start_logging(quiet, verbose, world.rank if world else 0)
     if config.resume:
         parser.set_defaults(**resumed_settings(config))
         config, quiet, verbose = settings()
-    train(config, world, signals, quiet)
+    if world:
+        train(config, world, signals, quiet)
+    else:
+        supervise(config, quiet, verbose)
+
+
+def supervise(config: "TrainConfig", quiet: bool, verbose: bool) -> None:
+    """Start this command on the ranks of a launcher until the run has ended."""
+    if launched_rank() is not None:
+        raise UserError("--elastic and --max-restarts start the ranks themselves; run the command without mpirun")
+    from fira.supervisor.supervise import Supervisor
+
+    program = [sys.executable, sys.argv[0], *(["train"] if Path(sys.argv[0]).name == "fira" else [])]
+    flags = [flag for flag, given in (("--quiet", quiet), ("--verbose", verbose)) if given]
+    if status := Supervisor(config, program, flags).run():
+        sys.exit(status)

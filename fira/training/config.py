@@ -37,6 +37,7 @@ INHERITED = [
     *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed", "init"),
     *("eval_every", "eval_sequences", "save_every", "keep"),
 ]
+SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
 
@@ -101,6 +102,18 @@ class TrainConfig:
     timeout: Seconds | None = _option(
         None,
         "seconds a rank waits for another before the job ends with a report; default: $PIPELINE_MPI_TIMEOUT_S, or 600",
+    )
+    elastic: str | None = _option(
+        None, "MIN:MAX ranks: start them with mpirun or srun, and restart them after a failure on those that are left"
+    )
+    max_restarts: Steps | None = _option(
+        None, "restarts without a newer checkpoint in between; default with elastic: 3"
+    )
+    hosts: PathName | None = _option(
+        None, "with elastic: the hosts that exist now, a host file of mpirun or a program that prints one"
+    )
+    launcher: str | None = _option(
+        None, 'with elastic: the launcher and its flags, such as "mpirun --oversubscribe"; default: srun or mpirun'
     )
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from fira.models.family import Recipe
 from fira.optim.lr_schedule import learning_rate
 from fira.training import run_folder, state
 from fira.training.config import TrainConfig
+from fira.training.finish_marker import mark_finished, remove_marker
 from fira.training.run_lock import RunLock
 from fira.training.run_report import RunReport
 from fira.training.setup import Run, set_up
@@ -34,6 +35,8 @@ def train(config: TrainConfig, world: World, signals: Signals, quiet: bool = Fal
         saved = _open_resumed(config, out)
         if saved and saved.step >= config.recipe().steps:
             logger.info("nothing to do: %s has all steps; give a larger --steps to continue the run", saved.folder)
+            if lock:
+                mark_finished(out, saved.step)
             return
         _train(config, out, lock, saved, world, signals, quiet)
 
@@ -60,6 +63,8 @@ def _train(
             state.check_settings(saved, settings, config.override)
             first += state.restore(saved, run.trainer, run.loader, run.tokenizer)
     report = RunReport(config, lock, run, first, recipe, quiet) if lock else None
+    if report:
+        remove_marker(out)
     initial_loss = _validate(run, recipe, first - 1)
     stragglers = Stragglers(world, run.trainer.mesh.layout)
     signals.catch_termination()
@@ -89,6 +94,8 @@ def _train(
     if report:
         with doing("plots", long=True):  # the other ranks have ended
             report.finish(initial_loss)
+        if step == recipe.steps:
+            mark_finished(out, step)
 
 
 def _check_collectives(step: int, difference: float) -> None:

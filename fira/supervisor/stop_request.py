@@ -1,0 +1,34 @@
+"""Signals to the supervisor: SIGINT ends the run at once, SIGTERM and SIGHUP end it after a checkpoint."""
+
+import signal
+import time
+from types import FrameType
+
+POLL_S = 0.05
+
+
+class StopRequest:
+    """Handlers of this process. `number`: the signal that asked to end the run, or None; SIGINT outranks the others."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as with nohup
+            signals.append(signal.SIGHUP)
+        for number in signals:
+            signal.signal(number, self._record)
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.number != signal.SIGINT:
+            self.number = number
+
+    @property
+    def immediate(self) -> bool:
+        """Whether the run is to end without a checkpoint."""
+        return self.number == signal.SIGINT
+
+    def wait(self, seconds: float) -> None:
+        """Wait some seconds, or until a signal is received."""
+        deadline = time.monotonic() + seconds
+        while self.number is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from fira.errors import UserError
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes | memoryview) -> None:
     """Write a file and flush it to the disk."""
     with errors_naming(path):
         path.write_bytes(content)

@@ -14,13 +14,14 @@ from fira.errors import UserError
 from fira.models.family import Recipe
 from fira.models.registry import PRESETS, RECIPES
 from fira.parallel.parallelize import EVERY_BLOCK
+from fira.training.save_interval import SaveInterval
 from pipeline.schedule import SCHEDULES
 
 LITERALS = {"true": True, "false": False, "none": None}
 
 POSITIVE = [  # settings that must be greater than 0
     *("batch_size", "micro_batch_size", "steps", "seq_len", "vocab_size", "lr", "pp", "dp", "ep", "keep", "timeout"),
-    *("eval_every", "eval_sequences", "save_every"),
+    *("eval_every", "eval_sequences"),
 ]
 NOT_NEGATIVE = ["min_lr", "warmup", "weight_decay", "clip", "seed"]
 
@@ -79,7 +80,7 @@ class TrainConfig:
     resume: str | None = _option(None, "auto (newest checkpoint in the run folder) or a checkpoint")
     eval_every: int = _option(50, "steps between validations")
     eval_sequences: int = _option(128, "sequences per validation, evenly spaced in the validation set")
-    save_every: int = _option(100, "steps between checkpoints")
+    save_every: str = _option("100", "steps between checkpoints, or a time such as 600s, 10m or 2h")
     keep: int = _option(2, "checkpoints kept")
     trace: str | None = _option(None, "write a trace of the third step to this file, for ui.perfetto.dev")
     seed: int = _option(42, "seed of weights, data order and dropout")
@@ -100,6 +101,7 @@ class TrainConfig:
             if value < 0:
                 raise UserError(f"{flag} {value}: must not be negative")
         self.recomputed()  # raises UserError if `recompute` is invalid
+        SaveInterval(self.save_every)
 
     def recomputed(self) -> int | None:
         """Number of blocks recomputed in every stage; None: automatic, or not given."""

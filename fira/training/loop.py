@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fira.checkpoint.shards import Checkpoint, newest_valid
 from fira.checkpoint.step_folders import find
+from fira.checkpoint.writer import CheckpointWriter
 from fira.devices import choose_devices, choose_precision
 from fira.errors import UserError
 from fira.models.family import Recipe
@@ -14,6 +15,7 @@ from fira.optim.lr_schedule import learning_rate
 from fira.training import run_folder, state
 from fira.training.config import TrainConfig
 from fira.training.run_report import RunReport
+from fira.training.save_interval import SaveInterval
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
 from fira.training.step_trace import TRACED_STEP, traced
@@ -33,23 +35,30 @@ def train(config: TrainConfig, world: World, quiet: bool = False) -> None:
     first = _resume(config, out, run) + 1
     report = RunReport(config, out, run, first, recipe, quiet) if world.rank == 0 else None
     initial_loss = _validate(run, recipe, first - 1)
-    signals = Signals()
+    signals, interval = Signals(), SaveInterval(config.save_every)
+    writer = CheckpointWriter(out / "checkpoints", config.keep)
     for step in range(first, recipe.steps + 1):
         started = time.perf_counter()
         lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
         trace = config.trace if step == first + TRACED_STEP - 1 else None
         with traced(run.trainer.model.engine, trace):
-            result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, extra=signals.take_requests())
+            elapsed = float(world.rank == 0 and interval.has_elapsed())
+            extra = [*signals.take_requests(), elapsed, writer.finished()]
+            result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, extra)
             seconds = time.perf_counter() - started
-        save, end = (requests > 0 for requests in result.extra)
+        *requests, finished = result.extra
+        writer.advance(finished)
+        save, end, elapsed = (request > 0 for request in requests)
         end = end or step == recipe.steps
         val_loss = _validate(run, recipe, step) if end or step % config.eval_every == 0 else None
         if report:
             report.step(step, result, lr, seconds, val_loss)
-        if save or end or step % config.save_every == 0:
-            state.save(out / "checkpoints", step, run.trainer, run.loader, run.tokenizer, config.keep)
+        if save or end or elapsed or interval.is_step(step):
+            state.save(writer, step, run.trainer, run.loader, run.tokenizer)
+            interval.restart()
         if end:
             break
+    writer.finish()
     if report:
         report.finish(initial_loss)
 

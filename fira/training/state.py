@@ -1,11 +1,11 @@
 """Save the state of a training run as a checkpoint, and restore it on any layout."""
 
-from pathlib import Path
-
 import torch
 
 from fira.checkpoint.pretrained import Saved
-from fira.checkpoint.shards import Checkpoint, TensorShard, save_checkpoint
+from fira.checkpoint.shard_index import TensorShard
+from fira.checkpoint.shards import Checkpoint
+from fira.checkpoint.writer import CheckpointWriter
 from fira.data.loader import Loader
 from fira.data.mixture import Mixture
 from fira.data.tokenizer import TOKENIZER
@@ -17,11 +17,13 @@ from fira.training.trainer import Trainer
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, tokenizer: bytes | None, keep: int) -> Path:
-    """Write `root/step-…` (collective): weights, moments of AdamW, loader position, loss scale, config and tokenizer.
+def save(
+    writer: CheckpointWriter, step: int, trainer: Trainer, loader: Loader | Mixture, tokenizer: bytes | None
+) -> None:
+    """Begin to write a checkpoint (collective): weights, moments, loader position, loss scale, config and tokenizer.
 
-    tokenizer: the content of tokenizer.json. keep: number of checkpoints kept in `root`. Dropout and data order are
-    functions of the seed and the sequence number, so there is no random state to save.
+    tokenizer: the content of tokenizer.json. Dropout and data order are functions of the seed and the sequence number,
+    so there is no random state to save.
     """
     mesh, optimizer = trainer.mesh, trainer.optimizer
     owned = [shard for shard in trainer.model.shards if (mesh.edp_rank if shard.expert else mesh.dp_rank) == 0]
@@ -37,15 +39,13 @@ def save(root: Path, step: int, trainer: Trainer, loader: Loader | Mixture, toke
         "loader": {"consumed": loader.consumed},
         "loss_scale": trainer.scale.state_dict(),
     }
-    return save_checkpoint(
-        root,
+    writer.start(
         step,
         weights=[TensorShard(shard.name, shard.parameter, shard.start, shard.shape) for shard in [*owned, *buffers]],
         optimizer=moments,
         documents={"config": to_document(trainer.model.config), "state": state},
         files={TOKENIZER: tokenizer} if tokenizer is not None else {},
         layout={"pp": mesh.layout.pp, "dp": mesh.layout.dp, "ep": mesh.layout.ep},
-        keep=keep,
     )
 
 

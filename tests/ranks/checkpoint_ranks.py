@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 
 from fira.checkpoint import shards
-from fira.checkpoint.shards import Checkpoint, TensorShard, newest_valid, save_checkpoint
+from fira.checkpoint.shard_index import TensorShard
+from fira.checkpoint.shards import Checkpoint, newest_valid
 from fira.checkpoint.step_folders import find
 from fira.errors import UserError
+from tests.saving import save_checkpoint
 
 SHAPES = {
     "embedding.weight": (11, 3),

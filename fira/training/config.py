@@ -82,6 +82,12 @@ class TrainConfig:
     eval_sequences: int = _option(128, "sequences per validation, evenly spaced in the validation set")
     save_every: str = _option("100", "steps between checkpoints, or a time such as 600s, 10m or 2h")
     keep: int = _option(2, "checkpoints kept")
+    on_spike: str = _option(
+        "ignore",
+        "rollback: after a loss spike or a loss that is not finite, restore the last checkpoint and skip the sequences "
+        "since; ignore: train on after a spike, stop at a loss that is not finite",
+        ("ignore", "rollback"),
+    )
     trace: str | None = _option(None, "write a trace of the third step to this file, for ui.perfetto.dev")
     seed: int = _option(42, "seed of weights, data order and dropout")
     timeout: float | None = _option(

@@ -55,6 +55,11 @@ class RunReport:
         if self.progress:
             self.progress.update(self.last)
 
+    def rewind(self, step: int) -> None:
+        """Remove the steps after `step` from the log, because they will be repeated."""
+        self.log.close()
+        self.log = TrainingLog(self.out / LOG_NAME, step)
+
     def finish(self, initial_loss: float) -> None:
         """Draw the plot and print the result. initial_loss: the validation loss before the first step."""
         self.log.close()

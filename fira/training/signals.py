@@ -20,6 +20,10 @@ class Signals:
         self._save = True
         self._end = self._end or number == signal.SIGTERM
 
+    def repeat(self, requests: list[float]) -> None:
+        """Record requests again, because the step in which they were taken was abandoned."""
+        self._save, self._end = self._save or requests[0] > 0, self._end or requests[1] > 0
+
     def take_requests(self) -> list[float]:
         """The requests since the last call, [save, end], as 0 or 1."""
         requests = [float(self._save), float(self._end)]

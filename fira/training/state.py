@@ -38,6 +38,7 @@ def save(
         "updates": optimizer.updates,
         "loader": {"consumed": loader.consumed},
         "loss_scale": trainer.scale.state_dict(),
+        "history": trainer.history.state_dict(),
     }
     writer.start(
         step,
@@ -63,6 +64,7 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     trainer.optimizer.updates = state["updates"]
     loader.consumed = state["loader"]["consumed"]
     trainer.scale.load_state_dict(state["loss_scale"])
+    trainer.history.load_state_dict(state.get("history", {"losses": [], "rollbacks": []}))
     return saved.step
 
 

@@ -87,9 +87,9 @@ class CheckpointWriter:
         contents = {f"{name}.json": encode_json(document) for name, document in documents.items()} | files
         if invalid := [name for name in contents if not is_plain(name) or name in (INDEX, MANIFEST)]:
             raise ValueError(f"invalid names of checkpoint files: {invalid}")
+        self.step = step
         self._phases = self._save(step, {"model": weights, "optimizer": optimizer}, contents, layout)
         self._continue()
-        self.step = step
 
     def finished(self) -> float:
         """Return 1 if this rank has completed its part of the current phase of a save, otherwise 0."""
@@ -113,10 +113,10 @@ class CheckpointWriter:
         self._phases, self._work, self.step = iter(()), None, None
 
     def _continue(self) -> None:
-        self._work = None  # in case the next phase cannot start
+        step, self.step, self._work = self.step, None, None  # in case the save fails
         self._work = next(self._phases, None)
-        if self._work is None:
-            self.step = None
+        if self._work is not None:
+            self.step = step
 
     def _save(
         self, step: int, shards: dict[str, list[TensorShard]], contents: dict[str, bytes], layout: dict[str, Any]

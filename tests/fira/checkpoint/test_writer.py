@@ -1,9 +1,13 @@
 """Saves in the background: what they wait for, how they fail, and what they remove."""
 
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -11,10 +15,12 @@ import torch
 from fira.checkpoint.manifest import FileRecord
 from fira.checkpoint.shard_index import TensorShard
 from fira.checkpoint.shards import Checkpoint
+from fira.checkpoint.step_folders import step_folders
 from fira.checkpoint.tensor_file import TensorFile
 from fira.checkpoint.writer import CheckpointWriter
 from fira.errors import UserError
 from tests.fira.checkpoint.checkpoint_files import MODEL, file_names
+from tests.launch import ROOT, inherited
 from tests.ranks.checkpoint_ranks import save_state
 
 
@@ -160,3 +166,28 @@ def test_kept_checkpoints_are_checked_once_after_they_were_written(root: Path, m
     start(writer, 3, x)
     writer.finish()
     assert checked[3 * files :] == ["step-000002"] * files
+
+
+@pytest.mark.slow
+def test_process_killed_at_random_moments_leaves_complete_checkpoints(root: Path) -> None:
+    program = f"from tests.ranks.checkpoint_ranks import save_forever; save_forever({str(root)!r})"
+    random, newest = Random(0), 0
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, "-c", program], env=inherited(), cwd=ROOT)
+        try:
+            deadline = time.monotonic() + 60
+            while max(step_folders(root), default=0) < newest + 2:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 0.05))
+        finally:
+            process.kill()
+            process.wait()
+        checkpoints = [Checkpoint.open(folder) for folder in step_folders(root).values()]
+        assert len(checkpoints) in (2, 3)  # three if an older one was not removed yet
+        assert checkpoints[0].step >= newest + 2
+        newest = checkpoints[0].step
+        for checkpoint in checkpoints:
+            assert checkpoint.document("config") == {"step": checkpoint.step}
+            assert all(checkpoint.read(name).eq(checkpoint.step).all() for name in ("x", "y"))

@@ -1,12 +1,28 @@
 """Resuming a run on the same layout, on other layouts and from a damaged checkpoint; refusal to overwrite a run."""
 
+import re
 import shutil
 
 import numpy as np
 import pytest
 
+from fira.checkpoint.shards import Checkpoint
+from fira.checkpoint.step_folders import step_folders
 from tests.fira.checkpoint.checkpoint_files import hashes
-from tests.fira.training.small_runs import ONE, PP2_DP2_EP2, PP4, kill_all, losses, start, train, wait_for
+from tests.fira.training.small_runs import (
+    ONE,
+    PP2_DP2_EP2,
+    PP4,
+    TRAIN,
+    cache,
+    kill_all,
+    losses,
+    start,
+    train,
+    wait_for,
+)
+from tests.launch import run_ranks
+from tests.ranks.checkpoint_ranks import newest_step
 
 LAST = "checkpoints/step-000020"
 
@@ -47,3 +63,30 @@ def test_existing_run_is_not_overwritten(settings, uninterrupted):
     result = train(settings, 1, "--out", uninterrupted, status=2)
     assert "already contains a run" in result.stderr
     assert (uninterrupted / "training_log.csv").read_bytes() == before
+
+
+def test_checkpoints_at_intervals_of_time_are_valid(settings, tmp_path):
+    """Rank 0 decides: a rank that did not take part in a save would stop the others."""
+    train(settings, 2, "--pp", 2, "--out", tmp_path / "run", "--save-every", "0.2s", "--keep", 50)
+    folders = step_folders(tmp_path / "run" / "checkpoints")
+    assert max(folders) == 20
+    assert all(Checkpoint.open(folder).step == step for step, folder in folders.items())
+
+
+def test_failed_save_ends_all_ranks_with_one_line_and_leaves_the_previous_checkpoint(settings, killed, tmp_path):
+    run = shutil.copytree(killed, tmp_path / "run")
+    largest = max(path.stat().st_size for path in (run / "checkpoints" / "step-000010").glob("*.safetensors"))
+    flags = ["--config", settings, *PP4, "--out", run, "--resume", "auto", "--save-every", 1]
+    result = run_ranks(4, TRAIN, *flags, within=["prlimit", f"--fsize={largest - 1}"], env=cache(settings))
+    assert result.returncode == 2
+    (line,) = filter(None, result.stderr.splitlines())
+    assert re.fullmatch(r"checkpoint of step 11 failed: .*-of-00004.safetensors: File too large; .* is intact", line)
+    assert newest_step(str(run / "checkpoints")) == 10
+
+
+def test_weights_that_are_not_finite_are_never_saved(settings, tmp_path):
+    """The gradient of the first step is finite, its update is not."""
+    run, flags = tmp_path / "run", ["--lr", 1e38, "--min-lr", 1e38, "--warmup", 0, "--save-every", 1]
+    result = train(settings, 1, "--out", run, *flags, status=2)
+    assert "no weight was changed, but layers.0" in result.stderr
+    assert step_folders(run / "checkpoints") == {}

@@ -62,7 +62,7 @@ class TensorFile:
             begin = len(header) + positions[name]
             view = self._buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             self._views[name] = view.copy_(tensor.detach(), non_blocking=bool(gpus))
-        self._copies = [torch.cuda.current_stream(gpu).record_event() for gpu in gpus]
+        self._copies = [_record(gpu) for gpu in gpus]
 
     def first_not_finite(self) -> str | None:
         """Return the name of the first tensor, in the order of `copy_from`, with a number that is not finite."""
@@ -84,6 +84,13 @@ class TensorFile:
     def _wait(self) -> None:
         for copy in self._copies:
             copy.synchronize()
+
+
+def _record(gpu: torch.device) -> torch.cuda.Event:
+    """Record an event on the current stream of a GPU; a thread that waits for it sleeps."""
+    event = torch.cuda.Event(blocking=True)
+    event.record(torch.cuda.current_stream(gpu))
+    return event
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int]]:

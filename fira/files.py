@@ -26,7 +26,7 @@ def read(path: Path, largest: int = LARGEST) -> bytes:
     return content
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: Path, content: bytes | memoryview) -> None:
     """Write a file and flush it to the disk."""
     with errors_naming(path):
         path.write_bytes(content)

@@ -68,6 +68,11 @@ class FileRecord:
     sha256: str
 
     @classmethod
+    def of(cls, content: bytes | memoryview) -> "FileRecord":
+        """Compute the record of a file with this content."""
+        return cls(len(content), hashlib.sha256(content).hexdigest())
+
+    @classmethod
     def from_file(cls, path: Path) -> "FileRecord":
         """Compute the record of the file at `path`."""
         with errors_naming(path), open(path, "rb") as file:

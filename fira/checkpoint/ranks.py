@@ -1,8 +1,8 @@
 """The ranks that save or load a checkpoint together: one rank where `torch.distributed` is not initialised."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -39,3 +39,20 @@ def collective_errors() -> Iterator[None]:
     messages = gather(None if failure is None else str(failure) or repr(failure))
     if failures := [message for message in messages if message]:
         raise UserError(failures[0]) from failure
+
+
+def gather_results(function: Callable[[], T]) -> list[T]:
+    """Call a function on every rank and return the results of all ranks, in rank order, with one exchange.
+
+    A UserError or OSError of one rank is raised as the same UserError on all ranks.
+    """
+    failure: Exception | None = None
+    result: T | None = None
+    try:
+        result = function()
+    except (UserError, OSError) as error:
+        failure = error
+    results = gather((result, None if failure is None else str(failure) or repr(failure)))
+    if failures := [message for _, message in results if message]:
+        raise UserError(failures[0]) from failure
+    return [cast(T, value) for value, _ in results]

@@ -12,6 +12,7 @@ leaves complete checkpoints and temporary folders that the next save removes, bu
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from fira.checkpoint.manifest import MANIFEST, STEP_FOLDER
@@ -41,8 +42,13 @@ def step_folders(root: Path) -> dict[int, Path]:
     return dict(sorted(folders.items(), reverse=True))
 
 
-def publish(root: Path, step: int, keep: int) -> None:
-    """Rename the complete temporary folder of `step`, update `latest`, then remove older checkpoints (see `_prune`)."""
+def older_folders(root: Path, step: int) -> list[Path]:
+    """Return the published checkpoints before `step`, newest first."""
+    return [folder for other, folder in step_folders(root).items() if other < step]
+
+
+def publish(root: Path, step: int) -> None:
+    """Rename the complete temporary folder of `step` and update `latest`."""
     folder = root / step_name(step)
     if folder.exists():
         replaced = folder.with_name(f"{folder.name}.old")
@@ -55,14 +61,20 @@ def publish(root: Path, step: int, keep: int) -> None:
     write(pointer, f"{folder.name}\n".encode())
     os.replace(pointer, root / LATEST)
     sync(root)
-    _prune(root, step, keep)
 
 
-def _prune(root: Path, step: int, keep: int) -> None:
-    """Remove temporary folders and all but the newest `keep - 1` checkpoints before `step`; keep all later ones."""
-    folders = step_folders(root)
-    older = [folder for other, folder in folders.items() if other < step]
-    kept = set(folders.values()) - set(older[max(keep - 1, 0) :])
+def prune(root: Path, step: int, keep: int, damaged: Collection[Path]) -> None:
+    """Remove temporary folders and older checkpoints.
+
+    The checkpoint of `step`, all later ones and the newest `keep - 1` undamaged ones before it remain. A damaged one is
+    removed only when that many newer ones are undamaged.
+    """
+    kept = set(step_folders(root).values())
+    undamaged = 0
+    for folder in older_folders(root, step):
+        if undamaged >= keep - 1:
+            kept.remove(folder)
+        undamaged += folder not in damaged
     for folder in sorted(root.glob("step-*"), reverse=True):  # step-000100.tmp before step-000100
         if re.fullmatch(r"step-\d{6,}(\.old)?(\.tmp)?", folder.name) and folder not in kept:
             _remove(folder)

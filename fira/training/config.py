@@ -13,6 +13,7 @@ from fira.files import read_toml
 from fira.models.family import Recipe
 from fira.models.registry import PRESETS, RECIPES
 from fira.parallel.parallelize import EVERY_BLOCK
+from fira.training.save_interval import SaveInterval
 from fira.value_types import (
     AnyText,
     NotNegative,
@@ -35,7 +36,7 @@ LITERALS = {"true": True, "false": False, "none": None}
 INHERITED = [
     *("model", "model_set", "data", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
     *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed", "init"),
-    *("eval_every", "eval_sequences", "save_every", "keep"),
+    *("eval_every", "eval_sequences", "save_every", "keep", "on_spike"),
 ]
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
 
@@ -95,8 +96,14 @@ class TrainConfig:
     override: bool = _option(False, "resume with settings that differ from those of the checkpoint")
     eval_every: int = _option(50, "steps between validations")
     eval_sequences: int = _option(128, "sequences per validation, evenly spaced in the validation set")
-    save_every: int = _option(100, "steps between checkpoints")
+    save_every: str = _option("100", "steps between checkpoints, or a time such as 600s, 10m or 2h")
     keep: int = _option(2, "checkpoints kept")
+    on_spike: str = _option(
+        "ignore",
+        "rollback: after a loss spike or a loss that is not finite, restore the last checkpoint and skip the sequences "
+        "since; ignore: train on after a spike, stop at a loss that is not finite",
+        ("ignore", "rollback"),
+    )
     trace: PathName | None = _option(None, "write a trace of the third step to this file, for ui.perfetto.dev")
     seed: Seed = _option(42, "seed of weights, data order and dropout")
     timeout: Seconds | None = _option(
@@ -120,6 +127,7 @@ class TrainConfig:
         for setting in fields(self):
             check(f"--{setting.name.replace('_', '-')}", getattr(self, setting.name), setting.type)
         self.recomputed()  # raises UserError if `recompute` is invalid
+        SaveInterval(self.save_every)
 
     def recomputed(self) -> int | None:
         """Number of blocks recomputed in every stage; None: automatic, or not given."""

@@ -5,17 +5,21 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fira.checkpoint.shards import Checkpoint, newest_valid, open_checkpoint
+from fira.checkpoint.writer import CheckpointWriter
 from fira.devices import choose_devices, choose_precision
-from fira.errors import UserError
 from fira.models.family import Recipe
 from fira.optim.lr_schedule import learning_rate
 from fira.training import run_folder, state
 from fira.training.config import TrainConfig
 from fira.training.finish_marker import mark_finished, remove_marker
+from fira.training.numerical_faults import NumericalFault
+from fira.training.rollback import roll_back, settle
 from fira.training.run_lock import RunLock
 from fira.training.run_report import RunReport
+from fira.training.save_interval import SaveInterval
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
 from fira.training.step_trace import TRACED_STEP, traced
@@ -54,48 +58,86 @@ def _train(
     recipe = config.recipe()
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     config = replace(config, precision=choose_precision(config.precision, devices))
+    writer, first = CheckpointWriter(out / "checkpoints", config.keep), 1
     with doing("start"):
         run = set_up(config, recipe.batch_size, devices, world, saved, quiet)
         config = replace(config, micro_batch_size=run.trainer.split.microbatch)  # a resumed run keeps it on any layout
         settings = state.run_settings(config, run.corpus)
-        first = 1
         if saved:
             state.check_settings(saved, settings, config.override)
             first += state.restore(saved, run.trainer, run.loader, run.tokenizer)
+            writer.last = saved.folder
     report = RunReport(config, lock, run, first, recipe, quiet) if lock else None
     if report:
         remove_marker(out)
     initial_loss = _validate(run, recipe, first - 1)
-    stragglers = Stragglers(world, run.trainer.mesh.layout)
     signals.catch_termination()
-    for step in range(first, recipe.steps + 1):
-        started = time.perf_counter()
-        lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
-        trace = config.trace if step == first + TRACED_STEP - 1 else None
-        with traced(run.trainer.model.engine, trace), doing(f"step {step}"):
-            stragglers.start()
-            extra = [*signals.take_requests(), world.checksum(), *stragglers.exchanged()]
-            result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, extra)
-            stragglers.stop()
-            seconds = time.perf_counter() - started
-        *requests, difference = result.extra[:3]
-        _check_collectives(step, difference)
-        save, end = (number > 0 for number in requests)
-        end = end or step == recipe.steps
-        val_loss = _validate(run, recipe, step) if end or step % config.eval_every == 0 else None
-        if report:
-            stragglers.update(step - 1, result.extra[3:])
-            report.step(step, result, lr, seconds, val_loss)
-        if save or end or step % config.save_every == 0:
-            with doing(f"saving step {step}"):
-                state.save(out / "checkpoints", step, run.trainer, run.loader, run.tokenizer, config.keep, settings)
-        if end:
-            break
+    last = _run_steps(config, recipe, world, run, report, writer, signals, settings, first)
+    with doing(f"saving step {last}"):
+        writer.finish()
     if report:
         with doing("plots", long=True):  # the other ranks have ended
             report.finish(initial_loss)
-        if step == recipe.steps:
-            mark_finished(out, step)
+        if last == recipe.steps:
+            mark_finished(out, last)
+
+
+def _run_steps(
+    config: TrainConfig,
+    recipe: Recipe,
+    world: World,
+    run: Run,
+    report: RunReport | None,
+    writer: CheckpointWriter,
+    signals: Signals,
+    settings: dict[str, Any],
+    first: int,
+) -> int:
+    """Train from step `first` to the last one, or until a signal ends the run; return the last step (collective).
+
+    report: on rank 0. settings: see `state.run_settings`.
+    """
+    interval, stragglers = SaveInterval(config.save_every), Stragglers(world, run.trainer.mesh.layout)
+    run.trainer.history.find_spikes = config.on_spike == "rollback"
+    step, end = first - 1, False
+    while step < recipe.steps and not end:
+        step += 1
+        started = time.perf_counter()
+        lr = learning_rate(step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup)
+        trace = config.trace if step == first + TRACED_STEP - 1 else None
+        requests = signals.take_requests()
+        elapsed = report is not None and interval.has_elapsed()  # rank 0 decides by its clock
+        extra = [*requests, float(elapsed), writer.finished(), world.checksum(), *stragglers.exchanged()]
+        try:
+            with traced(run.trainer.model.engine, trace), doing(f"step {step}"):
+                stragglers.start()
+                result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, extra)
+                stragglers.stop()
+                seconds = time.perf_counter() - started
+            finished, difference, *times = result.extra[3:]
+            _check_collectives(step, difference)
+            save, end, elapsed = (number > 0 for number in result.extra[:3])
+            end = end or step == recipe.steps
+            val_loss = _validate(run, recipe, step) if end or step % config.eval_every == 0 else None
+        except NumericalFault as fault:
+            settle(writer, step)
+            if config.on_spike != "rollback":
+                raise
+            step = roll_back(fault, step, run, writer)
+            signals.repeat(requests)
+            end = False
+            if report:
+                report.rewind(step)
+            continue
+        if report:
+            stragglers.update(step - 1, times)
+            report.step(step, result, lr, seconds, val_loss)
+        with doing(f"saving step {step}"):
+            writer.advance(finished=finished)
+            if save or end or elapsed or interval.is_step(step):
+                state.save(writer, step, run.trainer, run.loader, run.tokenizer, settings)
+                interval.restart()
+    return step
 
 
 def _check_collectives(step: int, difference: float) -> None:
@@ -105,11 +147,11 @@ def _check_collectives(step: int, difference: float) -> None:
 
 
 def _validate(run: Run, recipe: Recipe, step: int) -> float:
-    """The validation loss after a step; UserError if it is not finite."""
+    """The validation loss after a step; NumericalFault if it is not finite."""
     with doing(f"validation of step {step}"):
         loss = run.trainer.evaluate(run.validation, recipe.batch_size)
     if not math.isfinite(loss):
-        raise UserError(
+        raise NumericalFault(
             f"step {step}: the validation loss is {loss}; "
             "resume from the last checkpoint with a lower --lr and --override"
         )

@@ -59,6 +59,11 @@ class RunReport:
         if self.progress:
             self.progress.update(self.last)
 
+    def rewind(self, step: int) -> None:
+        """Remove the steps after `step` from the log, because they will be repeated."""
+        self.log.close()
+        self.log = TrainingLog(self.out / LOG_NAME, step)
+
     def _restore_folder(self) -> None:
         """Write the folder again after it was removed: the weights in memory may be the only ones that are left."""
         self.lock.acquire()

@@ -26,6 +26,12 @@ class Signals:
     def _count(self, number: int, frame: FrameType | None) -> None:
         self._received[signal.Signals(number)] += 1
 
+    def repeat(self, requests: list[float]) -> None:
+        """Record requests again, because the step in which they were taken was abandoned."""
+        for number, request in zip(self._received, requests, strict=True):
+            if request:
+                self._taken[number] = -1
+
     def take_requests(self) -> list[float]:
         """The requests since the last call, [save, end], as 0 or 1. A signal during the call counts for the next."""
         received = dict(self._received)

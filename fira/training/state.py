@@ -2,20 +2,21 @@
 
 import logging
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fira.checkpoint.pretrained import Saved, read_weight, stored_config
 from fira.checkpoint.ranks import this_rank
-from fira.checkpoint.shards import Checkpoint, TensorShard, save_checkpoint
+from fira.checkpoint.shard_index import TensorShard
+from fira.checkpoint.shards import Checkpoint
+from fira.checkpoint.writer import CheckpointWriter
 from fira.data.corpus import Corpus
 from fira.data.loader import Loader
 from fira.data.mixture import Mixture
 from fira.data.tokenizer import TOKENIZER
 from fira.errors import UserError
-from fira.json_reader import check, integer, mapping, number, record, scalar
+from fira.json_reader import array, check, integer, mapping, number, record, scalar
 from fira.models.registry import to_document
 from fira.parallel.parallelize import DistributedModel, ParamShard
 from fira.training.config import TrainConfig
@@ -31,7 +32,15 @@ STATE_SCHEMA = record(
         "loader": record({"consumed": integer()}),
         "loss_scale": record({"value": number(2**-100, 2**100), "good_steps": integer()}),
     },
-    {"settings": mapping(scalar)},  # not in checkpoints of earlier versions
+    {  # not in checkpoints of earlier versions
+        "settings": mapping(scalar),
+        "history": record(
+            {
+                "losses": array(number()),
+                "rollbacks": array(record(dict.fromkeys(("step", "restored", "first", "end"), integer()))),
+            }
+        ),
+    },
 )
 
 logger = logging.getLogger(__name__)
@@ -69,18 +78,17 @@ def check_settings(saved: Checkpoint, settings: dict[str, Any], override: bool) 
 
 
 def save(
-    root: Path,
+    writer: CheckpointWriter,
     step: int,
     trainer: Trainer,
     loader: Loader | Mixture,
     tokenizer: bytes | None,
-    keep: int,
     settings: dict[str, Any],
-) -> Path:
-    """Write `root/step-…` (collective): weights, moments of AdamW, loader position, loss scale, config and tokenizer.
+) -> None:
+    """Begin to write a checkpoint (collective): weights, moments, loader position, loss scale, config and tokenizer.
 
-    tokenizer: the content of tokenizer.json. keep: number of checkpoints kept in `root`. settings: see `run_settings`.
-    Dropout and data order are functions of the seed and the sequence number, so there is no random state to save.
+    tokenizer: the content of tokenizer.json. settings: see `run_settings`. Dropout and data order are functions of the
+    seed and the sequence number, so there is no random state to save.
     """
     mesh, optimizer = trainer.mesh, trainer.optimizer
     owned = [shard for shard in trainer.model.shards if (mesh.edp_rank if shard.expert else mesh.dp_rank) == 0]
@@ -95,17 +103,16 @@ def save(
         "updates": optimizer.updates,
         "loader": {"consumed": loader.consumed},
         "loss_scale": trainer.scale.state_dict(),
+        "history": trainer.history.state_dict(),
         "settings": settings,
     }
-    return save_checkpoint(
-        root,
+    writer.start(
         step,
         weights=[TensorShard(shard.name, shard.parameter, shard.start, shard.shape) for shard in [*owned, *buffers]],
         optimizer=moments,
         documents={"config": to_document(trainer.model.config), "state": state},
         files={TOKENIZER: tokenizer} if tokenizer is not None else {},
         layout={"pp": mesh.layout.pp, "dp": mesh.layout.dp, "ep": mesh.layout.ep},
-        keep=keep,
     )
 
 
@@ -123,6 +130,7 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     trainer.optimizer.updates = state["updates"]
     loader.consumed = state["loader"]["consumed"]
     trainer.scale.load_state_dict(state["loss_scale"])
+    trainer.history.load_state_dict(state.get("history", {"losses": [], "rollbacks": []}))
     return saved.step
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fira.checkpoint.ranks import gather
 from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture
 from fira.errors import UserError
@@ -22,6 +23,7 @@ from fira.parallel.gradient_sum import GradientSum
 from fira.parallel.gradients import NormVector, scale_gradients
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import DistributedModel
+from fira.training.numerical_faults import FaultHistory, NumericalFault
 from pipeline.engine import MicroBatch
 from pipeline.mesh import Mesh
 from pipeline.schedule import SCHEDULES, forward_only
@@ -97,6 +99,7 @@ class Trainer:
             stacked={shard.name for shard in model.shards if shard.expert},
         )
         self.scale = LossScale(fp16)
+        self.history = FaultHistory()
         self.norms = NormVector(model, mesh)
         nccl = dist.get_backend(mesh.groups["dp"]) == "nccl"
         self.reduction = OverlappedReduction(model, mesh) if nccl else GradientSum(model, mesh)
@@ -109,7 +112,8 @@ class Trainer:
         """Train on the next `sequences` sequences of the loader.
 
         extra: numbers to sum over all ranks in the collective that reduces the results.
-        Raises UserError on all ranks, before any weight has changed, if the loss or a gradient is not finite.
+        Raises NumericalFault on all ranks, before any weight has changed, if the loss or a gradient is not finite, or
+        if `history` finds a spike.
         """
         started = time.perf_counter()
         scale = self.scale.value
@@ -125,6 +129,7 @@ class Trainer:
 
         overflow = self.scale.enabled and not math.isfinite(norm)
         self._check_finite(loss, sums.norms, overflow)
+        self.history.add(loss)
         self.scale.update(overflow)
         if not overflow:
             self._update(lr, norm, scale, sums.load)
@@ -239,7 +244,7 @@ class Trainer:
         )
 
     def _check_finite(self, loss: float, norms: Tensor, overflow: bool) -> None:
-        """Raise UserError if the loss or a gradient is not finite, except for fp16 gradients at a high loss scale."""
+        """Raise if the loss or a gradient is not finite, except for fp16 gradients at a high loss scale."""
         if math.isfinite(loss) and (overflow or bool(norms.isfinite().all())):
             if self.scale.enabled and self.scale.value < 2**-14:
                 raise UserError(
@@ -249,6 +254,8 @@ class Trainer:
         bad = [name for name, norm in zip(self.norms.names, norms.tolist(), strict=True) if not math.isfinite(norm)]
         cause = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
         where = f", first gradient not finite: {bad[0]} ({len(bad)} of {len(norms)})" if bad else ""
-        raise UserError(
-            f"{cause}{where}; no weight was changed: resume from the last checkpoint with a lower --lr or --clip"
-        )
+        weights = [*self.model.shards, *self.model.buffers]
+        local = next((shard.name for shard in weights if not shard.parameter.isfinite().all()), None)
+        broken = next((f", but {name} is not finite since an earlier step" for name in gather(local) if name), "")
+        advice = "resume from the last checkpoint with a lower --lr or --clip"
+        raise NumericalFault(f"{cause}{where}; no weight was changed{broken}: {advice}")

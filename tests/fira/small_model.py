@@ -8,10 +8,11 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from fira import FIRA
-from fira.checkpoint.shards import TensorShard, save_checkpoint
+from fira.checkpoint.shard_index import TensorShard
 from fira.data.tokenizer import train_tokenizer
 from fira.models.fira import FiraConfig
 from fira.models.registry import to_document
+from tests.saving import save_checkpoint
 
 M = TypeVar("M", bound=nn.Module)
 CONFIG = FiraConfig(vocab_size=300, seq_len=12, d_model=16, n_head=2, num_layers=2, d_ff=24, dropout=0.1)

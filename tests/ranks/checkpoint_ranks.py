@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,14 @@ import torch
 import torch.distributed as dist
 
 from fira.checkpoint import shards
-from fira.checkpoint.shards import Checkpoint, TensorShard, newest_valid, save_checkpoint
+from fira.checkpoint.manifest import FileRecord
+from fira.checkpoint.shard_index import TensorShard
+from fira.checkpoint.shards import Checkpoint, newest_valid
 from fira.checkpoint.step_folders import find
+from fira.checkpoint.tensor_file import TensorFile
+from fira.checkpoint.writer import CheckpointWriter
 from fira.errors import UserError
+from tests.saving import save_checkpoint
 
 SHAPES = {
     "embedding.weight": (11, 3),
@@ -109,6 +115,50 @@ def save_without_room(root: str, step: int, rank: int, limit: int) -> str:
     return ""
 
 
+def save_forever(root: str) -> None:
+    """Save tensors that contain the number of their step, from the step after the newest checkpoint on."""
+    writer, step = CheckpointWriter(Path(root), keep=2), newest_step(root) or 0
+    while True:
+        step += 1
+        shards = [TensorShard(name, torch.full((50_000,), float(step)), 0, (50_000,)) for name in ("x", "y")]
+        writer.start(step, shards[:1], shards[1:], {"config": {"step": step}}, {}, {})
+        while writer.step is not None:
+            writer.advance(writer.finished())
+
+
+def save_while_training(root: str, failing: int | None) -> dict[str, Any]:
+    """Save in steps that reduce a number over all ranks, with ranks of different speed.
+
+    failing: a rank that cannot write. Returns the error, the reductions until the save was complete or failed, and how
+    many ranks had not completed a phase at the most.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    writer, tensor, behind, steps = CheckpointWriter(Path(root), keep=2), torch.ones(2), 0.0, 0
+    write = TensorFile.write
+
+    def slow_write(file: TensorFile, path: Path) -> FileRecord:
+        time.sleep(0.1 * rank)
+        if rank == failing:
+            raise OSError(28, "No space left on device")
+        return write(file, path)
+
+    TensorFile.write = slow_write  # type: ignore[method-assign]
+    try:
+        writer.start(7, [TensorShard("x", tensor, 2 * rank, (2 * world,))], [], {}, {}, {})
+        tensor.zero_()
+        while writer.step is not None:
+            finished = torch.tensor([writer.finished()])
+            dist.all_reduce(finished)
+            steps, behind = steps + 1, max(behind, world - float(finished))
+            writer.advance(float(finished))
+    except UserError as error:
+        return {"error": str(error), "steps": steps, "behind": behind}
+    finally:
+        TensorFile.write = write  # type: ignore[method-assign]
+    equal = bool(Checkpoint.open(find(root)).read("x").eq(1).all())
+    return {"error": "", "steps": steps, "behind": behind, "equal": equal}
+
+
 def overlap_error(root: str) -> str:
     """Return the error message of this rank when all ranks pass the same rows."""
     tensor = value("embedding.weight")
@@ -140,6 +190,9 @@ def run_scenarios(root: str) -> dict[str, Any]:
     shards.logger.addHandler(handler)
     results["newest"] = newest_step(f"{root}/damaged")
     shards.logger.removeHandler(handler)
+
+    results["background"] = [save_while_training(f"{root}/background", failing) for failing in (None, 3)]
+    results["background folders"] = sorted(path.name for path in Path(root, "background").iterdir())
 
     save_state(f"{root}/full", 50)
     results["full"] = save_without_room(f"{root}/full", 100, rank=1, limit=100)

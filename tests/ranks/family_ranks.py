@@ -8,6 +8,7 @@ import torch
 
 from fira.checkpoint.shards import Checkpoint
 from fira.checkpoint.step_folders import find
+from fira.checkpoint.writer import CheckpointWriter
 from fira.data.loader import Loader
 from fira.models.registry import from_document
 from fira.parallel.batch_split import BatchSplit
@@ -56,7 +57,9 @@ def _reshard(model: dict[str, Any], layouts: list[list[int]], folder: Path) -> d
     """Train four steps on the first layout and save after two; resume on every layout for the other two."""
     uninterrupted = Training(model, layouts[0])
     uninterrupted.steps(2)
-    state.save(folder, 2, uninterrupted.trainer, uninterrupted.loader, None, keep=1, settings={})
+    writer = CheckpointWriter(folder, keep=1)
+    state.save(writer, 2, uninterrupted.trainer, uninterrupted.loader, None, settings={})
+    writer.finish()
     step = find(folder)
     saved = Checkpoint.open(step)
     continued = [uninterrupted.steps(2)]

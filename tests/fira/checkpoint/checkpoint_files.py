@@ -19,14 +19,25 @@ def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
     (folder / "manifest.json").write_bytes(seal(manifest))
 
 
+def edit_document(folder: Path, name: str, change: Callable[[dict], None]) -> None:
+    """Change a JSON document and update its record in the manifest."""
+    document = json.loads((folder / f"{name}.json").read_text())
+    change(document)
+    raw = encode_json(document)
+    (folder / f"{name}.json").write_bytes(raw)
+    record = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    edit_manifest(folder, lambda manifest: manifest["files"].update({f"{name}.json": record}))
+
+
 def edit_index(folder: Path, change: Callable[[dict], None]) -> None:
     """Change the index and update its record in the manifest."""
-    index = json.loads((folder / "index.json").read_text())
-    change(index["tensors"])
-    raw = encode_json(index)
-    (folder / "index.json").write_bytes(raw)
-    record = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    edit_manifest(folder, lambda manifest: manifest["files"].update({"index.json": record}))
+    edit_document(folder, "index", lambda index: change(index["tensors"]))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of weights and optimizer state of a checkpoint."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
 
 
 def file_names(folder: Path) -> list[str]:

@@ -11,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fira.checkpoint import shards
+from fira.checkpoint import writer
 from fira.checkpoint.manifest import read_manifest
-from fira.checkpoint.shards import Checkpoint, TensorShard, newest_valid, save_checkpoint
+from fira.checkpoint.shard_index import TensorShard
+from fira.checkpoint.shards import Checkpoint, newest_valid
 from fira.errors import UserError
 from tests.fira.checkpoint.checkpoint_files import FILES, MODEL, file_names
 from tests.launch import run_function
 from tests.ranks.checkpoint_ranks import SHAPES, matches, newest_step, ranges_match, save_state, value
+from tests.saving import save_checkpoint
 
 RANKS = "tests.ranks.checkpoint_ranks"
 
@@ -52,7 +54,7 @@ def test_files_can_be_read_with_safetensors_json_and_sha256(root: Path) -> None:
         torch.randn(5, 3, dtype=torch.float64),
         torch.randn(5, 3).to(torch.bfloat16),
         torch.randn(5, 3).to(torch.float16),
-        torch.tensor([float("nan"), -0.0, float("inf")]),
+        torch.tensor([1e-45, -0.0, torch.finfo(torch.float32).max]),
         torch.arange(12).reshape(3, 4)[:, 1:3],
         torch.get_rng_state(),
         torch.tensor([True, False]),
@@ -118,12 +120,12 @@ def test_failed_save_leaves_no_folder_and_names_the_newest_checkpoint(root: Path
         raise UserError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "publish", fail)
+        patch.setattr(writer, "publish", fail)
         with pytest.raises(UserError, match=r"step 1 failed: no space; .*; there is no earlier checkpoint"):
             save_state(str(root), 1)
     for step in (50, 100):
         save_state(str(root), step, keep=3)
-    monkeypatch.setattr(shards, "publish", fail)
+    monkeypatch.setattr(writer, "publish", fail)
     with pytest.raises(UserError, match=r"step 150 failed: no space; .*step-000100 is intact"):
         save_state(str(root), 150, keep=3)
     assert not list(root.glob("*.tmp"))
@@ -216,3 +218,17 @@ def test_full_disk_of_one_rank_raises_on_all(results: list[dict[str, Any]]) -> N
     assert results[0]["full"].endswith("/full/step-000050 is intact")
     assert [rank["newest after full"] for rank in results] == [50] * 4
     assert file_names(Path(results[0]["folder"]).parents[1] / "full") == ["latest", "step-000050"]
+
+
+def test_save_continues_when_the_slowest_rank_has_written_and_its_failure_raises_on_all(
+    results: list[dict[str, Any]],
+) -> None:
+    complete, failed = zip(*(rank["background"] for rank in results), strict=True)
+    assert all(rank == complete[0] for rank in complete)
+    assert (complete[0]["error"], complete[0]["equal"]) == ("", True)
+    assert complete[0]["behind"] >= 1  # at least rank 3 has not written yet
+    assert all(rank == failed[0] for rank in failed)  # the same error in the same step
+    message = failed[0]["error"]
+    assert message.startswith("checkpoint of step 7 failed: [Errno 28] No space left on device; free some space")
+    assert message.endswith("/background/step-000007 is intact")
+    assert results[0]["background folders"] == ["latest", "step-000007"]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, FlexOlmoConfig, FlexOlmoForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fira import load_model
-from fira.checkpoint.shards import TensorShard, save_checkpoint
+from fira.checkpoint.shard_index import TensorShard
 from fira.data.tokenizer import train_tokenizer
 from fira.errors import UserError
 from fira.huggingface.export_model import export
@@ -25,6 +25,7 @@ from tests.fira.huggingface.test_modeling_fira import IDS, small, trained
 from tests.launch import ROOT, run_ranks
 from tests.ranks.stock_transformers import IDS as STOCK_IDS
 from tests.ranks.stock_transformers import run_isolated
+from tests.saving import save_checkpoint
 
 TEXT = Path(__file__).read_text()
 VOCABULARY = 300

@@ -1,13 +1,14 @@
 """Resuming on the same and on other layouts, after damage, a rewind and with other flags; two jobs in one folder."""
 
-import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fira.checkpoint.shards import Checkpoint
+from fira.checkpoint.step_folders import step_folders
+from tests.fira.checkpoint.checkpoint_files import hashes
 from tests.fira.training.small_runs import (
     ONE,
     PP2_DP2_EP2,
@@ -21,14 +22,11 @@ from tests.fira.training.small_runs import (
     wait_for,
 )
 from tests.launch import run_ranks
+from tests.ranks.checkpoint_ranks import newest_step
+
+LAST = "checkpoints/step-000020"
 
 pytestmark = pytest.mark.slow
-
-
-def hashes(run: Path, step: int) -> dict[str, str]:
-    """Return the SHA-256 of every file of weights and optimizer state of a checkpoint."""
-    manifest = json.loads((run / "checkpoints" / f"step-{step:06d}" / "manifest.json").read_text())
-    return {name: entry["sha256"] for name, entry in manifest["files"].items() if name.endswith(".safetensors")}
 
 
 def test_resume_on_the_same_layout_is_bitwise_identical(settings, uninterrupted, killed, tmp_path):
@@ -36,7 +34,7 @@ def test_resume_on_the_same_layout_is_bitwise_identical(settings, uninterrupted,
     result = train(settings, 4, *PP4, "--out", run, "--resume", "auto")
     assert "resumed after step 10" in result.stdout
     assert (losses(run) == losses(uninterrupted)).all()
-    assert hashes(run, 20) == hashes(uninterrupted, 20)
+    assert hashes(run / LAST) == hashes(uninterrupted / LAST)
 
 
 def test_resume_on_other_layouts_gives_equal_losses(settings, uninterrupted, killed, tmp_path):
@@ -65,6 +63,31 @@ def test_existing_run_is_not_overwritten(settings, uninterrupted):
     result = train(settings, 1, "--out", uninterrupted, status=2)
     assert "already contains a run" in result.stderr
     assert (uninterrupted / "training_log.csv").read_bytes() == before
+
+
+def test_checkpoints_at_intervals_of_time_are_valid(settings, tmp_path):
+    """Rank 0 decides: a rank that did not take part in a save would stop the others."""
+    train(settings, 2, "--pp", 2, "--out", tmp_path / "run", "--save-every", "0.2s", "--keep", 50)
+    folders = step_folders(tmp_path / "run" / "checkpoints")
+    assert max(folders) == 20
+    assert all(Checkpoint.open(folder).step == step for step, folder in folders.items())
+
+
+def test_failed_save_ends_all_ranks_with_one_line_and_leaves_the_previous_checkpoint(settings, killed, tmp_path):
+    run = shutil.copytree(killed, tmp_path / "run")
+    (run / "checkpoints" / "step-000011.tmp").write_text("a file in the place of the temporary folder")
+    result = train(settings, 4, *PP4, "--out", run, "--resume", "auto", "--save-every", 1, status=2)
+    (line,) = filter(None, result.stderr.splitlines())
+    assert re.fullmatch(r"checkpoint of step 11 failed: .*File exists.*; .*/step-000010 is intact", line)
+    assert newest_step(str(run / "checkpoints")) == 10
+
+
+def test_weights_that_are_not_finite_are_never_saved(settings, tmp_path):
+    """The gradient of the first step is finite, its update is not."""
+    run, flags = tmp_path / "run", ["--lr", 1e38, "--min-lr", 1e38, "--warmup", 0, "--save-every", 1]
+    result = train(settings, 1, "--out", run, *flags, status=2)
+    assert "no weight was changed, but layers.0" in result.stderr
+    assert step_folders(run / "checkpoints") == {}
 
 
 def test_second_job_in_the_same_folder_ends_in_one_line(settings, uninterrupted, tmp_path):

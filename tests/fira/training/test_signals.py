@@ -97,3 +97,19 @@ def test_signals_save_a_checkpoint(settings, tmp_path, number, ends):
     finally:
         kill_all(process)
     assert (run / "checkpoints" / "latest").exists()
+
+
+def test_requests_of_an_abandoned_step_are_repeated():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    try:
+        signals = Signals()
+        for raised, requests in ((signal.SIGUSR1, [1.0, 0.0]), (signal.SIGTERM, [1.0, 1.0])):
+            signal.raise_signal(raised)
+            assert signals.take_requests() == requests
+            assert signals.take_requests() == [0.0, 0.0]
+            signals.repeat(requests)
+            signals.repeat([0.0, 0.0])
+            assert signals.take_requests() == requests
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -43,8 +43,9 @@ HEADER = """# Fault table
 One fault is injected into one rank of a small training run (two pipeline stages, with 4 ranks two replicas;
 `--timeout {timeout:g}`). Every run must end with a message that names the rank and what it was doing, with a status
 that is not 0 (2 for what a user can correct), and without a process that is left. `python -m tests.chaos` writes this
-page. A hang (`stopped`, `endless_loop`, and collectives that differ) is found after the timeout; all else ends
-within {limit:g} s. `slow` is reported and the run continues; `long` takes longer than the timeout and is no fault.
+page. A hang (`stopped`, `endless_loop`, and collectives that differ) is found after the timeout; everything else ends
+within {limit:g} s. `slow` is reported and the run continues; `long` takes longer than the timeout and
+is no fault.
 
 | fault | place | ranks | s until the end | status | first line of the message | processes left |
 |---|---|---|---|---|---|---|

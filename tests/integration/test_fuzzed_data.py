@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -62,20 +62,21 @@ def write_jsonl(texts: list[str]) -> bytes:
     return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
 
 
-def frame(texts: list[str]) -> pd.DataFrame:
-    valid = [text.encode("utf-8", "replace").decode() for text in texts]
-    return pd.DataFrame({"id": range(len(valid)), "text": valid})
+def table(texts: list[str]) -> pa.Table:
+    return pa.table({"id": range(len(texts)), "text": [text.encode("utf-8", "replace").decode() for text in texts]})
 
 
 def write_parquet(texts: list[str]) -> bytes:
-    return frame(texts).to_parquet(row_group_size=3)
+    file = io.BytesIO()
+    pq.write_table(table(texts), file, row_group_size=3)
+    return file.getvalue()
 
 
 def write_arrow(texts: list[str]) -> bytes:
-    table, sink = pa.Table.from_pandas(frame(texts)), io.BytesIO()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=3)
-    return sink.getvalue()
+    file = io.BytesIO()
+    with pa.ipc.new_stream(file, table(texts).schema) as writer:
+        writer.write_table(table(texts), max_chunksize=3)
+    return file.getvalue()
 
 
 # Readers that are independent of fira.data: the bytes of a file → its documents, blank ones included
@@ -103,7 +104,7 @@ def read_jsonl(content: bytes) -> list[str]:
 
 
 def read_parquet(content: bytes) -> list[str]:
-    return [text or "" for text in pd.read_parquet(io.BytesIO(content), columns=["text"])["text"].tolist()]
+    return [text or "" for text in pq.read_table(io.BytesIO(content), columns=["text"])["text"].to_pylist()]
 
 
 def read_arrow(content: bytes) -> list[str]:

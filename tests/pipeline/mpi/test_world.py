@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,7 +95,8 @@ def test_rank_that_ends_before_init_is_named() -> None:
     job = Job("ended_before_init", 2)
     assert not job.left
     assert job.status in FAILURE
-    assert job.error.endswith(") exited with status 0; the job ends\n"), job.error
+    # The status is not known if mpirun has asked for it first, and the kernel is older than 6.15.
+    assert re.search(r"^pipeline: rank 1 \(process \d+\) (exited with status 0|died); the job ends$", job.error, re.M)
 
 
 @numbers_of_ranks

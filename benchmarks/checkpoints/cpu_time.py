@@ -32,7 +32,7 @@ def measure(trainer: Trainer, loader: RandomTokens, folder: Path) -> list[float]
     rows = []
     for step in range(1, SAVES + 1):
         main, process = time.thread_time(), time.process_time()
-        state.save(writer, step, trainer, loader, None)
+        state.save(writer, step, trainer, loader, None, settings={})
         copied = time.thread_time()
         writer.finish()
         finished = time.thread_time()

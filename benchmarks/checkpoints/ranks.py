@@ -42,7 +42,7 @@ def contenders(name: str, ranks: int, folder: Path) -> dict[str, Run]:
             writer.advance(result.extra[0])
             if every and step % every == 0:
                 saved += 1
-                state.save(writer, saved, trainer, loader, None)
+                state.save(writer, saved, trainer, loader, None, settings={})
                 if wait:
                     writer.finish()
         writer.finish()

@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
     config, quiet, verbose = settings()
     supervised = any(getattr(config, name) is not None for name in SUPERVISED)
-    world = None if supervised else pipeline.init(config.timeout, cuda=config.device != "cpu")
+    world = None if supervised else pipeline.init(config.timeout, config.device != "cpu", config.threads)
     cli.start_logging(quiet, verbose, world.rank if world else 0)
     if config.resume:
         parser.set_defaults(**resumed_settings(config))

@@ -35,7 +35,19 @@ LITERALS = {"true": True, "false": False, "none": None}
 # Settings that a resumed run takes from the run's config.toml: all but those of the machine, the layout and the output.
 INHERITED = [
     *("model", "model_set", "data", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
-    *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed", "init"),
+    *(
+        "micro_batch_size",
+        "steps",
+        "lr",
+        "min_lr",
+        "warmup",
+        "weight_decay",
+        "clip",
+        "precision",
+        "seed",
+        "init",
+        "threads",
+    ),
     *("eval_every", "eval_sequences", "save_every", "keep", "on_spike"),
 ]
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
@@ -76,6 +88,9 @@ class TrainConfig:
         None, "auto: measure, then choose the layout, schedule and micro-batch size not given", ("auto",)
     )
     device: str = _option("auto", "device type", ("auto", "cpu", "cuda"))
+    threads: Size | None = _option(
+        None, "CPU threads per rank; default: $OMP_NUM_THREADS, or cores / ranks of a machine"
+    )
     local_devices: str | None = _option(None, "devices torchgpipe splits a stage over, such as cuda:0,cuda:1")
     precision: str = _option(
         "auto",

@@ -37,7 +37,7 @@ class World:
     checksum: Callable[[], int] = field(default=int, compare=False, repr=False)
 
 
-def init(timeout_s: float | None = None, cuda: bool = True) -> World:
+def init(timeout_s: float | None = None, cuda: bool = True, threads: int | None = None) -> World:
     """Initialize MPI and ``torch.distributed``. Further calls in the same process return the same world.
 
     The default group and every group made from it use the backend "mpi". Without ``mpirun`` the world has one rank.
@@ -47,6 +47,8 @@ def init(timeout_s: float | None = None, cuda: bool = True) -> World:
         timeout_s: longest time in seconds that an operation may be waited for before the job is ended with a report.
             Default: the environment variable PIPELINE_MPI_TIMEOUT_S, or 600.
         cuda: whether CUDA tensors may be communicated. False: CUDA is not touched.
+        threads: of torch in this process. Default: the environment variable OMP_NUM_THREADS, or the cores of the
+            machine divided by its ranks.
 
     Raises:
         MissingMPIError: if no MPI library is installed.
@@ -61,7 +63,7 @@ def init(timeout_s: float | None = None, cuda: bool = True) -> World:
         seconds = _seconds(given)
         MPI = _load_mpi()
         try:
-            _world = _start(MPI.COMM_WORLD, seconds or TIMEOUT_S, cuda)
+            _world = _start(MPI.COMM_WORLD, seconds or TIMEOUT_S, cuda, threads)
         except BaseException as error:
             if MPI.COMM_WORLD.Get_size() > 1 and not isinstance(error, SystemExit):  # the others would wait forever
                 traceback.print_exc()
@@ -119,7 +121,7 @@ def prefer_installed_library() -> None:
         os.environ.setdefault("MPI4PY_LIBMPI", str(folder))
 
 
-def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
+def _start(comm: Any, timeout_s: float, cuda: bool, threads: int | None) -> World:
     import torch
     from mpi4py import MPI
 
@@ -132,7 +134,10 @@ def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
     local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
     world = World(comm.Get_rank(), comm.Get_size(), local.Get_rank(), local.Get_size())
     cores = set().union(*local.allgather(os.sched_getaffinity(0)))
-    torch.set_num_threads(max(1, len(cores) // world.local_size))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif not os.environ.get("OMP_NUM_THREADS"):  # which torch has read
+        torch.set_num_threads(max(1, len(cores) // world.local_size))
     local.Free()
 
     watch = Watch(comm, timeout_s)

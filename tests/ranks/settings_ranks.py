@@ -129,7 +129,8 @@ def set_up(words: list[str]) -> None:
     config = TrainConfig(**{name: options[name] for name in asdict(TrainConfig())})
     stored = {name: value for name, value in asdict(config).items() if value is not None}
     assert tomllib.loads(config.to_toml()) == stored | asdict(config.recipe())
-    run_folder.choose(config)
+    with run_folder.claim(config):
+        pass
     devices = choose_devices(config.device, config.local_devices, 0)
     choose_precision(config.precision, devices)
     model_config, _ = choose_model(config, open_saved(config.init) if config.init else None)

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from fira.checkpoint.shards import Checkpoint, save_checkpoint
+from fira.checkpoint.shards import Checkpoint
 from fira.errors import UserError
 from fira.training.state import check_settings
 from tests.fira.training.small_runs import train
+from tests.saving import save_checkpoint
 
 SETTINGS = {"steps": 200, "lr": 0.006, "batch_size": 32, "seed": 42, "micro_batch_size": 8, "data": "a" * 64}
 STATE: dict[str, Any] = {

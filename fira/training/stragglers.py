@@ -13,7 +13,8 @@ Every WINDOW steps, the median own time of each rank is compared with the time t
                        since then, because stages differ in their work
 
 A rank is slow if it needs more than FACTOR times the expected time, and LEAST_S seconds more, while the others wait
-LEAST_S seconds longer than it does, in two windows in succession. It is reported once, and again after a window in which it was not slow.
+LEAST_S seconds longer than it does, in two windows in succession. It is reported once, and again after a window in
+which it was not slow.
 """
 
 import logging

@@ -17,9 +17,8 @@ def reports(layout: Layout, windows: list[list[float]], caplog: pytest.LogCaptur
         for number, own in enumerate(windows):
             for step in range(WINDOW):
                 spike = 10 if step % 3 == 0 else 1  # in a minority of the steps
-                stragglers.update(
-                    number * WINDOW + step + 1, [x for s in own for x in (s * spike, max(own) - s, s / 2)]
-                )
+                times = [x for s in own for x in (s * spike, max(own) - s, s / 2)]
+                stragglers.update(number * WINDOW + step + 1, times)
     return [record.getMessage() for record in caplog.records]
 
 

@@ -12,8 +12,9 @@ Every WINDOW steps, the median own time of each rank is compared with the time t
     one replica        its own time in the first window, times the ratio by which the other ranks have become slower
                        since then, because stages differ in their work
 
-A rank is slow if it needs more than FACTOR times the expected time, and LEAST_S seconds more, in two windows in
-succession. It is reported once, and again after a window in which it was not slow.
+A rank is slow if it needs more than FACTOR times the expected time, and LEAST_S seconds more, while the others wait
+LEAST_S seconds longer than it does, in two windows in succession. It is reported once, and again after a window in
+which it was not slow.
 """
 
 import logging
@@ -66,10 +67,16 @@ class Stragglers:
             return
         medians = [median(values) for values in zip(*self._steps, strict=True)]
         self._steps = []
-        own = medians[0::3]
+        own, waited = medians[0::3], medians[1::3]
         self._usual = self._usual or own
         expected = [self._expected(rank, own) for rank in range(self._world.size)]
-        slow = [r for r, s in enumerate(own) if s > FACTOR * expected[r] and s - expected[r] > LEAST_S]
+        slow = [
+            rank
+            for rank, seconds in enumerate(own)
+            if seconds > FACTOR * expected[rank]
+            and seconds - expected[rank] > LEAST_S
+            and median(_without(rank, waited)) - waited[rank] > LEAST_S
+        ]
         self._slow = {rank: self._slow.get(rank, 0) + 1 for rank in slow}
         for rank in slow:
             if self._slow[rank] == 2:
@@ -85,9 +92,14 @@ class Stragglers:
 
     def _report(self, rank: int, step: int, expected: float, medians: list[float]) -> None:
         own, waited, running = (1000 * seconds for seconds in medians[3 * rank : 3 * rank + 3])
-        others = 1000 * median(medians[3 * other + 1] for other in range(self._world.size) if other != rank)
+        others = 1000 * median(_without(rank, medians[1::3]))
         logger.warning(
             f"rank {rank} (stage {rank // self._layout.dp}) is slow: in steps {step - WINDOW + 1} to {step} it needs "
             f"{own:.0f} ms per step for its own work instead of {1000 * expected:.0f}, of which its thread ran for "
             f"{running:.0f} ms, and waits {waited:.0f} ms for others; the others wait {others:.0f} ms"
         )
+
+
+def _without(rank: int, values: list[float]) -> list[float]:
+    """The values of the other ranks."""
+    return values[:rank] + values[rank + 1 :]

@@ -17,7 +17,8 @@ def reports(layout: Layout, windows: list[list[float]], caplog: pytest.LogCaptur
         for number, own in enumerate(windows):
             for step in range(WINDOW):
                 spike = 10 if step % 3 == 0 else 1  # in a minority of the steps
-                stragglers.update(number * WINDOW + step + 1, [x for s in own for x in (s * spike, 0.01, s / 2)])
+                times = [x for s in own for x in (s * spike, max(own) - s, s / 2)]
+                stragglers.update(number * WINDOW + step + 1, times)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -30,6 +31,7 @@ def reports(layout: Layout, windows: list[list[float]], caplog: pytest.LogCaptur
         (Layout(dp=2), [[0.001, 0.005]]),  # less than LEAST_S
         (Layout(dp=2), [[0.1, 0.14]]),  # less than FACTOR
         (Layout(), [[0.1], [0.9]]),  # one rank
+        (Layout(pp=2), [[0.1, 0.3], [0.2, 0.3]]),  # nobody waits for rank 0
         (Layout(dp=2), [[0.1, 0.2], [0.1, 0.1]]),  # slow in one window only
     ],
 )
@@ -41,7 +43,7 @@ def test_equal_ranks_are_not_reported(layout, windows, caplog):
     ("layout", "windows", "rank", "text"),
     [
         (Layout(dp=2), [[0.1, 0.2]], 1, "rank 1 (stage 0) is slow: in steps 21 to 40 it needs 200 ms per step"),
-        (Layout(pp=2), [[0.1, 0.3], [0.2, 0.3]], 0, "rank 0 (stage 0) is slow: in steps 41 to 60 it needs 200 ms"),
+        (Layout(pp=2), [[0.1, 0.3], [0.9, 0.3]], 0, "rank 0 (stage 0) is slow: in steps 41 to 60 it needs 900 ms"),
         (Layout(pp=2, dp=2), [[0.1, 0.1, 0.3, 0.6]], 3, "rank 3 (stage 1) is slow: in steps 21 to 40 it needs 600 ms"),
     ],
 )

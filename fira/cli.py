@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,7 +112,6 @@ def command_words(command: str) -> list[str]:
     return ["python", f"scripts/{SCRIPTS.get(command, command)}.py"]
 
 
-@abort_on_failure()
 def run(main: Callable[[], None], parallel: bool = False) -> None:
     """Call main and handle its errors.
 
@@ -122,6 +121,11 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
     rank = launched_rank()
     if rank and not parallel:
         return
+    with abort_on_failure() if parallel else nullcontext():
+        _run(main, rank, parallel)
+
+
+def _run(main: Callable[[], None], rank: int | None, parallel: bool) -> None:
     try:
         main()
     except UserError as error:

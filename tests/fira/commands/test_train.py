@@ -7,6 +7,7 @@ import pytest
 
 from fira.commands import train
 from fira.errors import UserError
+from fira.supervisor import supervise
 
 
 class FakeSupervisor:
@@ -25,7 +26,7 @@ class FakeSupervisor:
     ("program", "words"), [("/venv/bin/fira", ["/venv/bin/fira", "train"]), ("scripts/train.py", ["scripts/train.py"])]
 )
 def test_the_supervisor_starts_the_same_program(monkeypatch: pytest.MonkeyPatch, program: str, words: list[str]):
-    monkeypatch.setattr(train, "Supervisor", FakeSupervisor)
+    monkeypatch.setattr(supervise, "Supervisor", FakeSupervisor)
     monkeypatch.setattr(sys, "argv", [program])
     with pytest.raises(SystemExit) as ended:
         train.main(["--max-restarts", "0", "--steps", "7", "--quiet"])

@@ -17,8 +17,10 @@ def test_adamw_equals_torch_and_decays_matrices_only():
     shapes = {"weight": (3, 4), "bias": (4,), "experts.w1": (2, 3, 4), "experts.b1": (2, 3)}
     ours = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
     theirs = {name: nn.Parameter(value.detach().clone()) for name, value in ours.items()}
-    shards = [ParamShard(name, ours[name], 0, shape, name.startswith("experts")) for name, shape in shapes.items()]
-    optimizer = AdamW(ours, {shard.name for shard in shards if shard.is_matrix}, weight_decay=0.3)
+    experts = {name for name in shapes if name.startswith("experts")}
+    shards = [ParamShard(name, ours[name], 0, shape, name in experts, ours[name]) for name, shape in shapes.items()]
+    matrices = {shard.name for shard in shards if shard.is_matrix}
+    optimizer = AdamW(ours, matrices, weight_decay=0.3, stacked=experts)
     groups = [
         {"params": [theirs["weight"], theirs["experts.w1"]], "weight_decay": 0.3},
         {"params": [theirs["bias"], theirs["experts.b1"]], "weight_decay": 0.0},

@@ -11,7 +11,7 @@ import pytest
 from fira.commands import train as command
 from fira.errors import UserError
 from fira.training import loop, run_folder
-from fira.training.config import INHERITED, TrainConfig
+from fira.training.config import INHERITED, SUPERVISED, TrainConfig
 from pipeline.mpi import World, world
 
 
@@ -80,7 +80,7 @@ def test_resumed_run_takes_its_settings_but_neither_layout_nor_folder(run: Path,
 def test_every_setting_is_kept_by_a_resumed_run_or_belongs_to_machine_layout_or_output() -> None:
     """A new setting must be added to INHERITED or here."""
     layout = {"pp", "dp", "ep", "schedule", "plan", "recompute", "local_devices"}
-    machine, output = {"device", "compile", "timeout"}, {"out", "resume", "override", "trace"}
+    machine, output = {"device", "compile", "timeout", *SUPERVISED}, {"out", "resume", "override", "trace"}
     assert {field.name for field in fields(TrainConfig)} - set(INHERITED) == layout | machine | output
 
 

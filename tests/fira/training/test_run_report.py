@@ -16,7 +16,8 @@ from tests.fira.training.small_runs import kill_all, losses, start, wait_for
 
 def test_run_folder_contents(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
-    assert names == {".lock", "config.toml", "data.json", "training_log.csv", "training_progress.png", "checkpoints"}
+    files = {".lock", "config.toml", "data.json", "training_log.csv", "training_progress.png", "finished.json"}
+    assert names == files | {"checkpoints"}
     header = (uninterrupted / "training_log.csv").read_text().splitlines()[0]
     assert header.startswith("iter,train_loss,val_loss,lr,mfu,")
     assert (uninterrupted / "training_progress.png").read_bytes().startswith(b"\x89PNG")

@@ -103,6 +103,7 @@ def test_requests_of_an_abandoned_step_are_repeated():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     try:
         signals = Signals()
+        signals.catch_termination()
         for raised, requests in ((signal.SIGUSR1, [1.0, 0.0]), (signal.SIGTERM, [1.0, 1.0])):
             signal.raise_signal(raised)
             assert signals.take_requests() == requests

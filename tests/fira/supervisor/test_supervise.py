@@ -126,7 +126,7 @@ def test_the_run_follows_the_hosts(tmp_path: Path):
     """4 slots, 1 slot, no slot, 3 slots. More ranks are used after a checkpoint; fewer at once, with a checkpoint."""
     hosts = tmp_path / "hosts"
     hosts.write_text("node1:2\nnode2:2\n")
-    jobs = ["train 10", "save 20; sleep 2; exit 9", "save 30; train 40", "finish"]
+    jobs = ["train 10", "save 20; sleep 0.5; exit 9", "save 30; train 40", "finish"]
     run = supervisor(tmp_path, *jobs, hosts=str(hosts), elastic="1:4")
 
     def change_hosts() -> None:

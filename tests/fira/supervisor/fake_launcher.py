@@ -2,8 +2,8 @@
 
 It appends its arguments and the number of threads per rank to `started.jsonl`.
 The arguments after the folder of these two files are those of a launcher. A line consists of actions: `save STEP`
-writes what a checkpoint and a row of the log change in the run folder, `print TEXT`, `finish`, `sleep SECONDS`,
-`exit STATUS`, and `train STEP`, which runs until SIGINT and saves STEP at SIGUSR1.
+writes what a checkpoint and a row of the log change in the run folder, `print TEXT`, `finish`, `exit STATUS`, and
+`train STEP`, which runs until SIGINT and saves STEP at SIGUSR1.
 """
 
 import json
@@ -28,8 +28,6 @@ def main(folder: Path, arguments: list[str]) -> None:
             print(value, flush=True)
         elif word == "finish":
             (out / "finished.json").write_text("{}")
-        elif word == "sleep":
-            time.sleep(float(value))
         elif word == "train":
             signal.signal(signal.SIGUSR1, lambda *_, step=value: save(out, step))
             (out / "training_log.csv").write_text(f"iter\n{value},\n")

@@ -90,8 +90,12 @@ def test_repeated_export_writes_equal_files(older: Path, family: str, tmp_path: 
         before, after = older / family / folder, export(older / family / "checkpoint", tmp_path / folder, form)
         data = sorted(path.name for path in before.iterdir() if path.suffix != ".py")
         assert data == sorted(path.name for path in after.iterdir() if path.suffix != ".py")
-        for name in set(data) - {"model.safetensors"}:
+        for name in set(data) - {"model.safetensors", "generation_config.json"}:
             assert (after / name).read_bytes() == (before / name).read_bytes(), name
+        generation = [json.loads((path / "generation_config.json").read_text()) for path in (before, after)]
+        assert generation[0].pop("max_new_tokens") > 0  # it overrode the max_length of a caller
+        assert generation[1].pop("max_length") > 1
+        assert generation[0] == generation[1]
         weights = [load_file(path / "model.safetensors") for path in (before, after)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

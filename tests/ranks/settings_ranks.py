@@ -127,7 +127,7 @@ def set_up(words: list[str]) -> None:
     parser.add_verbosity()
     options = vars(parser.parse_args(words))
     config = TrainConfig(**{name: options[name] for name in asdict(TrainConfig())})
-    stored = {name: value for name, value in asdict(config).items() if value is not None}
+    stored = {name: value for name, value in asdict(config).items() if value is not None and name != "override"}
     assert tomllib.loads(config.to_toml()) == stored | asdict(config.recipe())
     with run_folder.claim(config):
         pass

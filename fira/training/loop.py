@@ -5,12 +5,10 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fira.checkpoint.shards import Checkpoint, newest_valid, open_checkpoint
 from fira.checkpoint.writer import CheckpointWriter
 from fira.devices import choose_devices, choose_precision
-from fira.models.family import Recipe
 from fira.optim.lr_schedule import learning_rate
 from fira.training import run_folder, state
 from fira.training.config import TrainConfig
@@ -55,48 +53,38 @@ def _train(
     quiet: bool,
 ) -> None:
     """Train in the folder `out`, from the checkpoint `saved` if there is one. lock: on rank 0."""
-    recipe = config.recipe()
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     config = replace(config, precision=choose_precision(config.precision, devices))
     writer, first = CheckpointWriter(out / "checkpoints", config.keep), 1
     with doing("start"):
-        run = set_up(config, recipe.batch_size, devices, world, saved, quiet)
-        config = replace(config, micro_batch_size=run.trainer.split.microbatch)  # a resumed run keeps it on any layout
-        settings = state.run_settings(config, run.corpus)
+        run = set_up(config, devices, world, saved, quiet)
         if saved:
-            state.check_settings(saved, settings, config.override)
+            state.check_settings(saved, run.settings, config.override)
             first += state.restore(saved, run.trainer, run.loader, run.tokenizer)
             writer.last = saved.folder
-    report = RunReport(config, lock, run, first, recipe, quiet) if lock else None
+    report = RunReport(lock, run, first, quiet) if lock else None
     if report:
         remove_marker(out)
-    initial_loss = _validate(run, recipe, first - 1)
+    initial_loss = _validate(run, first - 1)
     signals.catch_termination()
-    last = _run_steps(config, recipe, world, run, report, writer, signals, settings, first)
+    last = _run_steps(world, run, report, writer, signals, first)
     with doing(f"saving step {last}"):
         writer.finish()
     if report:
         with doing("plots", long=True):  # the other ranks have ended
             report.finish(initial_loss)
-        if last == recipe.steps:
+        if last == config.recipe().steps:
             mark_finished(out, last)
 
 
 def _run_steps(
-    config: TrainConfig,
-    recipe: Recipe,
-    world: World,
-    run: Run,
-    report: RunReport | None,
-    writer: CheckpointWriter,
-    signals: Signals,
-    settings: dict[str, Any],
-    first: int,
+    world: World, run: Run, report: RunReport | None, writer: CheckpointWriter, signals: Signals, first: int
 ) -> int:
     """Train from step `first` to the last one, or until a signal ends the run; return the last step (collective).
 
-    report: on rank 0. settings: see `state.run_settings`.
+    report: on rank 0.
     """
+    config, recipe = run.config, run.config.recipe()
     interval, stragglers = SaveInterval(config.save_every), Stragglers(world, run.trainer.mesh.layout)
     run.trainer.history.find_spikes = config.on_spike == "rollback"
     step, end = first - 1, False
@@ -118,7 +106,7 @@ def _run_steps(
             _check_collectives(step, difference)
             save, end, elapsed = (number > 0 for number in result.extra[:3])
             end = end or step == recipe.steps
-            val_loss = _validate(run, recipe, step) if end or step % config.eval_every == 0 else None
+            val_loss = _validate(run, step) if end or step % config.eval_every == 0 else None
         except NumericalFault as fault:
             settle(writer, step)
             if config.on_spike != "rollback":
@@ -135,7 +123,7 @@ def _run_steps(
         with doing(f"saving step {step}"):
             writer.advance(finished=finished)
             if save or end or elapsed or interval.is_step(step):
-                state.save(writer, step, run.trainer, run.loader, run.tokenizer, settings)
+                state.save(writer, step, run.trainer, run.loader, run.tokenizer, run.settings)
                 interval.restart()
     return step
 
@@ -146,10 +134,10 @@ def _check_collectives(step: int, difference: float) -> None:
         raise RuntimeError(f"step {step}: the ranks have called different collective operations, its results are wrong")
 
 
-def _validate(run: Run, recipe: Recipe, step: int) -> float:
+def _validate(run: Run, step: int) -> float:
     """The validation loss after a step; NumericalFault if it is not finite."""
     with doing(f"validation of step {step}"):
-        loss = run.trainer.evaluate(run.validation, recipe.batch_size)
+        loss = run.trainer.evaluate(run.validation, run.config.recipe().batch_size)
     if not math.isfinite(loss):
         raise NumericalFault(
             f"step {step}: the validation loss is {loss}; "

@@ -5,9 +5,7 @@ import logging
 from fira.metrics import console
 from fira.metrics.csv_log import LOG_NAME, Row, TrainingLog
 from fira.metrics.run_plots import plot_files
-from fira.models.family import Recipe
 from fira.training import run_folder
-from fira.training.config import TrainConfig
 from fira.training.run_lock import RunLock
 from fira.training.setup import Run
 from fira.training.trainer import StepResult
@@ -22,11 +20,11 @@ class RunReport:
     quiet: print no progress.
     """
 
-    def __init__(self, config: TrainConfig, lock: RunLock, run: Run, first: int, recipe: Recipe, quiet: bool) -> None:
-        out = lock.folder
+    def __init__(self, lock: RunLock, run: Run, first: int, quiet: bool) -> None:
+        out, recipe = lock.folder, run.config.recipe()
         self.log = TrainingLog(out / LOG_NAME, first - 1)  # first, because it refuses a file that is not a log
-        run_folder.write_settings(out, config, run.corpus.summary)
-        self.config, self.lock, self.quiet = config, lock, quiet
+        run_folder.write_settings(out, run.config, run.corpus.summary)
+        self.lock, self.quiet = lock, quiet
         self._show(run.description)
         if first > 1:
             logger.info("resumed after step %d in %s", first - 1, out)
@@ -67,7 +65,7 @@ class RunReport:
     def _restore_folder(self) -> None:
         """Write the folder again after it was removed: the weights in memory may be the only ones that are left."""
         self.lock.acquire()
-        run_folder.write_settings(self.out, self.config, self.run.corpus.summary)
+        run_folder.write_settings(self.out, self.run.config, self.run.corpus.summary)
         logger.warning("%s was removed and is written again; SIGUSR1 saves a checkpoint now", self.out)
 
     def finish(self, initial_loss: float) -> None:

@@ -34,8 +34,13 @@ from pipeline.schedule import SCHEDULES
 
 @dataclass(frozen=True)
 class Run:
-    """The objects that the training loop uses."""
+    """The objects that the training loop uses.
 
+    config: complete, with the chosen precision and micro-batch size. settings: see `state.run_settings`.
+    """
+
+    config: TrainConfig
+    settings: dict[str, Any]
     trainer: Trainer
     loader: Mixture
     validation: Joined
@@ -48,7 +53,6 @@ class Run:
 
 def set_up(
     config: TrainConfig,
-    batch_size: int,
     devices: list[torch.device],
     world: World,
     resumed: Saved | None = None,
@@ -66,7 +70,8 @@ def set_up(
     keep_freed_memory()
     if config.compile:
         check_compiler(devices[0])
-    config, candidate = choose_candidate(config, model, batch_size, devices, world)
+    config, candidate = choose_candidate(config, model, config.recipe().batch_size, devices, world)
+    config = replace(config, micro_batch_size=candidate.microbatch)  # a resumed run keeps it on any layout
     corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world, quiet)
     layout, schedule = candidate.layout, candidate.schedule
     mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), devices)
@@ -80,6 +85,8 @@ def set_up(
         state.load_weights(saved, distributed)
     loader, validation = open_data(corpus, model_config.seq_len, config)
     return Run(
+        config=config,
+        settings=state.run_settings(config, corpus),
         trainer=trainer,
         loader=loader,
         validation=validation,

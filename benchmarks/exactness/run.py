@@ -15,13 +15,16 @@ FOLDER = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=200, help="steps of each run (default: %(default)s)")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "fp64"))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="numbers of ranks")
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for ranks in sorted({1, *options.ranks}):
             command = ["mpirun", "-np", str(ranks), sys.executable, "-m", "benchmarks.exactness.train_layouts"]
-            job = subprocess.Popen([*command, folder, str(options.steps)], stdout=subprocess.PIPE, text=True)
+            job = subprocess.Popen(
+                [*command, folder, str(options.steps), options.precision], stdout=subprocess.PIPE, text=True
+            )
             assert job.stdout
             for line in filter(lambda line: line.startswith("{"), job.stdout):
                 run = json.loads(line) | {"ranks": ranks}
@@ -32,7 +35,7 @@ def main() -> None:
             if job.wait():
                 raise SystemExit(f"the job on {ranks} ranks ended with status {job.returncode}")
     columns = ["family", "ranks", "pp", "dp", "ep", "schedule", "recompute", "identical", "tensors", "reported"]
-    with open(FOLDER / "layouts.csv", "w", newline="") as file:
+    with open(FOLDER / f"layouts_{options.precision}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(runs)

@@ -1,6 +1,6 @@
-"""Train the same run on several layouts of this job's ranks, and compare: `mpirun -np N python -m … FOLDER STEPS`.
+"""Train the same run on several layouts of this job's ranks: `mpirun -np N python -m … FOLDER STEPS PRECISION`.
 
-Rank 0 prints one line of JSON per run: family, layout, digest of the losses and SHA-256 of weights and moments.
+Rank 0 prints one line of JSON per run: family, layout, SHA-256 of what was reported and of weights and moments.
 """
 
 import csv
@@ -9,8 +9,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import pipeline
 from fira.checkpoint.shards import Checkpoint
@@ -59,13 +57,14 @@ def layouts(ranks: int) -> list[dict[str, Any]]:
     }[ranks]
 
 
-def main(folder: str, steps: str) -> None:
-    world = pipeline.init()
-    torch.set_num_threads(1)
+def main(folder: str, steps: str, precision: str) -> None:
+    world = pipeline.init(threads=1)
     for family, changes in MODELS.items():
-        for number, settings in enumerate(layouts(world.size)):
-            if settings["ep"] > 1 and family == "mooshak":  # it has no experts
-                continue
+        runs = layouts(world.size)
+        if family == "mooshak":  # it has no experts
+            runs = [{**settings, "ep": 1} for settings in runs]
+            runs = [settings for number, settings in enumerate(runs) if settings not in runs[:number]]
+        for number, settings in enumerate(runs):
             out = Path(folder) / f"{family}-{world.size}-{number}"
             config = TrainConfig(
                 model=f"{family}-tiny",
@@ -77,9 +76,10 @@ def main(folder: str, steps: str) -> None:
                 micro_batch_size=2,
                 steps=int(steps),
                 eval_every=50,
-                save_every=int(steps),
+                save_every=steps,
                 keep=1,
                 device="cpu",
+                precision=precision,
                 out=str(out),
                 **settings,
             )

@@ -1,4 +1,4 @@
-"""The picture of a disturbed run: loss, steps and living ranks over wall time, with kills and starts."""
+"""The picture of a disturbed run: loss, steps and running ranks over wall time, with kills and starts."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""Sums over numbered micro-batches in a fixed order, whichever rank has which of them.
+"""Sums over numbered micro-batches, in an order that does not depend on which rank computes which micro-batch.
 
 Floating-point addition is not associative, so a sum depends on its order. Here m terms, the leaves, are summed in a
 binary tree that depends on m only. A node is a range of leaves: with leaf j at j/m in the interval [0, 1), which is

@@ -1,4 +1,4 @@
-"""CPU time of a save, in the training thread and in the background, which also a busy machine measures well.
+"""CPU time of a save, in the training thread and in the background, which can be measured on a busy machine as well.
 
     mpirun -np 2 python -m benchmarks.checkpoints.cpu_time fira-tiny
 

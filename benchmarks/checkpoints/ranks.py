@@ -24,7 +24,7 @@ Run = Callable[[], None]
 
 
 def contenders(name: str, ranks: int, folder: Path) -> dict[str, Run]:
-    """Return calls of STEPS steps that save never, every 10 steps, every step, and every 10 steps without background.
+    """Return calls of STEPS steps that save never, every 10 steps, every step, and every 10 steps in the foreground.
 
     The first save of a call is in its first step, and the last one is complete at its end.
     """

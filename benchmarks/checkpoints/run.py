@@ -2,8 +2,8 @@
 
     python -m benchmarks.checkpoints.run [--ranks 1 2 4] [--models fira-tiny 30M] [--rounds 5]
 
-The calls take turns, so that a temporary slowdown of the machine affects all of them. Replaces their rows in
-results.csv.
+The calls take turns, so that a temporary slowdown of the machine affects all of them. Replaces the rows of
+these ranks and models in results.csv.
 """
 
 import argparse

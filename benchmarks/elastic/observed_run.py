@@ -1,4 +1,4 @@
-"""A supervised run in the background, of which samples are taken: step, loss and living ranks over wall time."""
+"""A supervised run in the background, of which samples are taken: step, loss and running ranks over wall time."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The picture of a disturbed run: loss, steps and living ranks over wall time, with kills and starts."""
+"""The picture of a disturbed run: loss, steps and running ranks over wall time, with kills and starts."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -34,7 +34,7 @@ def draw(
     loss.plot(rows["time_s"] / 60, rows["train_loss"].where(continued), color=BLUE, linewidth=1)
     style_axes(step, "Steps", "step")
     step.plot(minutes, samples["step"], color=BLUE, linewidth=1)
-    style_axes(ranks, "Ranks", "living ranks")
+    style_axes(ranks, "Ranks", "running ranks")
     ranks.fill_between(minutes, samples["ranks"], step="post", color=BLUE, alpha=0.3, linewidth=0)
     ranks.set_ylim(0, samples["ranks"].max() + 0.5)
     for axes in (loss, step, ranks):

@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 def disturb(run: ObservedRun, kills: int, every: float, chooser: random.Random) -> None:
-    """Kill a random rank about every `every` seconds; take slots away, and give them back before the next kill."""
+    """Kill a random rank about every `every` seconds; reduce the slots, and restore them before the next kill."""
     for _ in range(kills):
         pause = every * chooser.uniform(0.5, 1.5)
         run.observe(until=after(run, pause / 2))

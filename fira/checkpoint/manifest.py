@@ -204,5 +204,7 @@ def read_index(folder: Path, manifest: Manifest) -> dict[str, TensorEntry]:
             stored[part.file] += part.rows * entry.row_size()
     for file, size in stored.items():  # checked before memory for a tensor is allocated
         if size > manifest.files[file].size:
-            raise UserError(f"{path} lists {size} bytes of tensors in {file}, which has {manifest.files[file].size}")
+            raise UserError(
+                f"{path} lists {size} bytes of tensors in {file}, which has {manifest.files[file].size}; restore it"
+            )
     return entries

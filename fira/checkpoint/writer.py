@@ -7,8 +7,8 @@
     continue  exchange what is damaged   →   [3] rank 0 removes older checkpoints
     continue  the save is complete
 
-Only the training thread communicates, so that all ranks call all collectives in the same order. A save continues after
-a training step whose results contain that all ranks have completed their part of the phase, or when it is waited for.
+Only the training thread communicates, so that all ranks call all collectives in the same order. The next
+phase begins after a training step whose results show that all ranks have completed their part, or in `finish`.
 `shard_index.py` and `manifest.py` define the files, `step_folders.py` their publication, and `shards.py` reads them.
 """
 

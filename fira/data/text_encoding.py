@@ -23,7 +23,7 @@ class Content(Enum):
 
 
 def text_encoding(head: bytes) -> str | None:
-    """Return the encoding of a text file that begins with `head`, None if it cannot be read as text."""
+    """Return the encoding of a text file that begins with `head`, or None if it cannot be read as text."""
     encoding = next((encoding for mark, encoding in MARKS if head.startswith(mark)), "utf-8")
     binary = encoding.startswith("utf-8") and b"\0" in head
     return None if binary or _decoded(head, encoding) is None else encoding

@@ -81,6 +81,6 @@ def from_document(document: dict[str, Any]) -> Any:
         raise UserError(f"config.json: unknown model family {family!r:.40}; choose from {', '.join(FAMILIES)}")
     kind = FAMILIES[family].config
     if unknown := values.keys() - {f.name for f in fields(kind)}:
-        raise UserError(f"config.json does not describe a {family} model: it has no field {sorted(unknown)[0]!r:.40}")
+        raise UserError(f"config.json: a {family} model has no field {sorted(unknown)[0]!r:.40}; restore the file")
     check_fields(kind, values, "config.json:")
     return kind(**values)

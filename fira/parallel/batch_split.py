@@ -22,7 +22,7 @@ Read = Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # (first, count) →
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """Each replica gets consecutive micro-batches of `microbatch` sequences, as `tree_sum.leaves_of` says.
+    """Each replica gets consecutive micro-batches of `microbatch` sequences, as `tree_sum.leaves_of` defines them.
 
     Every replica runs the same number of micro-batches of the same size, so that all ranks call the same collectives.
     They are padded with sequences of length zero, whose targets are ignored and whose weight is zero.

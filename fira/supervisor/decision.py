@@ -10,8 +10,8 @@ USER_ERROR = 2  # exit status of commands for invalid input, which a restart can
 class Ended:
     """How a job ended.
 
-    status: exit status of the launcher; negative if a signal ended it. rank, signal: of the rank that failed alone,
-    where they are known. finished: the run has reached its last step. saved: the job has published a checkpoint.
+    status: exit status of the launcher; negative if a signal ended it. rank, signal: of the rank that failed
+    first, if they are known. finished: the run has reached its last step. saved: the job has published a checkpoint.
     requested: the supervisor ended it, to continue on other ranks.
     """
 
@@ -25,7 +25,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Restart:
-    """Start a job after a delay. without_progress: the number of restarts since the last checkpoint, with this one."""
+    """Start a job after a delay. without_progress: number of restarts since the last checkpoint, this one included."""
 
     delay_s: float
     without_progress: int
@@ -43,7 +43,7 @@ def decide(ended: Ended, without_progress: int, max_restarts: int) -> Restart | 
     """Decide whether to restart.
 
     A job has made progress if it has saved a checkpoint. A restart after progress is immediate. Otherwise the delay
-    doubles from 1 s up to `MAX_DELAY_S`. The run ends after `max_restarts` restarts without progress in between. A
+    doubles from 1 s up to `MAX_DELAY_S`. The run ends after `max_restarts` successive restarts without progress. A
     status of 0 before the last step is a preemption: the ranks have received SIGTERM and saved a checkpoint.
 
     without_progress: the number of restarts since the last checkpoint, or since the start of the supervisor.

@@ -1,7 +1,7 @@
 """The numbers of ranks on which a run can continue, and the micro-batch size that all of them have in common.
 
-For a given micro-batch size the result does not depend on the layout, so that a run which changes its number of ranks
-computes the same weights as one that does not.
+For a given micro-batch size and number of threads per rank, the result does not depend on the layout. A run whose
+number of ranks changes therefore computes the same weights as an undisturbed one.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Find out from the output of a job which rank ended it, and how.
+"""Find the rank that ended a job, and the cause, in the output of the job.
 
 An exception, a hang, and with MPICH the death of a rank are reported by `pipeline.mpi`. Otherwise the launcher reports
 the death of a rank. Open MPI and Slurm name the rank, MPICH names the process.

@@ -92,8 +92,8 @@ class Job:
     def stop(self) -> None:
         """End all ranks, and return when no process of the job is left on this machine.
 
-        Two SIGINT, as from a user who presses Ctrl-C twice, make mpirun and srun end the ranks of all machines. What
-        they print about it is discarded.
+        Two SIGINT signals, as from pressing Ctrl-C twice, make mpirun and srun end the ranks of all machines. Their
+        output about it is discarded.
         """
         for limit in (0.2, STOP_S):
             if self._process.poll() is None:
@@ -126,7 +126,7 @@ class Job:
 
 
 def processes(job: str) -> list[int]:
-    """The processes of a job on this machine, without ended ones."""
+    """The processes of a job on this machine that have not ended."""
     mark, found = f"{JOB}={job}".encode(), []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # of another user, or ended in the meantime

@@ -8,7 +8,7 @@ POLL_S = 0.05
 
 
 class StopRequest:
-    """Handlers of this process. `number`: the signal that asked to end the run, or None; SIGINT outranks the others."""
+    """Handlers of this process. `number`: the signal that asked to end the run, or None; SIGINT has priority."""
 
     def __init__(self) -> None:
         self.number: int | None = None

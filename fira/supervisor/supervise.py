@@ -24,7 +24,7 @@ from fira.supervisor.run_state import RunState, read_state
 from fira.supervisor.stop_request import StopRequest
 from fira.training.config import SUPERVISED, TrainConfig, given_flags
 
-MAX_RESTARTS = 3  # without progress, by default
+MAX_RESTARTS = 3  # default limit of successive restarts without progress
 POLL_S = 0.2
 HOSTS_S = 2.0  # between two readings of --hosts
 SAVE_S = 60.0  # limit for the checkpoint before a job is stopped
@@ -50,7 +50,7 @@ class Ranks:
 class Supervisor:
     """Supervises one run.
 
-    program: the words that start the training program, such as python scripts/train.py. flags: its flags that are no
+    program: the words that start the training program, such as python scripts/train.py. flags: its flags that are not
     settings. Raises UserError for settings with which no job can be started.
     """
 

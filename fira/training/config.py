@@ -116,7 +116,7 @@ class TrainConfig:
     on_spike: str = _option(
         "ignore",
         "rollback: after a loss spike or a loss that is not finite, restore the last checkpoint and skip the sequences "
-        "since; ignore: train on after a spike, stop at a loss that is not finite",
+        "read since; ignore: continue after a spike, end the run at a loss that is not finite",
         ("ignore", "rollback"),
     )
     trace: PathName | None = _option(None, "write a trace of the third step to this file, for ui.perfetto.dev")
@@ -126,16 +126,17 @@ class TrainConfig:
         "seconds a rank waits for another before the job ends with a report; default: $PIPELINE_MPI_TIMEOUT_S, or 600",
     )
     elastic: str | None = _option(
-        None, "MIN:MAX ranks: start them with mpirun or srun, and restart them after a failure on those that are left"
+        None,
+        "MIN:MAX: start this many ranks with mpirun or srun, and restart them after a failure, also with fewer or more",
     )
     max_restarts: Steps | None = _option(
-        None, "restarts without a newer checkpoint in between; default with elastic: 3"
+        None, "successive restarts without a newer checkpoint before the run ends; default: 3"
     )
     hosts: PathName | None = _option(
-        None, "with elastic: the hosts that exist now, a host file of mpirun or a program that prints one"
+        None, "with --elastic: available hosts, as a host file of mpirun or a program that prints one"
     )
     launcher: str | None = _option(
-        None, 'with elastic: the launcher and its flags, such as "mpirun --oversubscribe"; default: srun or mpirun'
+        None, 'with --elastic: the launcher and its flags, such as "mpirun --oversubscribe"; default: srun or mpirun'
     )
 
     def __post_init__(self) -> None:
@@ -182,7 +183,7 @@ class TrainConfig:
     def to_toml(self) -> str:
         """The settings as a file for --config."""
         values = asdict(self) | asdict(self.recipe())
-        del values["override"]  # accepts one difference, not those of later commands
+        del values["override"]  # applies to one command only
         return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None)
 
 

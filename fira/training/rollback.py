@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 def settle(writer: CheckpointWriter, step: int) -> None:
     """Complete or abandon the save in progress after a fault in `step` (collective).
 
-    A checkpoint of the previous step is abandoned, because no loss with its weights was sound: they may be the cause.
+    A checkpoint of the previous step is abandoned, because its weights may be the cause.
     """
     if writer.step == step - 1:
         writer.discard()

@@ -31,7 +31,7 @@ class RunLock:
         self.acquire()
 
     def acquire(self) -> None:
-        """Acquire the lock, also again after the file or the folder was removed."""
+        """Acquire the lock. Also called to acquire it again after the file or the folder was removed."""
         self._file = self._locked_file()
         with suppress(OSError):  # a full disk; the name of the holder is informative
             self._file.truncate(0)

@@ -10,7 +10,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 class SaveInterval:
-    """An interval such as `100` (steps), `600s`, `10m` or `2h`. Raises UserError if `text` is none.
+    """An interval such as `100` (steps), `600s`, `10m` or `2h`. Raises UserError for another `text`.
 
     clock: returns the time in seconds. The clocks of ranks differ, so that one rank must decide for all.
     """

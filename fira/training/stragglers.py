@@ -6,7 +6,7 @@ The time of a step on a rank is divided into
     own       the rest: computing, reading data, updating weights
     running   the part of `own` in which the main thread ran on a core
 
-Every WINDOW steps, the median own time of each rank is compared with the time that the other ranks lead to expect:
+Every WINDOW steps, the median own time of each rank is compared with an expected time:
 
     several replicas   the median of the other ranks of its stage, which do the same work
     one replica        its own time in the first window, times the ratio by which the other ranks have become slower
@@ -83,7 +83,7 @@ class Stragglers:
                 self._report(rank, step, expected[rank], medians)
 
     def _expected(self, rank: int, own: list[float]) -> float:
-        """The own time that the other ranks lead to expect."""
+        """The expected own time of each rank, as defined at the top of this file."""
         peers = [peer for peer in self._layout.group("dp", rank) if peer != rank]
         if peers:
             return median(own[peer] for peer in peers)

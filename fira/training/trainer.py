@@ -257,5 +257,5 @@ class Trainer:
         weights = [*self.model.shards, *self.model.buffers]
         local = next((shard.name for shard in weights if not shard.parameter.isfinite().all()), None)
         broken = next((f", but {name} is not finite since an earlier step" for name in gather(local) if name), "")
-        advice = "resume from the last checkpoint with a lower --lr or --clip"
+        advice = "resume from the last checkpoint with a lower --lr or --clip, and --override"
         raise NumericalFault(f"{cause}{where}; no weight was changed{broken}: {advice}")

@@ -21,7 +21,7 @@ NOTE = "activity: "  # begins the note that an exception gets
 
 _MAIN_THREAD = threading.main_thread().ident
 _blocks: list["doing"] = []  # that the main thread is in, outermost first
-_long_ended = -math.inf  # when the last long activity has ended (time.monotonic)
+_long_ended = -math.inf  # end of the last long activity (time.monotonic)
 _memory: mmap.mmap | None = None
 _descriptor = -1  # of the memory
 
@@ -74,7 +74,7 @@ def is_long() -> bool:
 
 
 def seconds_since_long() -> float:
-    """Return how long ago the last long activity has ended; 0 in one, infinity without one."""
+    """Return the seconds since the last long activity ended; 0 during one, infinity if there was none."""
     return 0.0 if is_long() else time.monotonic() - _long_ended
 
 

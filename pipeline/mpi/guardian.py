@@ -34,7 +34,7 @@ IN_ORDER, ABORTING = b"i", b"a"  # messages to the guardian
 TEXT_BYTES = 256
 LONG, CLAIM, STATUS, MEMORY_BYTES = TEXT_BYTES, TEXT_BYTES + 1, TEXT_BYTES + 2, TEXT_BYTES + 5
 
-_lifeline: int | None = None  # written to when the rank ends in order
+_lifeline: int | None = None  # written to when the rank exits normally
 
 
 def start(activity: int) -> None:
@@ -58,14 +58,14 @@ def start(activity: int) -> None:
         stdin=read,
         stdout=subprocess.DEVNULL,
         pass_fds=[connection, activity],
-        start_new_session=True,  # signals to the job are not for the guardian
+        start_new_session=True,  # the guardian does not receive signals to the job
     )
     os.close(read)
     atexit.register(release)  # the first function registered, thus the last one called
 
 
 def release(message: bytes = IN_ORDER) -> None:
-    """Tell the guardian that this rank ends in order, or that it ends the job itself: ABORTING."""
+    """Tell the guardian that this rank exits normally, or that it ends the job itself: ABORTING."""
     if _lifeline is not None:
         with suppress(BrokenPipeError):
             os.write(_lifeline, message)
@@ -147,13 +147,13 @@ def _is_open(descriptor: int) -> bool:
 
 
 def _guard(pid: int, connection: int, memory: mmap.mmap, rank: int, launcher: int) -> None:
-    """Wait for the end of the rank. Unless it ends in order, wait for the end of the job, or end the job."""
+    """Wait for the end of the rank. Unless it exits normally, wait for the end of the job, or end the job."""
     name = socket.socket(socket.AF_UNIX)
     process = _open_process(pid)
     ended = _await_end(pid, process)
     if ended == IN_ORDER:
         return
-    try:  # The guardian of the rank that dies first takes the name. In consequence, mpirun kills the other ranks.
+    try:  # Only the guardian of the rank that dies first binds the name; mpirun kills the other ranks afterwards.
         name.bind(f"\0pipeline-mpi-{launcher}")
     except OSError:
         return
@@ -161,7 +161,7 @@ def _guard(pid: int, connection: int, memory: mmap.mmap, rank: int, launcher: in
         memory[STATUS:] = b"\0\0\0" if ended is None else b"\1" + ended.to_bytes(2)
         _end_job(pid, ended, connection, memory, rank)
     os.close(connection)
-    _wait_for(launcher, REPORT_S)  # while the name is taken
+    _wait_for(launcher, REPORT_S)  # the name stays bound
 
 
 def _end_job(pid: int, ended: int | None, connection: int, memory: mmap.mmap, rank: int) -> None:
@@ -198,7 +198,7 @@ def _open_process(pid: int) -> int | None:
 
 
 def _await_end(pid: int, process: int | None) -> bytes | int | None:
-    """Return the rank's message when it ends in order or ends the job; else its wait status, None if it is not known.
+    """Return the rank's message when it exits normally or ends the job; else its wait status, or None if unknown.
 
     Args:
         process: as ``_open_process`` returns it.

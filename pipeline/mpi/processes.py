@@ -69,7 +69,7 @@ class Processes:
         return describe_death(rank, self._pids[rank], self._activities[rank])
 
     def claim(self, rank: int) -> bool:
-        """Return whether nobody has reported the death of a rank yet. The caller does so."""
+        """Return whether the death of a rank has not been reported yet. If so, the caller must report it."""
         return claim(self._activities[rank])
 
     def _state(self, rank: int) -> str:

@@ -159,10 +159,10 @@ class Watch:
                 self._check_left()
 
     def _long_activity(self) -> bool:
-        """Return whether a rank is or was in a long activity and has used the CPU since the last call; none is stopped.
+        """Return whether a rank is or was in a long activity and has used the CPU since the last call.
 
-        A rank that does not answer may be in C code that holds Python's global interpreter lock, or the machine may be
-        busy. This rank then examines its process.
+        False if a rank is stopped or dead. A rank that does not answer may be in C code that holds Python's global
+        interpreter lock, or the machine may be busy. This rank then examines its process.
         """
         snapshots = self._gather(required=self._alive())
         cpu_s: dict[int, float | None] = {}

@@ -41,11 +41,12 @@ timeout = {TIMEOUT_S}
 HEADER = """# Fault table
 
 One fault is injected into one rank of a small training run (two pipeline stages, with 4 ranks two replicas;
-`--timeout {timeout:g}`). Every run must end with a message that names the rank and what it was doing, with a status
-that is not 0 (2 for what a user can correct), and without a process that is left. `python -m tests.chaos` writes this
-page. A hang (`stopped`, `endless_loop`, and collectives that differ) is found after the timeout; everything else ends
-within {limit:g} s. `slow` is reported and the run continues; `long` takes longer than the timeout and
-is no fault.
+`--timeout {timeout:g}`). Every run must end with a message that names the rank and what it was doing, with exit
+status 2 if a user can correct the cause and another status above 0 otherwise, and without leaving a process. A fault
+that the timeout reports, such as `stopped`, `endless_loop` or `idle`, must end within {limit:g} s after the timeout,
+every other fault within {limit:g} s. `slow` is reported in the log and the run continues. Two cases are not faults:
+`long`, an activity that may take longer than the timeout, and `sys_exit` at the exit. `python -m tests.chaos` writes
+this page.
 
 | fault | place | ranks | s until the end | status | first line of the message | processes left |
 |---|---|---|---|---|---|---|

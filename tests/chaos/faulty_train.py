@@ -82,7 +82,7 @@ def long() -> None:
 
 
 def idle() -> None:
-    """Wait for something that never comes."""
+    """Wait without end and without using the CPU."""
     threading.Event().wait()
 
 
@@ -173,7 +173,7 @@ def _launched_rank() -> int:
 
 
 def inject() -> None:
-    """Record the time, then commit the fault. Faults after the first are none."""
+    """Record the time, then inject the fault. Calls after the first have no effect."""
     if (FOLDER / "fault").exists():
         return
     (FOLDER / "fault").write_text(repr(time.time()))

@@ -1,4 +1,4 @@
-"""Takes the place of mpirun: plays the next line of `jobs.txt`.
+"""Replacement for mpirun that executes the next line of `jobs.txt`.
 
 It appends its arguments and the number of threads per rank to `started.jsonl`.
 The arguments after the folder of these two files are those of a launcher. A line consists of actions: `save STEP`

@@ -1,4 +1,4 @@
-"""The command of a job, its output, and its end without a process left. A shell takes the place of the launcher."""
+"""The command of a job, its output, and its end without a process left. A shell replaces the launcher."""
 
 import sys
 import time

@@ -114,7 +114,7 @@ def test_run_continues_on_its_branch_after_a_rewind(settings, uninterrupted, tmp
 
 
 def test_resume_needs_no_other_flag_and_names_differences(settings, uninterrupted, tmp_path):
-    """The data, the model and the schedule come from the run's config.toml."""
+    """The data, the model and the learning-rate schedule come from the run's config.toml."""
     run = shutil.copytree(uninterrupted, tmp_path / "run")
     resume = ["--out", run, "--resume", "auto"]
     result = run_ranks(1, TRAIN, *resume, env=cache(settings))

@@ -25,7 +25,7 @@ def test_spike_exceeds_the_mean_by_six_standard_deviations_of_the_window() -> No
     assert history.losses == losses[-WINDOW:]  # the spike is not recorded
     history.add(threshold - 1e-9)
     assert history.losses == [*losses[1 - WINDOW :], threshold - 1e-9]
-    history.add(-1e9)  # a low loss is none
+    history.add(-1e9)  # a low loss is not a spike
     assert SIGMAS == 6
 
 

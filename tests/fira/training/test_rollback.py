@@ -1,4 +1,4 @@
-"""Runs with a loss spike or a loss that is not finite, against runs that start from the checkpoint behind the gap."""
+"""Runs with a loss spike or a loss that is not finite, against runs from the checkpoint without the sequences."""
 
 from pathlib import Path
 from typing import Any

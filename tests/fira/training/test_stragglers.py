@@ -31,7 +31,7 @@ def reports(layout: Layout, windows: list[list[float]], caplog: pytest.LogCaptur
         (Layout(dp=2), [[0.001, 0.005]]),  # less than LEAST_S
         (Layout(dp=2), [[0.1, 0.14]]),  # less than FACTOR
         (Layout(), [[0.1], [0.9]]),  # one rank
-        (Layout(pp=2), [[0.1, 0.3], [0.2, 0.3]]),  # nobody waits for rank 0
+        (Layout(pp=2), [[0.1, 0.3], [0.2, 0.3]]),  # no rank waits for rank 0
         (Layout(dp=2), [[0.1, 0.2], [0.1, 0.1]]),  # slow in one window only
     ],
 )

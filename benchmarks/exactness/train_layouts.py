@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import pipeline
 from fira.checkpoint.shards import Checkpoint
 from fira.checkpoint.step_folders import find
@@ -58,7 +60,8 @@ def layouts(ranks: int) -> list[dict[str, Any]]:
 
 
 def main(folder: str, steps: str, precision: str) -> None:
-    world = pipeline.init(threads=1)
+    world = pipeline.init()
+    torch.set_num_threads(1)
     for family, changes in MODELS.items():
         runs = layouts(world.size)
         if family == "mooshak":  # it has no experts

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     signals = Signals()  # before torch and MPI are imported, which takes seconds
+    import torch
+
     import pipeline
     from fira.training.config import SUPERVISED, TrainConfig, add_options
     from fira.training.loop import train
@@ -37,11 +39,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
     config, quiet, verbose = settings()
     supervised = any(getattr(config, name) is not None for name in SUPERVISED)
-    world = None if supervised else pipeline.init(config.timeout, config.device != "cpu", config.threads)
+    world = None if supervised else pipeline.init(config.timeout, cuda=config.device != "cpu")
     cli.start_logging(quiet, verbose, world.rank if world else 0)
     if config.resume:
         parser.set_defaults(**resumed_settings(config))
         config, quiet, verbose = settings()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     if world:
         train(config, world, signals, quiet)
     else:

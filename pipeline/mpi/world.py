@@ -37,18 +37,17 @@ class World:
     checksum: Callable[[], int] = field(default=int, compare=False, repr=False)
 
 
-def init(timeout_s: float | None = None, cuda: bool = True, threads: int | None = None) -> World:
+def init(timeout_s: float | None = None, cuda: bool = True) -> World:
     """Initialize MPI and ``torch.distributed``. Further calls in the same process return the same world.
 
     The default group and every group made from it use the backend "mpi". Without ``mpirun`` the world has one rank.
+    Unless OMP_NUM_THREADS is set, the ranks of a machine divide its cores among their threads.
     From this call on, an uncaught exception on one rank ends all ranks, see ``failure.py``.
 
     Args:
         timeout_s: longest time in seconds that an operation may be waited for before the job is ended with a report.
             Default: the environment variable PIPELINE_MPI_TIMEOUT_S, or 600.
         cuda: whether CUDA tensors may be communicated. False: CUDA is not touched.
-        threads: of torch in this process. Default: the environment variable OMP_NUM_THREADS, or the cores of the
-            machine divided by its ranks.
 
     Raises:
         MissingMPIError: if no MPI library is installed.
@@ -63,7 +62,7 @@ def init(timeout_s: float | None = None, cuda: bool = True, threads: int | None 
         seconds = _seconds(given)
         MPI = _load_mpi()
         try:
-            _world = _start(MPI.COMM_WORLD, seconds or TIMEOUT_S, cuda, threads)
+            _world = _start(MPI.COMM_WORLD, seconds or TIMEOUT_S, cuda)
         except BaseException as error:
             if MPI.COMM_WORLD.Get_size() > 1 and not isinstance(error, SystemExit):  # the others would wait forever
                 traceback.print_exc()
@@ -121,7 +120,7 @@ def prefer_installed_library() -> None:
         os.environ.setdefault("MPI4PY_LIBMPI", str(folder))
 
 
-def _start(comm: Any, timeout_s: float, cuda: bool, threads: int | None) -> World:
+def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
     import torch
     from mpi4py import MPI
 
@@ -134,9 +133,7 @@ def _start(comm: Any, timeout_s: float, cuda: bool, threads: int | None) -> Worl
     local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
     world = World(comm.Get_rank(), comm.Get_size(), local.Get_rank(), local.Get_size())
     cores = set().union(*local.allgather(os.sched_getaffinity(0)))
-    if threads is not None:
-        torch.set_num_threads(threads)
-    elif not os.environ.get("OMP_NUM_THREADS"):  # which torch has read
+    if not os.environ.get("OMP_NUM_THREADS"):  # which torch has read
         torch.set_num_threads(max(1, len(cores) // world.local_size))
     local.Free()
 

@@ -59,7 +59,7 @@ class Supervisor:
             raise UserError("--elastic and --max-restarts need --out, the run folder, such as --out runs/a")
         self._stop = StopRequest()
         self._config, self._out = config, Path(config.out)
-        self._elastic = elastic(config, self._out)
+        self._elastic = elastic(config)
         self._slots = read_hosts(config.hosts) if config.hosts else None
         self._launcher = launcher_words(config.launcher)
         fixed = ["--micro-batch-size", str(self._elastic.microbatch), *flags]

@@ -63,6 +63,7 @@ def test_other_threads_have_no_effect() -> None:
     [
         ("exit", "exited with status 3 in step 7, backward of stage 1; the job ends", 3),
         ("9", "was killed by SIGKILL (the kernel does this when memory runs out) in step 7, ", 137),
+        ("37", "was killed by signal 37 in step 7, ", 165),
         ("11", "was killed by SIGSEGV in step 7, backward of stage 1; the job ends", 139),
     ],
 )

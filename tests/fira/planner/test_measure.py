@@ -25,4 +25,5 @@ def test_damaged_measurement_is_repeated(monkeypatch, tmp_path):
     assert measure._cached(["key"], lambda: 2, world) == 1
     (file,) = (tmp_path / "planner").iterdir()
     file.write_text("")
-    assert [measure._cached(["key"], lambda: n, world) for n in (3, 4)] == [3, 3]
+    assert measure._cached(["key"], lambda: 3, world) == 3
+    assert measure._cached(["key"], lambda: 4, world) == 3

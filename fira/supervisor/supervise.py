@@ -148,6 +148,9 @@ class Supervisor:
         """Wait for the end of a job. Return its exit status, or None if it is to be stopped."""
         read_at = time.monotonic()
         while (status := job.wait(POLL_S)) is None:
+            if self._stop.checkpoint and read_state(self._out).log != before.log:  # a job that starts might be ended
+                self._stop.checkpoint = False
+                job.request_checkpoint()
             reason = None
             if self._stop.number is not None:
                 reason = f"{signal.Signals(self._stop.number).name} received"

@@ -31,8 +31,11 @@ def launcher_words(given: str | None) -> list[str]:
 
     Raises UserError if there is none.
     """
-    if given:
-        return shlex.split(given)
+    if given is not None:
+        with suppress(ValueError):  # an unclosed quote
+            if words := shlex.split(given):
+                return words
+        raise UserError(f"--launcher {given}: give a program and its flags, such as 'mpirun --oversubscribe'")
     if "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
         library, _ = find_library()
         mpi = "pmix" if library and implementation(library).startswith("Open MPI") else "pmi2"

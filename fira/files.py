@@ -17,10 +17,11 @@ LARGEST = 2**28  # bytes of a document or a tokenizer that is read as a whole
 
 def read(path: Path, largest: int = LARGEST) -> bytes:
     """Return the content of a file. Raises UserError for a file of more than `largest` bytes, a pipe or a device."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing or not a regular file")
-    with errors_naming(path), path.open("rb") as file:
-        content = file.read(largest + 1)
+    with errors_naming(path):
+        if not path.is_file():
+            raise UserError(f"{path} is missing or not a regular file")
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
     if len(content) > largest:
         raise UserError(f"{path} is too large: a file of this kind has at most {largest} bytes")
     return content

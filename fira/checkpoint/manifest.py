@@ -80,9 +80,10 @@ class FileRecord:
 
     def check(self, path: Path) -> None:
         """Raise UserError unless the file at `path` matches this record."""
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        size = path.stat().st_size
+        with errors_naming(path):
+            if not path.is_file():
+                raise UserError(f"{path} is missing")
+            size = path.stat().st_size
         if size != self.size:
             raise UserError(f"{path} has {size} bytes, its manifest lists {self.size}; the file is damaged")
         if FileRecord.from_file(path) != self:

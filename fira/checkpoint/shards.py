@@ -107,6 +107,10 @@ class Checkpoint:
                 target.copy_(stored)
         return rows if entry.shape else rows.squeeze(0)
 
+    def close(self) -> None:
+        """Close the files of tensors. Until then the disk keeps their content, even if the checkpoint is removed."""
+        self._opened.clear()
+
     def _read_rows(self, part: StoredRows, name: str, low: int, high: int) -> Tensor:
         """Read rows [low, high) of the rows of a tensor that one file stores."""
         path = self.folder / part.file

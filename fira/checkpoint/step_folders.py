@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fira.checkpoint.manifest import MANIFEST, STEP_FOLDER
 from fira.errors import UserError
-from fira.files import errors_naming, sync, write
+from fira.files import errors_naming, replace, sync
 
 LATEST = "latest"
 
@@ -57,9 +57,7 @@ def publish(root: Path, step: int) -> None:
         os.rename(folder, replaced)
     os.rename(partial_folder(root, step), folder)
     sync(root)
-    pointer = root / f"{LATEST}.tmp"
-    write(pointer, f"{folder.name}\n".encode())
-    os.replace(pointer, root / LATEST)
+    replace(root / LATEST, f"{folder.name}\n".encode())
     sync(root)
 
 

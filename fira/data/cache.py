@@ -15,7 +15,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fira.errors import UserError
 from fira.files import sync
+from fira.json_reader import integer, mapping, read
 from fira.progress_bar import progress_bar
 
 CHECKSUMS = "checksums.json"  # the CRC-32 of every other file of a cache folder, which costs less than SHA-256
@@ -68,15 +70,16 @@ def _content_hash(cache: Path, path: Path, bar: tqdm) -> str:
 def damaged_file(folder: Path, progress: bool) -> Path | None:
     """Return a file of a cache folder that is missing or differs from its checksum; None if all are as written."""
     try:
-        expected = json.loads((folder / CHECKSUMS).read_bytes())
+        expected = read(folder / CHECKSUMS, mapping(integer()))
+    except UserError:
+        return folder / CHECKSUMS
+    try:
         with progress_bar(total_size(list(folder.iterdir())), "verifying the prepared data", progress) as bar:
             for name, checksum in expected.items():
                 if _checksum(folder / name, bar.update) != checksum:
                     return folder / name
     except FileNotFoundError as error:
         return Path(error.filename)
-    except (ValueError, AttributeError):  # not JSON, or not an object
-        return folder / CHECKSUMS
     return None
 
 

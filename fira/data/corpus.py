@@ -6,6 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from fira.data.cache import atomic_folder, cache_folder, content_key, damaged_file, remove_folder
 from fira.data.mixture import parse_mixture
 from fira.data.packed import Source
@@ -55,11 +57,7 @@ def prepare(
     if vocab_size > MAX_VOCABULARY:
         raise UserError(f"--vocab-size {vocab_size}: give at most {MAX_VOCABULARY}")
     try:
-        given = load_tokenizer(tokenizer_path) if tokenizer_path else None
-        if given and vocabulary(given) > vocab_size:
-            raise UserError(
-                f"{tokenizer_path}: {vocabulary(given)} tokens, --vocab-size {vocab_size}; give at least this number"
-            )
+        given = _load_tokenizer(tokenizer_path, vocab_size) if tokenizer_path else None
         inputs = [Input.find(source, weight) for source, weight in parse_mixture(data)]
         files = [path for entry in inputs for path in entry.files]
         layout = [[entry.weight, text_column, len(entry.files), entry.shards] for entry in inputs]
@@ -88,3 +86,11 @@ def prepare(
         raise UserError(
             f"{error.filename or cache}: {error.strerror or error}; check the path, or set FIRA_CACHE to another folder"
         ) from error
+
+
+def _load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
+    """Load a tokenizer. Raises UserError if it has more tokens than the vocabulary."""
+    tokenizer = load_tokenizer(path)
+    if vocabulary(tokenizer) > vocab_size:
+        raise UserError(f"{path}: {vocabulary(tokenizer)} tokens, --vocab-size {vocab_size}; give at least this number")
+    return tokenizer

@@ -12,6 +12,7 @@ from numpy.lib import format as npy
 
 from fira.data.sources import check_regular
 from fira.errors import UserError
+from fira.files import one_line
 
 SCAN_TOKENS = 2**22  # tokens read at a time when a whole array is scanned
 
@@ -52,8 +53,7 @@ def _map(path: Path) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # numpy parses the header as Python, and raises what the parser raises
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a complete .npy file ({reason}); download it again") from None
+        raise UserError(f"{path}: not a complete .npy file ({one_line(error)}); download it again") from None
     if len(shape) != 1 or dtype.kind not in "ui":
         raise UserError(f"{path}: holds {dtype} {shape}, not a 1-d array of token ids; give other shards")
     size = offset + shape[0] * dtype.itemsize

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from fira.data.text_encoding import HEAD, text_encoding
 from fira.errors import UserError
+from fira.files import one_line
 
 # A text file is split at the first blank line after MIN_LENGTH characters, or else at the first end of a line after
 # MAX_LENGTH characters; a longer line is split inside.
@@ -141,7 +142,7 @@ def _columnar(path: Path, column: str, advance: Advance) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:  # ArrowException, OSError, SystemError and others, according to the damage
-        raise UserError(f"{path}: not a valid {kind} ({_one_line(error)}); download it again") from None
+        raise UserError(f"{path}: not a valid {kind} ({one_line(error)}); download it again") from None
 
 
 def _parquet(file: Any, column: str, path: Path, advance: Advance) -> Iterator[Any]:
@@ -201,7 +202,3 @@ def _require(column: str, present: Iterable[str], where: object) -> None:
         raise UserError(f"{where}: no column {column!r}; name one with --text-column: {', '.join(map(repr, names))}")
     if names[column] > 1:
         raise UserError(f"{where}: {names[column]} columns are named {column!r}; rename all but one")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -10,7 +10,7 @@ from pathlib import Path
 from fira.data.readers import Advance, has_reader, read_file
 from fira.data.text_encoding import HEAD, Content, content
 from fira.errors import UserError
-from fira.files import errors_naming
+from fira.files import errors_naming, one_line
 
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 NAMED = 3  # files that a message about several files names
@@ -133,9 +133,5 @@ def _hugging_face(name: str) -> list[Path]:
     try:
         dataset = load_dataset(name, split="train")
     except (OSError, ValueError) as error:
-        raise UserError(f"{missing}, and no Hugging Face dataset with a train split ({_one_line(error)})") from None
+        raise UserError(f"{missing}, and no Hugging Face dataset with a train split ({one_line(error)})") from None
     return [Path(file["filename"]) for file in dataset.cache_files]
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -133,7 +134,10 @@ def device_memory(device: torch.device, ranks: int) -> float:
 def _cached(key: list[Any], measure: Callable[[], Any], world: World) -> Any:
     """Read a result from the user's cache, or measure it on all ranks and let rank 0 store it (collective)."""
     path = cache_folder() / "planner" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
-    box = [json.loads(path.read_text()) if world.rank == 0 and path.exists() else None]
+    box: list[Any] = [None]
+    if world.rank == 0:
+        with suppress(OSError, ValueError):  # no file, or a damaged one
+            box = [json.loads(path.read_text())]
     dist.broadcast_object_list(box, src=0)
     if box[0] is not None:
         return box[0]

@@ -6,11 +6,8 @@ number of ranks changes therefore computes the same weights as an undisturbed on
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -19,7 +16,6 @@ from fira.errors import UserError
 from fira.models.registry import build
 from fira.parallel.layout import choose_layout
 from fira.training.config import TrainConfig
-from fira.training.run_folder import CONFIG_NAME
 from fira.training.setup import choose_microbatch, choose_model
 from pipeline.mesh import Layout
 from pipeline.schedule import SCHEDULES
@@ -52,11 +48,11 @@ def parse_range(text: str | None) -> range:
     return numbers
 
 
-def elastic(config: TrainConfig, out: Path) -> Elastic:
+def elastic(config: TrainConfig) -> Elastic:
     """Choose layouts and micro-batch size. Raises UserError if no number of ranks fits the given layout.
 
-    out: the run folder. A run that continues keeps its micro-batch size. Otherwise it is the smallest default of the
-    layouts, with which each of them has enough micro-batches for its pipeline.
+    The micro-batch size is the given one, which a resumed run has from its run folder. Otherwise it is the smallest
+    default of the layouts, with which each of them has enough micro-batches for its pipeline.
     """
     layouts, refused = {}, ""
     blocks, experts = _size(config)
@@ -69,9 +65,7 @@ def elastic(config: TrainConfig, out: Path) -> Elastic:
     if not layouts:
         raise UserError(f"--elastic {config.elastic}: no number of ranks is possible: {refused}")
     batch = config.recipe().batch_size
-    default = min(choose_microbatch(config, batch, layout) for layout in layouts.values())
-    stored = _stored_microbatch(out) if config.resume == "auto" and config.micro_batch_size is None else None
-    return Elastic(layouts, stored or default)
+    return Elastic(layouts, min(choose_microbatch(config, batch, layout) for layout in layouts.values()))
 
 
 def threads_per_rank(most: int, slots: Mapping[str, int] | None) -> int:
@@ -88,10 +82,3 @@ def _size(config: TrainConfig) -> tuple[int, int]:
     model_config, _ = choose_model(config, open_saved(config.init) if config.init else None)
     with torch.device("meta"):
         return len(build(model_config).layers), getattr(model_config, "num_experts", 1)
-
-
-def _stored_microbatch(out: Path) -> int | None:
-    """The micro-batch size in the config.toml of a run folder; None if there is no readable file or no such key."""
-    with suppress(OSError, ValueError):
-        return tomllib.loads((out / CONFIG_NAME).read_text(encoding="utf-8")).get("micro_batch_size")
-    return None

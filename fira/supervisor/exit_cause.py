@@ -11,7 +11,7 @@ from dataclasses import dataclass
 RAISED = re.compile(r"rank (\d+) failed(?: in ([^:\n]+))?:(.*)\n")
 NOT_THE_EXCEPTION = (" ", "\n", "Traceback", "During", "The above")  # beginnings of other lines of a traceback
 REPORTED = re.compile(r"pipeline: (rank (\d+) .*?)(?:; the job ends| and ends the job|;|$)", re.M)
-KILLED = re.compile(r"killed by (SIG\w+)")
+KILLED = re.compile(r"killed by (?:(SIG\w+)|signal (\d+))")
 MPICH = re.compile(r"PID (\d+) RUNNING AT (\S+)(?:.*\n)*?.*\(signal (\d+)\)")
 OPEN_MPI = re.compile(r"process rank (\d+) with PID \d+ on node \S+ exited on\s+signal (\d+)")
 SLURM = re.compile(r"error: \S+ task (\d+): ([A-Z][a-z]+(?: [a-z]+)*)")  # "srun: error: node1: task 1: Killed"
@@ -38,7 +38,8 @@ def find_cause(status: int, output: str) -> ExitCause:
         return ExitCause(f"rank {found[1]} raised {exception}{place}", int(found[1]))
     if found := REPORTED.search(output):
         name = KILLED.search(found[1])
-        return ExitCause(found[1], int(found[2]), signal.Signals[name[1]] if name else None)
+        number = (signal.Signals[name[1]] if name[1] else int(name[2])) if name else None
+        return ExitCause(found[1], int(found[2]), number)
     if found := OPEN_MPI.search(output):
         return _by_signal(int(found[2]), f"rank {found[1]}", int(found[1]))
     if found := MPICH.search(output):
@@ -59,5 +60,8 @@ def _exception(traceback: str) -> str:
 
 
 def _by_signal(number: int, ended: str, rank: int | None = None) -> ExitCause:
-    name = signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        name = f"signal {number}"
     return ExitCause(f"{name} ended {ended}", rank, number)

@@ -31,8 +31,11 @@ def launcher_words(given: str | None) -> list[str]:
 
     Raises UserError if there is none.
     """
-    if given:
-        return shlex.split(given)
+    if given is not None:
+        with suppress(ValueError):  # an unclosed quote
+            if words := shlex.split(given):
+                return words
+        raise UserError(f"--launcher {given}: give a program and its flags, such as 'mpirun --oversubscribe'")
     if "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
         library, _ = find_library()
         mpi = "pmix" if library and implementation(library).startswith("Open MPI") else "pmi2"
@@ -101,6 +104,7 @@ class Job:
                 self._process.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     self._process.wait(limit)
+        self._process.kill()  # no effect after its end
         deadline = time.monotonic() + STOP_S
         while (left := processes(self.name)) and time.monotonic() < deadline:
             for pid in left:
@@ -117,12 +121,13 @@ class Job:
 
     def _copy(self, source: BinaryIO, target: BinaryIO) -> None:
         """Pass lines on. A closed target, as in `… | head`, does not stop the job: its output is then discarded."""
-        for line in source:
-            self._lines.append(line)
-            with suppress(OSError, ValueError):
-                if not self._silent:
-                    target.write(line)
-                    target.flush()
+        with source:
+            for line in source:
+                self._lines.append(line)
+                with suppress(OSError, ValueError):
+                    if not self._silent:
+                        target.write(line)
+                        target.flush()
 
 
 def processes(job: str) -> list[int]:

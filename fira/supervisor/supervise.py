@@ -59,7 +59,7 @@ class Supervisor:
             raise UserError("--elastic and --max-restarts need --out, the run folder, such as --out runs/a")
         self._stop = StopRequest()
         self._config, self._out = config, Path(config.out)
-        self._elastic = elastic(config, self._out)
+        self._elastic = elastic(config)
         self._slots = read_hosts(config.hosts) if config.hosts else None
         self._launcher = launcher_words(config.launcher)
         fixed = ["--micro-batch-size", str(self._elastic.microbatch), *flags]
@@ -148,6 +148,9 @@ class Supervisor:
         """Wait for the end of a job. Return its exit status, or None if it is to be stopped."""
         read_at = time.monotonic()
         while (status := job.wait(POLL_S)) is None:
+            if self._stop.checkpoint and read_state(self._out).log != before.log:  # a job that starts might be ended
+                self._stop.checkpoint = False
+                job.request_checkpoint()
             reason = None
             if self._stop.number is not None:
                 reason = f"{signal.Signals(self._stop.number).name} received"

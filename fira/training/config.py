@@ -35,19 +35,8 @@ LITERALS = {"true": True, "false": False, "none": None}
 # Settings that a resumed run takes from the run's config.toml: all but those of the machine, the layout and the output.
 INHERITED = [
     *("model", "model_set", "data", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
-    *(
-        "micro_batch_size",
-        "steps",
-        "lr",
-        "min_lr",
-        "warmup",
-        "weight_decay",
-        "clip",
-        "precision",
-        "seed",
-        "init",
-        "threads",
-    ),
+    *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed"),
+    *("init", "threads"),
     *("eval_every", "eval_sequences", "save_every", "keep", "on_spike"),
 ]
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,16 @@ def claim(config: TrainConfig) -> Iterator[tuple[Path, RunLock | None]]:
 def _new_folder(model: str) -> Path:
     """Create the next run folder of a model. Of two jobs that start together, each gets its own."""
     number = max((number for number, _ in _numbered(model)), default=0)
-    while True:
-        number += 1
-        out = RUNS / (model if number == 1 else f"{model}-{number}")
-        try:
-            out.mkdir(parents=True)
-            return out
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"--out {out}: {error.strerror}; choose a writable folder") from None
+    try:
+        RUNS.mkdir(parents=True, exist_ok=True)
+        while True:
+            number += 1
+            out = RUNS / (model if number == 1 else f"{model}-{number}")
+            with suppress(FileExistsError):
+                out.mkdir()
+                return out
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; choose a writable folder as --out") from None
 
 
 def _numbered(model: str) -> list[tuple[int, Path]]:

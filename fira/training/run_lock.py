@@ -67,8 +67,8 @@ class RunLock:
 
     def release(self) -> None:
         """Release the lock, and remove the folder if nothing was written to it."""
-        if self.is_held() and [path.name for path in self.folder.iterdir()] == [LOCK_NAME]:
-            with suppress(OSError):
+        with suppress(OSError):
+            if self.is_held() and [path.name for path in self.folder.iterdir()] == [LOCK_NAME]:
                 (self.folder / LOCK_NAME).unlink()
                 self.folder.rmdir()
         self._file.close()

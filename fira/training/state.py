@@ -127,6 +127,7 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     for shard in trainer.model.shards:
         for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[shard.name], strict=True):
             tensor.copy_(_read(saved, f"{moment}/{shard.name}", shard))
+    saved.close()
     trainer.optimizer.updates = state["updates"]
     loader.consumed = state["loader"]["consumed"]
     trainer.scale.load_state_dict(state["loss_scale"])

@@ -88,7 +88,10 @@ def share() -> int:
     """Put the activity into shared memory. Return its descriptor, which others open; -1 if it is not possible."""
     global _memory, _descriptor
     if _memory is None and hasattr(os, "memfd_create"):
-        _descriptor = os.memfd_create("activity")
+        try:
+            _descriptor = os.memfd_create("activity")
+        except OSError:  # a sandbox
+            return -1
         os.ftruncate(_descriptor, MEMORY_BYTES)
         _memory = mmap.mmap(_descriptor, MEMORY_BYTES)
         _publish()

@@ -178,7 +178,7 @@ class _Job:
                     self._watch.announce_exit(self._exit_status, self._exit_activity)
                     deadline = float("inf")
                 time.sleep(0.001)
-        if self._exit_status and not self._ending.locked():
+        if self._exit_status and self._size > 1 and not self._ending.locked():
             print(f"rank {self.rank} exited with status {self._exit_status}", file=sys.stderr, flush=True)
         self._close()
         self._watch.stop()

@@ -82,15 +82,23 @@ def describe_death(rank: int, pid: int, memory: mmap.mmap | None) -> tuple[str, 
     if ended is None:
         end, status = "died", 1
     elif os.WIFSIGNALED(ended):
-        import signal
-
         number = os.WTERMSIG(ended)
-        cause = " (the kernel does this when memory runs out)" if number == signal.SIGKILL else ""
-        end, status = f"was killed by {signal.Signals(number).name}{cause}", 128 + number
+        end, status = f"was killed by {_signal_name(number)}", 128 + number
     else:
         end, status = f"exited with status {os.WEXITSTATUS(ended)}", os.WEXITSTATUS(ended) or 1
     activity = read_activity(memory)
     return f"rank {rank} (process {pid}) {end}{f' in {activity}' if activity else ''}; the job ends", status
+
+
+def _signal_name(number: int) -> str:
+    import signal
+
+    if number == signal.SIGKILL:
+        return "SIGKILL (the kernel does this when memory runs out)"
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # most real-time signals have no name
+        return f"signal {number}"
 
 
 def wait_status(pid: int) -> int | None:

@@ -1,6 +1,7 @@
 """The processes of the ranks on this machine: whether they run, are stopped or dead, and what they were doing."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from mpi4py import MPI
@@ -29,10 +30,13 @@ class Processes:
 
     def handles(self) -> dict[int, int]:
         """Return file descriptors that become readable when the process of another rank ends, with its rank."""
-        try:
-            return {os.pidfd_open(pid): rank for rank, pid in self._pids.items() if rank != self._rank}
-        except (AttributeError, OSError):  # an old kernel, an old Python or a sandbox: the timeout reports the death
-            return {}
+        handles = {}
+        for rank, pid in self._pids.items():
+            # An old kernel, an old Python, a sandbox, or a process that is dead already: the timeout reports the death.
+            with suppress(AttributeError, OSError):
+                if rank != self._rank:
+                    handles[os.pidfd_open(pid)] = rank
+        return handles
 
     def can_answer(self, rank: int) -> bool:
         """Return whether a rank is neither stopped nor dead, as far as this rank can determine it."""

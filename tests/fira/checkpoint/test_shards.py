@@ -24,6 +24,24 @@ from tests.saving import save_checkpoint
 RANKS = "tests.ranks.checkpoint_ranks"
 
 
+def opened_files() -> str:
+    return Path("/proc/self/maps").read_text() + "".join(
+        str(path.resolve()) for path in Path("/proc/self/fd").iterdir()
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_closed_checkpoint_has_no_open_file_and_can_be_read_again(root: Path) -> None:
+    """A checkpoint that is removed while a run continues from it must not occupy the disk until the end of the run."""
+    checkpoint = Checkpoint.open(save_state(str(root), 1))
+    tensors = [checkpoint.read(name) for name in SHAPES]
+    assert str(root) in opened_files()
+    checkpoint.close()
+    del tensors
+    assert str(root) not in opened_files()
+    assert matches(checkpoint, salt=0)
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().flatten().view(torch.uint8)
 

@@ -57,6 +57,12 @@ def test_open_tokens_can_be_read_while_the_cache_is_replaced(corpus, tmp_path) -
     np.testing.assert_array_equal(tokens.read(0, len(tokens)), expected)
 
 
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", '{"train-0.npy": "1"}'])
+def test_invalid_checksums_are_a_damage(corpus, content: str) -> None:
+    (corpus.folder / CHECKSUMS).write_text(content)
+    assert damaged_file(corpus.folder, progress=False) == corpus.folder / CHECKSUMS
+
+
 def test_undamaged_cache_is_used(corpus, tmp_path, monkeypatch) -> None:
     assert damaged_file(corpus.folder, progress=False) is None
     assert set(json.loads((corpus.folder / CHECKSUMS).read_text())) == set(contents(corpus.folder)) - {CHECKSUMS}

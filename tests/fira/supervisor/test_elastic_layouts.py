@@ -1,7 +1,5 @@
 """Usable numbers of ranks, and the micro-batch size that they have in common."""
 
-from pathlib import Path
-
 import pytest
 
 from fira.errors import UserError
@@ -9,8 +7,6 @@ from fira.supervisor.elastic_layouts import elastic, parse_range, threads_per_ra
 from fira.training.config import TrainConfig
 from fira.training.setup import choose_microbatch
 from pipeline.mesh import Layout
-
-OUT = Path("does not exist")
 
 
 def test_ranges(monkeypatch: pytest.MonkeyPatch):
@@ -29,24 +25,21 @@ def test_invalid_ranges_are_refused(text: str):
 
 def test_every_number_of_ranks_runs_with_the_micro_batch_size_of_the_smallest_share():
     config = TrainConfig(elastic="1:4")  # fira-tiny: 32 sequences, 6 layers
-    found = elastic(config, OUT)
+    found = elastic(config)
     assert found.layouts == {1: Layout(1, 1, 1), 2: Layout(2, 1, 1), 3: Layout(3, 1, 1), 4: Layout(2, 2, 2)}
     assert found.microbatch == min(choose_microbatch(config, 32, layout) for layout in found.layouts.values()) == 4
 
 
 def test_numbers_of_ranks_that_do_not_fit_the_layout_are_not_used():
-    found = elastic(TrainConfig(elastic="1:6", pp=2), OUT)
+    found = elastic(TrainConfig(elastic="1:6", pp=2))
     assert sorted(found.layouts) == [2, 4, 6]
     assert [found.usable(slots) for slots in (1, 2, 3, 5, 100)] == [None, 2, 2, 4, 6]
     with pytest.raises(UserError, match="no number of ranks is possible: --pp 4"):
-        elastic(TrainConfig(elastic="1:3", pp=4), OUT)
+        elastic(TrainConfig(elastic="1:3", pp=4))
 
 
-def test_a_run_keeps_its_micro_batch_size(tmp_path: Path):
-    (tmp_path / "config.toml").write_text("micro_batch_size = 3\n")
-    assert elastic(TrainConfig(elastic="1:4", resume="auto"), tmp_path).microbatch == 3
-    assert elastic(TrainConfig(elastic="1:4", resume="auto", micro_batch_size=8), tmp_path).microbatch == 8
-    assert elastic(TrainConfig(elastic="1:4"), tmp_path).microbatch == 4
+def test_a_run_keeps_its_micro_batch_size():
+    assert elastic(TrainConfig(elastic="1:4", micro_batch_size=8)).microbatch == 8
 
 
 def test_all_jobs_have_the_threads_of_the_largest_one(monkeypatch: pytest.MonkeyPatch):

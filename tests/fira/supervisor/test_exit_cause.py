@@ -62,6 +62,7 @@ Traceback (most recent call last):
         (1, DEATH, ExitCause("rank 2 (process 77) died without a message", 2)),
         (1, RAISED, ExitCause("rank 1 raised ZeroDivisionError: division by zero", 1)),
         (1, RAISED_IN, ExitCause("rank 3 raised RuntimeError: no memory in step 7, micro-batch 2", 3)),
+        (165, OPEN_MPI.replace("11 (Segmentation fault)", "37"), ExitCause("signal 37 ended rank 1", 1, 37)),
         (-9, "", ExitCause("SIGKILL ended the launcher", None, signal.SIGKILL)),
         (0, "step 3/9", ExitCause("the ranks ended with status 0 before the last step")),
         (255, "", ExitCause("the launcher ended with status 255")),
@@ -75,3 +76,5 @@ def test_a_report_of_a_rank_precedes_that_of_the_launcher():
     cause = find_cause(9, KILLED + MPICH)
     assert (cause.rank, cause.signal) == (2, signal.SIGKILL)
     assert "memory" in cause.text
+    unnamed = find_cause(165, "pipeline: rank 2 (process 77) was killed by signal 37 in step 7; the job ends\n")
+    assert (unnamed.rank, unnamed.signal) == (2, 37)

@@ -25,6 +25,9 @@ def test_commands_of_the_launchers():
 
 def test_the_given_launcher_is_used_and_a_missing_one_is_named():
     assert launcher_words("mpirun --oversubscribe") == ["mpirun", "--oversubscribe"]
+    for invalid in (" ", "mpirun 'x"):
+        with pytest.raises(UserError, match="give a program and its flags"):
+            launcher_words(invalid)
     with pytest.raises(UserError, match="no-such-launcher: No such file"):
         Job(["no-such-launcher", "-n", "1"], {})
 

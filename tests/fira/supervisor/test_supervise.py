@@ -25,7 +25,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("fira.supervisor.supervise.HOSTS_S", 0.1)
     monkeypatch.setattr("fira.supervisor.supervise.POLL_S", 0.02)
     monkeypatch.setattr("fira.supervisor.supervise.RESEND_S", 0.2)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -189,3 +190,16 @@ def test_nohup_protects_from_sighup(tmp_path: Path):
 def test_the_run_folder_must_be_named():
     with pytest.raises(UserError, match="need --out"):
         Supervisor(TrainConfig(elastic="1:2"), ["train"], [])
+
+
+def test_a_request_for_a_checkpoint_is_passed_on_when_the_job_trains(tmp_path: Path):
+    run = supervisor(tmp_path, "train 10")
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+
+    def act() -> None:
+        until(latest.exists)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert during_run(run, act) == 130
+    assert latest.exists()

@@ -43,6 +43,13 @@ def test_name_that_another_job_takes_at_the_same_moment_is_not_used(tmp_path, mo
         assert str(out) == "runs/fira-tiny-2"
 
 
+def test_folder_of_runs_that_cannot_be_created_is_a_user_error(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("not mounted")
+    with pytest.raises(UserError, match="runs: File exists; choose a writable folder"):
+        run_folder.claim(TrainConfig()).__enter__()
+
+
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_second_job_with_the_same_folder_is_refused(tmp_path: Path, resume: str | None) -> None:
     config = TrainConfig(out=str(tmp_path / "run"), resume=resume)

@@ -1,5 +1,6 @@
 """The activity of a process: in exceptions, and in memory that other processes read."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.mpi.activity import activity, activity_of, doing, is_long, open_activity, seconds_since_long
+from pipeline.mpi.activity import activity, activity_of, doing, is_long, open_activity, seconds_since_long, share
 from pipeline.mpi.guardian import claim, describe_death, read_activity, wait_status
 from tests.launch import ROOT, inherited
 
@@ -63,6 +64,7 @@ def test_other_threads_have_no_effect() -> None:
     [
         ("exit", "exited with status 3 in step 7, backward of stage 1; the job ends", 3),
         ("9", "was killed by SIGKILL (the kernel does this when memory runs out) in step 7, ", 137),
+        ("37", "was killed by signal 37 in step 7, ", 165),
         ("11", "was killed by SIGSEGV in step 7, backward of stage 1; the job ends", 139),
     ],
 )
@@ -88,3 +90,12 @@ def test_activity_is_readable_after_the_death_of_its_process(end: str, text: str
     child.communicate()
     assert not Path(f"/proc/{child.pid}").exists()
     assert describe_death(1, child.pid, memory)[0].startswith(f"rank 1 (process {child.pid}) died in step 7")
+
+
+def test_sandbox_without_memfd_has_no_shared_activity(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "memfd_create", refuse, raising=False)
+    monkeypatch.setattr("pipeline.mpi.activity._memory", None)
+    assert share() == -1

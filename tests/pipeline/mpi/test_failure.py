@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, run_ranks
+from tests.launch import ROOT, inherited, run_ranks
 
 SCRIPT = """
 import sys
@@ -93,3 +93,9 @@ def test_unsupported_launcher_is_reported(script: Path, launcher: str, size: str
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | alone)
     assert result.returncode == 2
     assert result.stderr.startswith(f"{launcher} started 4 ranks but MPI sees one")
+
+
+def test_exit_of_a_program_without_mpirun_is_not_reported() -> None:
+    command = [sys.executable, "-c", "import sys, pipeline; pipeline.init(); sys.exit(3)"]
+    result = subprocess.run(command, cwd=ROOT, env=inherited(), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (3, "")

@@ -29,7 +29,7 @@ SIZE = integer(1, 2**31)
 TRANSFORMERS_SCHEMA = record(
     {},
     {"model_type": text(), "hidden_act": text(), "head_dim": nullable(SIZE)}
-    | dict.fromkeys(("hidden_size", "num_attention_heads", "num_hidden_layers"), SIZE)
+    | dict.fromkeys(("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings"), SIZE)
     | dict.fromkeys(("rope_parameters", "rope_scaling"), nullable(mapping(anything))),
 )
 
@@ -83,7 +83,10 @@ def _rish_fields(document: dict[str, Any]) -> dict[str, Any]:
     _require(document, attention_bias=False, norm_topk_prob=False, tie_word_embeddings=False)
     longest = document["max_position_embeddings"]
     if rope["rope_type"] == "dynamic":
-        longest = document.get("seq_len", int(rope["factor"] * longest))
+        factor = rope["factor"]
+        if type(factor) not in (int, float) or not 1 <= factor <= 2**20:
+            raise UserError(f"config.json: rope factor {factor!r:.40} is not a number from 1 to {2**20}")
+        longest = document.get("seq_len", int(factor * longest))
     else:
         _require(rope, rope_type="default")
     return {

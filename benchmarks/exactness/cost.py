@@ -16,7 +16,7 @@ from benchmarks.exactness.cost_ranks import LAYOUTS
 from benchmarks.measure import ratio
 from benchmarks.turns import Job
 
-ROUNDS = 15
+ROUNDS = 9
 WARM_UP = 2
 
 

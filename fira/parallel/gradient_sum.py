@@ -50,8 +50,9 @@ class GradientSum:
         self._microbatches = microbatches
         self._first_parts: dict[tuple[int, int], list[Tensor | None]] = {}
         self._trees = {number: {False: TreeSum(microbatches), True: TreeSum(microbatches)} for number in self._stages}
-        for leaf in self._leaves():
-            leaf.grad = None
+        for stage in self._stages.values():
+            for leaf in chain(*stage.values()):
+                leaf.grad = None
 
     @contextmanager
     def around_backward(self, action: Action, last: bool) -> Iterator[None]:
@@ -85,10 +86,6 @@ class GradientSum:
                 parameter.grad = gradient
         if self._tied:
             self._tied.sum_gradients()
-
-    def _leaves(self) -> Iterator[Tensor]:
-        for stage in self._stages.values():
-            yield from chain(*stage.values())
 
     def _add(self, action: Action, dense: list[Tensor], experts: list[Tensor]) -> None:
         """Add the gradients of one micro-batch, and for experts of one micro-batch of each ep rank."""
@@ -148,6 +145,6 @@ def _flatten(tensors: Sequence[Tensor], length: int) -> Tensor:
     """All numbers of the tensors in one tensor [length], with zeros at the end."""
     if len(tensors) == 1 and tensors[0].numel() == length:
         return tensors[0].reshape(-1)
-    return torch.cat(
-        [*(tensor.flatten() for tensor in tensors), tensors[0].new_zeros(length - sum(map(torch.numel, tensors)))]
-    )
+    flat = tensors[0].new_zeros(length)
+    torch.cat([tensor.flatten() for tensor in tensors], out=flat[: sum(map(torch.numel, tensors))])
+    return flat

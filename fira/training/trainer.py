@@ -101,9 +101,10 @@ class Trainer:
         self.scale = LossScale(fp16)
         self.history = FaultHistory()
         self.norms = NormVector(model, mesh)
-        nccl = dist.get_backend(mesh.groups["dp"]) == "nccl"
-        self.reduction = OverlappedReduction(model, mesh) if nccl else GradientSum(model, mesh)
-        self.loads_kernels_first = nccl and mesh.layout.pp > 1
+        # Not by the backend: where GPUs use MPI, experts compute the rows of all ranks together as well.
+        on_cpu = mesh.device_type == "cpu"
+        self.reduction = GradientSum(model, mesh) if on_cpu else OverlappedReduction(model, mesh)
+        self.loads_kernels_first = dist.get_backend(mesh.groups["dp"]) == "nccl" and mesh.layout.pp > 1
         self._loaded: set[bool] = set()  # kernels of validation: False, of training: True
 
     def step(

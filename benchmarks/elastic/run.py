@@ -82,7 +82,7 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     folder = options.folder or Path(tempfile.mkdtemp())
     rows = []
-    for kills in (0, options.kills):
+    for kills in (options.kills, 0):
         run, row = run_once(folder / f"{kills}-kills", options, flags, kills)
         rows.append(row)
         print(row, flush=True)

@@ -2,10 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 
 import pipeline
 from benchmarks.turns import serve
@@ -14,12 +12,10 @@ from fira.doctor.one_step import RandomTokens
 from fira.models.fira import FiraConfig
 from fira.models.registry import PRESETS, build
 from fira.parallel.batch_split import BatchSplit
-from fira.parallel.gradients import gradient_of
-from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
-from pipeline.schedule import Action
+from tests.ranks.plain_reduction import PlainReduction
 
 BATCH, MICROBATCH = 16, 4  # sequences
 MODELS = {
@@ -27,20 +23,6 @@ MODELS = {
     "30 million": FiraConfig(vocab_size=4096, seq_len=128, d_model=384, n_head=6, num_layers=6, d_ff=768),
 }
 LAYOUTS = {1: [(1, 1, 1)], 2: [(2, 1, 1), (1, 2, 1), (1, 2, 2)], 4: [(2, 2, 2)]}
-
-
-class Plain(OverlappedReduction):
-    """Autograd adds up the gradients of micro-batches, and one all-reduce per parameter those of replicas."""
-
-    def around_backward(self, action: Action, last: bool) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def finish(self) -> None:
-        if self._tied:
-            self._tied.sum_gradients()
-        for shard in self._shards_of_rank:
-            if dist.get_world_size(self._groups[shard.expert]) > 1:
-                dist.all_reduce(gradient_of(shard), group=self._groups[shard.expert])
 
 
 def step_of(model: str, layout: Layout, exact: bool) -> Callable[[], object]:
@@ -53,7 +35,7 @@ def step_of(model: str, layout: Layout, exact: bool) -> Callable[[], object]:
     split = BatchSplit(MICROBATCH, layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, "1f1b", weight_decay=0.1, clip=1.0, fp16=False)
     if not exact:
-        trainer.reduction = Plain(built, mesh)
+        trainer.reduction = PlainReduction(built, mesh)
     loader = RandomTokens(config.vocab_size, config.seq_len)
     return lambda: trainer.step(loader, BATCH, 1e-4, 0)  # type: ignore[arg-type]
 

@@ -165,7 +165,7 @@ class _NotFiniteError(UserError):
 
 def _remedy(error: UserError) -> str:
     if isinstance(error, _NotFiniteError):
-        return "continue from an earlier checkpoint with a lower --lr or --clip"
+        return "resume from an earlier checkpoint with a lower --lr or --clip and --override"
     return "free some space, or make the folder writable"
 
 

@@ -45,13 +45,15 @@ def prepare(
     vocab_size: int = 4096,
     cache_dir: str | Path | None = None,
     progress: bool = True,
+    verify: bool = True,
 ) -> Corpus:
     """Return the corpus of `data`, from the cache where it has been prepared before.
 
     For the syntax of `data` see `mixture.parse_mixture`, `sources.documents` and `packed.find_shards`. The cache key is
     the SHA-256 of the inputs' content, the tokenizer and the settings. Several processes may prepare the same corpus at
     the same time: each writes to a temporary folder, and the first to finish renames it. `vocab_size` must be at least
-    that of the tokenizer. Raises UserError for invalid input.
+    that of the tokenizer. verify: compare a cached corpus with its checksums, and prepare it again if it is damaged.
+    Raises UserError for invalid input.
     """
     cache = Path(cache_dir or cache_folder())
     if vocab_size > MAX_VOCABULARY:
@@ -64,7 +66,7 @@ def prepare(
         settings = [CORPUS_FORMAT, vocab_size, bool(tokenizer_path), layout]
         tokenizer_files = [Path(tokenizer_path)] if tokenizer_path else []
         folder = cache / content_key(cache, files + tokenizer_files, settings, progress)
-        if folder.is_dir() and (damaged := damaged_file(folder, progress)):
+        if verify and folder.is_dir() and (damaged := damaged_file(folder, progress)):
             log.warning(f"{damaged}: damaged since it was written; the data are prepared again")
             remove_folder(folder)
         if not folder.is_dir():

@@ -18,10 +18,14 @@ SECONDS_BETWEEN_LINES = 2.0
 RECENT_STEPS = 50
 
 
-def loss_change(before: float, after: float, corpus: Mapping[str, Any]) -> str:
-    """Validation loss before and after training, next to the losses of n-gram models in the summary of the corpus."""
+def loss_change(before: float | None, after: float, corpus: Mapping[str, Any]) -> str:
+    """Validation loss before and after training, next to the losses of n-gram models in the summary of the corpus.
+
+    before: None if it is not known, as in a resumed run.
+    """
     baselines = [f"{name} {corpus[name]:.3f}" for name in ("unigram", "trigram") if corpus.get(name) is not None]
-    return f"validation loss {before:.3f} → {after:.3f}" + (
+    change = "" if before is None else f"{before:.3f} → "
+    return f"validation loss {change}{after:.3f}" + (
         f" ({' and '.join(baselines)} on the same tokens)" if baselines else ""
     )
 

@@ -33,6 +33,7 @@ class BatchSplit:
     dp_rank: int
     width: int  # of the hidden tensor
     device: torch.device | None = None  # of the contexts; None: the CPU
+    dtype: torch.dtype = torch.float32  # of the weights of auxiliary losses, as of the parameters
 
     def total(self, sequences: int) -> int:
         """The number of micro-batches of a global batch of this many sequences, without those that only pad it."""
@@ -70,7 +71,7 @@ class BatchSplit:
             if dropout_seed is not None:
                 keys = [_key(dropout_seed, number) for number in range(first + rows.start, first + rows.stop)]
                 context.keys = torch.tensor(keys)
-                context.training.aux_weights = valid * weight
+                context.training.aux_weights = valid * torch.tensor(weight, dtype=self.dtype)
             inputs = torch.from_numpy(_pad(tokens[rows], missing, 0))
             if self.device:
                 inputs = pinned_for(self.device, inputs)

@@ -1,6 +1,6 @@
 """Refuse a run that does not fit into memory before anything is allocated.
 
-    need of a rank     rank_memory + tokens of its part of the global batch
+    need of a rank     rank_memory + tokens of its part of the global batch + on a CPU, the copy that is saved
     available memory   shared by the ranks of a machine, or of a control group
 
 The activations of a block are about as many numbers as `_features`, the widths of its products, for every token. Half
@@ -26,7 +26,7 @@ from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate
 from fira.planner.costs import LayerCost, copy_size, element_size, roofline_costs
 from fira.planner.measure import device_memory
-from fira.planner.memory import rank_memory
+from fira.planner.memory import TENSORS_PER_WEIGHT, rank_memory
 from fira.planner.model_profile import LayerKind, ModelProfile, logits_bytes, profile_of
 
 LEAST, MOST = 0.5, 2.25  # activations of a block in units of its features; 0.9 to 2.0 by the planner's estimates
@@ -110,7 +110,7 @@ def _bounded_needs(profile: ModelProfile, precision: str, device: str, bound: fl
     def needs(candidate: Candidate) -> list[float]:
         hardware = memory_only(0.0, precision, 1, device)
         inputs = PlanInputs(profile, hardware, lambda n: [cost(k, n) for k in range(len(profile.kinds))], precision)
-        return _with_tokens(CandidateCosts(inputs, candidate))
+        return _needs(CandidateCosts(inputs, candidate), device)
 
     return needs
 
@@ -119,12 +119,20 @@ def _estimated_needs(profile: ModelProfile, precision: str) -> Needs:
     """Needs by the planner's estimate of activations on a CPU."""
     hardware = memory_only(0.0, precision, 1, "cpu")
     inputs = PlanInputs(profile, hardware, roofline_costs(profile, hardware, precision, "cpu"), precision)
-    return lambda candidate: _with_tokens(CandidateCosts(inputs, candidate))
+    return lambda candidate: _needs(CandidateCosts(inputs, candidate), "cpu")
 
 
-def _with_tokens(costs: CandidateCosts) -> list[float]:
+def _needs(costs: CandidateCosts, device: str) -> list[float]:
+    """The need of each rank of the pipeline, as defined at the top of this file."""
     batch = costs.candidate.count * costs.candidate.microbatch * costs.profile.tokens
-    return [memory + TOKEN_BYTES * batch for memory in rank_memory(costs)]
+    copies = [_saved_copy(costs, rank) if device == "cpu" else 0.0 for rank in range(costs.layout.pp)]
+    return [memory + TOKEN_BYTES * batch + copy for memory, copy in zip(rank_memory(costs), copies, strict=True)]
+
+
+def _saved_copy(costs: CandidateCosts, rank: int) -> float:
+    """Bytes of the copy from which a checkpoint is written in the background. Replicas save different rows."""
+    replicated, experts = costs.parameters(rank)
+    return TENSORS_PER_WEIGHT * costs.element_size * (replicated + costs.layout.ep * experts) / costs.layout.dp
 
 
 def _features(kind: LayerKind) -> float:

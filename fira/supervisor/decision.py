@@ -53,7 +53,7 @@ def decide(ended: Ended, without_progress: int, max_restarts: int) -> Restart | 
     if ended.requested:
         return Restart(0.0, 0 if ended.saved else without_progress)
     if ended.status == USER_ERROR and ended.rank is None and ended.signal is None:  # MPICH: signal 2 is status 2
-        return End(USER_ERROR, "the settings are invalid, see the message above; a restart would not help")
+        return End(USER_ERROR, "the job ended with status 2, see the message above; a restart would not help")
     restarts = 1 if ended.saved else without_progress + 1
     if restarts > max_restarts:
         return End(1, f"{restarts - 1} restarts without a newer checkpoint, the limit of --max-restarts")

@@ -55,5 +55,8 @@ def place(slots: Mapping[str, int], ranks: int) -> Slots:
 
 
 def lost(placement: Mapping[str, int], slots: Mapping[str, int]) -> list[str]:
-    """The hosts of a placement that now have fewer slots than ranks."""
-    return [host for host, ranks in placement.items() if slots.get(host, 0) < ranks]
+    """The hosts of a placement that now have fewer slots than ranks, such as "node1 (2 of 4 slots)"."""
+    left = {host: slots.get(host, 0) for host in placement}
+    return [
+        f"{host} ({left[host]} of {n} slots)" if left[host] else host for host, n in placement.items() if left[host] < n
+    ]

@@ -159,22 +159,24 @@ class Supervisor:
                 read_at = time.monotonic()
             if reason:
                 self._events.write("stop", reason, step=read_state(self._out).logged_step, cause=reason)
-                self._save(job, before)
-                return None
+                return self._save(job, before)
         return status
 
     def _why_resize(self, ranks: Ranks, before: RunState) -> str | None:
         """The reason to continue on other ranks. More ranks are used after a checkpoint, fewer at once."""
         slots = self._read_slots() or {}
         if gone := lost(ranks.placement or {}, slots):
-            return f"{', '.join(gone)} removed from --hosts"
+            return f"--hosts has lost {', '.join(gone)}"
         count = self._elastic.usable(sum(slots.values())) or 0
         if count > ranks.count and read_state(self._out).saved != before.saved:
             return f"{count} instead of {ranks.count} ranks are possible"
         return None
 
-    def _save(self, job: Job, before: RunState) -> None:
-        """Let a job that is training save a checkpoint, unless SIGINT has been received."""
+    def _save(self, job: Job, before: RunState) -> int | None:
+        """Let a job that is training save a checkpoint, unless SIGINT has been received.
+
+        Return the exit status of a job that ends by itself, as after the loss of a host, else None.
+        """
         state = read_state(self._out)
         started = time.monotonic()
         resend_at = started
@@ -187,8 +189,9 @@ class Supervisor:
             if time.monotonic() >= resend_at:
                 job.request_checkpoint()
                 resend_at += RESEND_S
-            if job.wait(POLL_S) is not None:
-                return
+            if (status := job.wait(POLL_S)) is not None:
+                return status
+        return None
 
     def _report_exit(self, ranks: Ranks, ended: Ended, cause: ExitCause, following: Restart | End) -> None:
         """Write the event of a job that has ended before the last step."""

@@ -37,7 +37,7 @@ def train(config: TrainConfig, world: World, signals: Signals, quiet: bool = Fal
         saved = _open_resumed(config, out)
         if saved and saved.step >= config.recipe().steps:
             logger.info("nothing to do: %s has all steps; give a larger --steps to continue the run", saved.folder)
-            if lock:
+            if lock and out.resolve() in saved.folder.resolve().parents:
                 mark_finished(out, saved.step)
             return
         _train(config, out, lock, saved, world, signals, quiet)
@@ -65,7 +65,7 @@ def _train(
     report = RunReport(lock, run, first, quiet) if lock else None
     if report:
         remove_marker(out)
-    initial_loss = _validate(run, first - 1)
+    initial_loss = None if saved else _validate(run, 0)
     signals.catch_termination()
     last = _run_steps(world, run, report, writer, signals, first)
     with doing(f"saving step {last}"):
@@ -97,7 +97,7 @@ def _run_steps(
         elapsed = report is not None and interval.has_elapsed()  # rank 0 decides by its clock
         extra = [*requests, float(elapsed), writer.finished(), world.checksum(), *stragglers.exchanged()]
         try:
-            with traced(run.trainer.model.engine, trace), doing(f"step {step}"):
+            with traced(run.trainer.model.engine, step, trace), doing(f"step {step}"):
                 stragglers.start()
                 result = run.trainer.step(run.loader, recipe.batch_size, lr, config.seed, extra)
                 stragglers.stop()

@@ -68,8 +68,8 @@ class RunReport:
         run_folder.write_settings(self.out, self.run.config, self.run.corpus.summary)
         logger.warning("%s was removed and is written again; SIGUSR1 saves a checkpoint now", self.out)
 
-    def finish(self, initial_loss: float) -> None:
-        """Draw the plot and print the result. initial_loss: the validation loss before the first step."""
+    def finish(self, initial_loss: float | None) -> None:
+        """Draw the plot and print the result. initial_loss: the validation loss of a new run before its first step."""
         self.log.close()
         assert self.last is not None  # a run without steps is not started
         assert self.last.val_loss is not None  # the last step of a run is always validated

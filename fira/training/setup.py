@@ -75,8 +75,8 @@ def set_up(
     corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world, quiet)
     layout, schedule = candidate.layout, candidate.schedule
     mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), devices)
-    split = BatchSplit(candidate.microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0])
     dtype, autocast = parameter_dtype(config.precision), AUTOCAST_DTYPES.get(config.precision)
+    split = BatchSplit(candidate.microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0], dtype)
     distributed = parallelize(model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
     if config.compile:
         compile_blocks(distributed.modules(), model_config.seq_len)
@@ -138,17 +138,17 @@ def choose_candidate(
 
 
 def load_corpus(config: TrainConfig, tokenizer: str | None, vocab_size: int, world: World, quiet: bool) -> Corpus:
-    """The data, prepared by one rank of each node and then read from the cache by the others (collective)."""
+    """The data, prepared or verified by one rank of each node, then read by the others (collective)."""
 
-    def corpus(progress: bool) -> Corpus:
-        return prepare(config.data, config.text_column, tokenizer, vocab_size, progress=progress)
+    def corpus(progress: bool, verify: bool) -> Corpus:
+        return prepare(config.data, config.text_column, tokenizer, vocab_size, progress=progress, verify=verify)
 
     prepared = None
     if world.local_rank == 0:
         with doing("data preparation", long=True):  # may take longer than the timeout, while the other ranks wait
-            prepared = corpus(progress=world.rank == 0 and not quiet)
+            prepared = corpus(progress=world.rank == 0 and not quiet, verify=True)
     dist.barrier()
-    return prepared or corpus(progress=False)
+    return prepared or corpus(progress=False, verify=False)
 
 
 def open_data(corpus: Corpus, seq_len: int, config: TrainConfig) -> tuple[Mixture, Joined]:

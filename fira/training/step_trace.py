@@ -17,16 +17,19 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def traced(engine: Engine, path: str | None) -> Iterator[None]:
+def traced(engine: Engine, step: int, path: str | None) -> Iterator[None]:
     """Trace the engine's actions on all ranks in the block and write them to `path` (collective); None: no trace."""
     if path is None:
         yield
         return
     dist.barrier()  # times are relative to the start of the trace, since machines have different clocks
     engine.start_trace()
-    yield
+    try:
+        yield
+    finally:
+        trace = tuple(engine.stop_trace())
     spans: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(spans, tuple(engine.stop_trace()))
+    dist.all_gather_object(spans, trace)
     if dist.get_rank() == 0:
-        picture = write_timeline(Timeline(tuple(spans)), path, f"step {TRACED_STEP}")
+        picture = write_timeline(Timeline(tuple(spans)), path, f"step {step}")
         logger.info("trace: %s, %s", path, picture)

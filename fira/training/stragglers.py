@@ -94,9 +94,9 @@ class Stragglers:
         own, waited, running = (1000 * seconds for seconds in medians[3 * rank : 3 * rank + 3])
         others = 1000 * median(_without(rank, medians[1::3]))
         logger.warning(
-            f"rank {rank} (stage {rank // self._layout.dp}) is slow: in steps {step - WINDOW + 1} to {step} it needs "
-            f"{own:.0f} ms per step for its own work instead of {1000 * expected:.0f}, of which its thread ran for "
-            f"{running:.0f} ms, and waits {waited:.0f} ms for others; the others wait {others:.0f} ms"
+            f"rank {rank} (stage {rank // self._layout.dp}) is slow: in steps {step - WINDOW + 1} to {step} its own "
+            f"work took {own:.0f} ms per step, {1000 * expected:.0f} ms were expected, and its thread ran for "
+            f"{running:.0f} ms; it waited {waited:.0f} ms per step for other ranks, which waited {others:.0f} ms"
         )
 
 

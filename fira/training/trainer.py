@@ -22,7 +22,7 @@ from fira.parallel.cast_weights import cast_weights
 from fira.parallel.gradient_sum import GradientSum
 from fira.parallel.gradients import NormVector, scale_gradients
 from fira.parallel.overlapped_reduction import OverlappedReduction
-from fira.parallel.parallelize import DistributedModel
+from fira.parallel.parallelize import DistributedModel, ParamShard
 from fira.training.numerical_faults import FaultHistory, NumericalFault
 from pipeline.engine import MicroBatch
 from pipeline.mesh import Mesh
@@ -255,8 +255,16 @@ class Trainer:
         bad = [name for name, norm in zip(self.norms.names, norms.tolist(), strict=True) if not math.isfinite(norm)]
         cause = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
         where = f", first gradient not finite: {bad[0]} ({len(bad)} of {len(norms)})" if bad else ""
-        weights = [*self.model.shards, *self.model.buffers]
-        local = next((shard.name for shard in weights if not shard.parameter.isfinite().all()), None)
+        local = next(filter(None, map(_not_finite, (*self.model.shards, *self.model.buffers))), None)
         broken = next((f", but {name} is not finite since an earlier step" for name in gather(local) if name), "")
         advice = "resume from the last checkpoint with a lower --lr or --clip, and --override"
         raise NumericalFault(f"{cause}{where}; no weight was changed{broken}: {advice}")
+
+
+def _not_finite(shard: ParamShard) -> str | None:
+    """The name of a shard if it has a number that is not finite, with the index of the first expert that has one."""
+    finite = shard.parameter.isfinite()
+    if finite.all():
+        return None
+    row = int(finite.reshape(len(finite), -1).all(1).logical_not().nonzero()[0])
+    return f"{shard.name}[{shard.start + row}]" if shard.expert else shard.name

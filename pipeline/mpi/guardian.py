@@ -35,6 +35,7 @@ TEXT_BYTES = 256
 LONG, CLAIM, STATUS, MEMORY_BYTES = TEXT_BYTES, TEXT_BYTES + 1, TEXT_BYTES + 2, TEXT_BYTES + 5
 
 _lifeline: int | None = None  # written to when the rank exits normally
+_owner = -1  # the process of the rank; its forked children have the descriptor as well
 
 
 def start(activity: int) -> None:
@@ -43,7 +44,7 @@ def start(activity: int) -> None:
     Args:
         activity: descriptor of the memory that contains this rank's activity; -1 if there is none.
     """
-    global _lifeline
+    global _lifeline, _owner
     if _lifeline is not None or not {"PMI_FD", "PMI_RANK", "HYDI_CONTROL_FD"} <= os.environ.keys():
         return
     connection, rank = int(os.environ["PMI_FD"]), os.environ["PMI_RANK"]
@@ -52,21 +53,30 @@ def start(activity: int) -> None:
     import atexit
     import subprocess
 
-    read, _lifeline = os.pipe()
-    subprocess.Popen(
-        [sys.executable, "-ISE", __file__, *map(str, (os.getpid(), connection, activity, rank, os.getppid()))],
-        stdin=read,
-        stdout=subprocess.DEVNULL,
-        pass_fds=[connection, activity],
-        start_new_session=True,  # the guardian does not receive signals to the job
-    )
-    os.close(read)
+    read, write = os.pipe()
+    try:
+        subprocess.Popen(
+            [sys.executable, "-ISE", __file__, *map(str, (os.getpid(), connection, activity, rank, os.getppid()))],
+            stdin=read,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[connection, activity],
+            start_new_session=True,  # the guardian does not receive signals to the job
+        )
+    except OSError as error:  # no memory or no process is left
+        print(
+            f"pipeline: rank {rank} has no guardian ({error}): its death may be unreported", file=sys.stderr, flush=True
+        )
+        os.close(write)
+        return
+    finally:
+        os.close(read)
+    _lifeline, _owner = write, os.getpid()
     atexit.register(release)  # the first function registered, thus the last one called
 
 
 def release(message: bytes = IN_ORDER) -> None:
     """Tell the guardian that this rank exits normally, or that it ends the job itself: ABORTING."""
-    if _lifeline is not None:
+    if _lifeline is not None and _owner == os.getpid():
         with suppress(BrokenPipeError):
             os.write(_lifeline, message)
 

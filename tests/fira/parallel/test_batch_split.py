@@ -38,6 +38,12 @@ def test_weights_make_a_mean_over_the_targets_of_the_global_batch():
     assert microbatch.context.training.aux_weights.tolist() == pytest.approx([2 * 8 / 12, 3 * 8 / 12])
 
 
+def test_weights_of_auxiliary_losses_have_the_precision_of_the_parameters():
+    split = BatchSplit(2, 2, 0, 5, dtype=torch.float64)
+    (microbatch, *_) = split.microbatches(read, 7, 5, dropout_seed=3)
+    assert microbatch.context.training.aux_weights.tolist() == [2 / 12, 3 / 12]
+
+
 def test_keys_are_a_hash_of_seed_and_sequence_number():
     (microbatch,) = BatchSplit(2, 1, 0, 5).microbatches(read, 7, 2, dropout_seed=3)
     digests = [hashlib.sha256(f"3/{number}".encode()).digest()[:8] for number in (7, 8)]

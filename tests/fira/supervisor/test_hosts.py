@@ -43,4 +43,4 @@ def test_hosts_are_filled_in_order():
 def test_hosts_with_fewer_slots_than_ranks_are_lost():
     placement = {"a": 2, "c": 1}
     assert lost(placement, {"a": 2, "c": 1, "d": 4}) == []
-    assert lost(placement, {"a": 1, "d": 4}) == ["a", "c"]
+    assert lost(placement, {"a": 1, "d": 4}) == ["a (1 of 2 slots)", "c"]

@@ -129,7 +129,7 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def measure_peak(devices: Sequence[torch.device], dtype: torch.dtype, seconds: float = 0.3) -> float:
+def measure_peak(devices: Sequence[torch.device], dtype: torch.dtype, seconds: float = 0.1) -> float:
     """FLOP/s of large matrix products on all devices of all ranks, which measure at the same time (collective).
 
     devices: of this rank; several CPU devices are one.

@@ -22,6 +22,7 @@ Schema = Callable[[Any, str], None]
 SIZE = 64 * 2**20  # bytes; a parsed document may take 20 times as much memory
 DEPTH = 32  # arrays and objects inside each other
 LARGEST = 2**53  # integers up to this one are exact in every JSON library
+REMEDY = "restore or correct it"
 
 
 def read(path: Path, schema: Schema, size: int = SIZE) -> Any:
@@ -34,11 +35,11 @@ def parse(raw: bytes, source: Path, schema: Schema) -> Any:
     try:
         document = json.loads(raw, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except RecursionError:
-        raise UserError(f"{source} is nested too deeply") from None
+        raise UserError(f"{source} is nested too deeply; {REMEDY}") from None
     except ValueError as error:
-        raise UserError(f"{source} is not valid JSON: {_shortened(str(error))}") from None
+        raise UserError(f"{source} is not valid JSON: {_shortened(str(error))}; {REMEDY}") from None
     if _is_deeper(document, DEPTH):
-        raise UserError(f"{source} is nested too deeply")
+        raise UserError(f"{source} is nested too deeply; {REMEDY}")
     check(document, source, schema)
     return document
 
@@ -48,7 +49,7 @@ def check(document: Any, source: Path, schema: Schema) -> None:
     try:
         schema(document, "")
     except UserError as error:
-        raise UserError(f"{source} is invalid: {error}; restore or correct it") from None
+        raise UserError(f"{source} is invalid: {error}; {REMEDY}") from None
 
 
 def anything(value: Any, place: str) -> None:

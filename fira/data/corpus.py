@@ -45,15 +45,15 @@ def prepare(
     vocab_size: int = 4096,
     cache_dir: str | Path | None = None,
     progress: bool = True,
-    verify: bool = True,
+    verified: Path | None = None,
 ) -> Corpus:
     """Return the corpus of `data`, from the cache where it has been prepared before.
 
     For the syntax of `data` see `mixture.parse_mixture`, `sources.documents` and `packed.find_shards`. The cache key is
     the SHA-256 of the inputs' content, the tokenizer and the settings. Several processes may prepare the same corpus at
     the same time: each writes to a temporary folder, and the first to finish renames it. `vocab_size` must be at least
-    that of the tokenizer. verify: compare a cached corpus with its checksums, and prepare it again if it is damaged.
-    Raises UserError for invalid input.
+    that of the tokenizer. verified: the folder of this corpus, which another process has prepared or compared with its
+    checksums; it is opened without reading the input. Raises UserError for invalid input.
     """
     cache = Path(cache_dir or cache_folder())
     if vocab_size > MAX_VOCABULARY:
@@ -61,19 +61,7 @@ def prepare(
     try:
         given = _load_tokenizer(tokenizer_path, vocab_size) if tokenizer_path else None
         inputs = [Input.find(source, weight) for source, weight in parse_mixture(data)]
-        files = [path for entry in inputs for path in entry.files]
-        layout = [[entry.weight, text_column, len(entry.files), entry.shards] for entry in inputs]
-        settings = [CORPUS_FORMAT, vocab_size, bool(tokenizer_path), layout]
-        tokenizer_files = [Path(tokenizer_path)] if tokenizer_path else []
-        folder = cache / content_key(cache, files + tokenizer_files, settings, progress)
-        if verify and folder.is_dir() and (damaged := damaged_file(folder, progress)):
-            log.warning(f"{damaged}: damaged since it was written; the data are prepared again")
-            remove_folder(folder)
-        if not folder.is_dir():
-            with atomic_folder(folder) as temporary:
-                if tokenizer_path:
-                    shutil.copy(tokenizer_path, temporary / TOKENIZER)
-                Preparation(temporary, inputs, text_column, vocab_size, progress).run(given)
+        folder = verified or _prepared(cache, inputs, text_column, given, tokenizer_path, vocab_size, progress)
         tokenizer = folder / TOKENIZER
         summary = json.loads((folder / "summary.json").read_text())
         for entry, counts in zip(inputs, summary.get("sources", ()), strict=False):
@@ -88,6 +76,32 @@ def prepare(
         raise UserError(
             f"{error.filename or cache}: {error.strerror or error}; check the path, or set FIRA_CACHE to another folder"
         ) from error
+
+
+def _prepared(
+    cache: Path,
+    inputs: list[Input],
+    text_column: str,
+    tokenizer: Tokenizer | None,
+    tokenizer_path: str | Path | None,
+    vocab_size: int,
+    progress: bool,
+) -> Path:
+    """The folder of the cache with the corpus, which is prepared if it is missing or damaged."""
+    files = [path for entry in inputs for path in entry.files]
+    layout = [[entry.weight, text_column, len(entry.files), entry.shards] for entry in inputs]
+    settings = [CORPUS_FORMAT, vocab_size, bool(tokenizer_path), layout]
+    tokenizer_files = [Path(tokenizer_path)] if tokenizer_path else []
+    folder = cache / content_key(cache, files + tokenizer_files, settings, progress)
+    if folder.is_dir() and (damaged := damaged_file(folder, progress)):
+        log.warning(f"{damaged}: damaged since it was written; the data are prepared again")
+        remove_folder(folder)
+    if not folder.is_dir():
+        with atomic_folder(folder) as temporary:
+            if tokenizer_path:
+                shutil.copy(tokenizer_path, temporary / TOKENIZER)
+            Preparation(temporary, inputs, text_column, vocab_size, progress).run(tokenizer)
+    return folder
 
 
 def _load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:

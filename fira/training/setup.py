@@ -1,12 +1,15 @@
 """Build the objects of a training run from its settings: data, layout, model and trainer."""
 
+import platform
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fira.checkpoint.pretrained import Saved, open_saved, stored_config
+from fira.checkpoint.ranks import gather
 from fira.data.corpus import Corpus, prepare
 from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture
@@ -140,15 +143,15 @@ def choose_candidate(
 def load_corpus(config: TrainConfig, tokenizer: str | None, vocab_size: int, world: World, quiet: bool) -> Corpus:
     """The data, prepared or verified by one rank of each node, then read by the others (collective)."""
 
-    def corpus(progress: bool, verify: bool) -> Corpus:
-        return prepare(config.data, config.text_column, tokenizer, vocab_size, progress=progress, verify=verify)
+    def corpus(progress: bool, verified: Path | None = None) -> Corpus:
+        return prepare(config.data, config.text_column, tokenizer, vocab_size, None, progress, verified)
 
     prepared = None
     if world.local_rank == 0:
         with doing("data preparation", long=True):  # may take longer than the timeout, while the other ranks wait
-            prepared = corpus(progress=world.rank == 0 and not quiet, verify=True)
-    dist.barrier()
-    return prepared or corpus(progress=False, verify=False)
+            prepared = corpus(progress=world.rank == 0 and not quiet)
+    folders = {node: folder for node, folder in gather((platform.node(), prepared and prepared.folder)) if folder}
+    return prepared or corpus(progress=False, verified=folders[platform.node()])
 
 
 def open_data(corpus: Corpus, seq_len: int, config: TrainConfig) -> tuple[Mixture, Joined]:

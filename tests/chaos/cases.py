@@ -75,7 +75,7 @@ CASES = [
     ),
     *(Case("slow", "training", ranks, 0, (r"rank 1 \(stage \d\) is slow",)) for ranks in (2, 4)),
     Case("long", "preparation", 2, 0),
-    Case("idle", "preparation", 2, None, (r"rank 0 never entered barrier", "in start, data preparation")),
+    Case("idle", "preparation", 2, None, (r"rank 0 never entered all_gather", "in start, data preparation")),
     Case("stopped", "preparation", 2, None, (r"rank 0 did not answer: .*in start, data preparation",)),
     Case("killed", "preparation", 2, None, (r"rank 0 .*was killed by SIGKILL .*in start, data preparation",)),
     Case("wrong_data", "start", 2, 2, (r"shards/\S+: token id 60000",), shards=True),

@@ -75,7 +75,7 @@ def main(folder: str, steps: str, precision: str) -> None:
                 data="docs",
                 vocab_size=512,
                 seq_len=24,
-                batch_size=14,
+                batch_size=6,
                 micro_batch_size=2,
                 steps=int(steps),
                 eval_every=50,

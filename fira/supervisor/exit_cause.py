@@ -32,14 +32,15 @@ def find_cause(status: int, output: str) -> ExitCause:
 
     status: exit status of the launcher; negative if a signal ended the launcher.
     """
+    reports = [_reported(report) for report in REPORTED.finditer(output)]
+    if killed := next((cause for cause in reports if cause.signal), None):
+        return killed  # also the cause of exceptions of other ranks
     if found := RAISED.search(output):
         place = f" in {found[2]}" if found[2] else ""
         exception = found[3].strip() or _exception(output[found.end() :])
         return ExitCause(f"rank {found[1]} raised {exception}{place}", int(found[1]))
-    if found := REPORTED.search(output):
-        name = KILLED.search(found[1])
-        number = (signal.Signals[name[1]] if name[1] else int(name[2])) if name else None
-        return ExitCause(found[1], int(found[2]), number)
+    if reports:
+        return reports[0]
     if found := OPEN_MPI.search(output):
         return _by_signal(int(found[2]), f"rank {found[1]}", int(found[1]))
     if found := MPICH.search(output):
@@ -51,6 +52,12 @@ def find_cause(status: int, output: str) -> ExitCause:
     if status == 0:
         return ExitCause("the ranks ended with status 0 before the last step")
     return ExitCause(f"the launcher ended with status {status}")
+
+
+def _reported(report: re.Match[str]) -> ExitCause:
+    name = KILLED.search(report[1])
+    number = (signal.Signals[name[1]] if name[1] else int(name[2])) if name else None
+    return ExitCause(report[1], int(report[2]), number)
 
 
 def _exception(traceback: str) -> str:

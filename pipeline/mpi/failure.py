@@ -28,6 +28,7 @@ from pipeline.mpi.activity import activity, activity_of, share
 
 NOTIFY_S = 1.0
 EXIT_S = 5.0  # a rank that has not exited on its own by then is aborted
+DEATH_S = 5.0  # for the report of a rank's death, which can be the cause of an exception on other ranks
 ANNOUNCE_S = 0.5  # a rank that waits longer than this for the others to exit announces its own exit
 
 
@@ -106,7 +107,9 @@ class _Job:
         self._exit_status, self._exit_activity = 0, ""
 
     def on_exception(self, kind: type[BaseException], value: BaseException | None, trace: TracebackType | None) -> None:
-        """Replacement for ``sys.excepthook``."""
+        """Replacement for ``sys.excepthook``. Instead of what the death of a rank causes, its death is reported."""
+        if self._watch.sees_death():
+            time.sleep(DEATH_S)  # its report ends the job
         if issubclass(kind, KeyboardInterrupt):
             self.end("", 130)
         else:

@@ -42,6 +42,10 @@ class Processes:
         """Return whether a rank is neither stopped nor dead, as far as this rank can determine it."""
         return self._state(rank) not in "TXZ"
 
+    def is_dead(self, rank: int) -> bool:
+        """Return whether the process of a rank on this machine has ended."""
+        return self._state(rank) in "XZ"
+
     def is_local(self, rank: int) -> bool:
         """Return whether a rank is on this machine."""
         return rank in self._pids

@@ -105,6 +105,10 @@ class Watch:
             if peer != self._rank:
                 self._send(json.dumps([status, activity]).encode(), peer, LEFT)
 
+    def sees_death(self) -> bool:
+        """Return whether another rank of this machine has died, which this rank or its guardian will report."""
+        return any(self._processes.is_dead(rank) for rank in range(self._size) if rank != self._rank)
+
     def after_failure(self, waits: bool) -> str:
         """Return mismatches between the ranks after this rank's failure, or an empty string.
 

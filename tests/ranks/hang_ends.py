@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,16 @@ def killed(rank: int) -> None:
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     _sum(rank)
+
+
+def failed_with_killed(rank: int) -> None:
+    pids = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+    dist.all_gather(pids, torch.tensor([os.getpid()]))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while Path(f"/proc/{int(pids[1])}/exe").exists():  # not of a process that has ended
+        time.sleep(0.001)
+    raise RuntimeError("an operation with rank 1 failed")
 
 
 def ended_before_init(rank: int) -> None:

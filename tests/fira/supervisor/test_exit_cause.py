@@ -76,5 +76,6 @@ def test_a_report_of_a_rank_precedes_that_of_the_launcher():
     cause = find_cause(9, KILLED + MPICH)
     assert (cause.rank, cause.signal) == (2, signal.SIGKILL)
     assert "memory" in cause.text
+    assert find_cause(9, f"{RAISED}activity: step 7{KILLED}") == cause
     unnamed = find_cause(165, "pipeline: rank 2 (process 77) was killed by signal 37 in step 7; the job ends\n")
     assert (unnamed.rank, unnamed.signal) == (2, 37)

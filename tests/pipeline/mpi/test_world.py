@@ -33,6 +33,7 @@ JOBS = {  # function of hang_ends.py: (allowed exit statuses, expected message)
     "hard_exited": (FAILURE, DIED),
     "hard_exited_with_0": (FAILURE, DIED),
     "killed": (FAILURE, DIED),
+    "failed_with_killed": (FAILURE, DIED),
 }
 pytestmark = pytest.mark.timeout(180)
 
@@ -86,6 +87,7 @@ def test_job_ends_with_status_and_message(name: str, ranks: int, jobs: dict[str,
     assert job.status in statuses, job.error
     assert job.error.count(error) == 1 if error else "Traceback" not in job.error, job.error
     assert statuses != [0] or not job.error
+    assert name != "failed_with_killed" or "rank 0 failed" not in job.error
 
 
 @pytest.mark.slow

@@ -111,6 +111,7 @@ PLAIN: dict[Any, Allowed] = {
 
 # The product of three sizes and of the bytes of a number is below 2**63, the largest number of bytes in torch.
 Size = Annotated[int, Range(int, 1, 2**18)]  # of a dimension of the model or of the layout
+Threads = Annotated[int, Range(int, 1, 2**10)]
 Layers = Annotated[int, Range(int, 1, 2**10)]
 Tokens = Annotated[int, Range(int, 1, 2**24)]  # in a vocabulary or in a sequence
 Sequences = Annotated[int, Range(int, 1, 2**20)]  # in a batch

@@ -57,8 +57,13 @@ def publish(root: Path, step: int) -> None:
         os.rename(folder, replaced)
     os.rename(partial_folder(root, step), folder)
     sync(root)
-    replace(root / LATEST, f"{folder.name}\n".encode())
-    sync(root)
+    continue_from(folder)
+
+
+def continue_from(folder: Path) -> None:
+    """Make this checkpoint, and not a later one, the one from which its run continues."""
+    replace(folder.parent / LATEST, f"{folder.name}\n".encode())
+    sync(folder.parent)
 
 
 def prune(root: Path, step: int, keep: int, damaged: Collection[Path]) -> None:

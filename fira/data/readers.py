@@ -65,7 +65,11 @@ class _CountedFile(io.FileIO):
 
 def _open(path: Path, advance: Advance, newline: str | None = None) -> TextIO:
     with path.open("rb") as file:
-        encoding = text_encoding(file.read(HEAD)) or "utf-8"  # else decoding raises an error, with the byte
+        head = file.read(HEAD)
+    encoding = text_encoding(head)
+    if encoding is None and b"\0" in head:  # valid UTF-8, but no text
+        raise UserError(f"{path}: contains zero bytes, as UTF-16 without a BOM does; convert it to UTF-8 with iconv")
+    encoding = encoding or "utf-8"  # decoding raises an error, with the byte
     return io.TextIOWrapper(io.BufferedReader(_CountedFile(path, advance)), encoding, newline=newline)
 
 
@@ -103,7 +107,10 @@ def _csv(path: Path, column: str, advance: Advance) -> Iterator[str]:
         rows = csv.DictReader(_lines(file, path), strict=True)  # otherwise an unclosed quote at the end is no error
         try:
             _require(column, rows.fieldnames or [], path)
-            yield from (row[column] or "" for row in rows)  # None where a row is too short
+            for row in rows:
+                if None in row:
+                    raise csv.Error("more fields than columns; quote text that contains commas")
+                yield row[column] or ""  # None where a row is too short
         except csv.Error as error:
             raise UserError(f"{path}, near line {rows.line_num}: invalid CSV ({error}); correct the file") from None
 

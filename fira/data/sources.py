@@ -75,7 +75,7 @@ def _folder(folder: Path) -> list[Path]:
     if not texts:
         raise UserError(f"{folder}: no text in this folder; give one with text, CSV, JSONL, Parquet or .npy shards")
     if skipped:
-        log.info(f"{folder}: skipped what is not text ({_listing(folder, skipped)})")
+        log.warning(f"{folder}: skipped what is not text ({_listing(folder, skipped)})")
     return texts
 
 

@@ -1,5 +1,6 @@
 """Configuration classes for transformers. Exported folders contain this file and all project files that it imports."""
 
+import math
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -116,5 +117,8 @@ class RishAIConfig(FiraLMConfig):
             raise ValueError(f"rope_type {kind!r}: give 'default' or 'dynamic'")
         self.shape["rope_theta"] = parameters.get("rope_theta", self.shape["rope_theta"])
         if kind == "dynamic":
-            self.shape["rope_factor"] = float(parameters["factor"])
+            factor = parameters.get("factor")
+            if not isinstance(factor, int | float) or not 1 <= factor < math.inf:
+                raise ValueError(f"rope factor {factor!r}: give a number of at least 1")
+            self.shape["rope_factor"] = float(factor)
             self.shape["seq_len"] = int(self.shape["max_position"] * self.shape["rope_factor"])

@@ -41,7 +41,7 @@ class Elastic:
 def parse_range(text: str | None) -> range:
     """The numbers of ranks of `--elastic MIN:MAX` or `N`; without it, those that Slurm has allocated, or one."""
     words = text or os.environ.get("SLURM_NTASKS", "1")
-    found = re.fullmatch(r"(\d+)(?::(\d+))?", words)
+    found = re.fullmatch(r"([0-9]{1,5})(?::([0-9]{1,5}))?", words)
     numbers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
     if not numbers or numbers.start < 1:
         raise UserError(f"--elastic {words}: give the smallest and the largest number of ranks, such as 2:4")

@@ -31,6 +31,8 @@ def read_hosts(path: str) -> Slots:
 
 
 def _read(path: str) -> str:
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"--hosts {path}: not a regular file; give a host file, or a program that prints one")
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

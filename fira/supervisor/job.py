@@ -1,5 +1,6 @@
 """One job: a launcher, such as mpirun, and the ranks that it starts."""
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -24,6 +25,8 @@ JOB = "FIRA_JOB"  # environment variable that identifies the processes of a job
 LINES = 2000  # of the output that are kept for the cause of a failure
 STOP_S = 5.0  # for the launcher to end the ranks of all machines
 POLL_S = 0.02
+PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+LIBC = ctypes.CDLL(None)  # loaded here, because little is safe between fork and exec
 
 
 def launcher_words(given: str | None) -> list[str]:
@@ -71,7 +74,9 @@ class Job:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         environment = {**os.environ, **variables, JOB: self.name}
         with errors_naming(Path(command[0])):
-            self._process = subprocess.Popen(command, **pipes, env=environment, start_new_session=True)  # type: ignore[call-overload]
+            self._process = subprocess.Popen(  # type: ignore[call-overload]
+                command, **pipes, env=environment, start_new_session=True, preexec_fn=_end_with_supervisor
+            )
         self._lines: deque[bytes] = deque(maxlen=LINES)
         self._silent = False
         assert self._process.stdout
@@ -128,6 +133,12 @@ class Job:
                     if not self._silent:
                         target.write(line)
                         target.flush()
+
+
+def _end_with_supervisor() -> None:
+    """Let the kernel send SIGTERM to the launcher when the supervisor dies: its ranks save a checkpoint and end."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def processes(job: str) -> list[int]:

@@ -24,6 +24,7 @@ from fira.value_types import (
     Sequences,
     Size,
     Steps,
+    Threads,
     Tokens,
     check,
     flag_type,
@@ -77,7 +78,7 @@ class TrainConfig:
         None, "auto: measure, then choose the layout, schedule and micro-batch size not given", ("auto",)
     )
     device: str = _option("auto", "device type", ("auto", "cpu", "cuda"))
-    threads: Size | None = _option(
+    threads: Threads | None = _option(
         None, "CPU threads per rank; default: $OMP_NUM_THREADS, or cores / ranks of a machine"
     )
     local_devices: str | None = _option(None, "devices torchgpipe splits a stage over, such as cuda:0,cuda:1")

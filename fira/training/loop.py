@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fira.checkpoint.shards import Checkpoint, newest_valid, open_checkpoint
+from fira.checkpoint.step_folders import continue_from
 from fira.checkpoint.writer import CheckpointWriter
 from fira.devices import choose_devices, choose_precision
 from fira.optim.lr_schedule import learning_rate
@@ -62,6 +63,8 @@ def _train(
             state.check_settings(saved, run.settings, config.override)
             first += state.restore(saved, run.trainer, run.loader, run.tokenizer)
             writer.last = saved.folder
+    if lock and saved and saved.folder.resolve().parent == (out / "checkpoints").resolve():
+        continue_from(saved.folder)  # before the later steps are removed from the log
     report = RunReport(lock, run, first, quiet) if lock else None
     if report:
         remove_marker(out)

@@ -16,7 +16,7 @@ class SaveInterval:
     """
 
     def __init__(self, text: str, clock: Callable[[], float] = time.monotonic) -> None:
-        match = re.fullmatch(r"([0-9]+)|([0-9]*\.?[0-9]+)([smh])", text)
+        match = re.fullmatch(r"([0-9]{1,9})|([0-9]{0,9}\.?[0-9]{1,9})([smh])", text)
         self.steps = int(match[1]) if match and match[1] else None
         self.seconds = float(match[2]) * SECONDS[match[3]] if match and match[2] else None
         if not (self.steps or self.seconds):

@@ -117,7 +117,7 @@ class Watch:
         """
         snapshots = self._gather(required=self._alive())
         snapshots[self._rank]["now"] = "the failure above"
-        report = HangReport(snapshots, {})
+        report = HangReport(snapshots, self._silent(snapshots))
         lines = report.mismatches + (report.waits if waits else [])
         return self._publish("state of the other ranks at the failure", lines, snapshots) + "\n" if lines else ""
 
@@ -184,7 +184,8 @@ class Watch:
 
     def _check_left(self) -> None:
         """End the job if this rank waits for a rank that has left its script without beginning the operation."""
-        report = HangReport(self._gather(required=range(self._size)), {})
+        snapshots = self._gather(required=range(self._size))
+        report = HangReport(snapshots, self._silent(snapshots))
         for rank in sorted(report.never_began[self._rank] & self._left.keys()):
             status, activity = self._left[rank]
             exited = status or activity
@@ -207,8 +208,7 @@ class Watch:
                 print(f"pipeline: {reason}; rank {first} did not report in time", file=sys.stderr, flush=True)
         else:
             snapshots = self._gather(required=alive)
-            silent = {rank: self._processes.why_silent(rank) for rank in range(self._size) if rank not in snapshots}
-            report = HangReport(snapshots, silent)
+            report = HangReport(snapshots, self._silent(snapshots))
             text = self._publish(reason, report.text(), snapshots)
             # Claimed as late as possible: mpirun may kill this process at any moment, then the guardian prints.
             if not all(self._processes.claim(rank) for rank in self._dead):
@@ -216,6 +216,10 @@ class Watch:
             print(text, file=sys.stderr, flush=True)
         if status:
             abort(status)
+
+    def _silent(self, snapshots: dict[int, Snapshot]) -> dict[int, str]:
+        """Return the ranks that have not answered, with the reasons."""
+        return {rank: self._processes.why_silent(rank) for rank in range(self._size) if rank not in snapshots}
 
     def _await_end(self) -> None:
         """Answer the reporting rank until it ends the job. Return if it has not done so within ``RELAY_S``."""

@@ -24,6 +24,13 @@ def destroyed(rank: int) -> None:
     dist.destroy_process_group()
 
 
+def unresponsive(rank: int) -> None:
+    """Rank 0 ends last and cannot answer before, because it holds the global interpreter lock."""
+    _print_sum(rank)
+    if rank == 0:
+        sum(range(300_000_000))
+
+
 def thread(rank: int) -> None:
     def work() -> None:
         raise RuntimeError("in a thread")

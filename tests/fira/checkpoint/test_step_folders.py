@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fira.checkpoint.shards import Checkpoint, newest_valid
-from fira.checkpoint.step_folders import find, prune, publish, step_folders, step_name
+from fira.checkpoint.step_folders import continue_from, find, prune, publish, step_folders, step_name
 from fira.errors import UserError
 from tests.fira.checkpoint.checkpoint_files import MODEL, file_names
 from tests.ranks.checkpoint_ranks import matches, newest_step, open_error, save_state, save_without_room
@@ -40,6 +40,9 @@ def test_run_continues_from_the_checkpoint_that_it_saved_last(root: Path) -> Non
     save_state(str(root), 25, keep=9)
     assert (root / "latest").read_text() == "step-000025\n"
     assert newest_step(str(root)) == 25
+    continue_from(root / "step-000030")
+    assert newest_step(str(root)) == 30
+    continue_from(root / "step-000025")
     (root / "step-000025" / MODEL).unlink()
     assert newest_step(str(root)) == 20  # damaged: the one before it
     for step in (10, 20):

@@ -1,5 +1,6 @@
 """The transformers models have the logits of our models and support caches, beams, padding, losses and saving."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,9 @@ def test_rish_config_accepts_names_of_transformers() -> None:
         own = scaled_config.own()
         assert (own.max_position, own.seq_len, own.rope_factor, own.rope_theta) == (64, 256, 4.0, 1e4)
         assert scaled_config.rope_scaling == {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    for factor in (None, 0.5, -4.0, math.nan, "4"):
+        with pytest.raises(ValueError, match=f"rope factor {factor!r}: give a number of at least 1"):
+            RishAIConfig(rope_scaling={"type": "dynamic", "factor": factor})
     with pytest.raises(ValueError, match="rope_type 'yarn': give 'default' or 'dynamic'"):
         RishAIConfig(rope_scaling={"rope_type": "yarn", "factor": 4.0})
     assert RishAIModel(config)(IDS).last_hidden_state.shape == (2, 9, 32)

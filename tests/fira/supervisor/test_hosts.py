@@ -1,5 +1,6 @@
 """Host files of both MPI implementations, programs that print one, and the placement of ranks."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def test_invalid_files_are_named(tmp_path: Path):
     file = tmp_path / "hosts"
     with pytest.raises(UserError, match="hosts: No such file"):
         read_hosts(str(file))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: not a regular file"):
+        read_hosts(str(tmp_path / "pipe"))
     file.write_text("node1:four\n")
     with pytest.raises(UserError, match="'node1:four' is not a host"):
         read_hosts(str(file))

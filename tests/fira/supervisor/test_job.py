@@ -1,5 +1,6 @@
 """The command of a job, its output, and its end without a process left. A shell replaces the launcher."""
 
+import subprocess
 import sys
 import time
 
@@ -7,6 +8,7 @@ import pytest
 
 from fira.errors import UserError
 from fira.supervisor.job import Job, launch_command, launcher_words, processes
+from tests.launch import ROOT
 
 
 def test_commands_of_the_launchers():
@@ -66,3 +68,20 @@ def test_no_process_is_left_after_stop(capfd: pytest.CaptureFixture[str], monkey
     job.stop()
     assert processes(job.name) == []
     assert capfd.readouterr().out == "ready\n"
+
+
+def test_the_launcher_receives_sigterm_when_the_supervisor_is_killed(tmp_path):
+    started, ended = tmp_path / "started", tmp_path / "ended"
+    launcher = f"trap 'touch {ended}; exit' TERM; touch {started}; while :; do sleep 0.05; done"
+    program = f"import time; from fira.supervisor.job import Job; Job(['sh', '-c', {launcher!r}], {{}}); time.sleep(60)"
+    supervisor = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    try:
+        for file in (started, ended):
+            deadline = time.monotonic() + 30
+            while not file.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            supervisor.kill()
+    finally:
+        supervisor.kill()
+        supervisor.wait()

@@ -24,6 +24,7 @@ DIED = "pipeline: rank 1 (process " if is_mpich() else ""  # Open MPI's mpirun n
 JOBS = {  # function of hang_ends.py: (allowed exit statuses, expected message)
     "returned": ([0], ""),
     "destroyed": ([0], ""),
+    "unresponsive": ([0], ""),
     "thread": ([1], "rank 1 failed:"),
     "badly_timed": ([2], "PIPELINE_MPI_TIMEOUT_S must be a positive number of seconds, not abc\n"),
     "exited": ([3], ""),

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fira.data.rows import Rows
 from fira.decoding.decoding import continuation
 from fira.decoding.sampling import Sampling
 from fira.devices import AUTOCAST_DTYPES, parameter_dtype
@@ -55,8 +56,8 @@ class _Sequences:
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((count, self.length), np.int64), np.zeros((count, self.length), np.int64)
+    def batch(self, first: int, count: int) -> Rows:
+        return Rows(*np.zeros((2, count, self.length), np.int64))
 
 
 def train(

@@ -128,7 +128,7 @@ class Context:
             return None
         if self.documents is None:
             return token_keys(self.keys, 0, x.shape[1])
-        return token_keys_at(self.keys.gather(1, self.documents.index), self.documents.positions)
+        return token_keys_at(self.keys.gather(1, self.documents.indices), self.documents.positions)
 
     def positions(self, x: Tensor) -> Tensor:
         """[1, T] int64, or [B, T] with `starts` or `documents`: the position of each token of x [B, T, …].

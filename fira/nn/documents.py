@@ -33,11 +33,11 @@ class Documents(NamedTuple):
         return cls(numbers, at - starts, ends - starts)
 
     @property
-    def index(self) -> Tensor:
+    def indices(self) -> Tensor:
         """`numbers` with 0 instead of −1, to index a dimension of documents. The caller masks the padding."""
         return self.numbers.clamp(min=0)
 
     def sums(self, x: Tensor, count: int) -> Tensor:
         """x [B, T, …], zero in padding → [B, count, …], the sum over each document. count: at least their number."""
-        index = self.index.view(*x.shape[:2], *[1] * (x.dim() - 2)).expand_as(x)
+        index = self.indices.view(*x.shape[:2], *[1] * (x.dim() - 2)).expand_as(x)
         return x.new_zeros(len(x), count, *x.shape[2:]).scatter_add(1, index, x)

@@ -39,7 +39,7 @@ class TokenMeans:
         rows = (values * self.valid.unflatten(1, (-1, *inner))).flatten(1, 2).to(routed.logits.dtype)
         index, buckets = routed.experts, routed.logits.shape[-1]
         if self.documents is not None:
-            index, buckets = index + self.documents.index[..., None] * buckets, self.count * buckets
+            index, buckets = index + self.documents.indices[..., None] * buckets, self.count * buckets
         index = index.flatten(1).unflatten(1, (-1, *inner[1:])).expand_as(rows)
         sums = rows.new_zeros(len(rows), buckets, *rows.shape[2:]).scatter_add(1, index, rows)
         if self.documents is not None:

@@ -41,7 +41,7 @@ def test_weights_make_a_mean_over_the_targets_of_the_global_batch():
 
 def test_weights_of_auxiliary_losses_have_the_precision_of_the_parameters():
     split = BatchSplit(2, 2, 0, 5, dtype=torch.float64)
-    (microbatch, *_) = split.microbatches(read, 7, 5, dropout_seed=3)
+    (microbatch, *_) = split.batch(read, 7, 5, dropout_seed=3).microbatches
     assert microbatch.context.training.aux_weights.tolist() == [2 / 12, 3 / 12]
 
 

@@ -18,7 +18,7 @@ from tests.ranks.packed_sequences import PackedSequences
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = {"microbatch": 2, "dtype": "float64", "steps": 3, "observe": True}
+SETTINGS = {"microbatch": 2, "dtype": "float64", "steps": 2, "observe": True}
 COUNTS = [len(PackedSequences(61, 13).documents(number)) for number in range(5)]
 
 
@@ -45,13 +45,7 @@ def cases() -> list[str]:
     result = []
     for name in MODELS:
         single = first_step(name, documents="single", batch=sum(COUNTS))
-        alone = [
-            case(name, ONE),
-            case(name, ONE, documents=""),
-            case(name, ONE, recompute=99),
-            case(name, ONE, devices=2),
-        ]
-        result += [*layouts(name), *alone, first_step(name), single]
+        result += [*layouts(name), case(name, ONE), case(name, ONE, devices=2), first_step(name), single]
     return result
 
 
@@ -88,8 +82,6 @@ def test_layouts_are_bitwise_identical_to_one_rank(name: str) -> None:
     plain = result(case(name, ONE))
     for other in layouts(name):
         assert result(other) == plain, other
-    assert result(case(name, ONE, recompute=99)) == plain
-    assert result(case(name, ONE, documents=""))["steps"] != plain["steps"]
     assert_close(case(name, ONE, devices=2), case(name, ONE))
 
 

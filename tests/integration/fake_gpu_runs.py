@@ -77,8 +77,8 @@ def train(
     """One step of several micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything.
 
     The model has one block. logits: the largest number of logits that the loss computes at once. microbatches: of the
-    step and of the evaluation. between_machines: whether ranks that share experts are on several machines. packed: documents of
-    five tokens are packed into the sequences.
+    step and of the evaluation. between_machines: whether ranks that share experts are on several machines. packed:
+    documents of five tokens are packed into the sequences.
     """
     config = _config(preset, dropout, changes or {})
     device = torch.device("gpu:0")

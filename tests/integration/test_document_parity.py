@@ -16,7 +16,7 @@ from tests.integration.test_family_parity import MODELS, ONE
 from tests.launch import run_function
 from tests.ranks.packed_sequences import PackedSequences
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]  # the first test waits for all trainings
 
 SETTINGS = {"microbatch": 2, "dtype": "float64", "steps": 2, "observe": True}
 COUNTS = [len(PackedSequences(61, 13).documents(number)) for number in range(5)]

@@ -84,7 +84,7 @@ def plain(model: nn.Module, config: Any, setting: Setting) -> Run:
 
     def run() -> None:
         batch = loader.batch(0, sequences)
-        inputs, targets = (torch.from_numpy(part).to(device).split(microbatch) for part in batch)
+        inputs, targets = (torch.from_numpy(part).to(device).split(microbatch) for part in batch[:2])
         for x, y in zip(inputs, targets, strict=True):
             weights = torch.full((microbatch,), 1 / sequences, device=device)
             context = Context(training=TrainingContext(y, 1 / (sequences * config.seq_len), weights))

@@ -54,8 +54,8 @@ def name_of(candidate: Candidate) -> str:
 
 def tokens() -> tuple[Tensor, Tensor]:
     """Return inputs and targets of a global batch, each [BATCH, seq_len]."""
-    inputs, targets = RandomTokens(CONFIG.vocab_size, CONFIG.seq_len).batch(0, BATCH)
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
+    rows = RandomTokens(CONFIG.vocab_size, CONFIG.seq_len).batch(0, BATCH)
+    return torch.from_numpy(rows.tokens), torch.from_numpy(rows.targets)
 
 
 def optimizer_of(module: nn.Module) -> torch.optim.Optimizer:

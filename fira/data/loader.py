@@ -11,6 +11,7 @@ A sequence is a function of its number, so that any rank can read any sequence.
 import numpy as np
 
 from fira.data.packed import PackedTokens
+from fira.data.rows import Rows
 from fira.errors import UserError
 from fira.nn.cross_entropy import IGNORE_INDEX
 
@@ -31,11 +32,11 @@ class Loader:
         self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each."""
+    def batch(self, first: int, count: int) -> Rows:
+        """Return sequences first … first + count − 1."""
         starts = [self._window(number) * self._seq_len for number in range(first, first + count)]
         rows = np.stack([self._tokens.read(start, start + self._seq_len + 1) for start in starts])
-        return rows[:, :-1], rows[:, 1:]
+        return Rows(rows[:, :-1], rows[:, 1:])
 
     def _window(self, number: int) -> int:
         epoch, position = divmod(number, self.windows)
@@ -64,15 +65,12 @@ class ValidationSequences:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each.
-
-        Padding has the token 0 and the target −100.
-        """
+    def batch(self, first: int, count: int) -> Rows:
+        """Return sequences first … first + count − 1. Padding has the token 0 and the target −100."""
         inputs = np.zeros((count, self._seq_len), np.int64)
         targets = np.full((count, self._seq_len), IGNORE_INDEX, np.int64)
         for row, start in enumerate(self._starts[first : first + count]):
             ids = self._tokens.read(start, min(start + self._seq_len + 1, len(self._tokens)))
             inputs[row, : len(ids) - 1] = ids[:-1]
             targets[row, : len(ids) - 1] = ids[1:]
-        return inputs, targets
+        return Rows(inputs, targets)

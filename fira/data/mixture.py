@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fira.data.loader import Loader, ValidationSequences
+from fira.data.rows import Rows, concatenate
 from fira.errors import UserError
 
 PERIOD = 1000  # sequences after which the proportions are exact; 1 / PERIOD is the smallest share
@@ -64,13 +65,11 @@ class Mixture:
         for source, count in enumerate(self._counts):
             self._index[self._source == source] = np.arange(count)
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each."""
-        rows = [self._read(*divmod(number, len(self._source))) for number in range(first, first + count)]
-        inputs, targets = zip(*rows, strict=True)
-        return np.concatenate(inputs), np.concatenate(targets)
+    def batch(self, first: int, count: int) -> Rows:
+        """Return sequences first … first + count − 1."""
+        return concatenate([self._read(*divmod(number, len(self._source))) for number in range(first, first + count)])
 
-    def _read(self, period: int, slot: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, period: int, slot: int) -> Rows:
         source = self._source[slot]
         return self._loaders[source].batch(int(period * self._counts[source] + self._index[slot]), 1)
 
@@ -85,10 +84,8 @@ class Joined:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each."""
+    def batch(self, first: int, count: int) -> Rows:
+        """Return sequences first … first + count − 1."""
         last = self._sources[-1]
         rows = [source.batch(row, 1) for source, row in self._rows[first : first + count]]
-        rows += [last.batch(len(last), 1)] * (count - len(rows))
-        inputs, targets = zip(*rows, strict=True)
-        return np.concatenate(inputs), np.concatenate(targets)
+        return concatenate(rows + [last.batch(len(last), 1)] * (count - len(rows)))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fira.data.loader import Loader
+from fira.data.rows import Rows
 from fira.models.registry import PRESETS, build
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
@@ -38,12 +39,12 @@ class RandomTokens(Loader):
         self.consumed = 0
         self.shape = vocab_size, seq_len
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return sequences first … first + count − 1 as (tokens, targets), int64 [count, seq_len] each."""
+    def batch(self, first: int, count: int) -> Rows:
+        """Return sequences first … first + count − 1."""
         vocab_size, seq_len = self.shape
         numbers = range(first, first + count)
         rows = np.stack([np.random.default_rng([SEED, n]).integers(vocab_size, size=seq_len + 1) for n in numbers])
-        return rows[:, :-1], rows[:, 1:]
+        return Rows(rows[:, :-1], rows[:, 1:])
 
 
 def make_trainer(

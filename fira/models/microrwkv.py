@@ -97,11 +97,11 @@ class Block(Layer):
 
     def mix(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → x after all layers but the MoE."""
-        cache, x = context.decoding.cache, context.zero_left_padding(x)
-        x = x + self.time_mix(self.rms(x), cache, "first")
-        x = x + self.channel_mix(self.rms(x), cache)
+        x = context.zero_left_padding(x)
+        x = x + self.time_mix(self.rms(x), context, "first")
+        x = x + self.channel_mix(self.rms(x), context)
         x = x + self.sliding(x, context)
-        return x + self.grouped(self.time_mix(x, cache, "second"), context)
+        return x + self.grouped(self.time_mix(x, context, "second"), context)
 
     def flops_per_token(self, length: int) -> float:
         """Forward FLOPs per token; time_mix counts twice."""

@@ -58,7 +58,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: [B, T, d] → [B, T, d]. With a cache, x holds the tokens that follow the cached ones."""
-        cache = context.decoding.cache
+        cache, documents = context.decoding.cache, context.documents
         length = x.shape[1] + (cache.length if cache is not None else 0)
         q, k, v = (
             projected.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -66,14 +66,14 @@ class SelfAttention(nn.Module):
         )
         if self.rotary is not None:
             if self.rotary.grows:
-                (q,) = self.rotary(length, q)
+                (q,) = self.rotary(length, q, documents=documents)
             else:
-                q, k = self.rotary(length, q, k)
+                q, k = self.rotary(length, q, k, documents=documents)
         if cache is not None:
             k, v = cache.extend(self.name, k, v, self.window)
         if self.rotary is not None and self.rotary.grows:  # the angles of all keys depend on the length
-            (k,) = self.rotary(length, k)
-        mask = self._mask(q, k, length, context.starts)
+            (k,) = self.rotary(length, k, documents=documents)
+        mask = self._mask(q, k, length, context)
         if context.decoding.attentions is not None:
             y, context.decoding.attentions[self.name] = _attend(q, k, v, mask)
         else:
@@ -85,18 +85,21 @@ class SelfAttention(nn.Module):
         y = y.transpose(1, 2).flatten(2)
         return self.o(y if self.g is None else y * self.g(x))
 
-    def _mask(self, q: Tensor, k: Tensor, length: int, starts: Tensor | None) -> Tensor | None:
+    def _mask(self, q: Tensor, k: Tensor, length: int, context: Context) -> Tensor | None:
         """Attention mask, [new, seen] or [B, 1, new, seen] bool: whether a query attends to a key.
 
         The last query and the last key are those of token `length` − 1. Return None if no mask is needed: one query
         that attends to all keys, or as many queries as keys with the plain causal mask.
         """
         new, seen = q.shape[2], k.shape[2]
+        starts, documents = context.starts, context.documents
         window = self.window or seen
-        if window >= seen and new in (1, seen) and starts is None:
+        if window >= seen and new in (1, seen) and starts is None and documents is None:
             return None
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device)
         mask = mask.tril(seen - new).triu(seen - new - window + 1)
+        if documents is not None:
+            return mask & (documents.numbers[:, None, :, None] == documents.numbers[:, None, None])
         if starts is None:
             return mask
         unpadded = torch.arange(length - seen, length, device=q.device) >= starts[:, None, None, None]

@@ -1,7 +1,7 @@
 """The arguments of a layer besides its input: which sequences these are, and what training or decoding needs.
 
-Shapes: B sequences of T tokens, E experts. The sequence is the unit: nothing here depends on how sequences are grouped
-into micro-batches or distributed over ranks.
+Shapes: B sequences of T tokens, E experts. The sequence is the unit, or the document where several are packed into a
+sequence: nothing here depends on how sequences are grouped into micro-batches or distributed over ranks.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fira.nn.dropout import token_keys
+from fira.nn.documents import Documents
+from fira.nn.dropout import token_keys, token_keys_at
 from fira.nn.kv_cache import KVCache
 
 
@@ -37,7 +38,8 @@ class TrainingContext:
     targets: [B, T] int64, the next token at each position, −100 where it is ignored. With targets the head returns the
     summed loss [1] instead of logits.
     loss_weight: factor of one token's loss in the objective.
-    aux_weights: [B] factor of each sequence's auxiliary loss in the objective; None: no auxiliary loss, no statistics.
+    aux_weights: factor of the auxiliary loss in the objective, [B] of each sequence, or [B, D] of each document; None:
+    no auxiliary loss, no statistics.
     caller_adds_aux: the caller adds the auxiliary losses in `stats` to its objective. By default each MoE layer
     adds the gradient of its own.
     stats: filled by the MoE layers, by (layer, chunk). Entries are assigned, not accumulated, so recomputing a layer
@@ -72,12 +74,16 @@ class Context:
 
     lengths: [B] int64, where each sequence ends (the rest is padding on the right); None: all have the full length.
     starts: [B] int64, where each sequence starts (before it is padding on the left); None: at 0.
-    keys: [B] int64, one random number per sequence that determines its dropout and routing noise; None: neither.
+    documents: those that are packed into the sequences, at most D into one; without `starts` and without a cache. They
+    contain the padding, so `lengths` is not read. None: each sequence is one document.
+    keys: int64, one random number per sequence [B], or per document [B, D], that determines its dropout and routing
+    noise; None: neither.
     chunk: index of these sequences among the chunks into which torchgpipe splits a micro-batch.
     """
 
     lengths: Tensor | None = None
     starts: Tensor | None = None
+    documents: Documents | None = None
     keys: Tensor | None = None
     chunk: int = 0
     training: TrainingContext = field(default_factory=TrainingContext)
@@ -111,25 +117,34 @@ class Context:
             self,
             lengths=apply(self.lengths),
             starts=apply(self.starts),
+            documents=None if self.documents is None else Documents(*map(change, self.documents)),
             keys=apply(self.keys),
             training=replace(t, targets=apply(t.targets), aux_weights=apply(t.aux_weights)),
         )
 
     def token_keys(self, x: Tensor) -> Tensor | None:
         """[B, T] int32, one random number per token of x [B, T, …], counted from position 0; None: no dropout."""
-        return None if self.keys is None else token_keys(self.keys, 0, x.shape[1])
+        if self.keys is None:
+            return None
+        if self.documents is None:
+            return token_keys(self.keys, 0, x.shape[1])
+        return token_keys_at(self.keys.gather(1, self.documents.indices), self.documents.positions)
 
     def positions(self, x: Tensor) -> Tensor:
-        """[1, T] int64, or [B, T] with `starts`: the position of each token of x [B, T, …] in its sequence.
+        """[1, T] int64, or [B, T] with `starts` or `documents`: the position of each token of x [B, T, …].
 
-        Positions of padding on the left are negative.
+        It is counted from the start of the sequence or of the document. Positions of padding on the left are negative.
         """
+        if self.documents is not None:
+            return self.documents.positions
         first = self.decoding.cache.length if self.decoding.cache else 0
         positions = torch.arange(first, first + x.shape[1], device=x.device)[None]
         return positions if self.starts is None else positions - self.starts[:, None]
 
     def valid(self, x: Tensor) -> Tensor:
         """[B, T] bool: which tokens of x [B, T, …] are not padding."""
+        if self.documents is not None:
+            return self.documents.numbers >= 0
         positions = self.positions(x)
         valid = (positions >= 0).expand(x.shape[:2])
         if self.lengths is None:

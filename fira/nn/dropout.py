@@ -36,9 +36,13 @@ def token_keys(keys: Tensor, start: int, length: int) -> Tensor:
         from fira.nn.kernels.hash_dropout import fused_token_keys
 
         return fused_token_keys(keys, start, length)
+    return token_keys_at(keys[:, None], torch.arange(start, start + length, dtype=torch.int32, device=keys.device))
+
+
+def token_keys_at(keys: Tensor, positions: Tensor) -> Tensor:
+    """int64 sequence keys and positions of tokens, of shapes that broadcast → int32 keys of the tokens."""
     low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
-    position = torch.arange(start, start + length, dtype=torch.int32, device=keys.device) * _GOLDEN
-    return _mix(_mix(low[:, None] + position) ^ high[:, None])
+    return _mix(_mix(low + positions.to(torch.int32) * _GOLDEN) ^ high)
 
 
 def random_bits(rows: Tensor, columns: int) -> Tensor:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fira.nn.documents import Documents
+
 
 class Stretch(NamedTuple):
     """Llama 3.1's frequency scaling for longer contexts.
@@ -60,12 +62,18 @@ class Rotary:
         """Whether a token's angles depend on the length of the sequence, so that rotated keys cannot be cached."""
         return self.max_position is not None
 
-    def __call__(self, length: int, *heads: Tensor) -> list[Tensor]:
-        """heads [B, H, n, hd] at the last n of `length` positions → rotated: (a, b) ⊙ cos + (−b, a) ⊙ sin."""
+    def __call__(self, length: int, *heads: Tensor, documents: Documents | None = None) -> list[Tensor]:
+        """heads [B, H, n, hd] at the last n of `length` positions → rotated: (a, b) ⊙ cos + (−b, a) ⊙ sin.
+
+        documents: count positions, and lengths on which θ depends, in documents of n tokens in total.
+        """
         wide = torch.promote_types(heads[0].dtype, torch.float32)
-        cos, sin = self.cos_sin(length, wide, heads[0].device)
-        first = length - heads[0].shape[2]
-        cos, sin = cos[first:length], sin[first:length]
+        if documents is None:
+            cos, sin = self.cos_sin(length, wide, heads[0].device)
+            first = length - heads[0].shape[2]
+            cos, sin = cos[first:length], sin[first:length]
+        else:
+            cos, sin = (x[:, None] for x in self._cos_sin_in_documents(documents, wide))
         half = self.head_dim // 2
         return [torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype) for x in heads]
 
@@ -79,15 +87,33 @@ class Rotary:
             count = length if self.grows else max(256, 2 * length)
             with torch.inference_mode(False):  # the cached tensors may be used for training later
                 positions = torch.arange(count, dtype=torch.float64, device=device)
-                halves = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
-                frequencies = self._theta(length) ** -halves
-                angles = positions[:, None] * (self.stretch(frequencies) if self.stretch else frequencies)
-                cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-                cached = self._cached = torch.cat([cos, cos], 1), torch.cat([-sin, sin], 1)
+                cached = self._cached = self._compute(positions, self._theta(length), dtype)
         return cached
+
+    def _cos_sin_in_documents(self, documents: Documents, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`cos_sin` of each token [B, T, hd]."""
+        positions = documents.positions
+        if self.grows:
+            return self._compute(positions.double(), self._thetas(documents.lengths)[..., None], dtype)
+        cos, sin = self.cos_sin(positions.shape[1], dtype, positions.device)
+        return cos[positions], sin[positions]
+
+    def _compute(self, positions: Tensor, theta: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos, cos) and (−sin, sin) […, hd] of the angles at positions […] float64; theta: a number, or […, 1]."""
+        halves = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=positions.device) / self.head_dim
+        frequencies = theta**-halves
+        angles = positions[..., None] * (self.stretch(frequencies) if self.stretch else frequencies)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def _theta(self, length: int) -> float:
         if self.max_position is None or length <= self.max_position:
             return self.theta
         growth = self.factor * length / self.max_position - (self.factor - 1)
         return self.theta * growth ** (self.head_dim / (self.head_dim - 2))
+
+    def _thetas(self, lengths: Tensor) -> Tensor:
+        """`_theta` of each length, without reading a value of the device."""
+        assert self.max_position is not None
+        growth = self.factor * lengths.double() / self.max_position - (self.factor - 1)
+        return self.theta * growth.clamp(min=1) ** (self.head_dim / (self.head_dim - 2))

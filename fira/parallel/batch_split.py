@@ -8,16 +8,31 @@ replica       0     0     0     1     1     1
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from fira.data.rows import Rows
 from fira.nn.context import Context, TrainingContext, pinned_for
 from fira.nn.cross_entropy import IGNORE_INDEX
+from fira.nn.documents import Documents
 from pipeline.engine import MicroBatch
 from pipeline.tree_sum import leaves_of
 
-Read = Callable[[int, int], tuple[np.ndarray, np.ndarray]]  # (first, count) → tokens, targets [count, T]
+Read = Callable[[int, int], Rows]  # (number of the first sequence, count) → these sequences
+
+
+class Batch(NamedTuple):
+    """The part of one replica of a global batch.
+
+    targets: the number of trained targets of the global batch. tokens: that of its tokens without padding.
+    """
+
+    microbatches: list[MicroBatch]
+    targets: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -47,32 +62,34 @@ class BatchSplit:
         """The number of micro-batches that each replica runs for a global batch of this many sequences."""
         return -(-self.total(sequences) // self.dp)
 
-    def microbatches(
-        self, read: Read, first: int, sequences: int, dropout_seed: int | None, loss_scale: float = 1.0
-    ) -> list[MicroBatch]:
+    def batch(self, read: Read, first: int, sequences: int, dropout_seed: int | None, loss_scale: float = 1.0) -> Batch:
         """This replica's micro-batches of the global batch of sequences first, …, first + sequences − 1.
 
-        read: returns tokens and targets by sequence number. The objective is the mean over all targets that are not
-        ignored. dropout_seed: None in evaluation, which has no dropout, noise or auxiliary loss.
-        loss_scale: factor of the objective, for fp16.
+        read: returns sequences by number. The objective is the mean over all trained targets. dropout_seed: None in
+        evaluation, which has no dropout, noise or auxiliary loss. loss_scale: factor of the objective, for fp16.
         """
-        tokens, targets = read(first, sequences)
-        lengths = (targets != IGNORE_INDEX).sum(1)
-        weight = loss_scale / max(1, lengths.sum())
+        rows = read(first, sequences)
+        lengths, documents = rows.lengths(), rows.documents
+        if documents is not None and not documents.any():  # each sequence is one document without padding
+            documents = None
+        targets, tokens = int(np.count_nonzero(rows.targets != IGNORE_INDEX)), int(lengths.sum())
         result = []
         numbers = self.numbers(sequences)
         for i in range(self.count(sequences)):
             j = numbers.start + i if i < len(numbers) else self.total(sequences)
-            rows = slice(j * self.microbatch, (j + 1) * self.microbatch)
-            missing = self.microbatch - len(tokens[rows])
-            following = torch.from_numpy(_pad(targets[rows], missing, IGNORE_INDEX))
-            valid = torch.from_numpy(_pad(lengths[rows], missing, 0))
-            context = Context(lengths=valid, training=TrainingContext(following, loss_weight=weight))
+            span = slice(j * self.microbatch, (j + 1) * self.microbatch)
+            missing = self.microbatch - len(rows.tokens[span])
+            following = _padded(rows.targets[span], missing, IGNORE_INDEX)
+            context = Context(
+                lengths=_padded(lengths[span], missing, 0),
+                documents=None if documents is None else Documents.of(_padded(documents[span], missing, -1)),
+                training=TrainingContext(following, loss_weight=loss_scale / max(1, targets)),
+            )
             if dropout_seed is not None:
-                keys = [_key(dropout_seed, number) for number in range(first + rows.start, first + rows.stop)]
-                context.keys = torch.tensor(keys)
-                context.training.aux_weights = valid * torch.tensor(weight, dtype=self.dtype)
-            inputs = torch.from_numpy(_pad(tokens[rows], missing, 0))
+                token_weight = torch.tensor(loss_scale / max(1, tokens), dtype=self.dtype)
+                sequence_numbers = range(first + span.start, first + span.stop)
+                _add_keys_and_aux_weights(context, dropout_seed, sequence_numbers, token_weight)
+            inputs = _padded(rows.tokens[span], missing, 0)
             if self.device:
                 inputs = pinned_for(self.device, inputs)
             result.append(
@@ -82,14 +99,28 @@ class BatchSplit:
                     context=context.to(self.device) if self.device else context,
                 )
             )
-        return result
+        return Batch(result, targets, tokens)
 
 
-def _pad(rows: np.ndarray, missing: int, value: int) -> np.ndarray:
-    """Append `missing` rows that are filled with a value."""
-    return np.concatenate([rows, np.full((missing, *rows.shape[1:]), value, rows.dtype)])
+def _padded(rows: np.ndarray, missing: int, value: int) -> Tensor:
+    """The rows, and `missing` more that are filled with a value."""
+    return torch.from_numpy(np.concatenate([rows, np.full((missing, *rows.shape[1:]), value, rows.dtype)]))
 
 
-def _key(seed: int, sequence: int) -> int:
-    """A hash of 62 bits, which determines the dropout and noise of one sequence of one run."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{sequence}".encode()).digest()[:8], "little") >> 2
+def _add_keys_and_aux_weights(context: Context, seed: int, numbers: range, token_weight: Tensor) -> None:
+    """Add keys and weights of the auxiliary losses for the sequences with these numbers, or for their documents."""
+    documents, tokens = context.documents, context.lengths
+    if documents is None:
+        context.keys = torch.tensor([_key(seed, number) for number in numbers])
+    else:
+        count = max(1, int(documents.numbers.max()) + 1)
+        context.keys = torch.tensor([[_key(seed, number, d) for d in range(count)] for number in numbers])
+        tokens = documents.sums((documents.numbers >= 0).long(), count)
+    assert tokens is not None
+    context.training.aux_weights = tokens * token_weight
+
+
+def _key(seed: int, sequence: int, document: int = 0) -> int:
+    """A hash of 62 bits, which determines the dropout and noise of one document of one sequence of one run."""
+    text = f"{seed}/{sequence}/{document}" if document else f"{seed}/{sequence}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 2

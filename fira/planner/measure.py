@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fira.data.cache import cache_folder
+from fira.data.rows import Rows
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, parameter_dtype
 from fira.host_memory import available_memory
 from fira.models.registry import to_document
@@ -172,7 +173,7 @@ def _measure_layer(
     layers = DeviceLayers([layer], autocast)
     stage = Stage(layers, device)
     is_first, is_last = kind == profile.layers[0], kind == profile.layers[-1]
-    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(2, size * IN_FLIGHT, config.seq_len))
+    rows = Rows(*np.random.default_rng(0).integers(config.vocab_size, size=(2, size * IN_FLIGHT, config.seq_len)))
     split = BatchSplit(size, 1, 0, profile.width, device)
     timed = _Timer(device)
 
@@ -186,9 +187,7 @@ def _measure_layer(
 
     with cast_weights(layers.modules()):
         for repeat in range(REPEATS + 1):
-            batches = split.microbatches(
-                lambda a, n: (tokens[0][:n], tokens[1][:n]), 0, size * IN_FLIGHT, dropout_seed=1
-            )
+            batches = split.batch(lambda _, count: rows, 0, size * IN_FLIGHT, dropout_seed=1).microbatches
             hidden = [torch.randn(*batch.boundary, dtype=dtype, device=device) for batch in batches]
             for split_backward in (True, False):
                 gradients = [timed("forward", forward, i) for i in range(IN_FLIGHT)]

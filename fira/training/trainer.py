@@ -33,7 +33,7 @@ from pipeline.schedule import SCHEDULES, forward_only
 class StepResult:
     """Results of a step, the same on all ranks."""
 
-    loss: float  # nats per token over the global batch, without the auxiliary loss
+    loss: float  # nats per target over the global batch, without the auxiliary loss
     aux_loss: float
     grad_norm: float  # before clipping
     expert_load: list[list[float]]  # fraction of the layer's assignments, [MoE layer][expert]
@@ -118,15 +118,14 @@ class Trainer:
         """
         started = time.perf_counter()
         scale = self.scale.value
-        microbatches = self.split.microbatches(loader.batch, loader.consumed, sequences, seed, scale)
+        batch = self.split.batch(loader.batch, loader.consumed, sequences, seed, scale)
         loader.consumed += sequences
-        tokens = sequences * microbatches[0].inputs.shape[1]
 
-        losses = self._backward(microbatches, self.split.total(sequences))
+        losses = self._backward(batch.microbatches, self.split.total(sequences))
         waited = self.model.engine.waited()  # on CUDA, this waits for the device
         bubble = waited / (time.perf_counter() - started) / self.mesh.layout.world
-        sums = self._step_sums(sequences, microbatches, losses, bubble, extra).all_reduce()
-        loss, norm = float(sums.loss.sum()) / tokens, math.sqrt(float(sums.norms.sum())) / scale
+        sums = self._step_sums(sequences, batch.microbatches, losses, bubble, extra).all_reduce()
+        loss, norm = float(sums.loss.sum()) / max(1, batch.targets), math.sqrt(float(sums.norms.sum())) / scale
 
         overflow = self.scale.enabled and not math.isfinite(norm)
         self._check_finite(loss, sums.norms, overflow)
@@ -141,7 +140,7 @@ class Trainer:
             expert_load=(sums.load / sums.load.sum(1, keepdim=True)).tolist(),
             expert_dropped=(sums.dropped / sums.load.clamp(min=1)).tolist(),
             dropped=float(sums.dropped.sum() / sums.load.sum()) if len(sums.load) else None,
-            router_entropy=(sums.entropy.sum(1) / tokens).tolist(),
+            router_entropy=(sums.entropy.sum(1) / max(1, batch.tokens)).tolist(),
             bubble=float(sums.bubble),
             skipped=overflow,
             extra=sums.extra.tolist(),
@@ -186,21 +185,19 @@ class Trainer:
             moe.router.rebalance(load[self.model.moe_layers.index(moe.index)])
 
     def evaluate(self, data: ValidationSequences | Joined, batch: int) -> float:
-        """Mean loss in nats per token over all sequences of `data`, computed in batches of `batch` sequences."""
-        losses, tokens = [], []
+        """Mean loss in nats per target over all sequences of `data`, computed in batches of `batch` sequences."""
+        losses, targets = [], 0
         with cast_weights(self.model.modules()):
             for first in range(0, len(data), batch):
                 count = min(batch, len(data) - first)
-                microbatches = self.split.microbatches(data.batch, first, count, dropout_seed=None)
+                microbatches, trained, _ = self.split.batch(data.batch, first, count, dropout_seed=None)
                 self._load_kernels(microbatches[0], training=False)
                 schedule = forward_only(self.model.placement, len(microbatches))
                 losses.append(self._by_number(self.model.engine.run(schedule, microbatches), count))
-                lengths = [microbatch.context.lengths.sum() for microbatch in microbatches]
-                tokens.append(self._by_number(lengths if self.mesh.pp_rank == 0 else [], count))
-        sums = torch.stack([torch.cat(losses), torch.cat(tokens)]).cpu()
+                targets += trained
+        sums = torch.cat(losses).cpu()
         dist.all_reduce(sums)
-        loss, count = sums.sum(1).tolist()
-        return loss / count
+        return float(sums.sum()) / targets
 
     def _by_number(self, values: list[Tensor], sequences: int) -> Tensor:
         """[micro-batches] float64: values of this rank's micro-batches at their numbers in the global batch.

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fira.data.rows import Rows
 from fira.decoding.decoding import continuation
 from fira.decoding.sampling import Sampling
 from fira.devices import AUTOCAST_DTYPES, parameter_dtype
@@ -48,15 +49,17 @@ class _Sequences:
 
     consumed = 0
 
-    def __init__(self, length: int, count: int) -> None:
+    def __init__(self, length: int, count: int, packed: bool) -> None:
         self.length = length
         self.count = count
+        self.packed = packed
 
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((count, self.length), np.int64), np.zeros((count, self.length), np.int64)
+    def batch(self, first: int, count: int) -> Rows:
+        documents = np.tile(np.arange(self.length) // 5, (count, 1)) if self.packed else None
+        return Rows(*np.zeros((2, count, self.length), np.int64), documents)
 
 
 def train(
@@ -69,11 +72,13 @@ def train(
     logits: int = 2**27,
     microbatches: int = 2,
     between_machines: bool = False,
+    packed: bool = False,
 ) -> dict[str, Any]:
     """One step of several micro-batches and one evaluation on rank 0 of a layout, in which no rank sends anything.
 
     The model has one block. logits: the largest number of logits that the loss computes at once. microbatches: of the
-    step and of the evaluation. between_machines: whether ranks that share experts are on several machines.
+    step and of the evaluation. between_machines: whether ranks that share experts are on several machines. packed:
+    documents of five tokens are packed into the sequences.
     """
     config = _config(preset, dropout, changes or {})
     device = torch.device("gpu:0")
@@ -90,7 +95,7 @@ def train(
         rows = SEQUENCES * config.seq_len * _top_k(whole) // getattr(config, "num_experts", 1)  # of each expert
         step, evaluation = Recorder(repeat(rows)), Recorder(repeat(rows))
         sequences = microbatches * SEQUENCES * mesh.layout.dp
-        data = _Sequences(config.seq_len, sequences)
+        data = _Sequences(config.seq_len, sequences, packed)
         with step:
             trainer.step(data, sequences, 1e-3, seed=1)  # type: ignore[arg-type]
         with evaluation:

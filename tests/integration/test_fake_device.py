@@ -32,6 +32,7 @@ EVALUATE = "fira/training/trainer.py: evaluate"  # once
 CHOSEN = "fira/decoding/decoding.py: continuation"  # once per generated token
 # The copies to the device for which the host does not wait: tokens, and what `Context` has for each sequence
 TOKENS, CONTEXT = "pipeline/engine.py: _input", "fira/nn/context.py: apply"
+DOCUMENTS = "fira/nn/context.py: _map"
 EXTRA = "fira/training/trainer.py: _step_sums"
 EXPERTS = {"layout": [1, 2, 2]}  # dp × ep = 2 × 2
 LONG = {"changes": {"seq_len": 512}}  # 1,024 tokens per micro-batch, in blocks of at least 256
@@ -45,6 +46,9 @@ QUICK: dict[str, Any] = {
     **{f"step of {n}": ["train", {"preset": "fira-base", "dropout": False, "microbatches": n}] for n in (2, 4)},
     "experts": ["train", {"preset": "fira-tiny", **EXPERTS}],
     "experts in parts": ["train", {"preset": "fira-tiny", **EXPERTS, "between_machines": True}],
+    "packed": ["train", {"preset": "fira-tiny", "changes": {"capacity_factor": 1.0}, "packed": True}],
+    "packed, dynamic rotary base": ["train", {"preset": "rish-tiny", "changes": {"max_position": 3}, "packed": True}],
+    "packed rwkv": ["train", {"preset": "microrwkv-tiny", "packed": True}],
     "decode": ["decode", {"preset": "fira-base", "precision": "bf16"}],
     "decode rwkv": ["decode", {"preset": "microrwkv-tiny", "precision": "bf16"}],
     "generate": ["generate", {"preset": "fira-tiny", "rows": 2}],
@@ -116,8 +120,10 @@ def check_waits(function: str, arguments: dict[str, Any], result: dict[str, Any]
         assert evaluation["downloads"] == {EVALUATE: 1}, arguments
         for part in (step, evaluation):
             assert not part["uploads"], arguments
-        # lengths and targets; in training keys and the weights of the auxiliary losses as well
+        # lengths, targets and documents; in training keys and the weights of the auxiliary losses as well
         copies = {TOKENS: microbatches, CONTEXT: 2 * microbatches}
+        if "packed" in arguments:
+            copies[DOCUMENTS] = 3 * microbatches
         assert evaluation["asynchronous"] == copies, arguments
         assert step["asynchronous"] == copies | {CONTEXT: 4 * microbatches, EXTRA: 1}, arguments
     elif function == "decode":

@@ -20,6 +20,7 @@ from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
 from pipeline.schedule import SCHEDULES
+from tests.ranks.packed_sequences import PackedSequences, SingleDocuments
 from tests.ranks.plain_reduction import PlainReduction
 
 SEQ_LEN = 13
@@ -61,12 +62,14 @@ def train(
     observe: bool = False,
     parts: int = 1,
     reduction: str = "tree",
+    documents: str = "",
 ) -> dict[str, Any]:
     """Train a model on one layout.
 
     model: the document of a config; by default a small fira. observe: also evaluate after each step, and trace all
     steps. parts: of the experts' exchange. reduction: of gradients, "tree", or as on GPUs "plain" (after the backward)
-    or "overlapped" (during it, where kernels are loaded first).
+    or "overlapped" (during it, where kernels are loaded first). documents: instead of windows of a text, train and
+    validate on documents that are "packed" into sequences, or "single" ones.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the SHA-256 of
     this rank's weights and moments, for experts of each one; with `observe`, the validation losses and the numbers of
@@ -101,7 +104,10 @@ def train(
     if reduction != "tree":
         trainer.reduction = {"plain": PlainReduction, "overlapped": OverlappedReduction}[reduction](built, mesh)
         trainer.loads_kernels_first = reduction == "overlapped"
-    loader = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
+    loader: Any = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
+    unseen: Any = ValidationSequences(Tokens(config.vocab_size, 100), SEQ_LEN)  # type: ignore[arg-type]
+    if documents:
+        loader = unseen = {"packed": PackedSequences, "single": SingleDocuments}[documents](config.vocab_size, SEQ_LEN)
     results, validation, traced = [], [], []
     for step in range(1, steps + 1):
         if observe:
@@ -110,7 +116,6 @@ def train(
         results.append([result.loss, result.aux_loss, result.grad_norm])
         if observe:
             traced.append(len(built.engine.stop_trace()))
-            unseen = ValidationSequences(Tokens(config.vocab_size, 100), SEQ_LEN)  # type: ignore[arg-type]
             validation.append(trainer.evaluate(unseen, batch))
     weights = {}
     for shard in built.shards:

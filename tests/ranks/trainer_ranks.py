@@ -69,7 +69,7 @@ def plain() -> dict[str, Any]:
     model = FIRA(CONFIG).double()
     missing = model.load_state_dict(weights(trainer), strict=False).missing_keys
     assert all(name.endswith("balance") for name in missing)
-    tokens, targets = (torch.from_numpy(array) for array in loader.batch(0, BATCH))
+    tokens, targets = (torch.from_numpy(array) for array in loader.batch(0, BATCH)[:2])
     context = Context(training=TrainingContext(aux_weights=torch.full((BATCH,), 1 / BATCH, dtype=torch.float64)))
     loss = F.cross_entropy(model(tokens, context).flatten(0, 1), targets.flatten())
     loss.backward()  # adds the gradients of the auxiliary losses
@@ -134,7 +134,7 @@ def tied() -> dict[str, Any]:
         fresh, loader = make(config=TIED)
         model = build(TIED).double()
         model.load_state_dict(weights(fresh), strict=False)
-        tokens, targets = (torch.from_numpy(array) for array in loader.batch(0, BATCH))
+        tokens, targets = (torch.from_numpy(array) for array in loader.batch(0, BATCH)[:2])
         context = Context(training=TrainingContext(aux_weights=torch.full((BATCH,), 1 / BATCH, dtype=torch.float64)))
         F.cross_entropy(model(tokens, context).flatten(0, 1), targets.flatten()).backward()
         result["plain"] = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5

@@ -27,6 +27,7 @@ from fira.nn.moe.dispatcher import DispatchPlan, TokenDispatcher
 from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.permutation import count_by_expert, gather_rows, weighted_sum
 from fira.nn.moe.router import Routed, Router
+from fira.nn.moe.token_means import TokenMeans
 
 
 class _AddToObjective(torch.autograd.Function):
@@ -50,8 +51,8 @@ class MoE(nn.Module):
 
     index: the layer's index in the model, the key of its statistics. losses: auxiliary losses with their coefficients.
     norm: applied to each expert's output before it is weighted.
-    capacity_factor: in training an expert accepts at most this multiple of its equal share of a sequence; the output of
-    assignments beyond that is zero. 0: no limit.
+    capacity_factor: in training an expert accepts at most this multiple of its equal share of a sequence or document;
+    the output of assignments beyond that is zero. 0: no limit.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class MoE(nn.Module):
         experts, accepted = routed.experts, None
         if self.capacity_factor and self.training and context.training.aux_weights is not None:
             chosen = experts.unflatten(0, x.shape[:2])
-            accepted = within_capacity(chosen, context.valid(x), self.num_experts, self.capacity_factor)
+            accepted = within_capacity(
+                chosen, context.valid(x), self.num_experts, self.capacity_factor, context.documents
+            )
             experts = experts.where(accepted.flatten(0, 1), self.num_experts)
         # 2. Plan: the order of the assignments by expert, and how many rows each expert gets.
         plan = self.dispatcher.plan(experts, self.num_experts, dropped=accepted is not None)
@@ -110,9 +113,10 @@ class MoE(nn.Module):
         def outputs() -> Tensor:
             return gather_rows(rows, plan.inverse, plan.order).unflatten(0, routed.experts.shape)
 
+        means = TokenMeans(valid, context.documents, training.aux_weights.shape[-1])
         aux = y.new_zeros((), dtype=routed.logits.dtype)
         for loss, coefficient in self.losses:
-            aux = aux + coefficient * (loss(routed, outputs, valid) * training.aux_weights).sum()
+            aux = aux + coefficient * (loss(routed, outputs, means) * training.aux_weights).sum()
         assigned = valid[..., None].expand_as(routed.experts)
         load = self._count(routed.experts, assigned)
         dropped = torch.zeros_like(load) if accepted is None else self._count(routed.experts, assigned & ~accepted)

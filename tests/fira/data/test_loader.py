@@ -19,7 +19,7 @@ def packed(folder: Path, count: int) -> PackedTokens:
 
 def test_epoch_contains_every_window_once_and_is_reshuffled(tmp_path) -> None:
     loader = Loader(packed(tmp_path, 205), 10, seed=1)
-    tokens, targets = loader.batch(0, 40)
+    tokens, targets, _ = loader.batch(0, 40)
     assert tokens.shape == targets.shape == (40, 10)
     assert tokens.dtype == targets.dtype == np.int64
     np.testing.assert_array_equal(targets, tokens + 1)
@@ -31,7 +31,7 @@ def test_epoch_contains_every_window_once_and_is_reshuffled(tmp_path) -> None:
 
 def test_order_of_an_epoch_is_numpy_permutation_seeded_by_seed_and_epoch(tmp_path) -> None:
     """A resumed run depends on this order, so a change of it must fail here."""
-    tokens, _ = Loader(packed(tmp_path, 205), 10, seed=3).batch(0, 60)
+    tokens, *_ = Loader(packed(tmp_path, 205), 10, seed=3).batch(0, 60)
     for epoch in range(3):
         order = np.random.default_rng([3, epoch]).permutation(20)
         assert (tokens[20 * epoch : 20 * epoch + 20, 0] // 10).tolist() == order.tolist()
@@ -39,7 +39,7 @@ def test_order_of_an_epoch_is_numpy_permutation_seeded_by_seed_and_epoch(tmp_pat
 
 def test_sequence_is_a_function_of_number_and_seed(tmp_path) -> None:
     tokens = packed(tmp_path, 101)
-    in_order, _ = Loader(tokens, 10, seed=7).batch(0, 35)
+    in_order, *_ = Loader(tokens, 10, seed=7).batch(0, 35)
     loader = Loader(tokens, 10, seed=7)
     for first, count in ((27, 8), (0, 3), (8, 5), (9, 2)):  # out of order and across epochs
         np.testing.assert_array_equal(loader.batch(first, count)[0], in_order[first : first + count])
@@ -59,7 +59,7 @@ def test_too_few_tokens_for_one_window_raise(tmp_path) -> None:
 @pytest.mark.parametrize("count", [2, 10, 11, 12, 30, 31, 35])
 def test_validation_predicts_every_token_but_the_first_once(tmp_path, count: int) -> None:
     sequences = ValidationSequences(packed(tmp_path, count), 10)
-    inputs, targets = sequences.batch(0, len(sequences) + 3)  # three rows beyond the end
+    inputs, targets, _ = sequences.batch(0, len(sequences) + 3)  # three rows beyond the end
     real = targets != IGNORE_INDEX
     assert targets[real].tolist() == list(range(1, count))
     np.testing.assert_array_equal(inputs[real], targets[real] - 1)
@@ -88,6 +88,6 @@ def test_validation_without_a_token_to_predict_raises(tmp_path) -> None:
 @pytest.mark.parametrize("epoch", range(4))
 def test_first_read_in_a_later_epoch_equals_an_uninterrupted_run(tmp_path, epoch: int) -> None:
     tokens = packed(tmp_path, 101)
-    expected, _ = Loader(tokens, 10, seed=7).batch(0, 40)
-    batch, _ = Loader(tokens, 10, seed=7).batch(10 * epoch, 3)
+    expected, *_ = Loader(tokens, 10, seed=7).batch(0, 40)
+    batch, *_ = Loader(tokens, 10, seed=7).batch(10 * epoch, 3)
     np.testing.assert_array_equal(batch, expected[10 * epoch : 10 * epoch + 3])

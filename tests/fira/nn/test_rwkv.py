@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fira.models.microrwkv import MicroRWKVConfig
 from fira.models.registry import build
+from fira.nn.context import Context
 from fira.nn.rwkv import TimeMix, recurrence
 from tests import reference_models as reference
 
@@ -66,9 +67,9 @@ def test_time_mix_in_bf16_is_close_to_fp32() -> None:
             parameter.normal_(std=0.3) if "weight" in name else parameter.uniform_(0, 1)
         mix.decay.copy_(torch.tensor([-12.0, -3.0, 1.0, 9.0]))
     x = torch.randn(1, 1000, 16)
-    exact = mix(x, None, "")
+    exact = mix(x, Context(), "")
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = mix(x, None, "")
+        rounded = mix(x, Context(), "")
     rounded.float().square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in mix.parameters())
     assert (rounded - exact).abs().mean() < 0.02 * exact.abs().mean()

@@ -14,10 +14,11 @@ from torch import Tensor
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 from fira.models.registry import FAMILIES, PRESETS, build, to_document
-from fira.nn.context import Context
+from fira.nn.context import Context, TrainingContext
 from fira.nn.moe.experts import ExpertBank
 from fira.parallel.compile_blocks import check_compiler, compile_blocks
 from pipeline.split_backward import SplitBackward
+from tests.fira.nn.packed_documents import pack
 from tests.launch import run_function
 
 LENGTH, SEQUENCES = 13, 4  # the length of parity_ranks
@@ -92,6 +93,19 @@ def test_one_graph_serves_all_blocks(family: str, counters: Any) -> None:
     assert counters["stats"]["unique_graphs"] == GRAPHS[family]
     assert not counters["graph_break"]
     assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.parametrize("family", ["fira", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)])
+def test_one_graph_serves_packed_documents_of_any_number(family: str, counters: Any) -> None:
+    plain, compiled = models(family, "eager")
+    for sizes in ([13], [5, 8], [1, 2, 3, 4]):
+        documents = pack([sizes] * SEQUENCES, LENGTH)
+        keys = torch.arange(SEQUENCES * len(sizes)).view(SEQUENCES, -1) << 40
+        training = TrainingContext(aux_weights=torch.ones(SEQUENCES, len(sizes)))
+        context = Context(documents=documents, keys=keys, training=training)
+        assert torch.equal(compiled(tokens(SEQUENCES), context), plain(tokens(SEQUENCES), context))
+    assert counters["stats"]["unique_graphs"] == GRAPHS[family]
+    assert not counters["graph_break"]
 
 
 @pytest.mark.slow

@@ -56,13 +56,17 @@ def tuned(settings: Path, chats: Path, base: Path, tmp_path_factory: pytest.Temp
 def test_run_is_resumed_on_another_layout(settings: Path, tuned: Path, tmp_path: Path) -> None:
     run = shutil.copytree(tuned, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "step-000008")
-    train(settings, 4, *PP2_DP2_EP2, "--out", run, "--resume", "auto")
+    resumed = run_ranks(
+        4, TRAIN, *PP2_DP2_EP2, "--out", run, "--resume", "auto", timeout=100, env=cache(settings)
+    )  # with the settings in its folder
+    assert resumed.returncode == 0, resumed.stderr
     np.testing.assert_array_equal(losses(run), losses(tuned))
     weights, expected = (load_model(folder).weights() for folder in (run, tuned))
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
     assert losses(run)[-1, 0] < losses(run)[0, 0]
 
 
+@torch.no_grad()
 def test_first_loss_is_that_of_the_chats_one_by_one(settings: Path, base: Path, chats: Path, tmp_path: Path) -> None:
     """Without dropout; the mean over the trained tokens of the first batch."""
     changes = ["--model-set", "dropout=0", "--steps", 1]  # the last flag counts
@@ -94,7 +98,6 @@ def test_template_is_the_same_in_chat_and_export(tuned: Path, tmp_path: Path) ->
     ("record", "message"),
     [
         ({"messages": [{"content": "Hi"}]}, "line 2: messages, message 1: no role"),
-        ({"prompt": "Hi", "completion": " "}, "line 2: completion, message 1: empty answer"),
         ({"prompt": "Hi", "completion": "x" * 300}, "line 2: answer of .* tokens"),
         (None, "no chats; give a file"),
     ],

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from fira.checkpoint.pretrained import open_saved, read_weight, stored_config
+from fira.checkpoint.pretrained import Saved, open_saved, read_weight, stored_config
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, parse_tokenizer
+from fira.data.tokenizer_config import TokenizerConfig, default_config, read_config, read_config_beside
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build
@@ -19,7 +20,8 @@ def load_model(
 
     path: a run folder, a checkpoints folder, a step folder (written by any layout) or a folder of transformers (an
     export, a Llama or a FlexOlmo). tokenizer: the path of a tokenizer.json; by default the model's own is loaded as
-    `model.tokenizer`, which is None if the model was trained on shards without a tokenizer.
+    `model.tokenizer`, which is None if the model was trained on shards without a tokenizer. Its special tokens and chat
+    template, from the files next to it, become `model.tokenizer_config`.
     Raises UserError if there is no checkpoint, or if it is damaged or does not match its config.
     """
     saved = open_saved(path)
@@ -30,8 +32,10 @@ def load_model(
     model.tie()
     if tokenizer is not None:
         model.tokenizer = load_tokenizer(tokenizer)
+        model.tokenizer_config = read_config_beside(model.tokenizer, Path(tokenizer))
     elif saved.has_file(TOKENIZER):
         model.tokenizer = parse_tokenizer(saved.file(TOKENIZER), saved.folder / TOKENIZER)
+        model.tokenizer_config = saved_config(saved, model.tokenizer)
     return model.to(device).eval()
 
 
@@ -40,3 +44,14 @@ def own_tokenizer(model: LanguageModel) -> Tokenizer:
     if model.tokenizer is None:
         raise UserError("the model has no tokenizer; give the --tokenizer of its training data")
     return model.tokenizer
+
+
+def own_config(model: LanguageModel) -> TokenizerConfig:
+    """Return the special tokens and the chat template of a model. Raises UserError if it has no tokenizer."""
+    tokenizer = own_tokenizer(model)
+    return model.tokenizer_config or default_config(tokenizer)
+
+
+def saved_config(saved: Saved, tokenizer: Tokenizer) -> TokenizerConfig:
+    """Return the special tokens and the chat template of a saved model, whose tokenizer this is."""
+    return read_config(tokenizer, saved.folder, lambda name: saved.file(name) if saved.has_file(name) else None)

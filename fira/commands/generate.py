@@ -11,6 +11,7 @@ from fira.checkpoint.load_model import own_tokenizer
 from fira.data.tokenizer import eos_id
 from fira.devices import choose_devices
 from fira.errors import UserError
+from fira.generation.conversation import own_template
 from fira.generation.options import add_sampling, sampling
 from fira.generation.perplexity import perplexity
 from fira.generation.text import continue_text, text_or_content
@@ -41,6 +42,7 @@ def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument("--prompt", help="a text, or - for standard input; default: none, a new document begins")
     length = ("--max-new-tokens", "--max-length", "--max-num-tokens")
     parser.add_argument(*length, type=int, default=100, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a message, which the model answers")
     add_sampling(parser)
     parser.add_argument("--draft", type=PathName, metavar="CHECKPOINT", help="a smaller model for speculative decoding")
     parser.add_argument("--beams", type=Size, help="beam search with this number of beams")
@@ -62,7 +64,10 @@ def generate(model: LanguageModel, draft: LanguageModel | None, options: Namespa
     """
     text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
     tokenizer = own_tokenizer(model)
-    prompt = encode(text, tokenizer)
+    if options.chat:
+        prompt = own_template(model).prompt([{"role": "user", "content": text}])
+    else:
+        prompt = encode(text, tokenizer)
     started = time.perf_counter()
     if options.beams:
         from fira.generation.beams import beam_pieces  # imports transformers
@@ -70,7 +75,8 @@ def generate(model: LanguageModel, draft: LanguageModel | None, options: Namespa
         pieces = beam_pieces(model, prompt, options.max_new_tokens, options.beams)
     else:
         pieces = continue_text(model, prompt, options.max_new_tokens, draft=draft, **sampling(options))
-    print(f"Prompt: {text}\nGenerated text: " if options.model_name else text, end="", flush=True)
+    shown = "" if options.chat else text
+    print(f"Prompt: {text}\nGenerated text: " if options.model_name else shown, end="", flush=True)
     generated = cli.print_pieces(pieces)
     seconds = time.perf_counter() - started
     if options.model_name:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from fira.progress_bar import progress_bar
 CHECKSUMS = "checksums.json"  # the CRC-32 of every other file of a cache folder, which costs less than SHA-256
 HASH_CACHE_SIZE = 64 * 2**20  # bytes; the SHA-256 of a file of at least this size is cached
 PARTIAL_LIFETIME = 7 * 24 * 3600  # seconds after which the unfinished folder of a killed process is removed
+
+log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -65,6 +68,18 @@ def _content_hash(cache: Path, path: Path, bar: tqdm) -> str:
         finally:
             temporary.unlink(missing_ok=True)
     return digest.hexdigest()
+
+
+def cached(cache: Path, key: str, progress: bool, write: Callable[[Path], None]) -> Path:
+    """Return the folder of a key. If it is missing or damaged, `write` writes its files to a temporary folder."""
+    folder = cache / key
+    if folder.is_dir() and (damaged := damaged_file(folder, progress)):
+        log.warning(f"{damaged}: damaged since it was written; the data are prepared again")
+        remove_folder(folder)
+    if not folder.is_dir():
+        with atomic_folder(folder) as temporary:
+            write(temporary)
+    return folder
 
 
 def damaged_file(folder: Path, progress: bool) -> Path | None:

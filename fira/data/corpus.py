@@ -1,14 +1,13 @@
 """Corpora of tokens, prepared once and cached by the hash of their content."""
 
 import json
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from fira.data.cache import atomic_folder, cache_folder, content_key, damaged_file, remove_folder
+from fira.data.cache import cache_folder, cached, content_key
 from fira.data.mixture import parse_mixture
 from fira.data.packed import Source
 from fira.data.preparation import Input, Preparation
@@ -18,8 +17,6 @@ from fira.errors import UserError
 
 CORPUS_FORMAT = 3  # part of the cache key; increment it when the same input yields another result
 MAX_VOCABULARY = 2**21 - 1  # a trigram of ids fits in 63 bits
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,16 +89,13 @@ def _prepared(
     layout = [[entry.weight, text_column, len(entry.files), entry.shards] for entry in inputs]
     settings = [CORPUS_FORMAT, vocab_size, bool(tokenizer_path), layout]
     tokenizer_files = [Path(tokenizer_path)] if tokenizer_path else []
-    folder = cache / content_key(cache, files + tokenizer_files, settings, progress)
-    if folder.is_dir() and (damaged := damaged_file(folder, progress)):
-        log.warning(f"{damaged}: damaged since it was written; the data are prepared again")
-        remove_folder(folder)
-    if not folder.is_dir():
-        with atomic_folder(folder) as temporary:
-            if tokenizer_path:
-                shutil.copy(tokenizer_path, temporary / TOKENIZER)
-            Preparation(temporary, inputs, text_column, vocab_size, progress).run(tokenizer)
-    return folder
+
+    def write(folder: Path) -> None:
+        if tokenizer_path:
+            shutil.copy(tokenizer_path, folder / TOKENIZER)
+        Preparation(folder, inputs, text_column, vocab_size, progress).run(tokenizer)
+
+    return cached(cache, content_key(cache, files + tokenizer_files, settings, progress), progress, write)
 
 
 def _load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:

@@ -16,6 +16,21 @@ from fira.errors import UserError
 from fira.nn.cross_entropy import IGNORE_INDEX
 
 
+class EpochOrder:
+    """The window of each training sequence by its number: a new seeded permutation of all windows in each epoch."""
+
+    def __init__(self, windows: int, seed: int) -> None:
+        self._windows, self._seed = windows, seed
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def __getitem__(self, number: int) -> int:
+        epoch, position = divmod(number, self._windows)
+        if epoch != self._epoch:  # cached, because a permutation costs more than a batch
+            self._epoch = epoch
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(self._windows)
+        return int(self._order[position])
+
+
 class Loader:
     """Training batches: windows of `seq_len` tokens that do not overlap, in a new seeded order in each epoch.
 
@@ -29,21 +44,14 @@ class Loader:
             raise UserError(
                 f"{len(tokens)} training tokens, sequences of {seq_len}: give more text or a smaller --seq-len"
             )
-        self._tokens, self._seq_len, self._seed = tokens, seq_len, seed
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._tokens, self._seq_len = tokens, seq_len
+        self._order = EpochOrder(self.windows, seed)
 
     def batch(self, first: int, count: int) -> Rows:
         """Return sequences first … first + count − 1."""
-        starts = [self._window(number) * self._seq_len for number in range(first, first + count)]
+        starts = [self._order[number] * self._seq_len for number in range(first, first + count)]
         rows = np.stack([self._tokens.read(start, start + self._seq_len + 1) for start in starts])
         return Rows(rows[:, :-1], rows[:, 1:])
-
-    def _window(self, number: int) -> int:
-        epoch, position = divmod(number, self.windows)
-        if epoch != self._epoch:  # cached, because a permutation costs more than a batch
-            self._epoch = epoch
-            self._order = np.random.default_rng([self._seed, epoch]).permutation(self.windows)
-        return int(self._order[position])
 
 
 class ValidationSequences:

@@ -9,14 +9,26 @@ The source of a sequence, and the sequence of this source, are functions of the 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from fira.data.loader import Loader, ValidationSequences
 from fira.data.rows import Rows, concatenate
 from fira.errors import UserError
 
 PERIOD = 1000  # sequences after which the proportions are exact; 1 / PERIOD is the smallest share
+
+
+class Batches(Protocol):
+    """Sequences by their numbers, without an end, such as a Loader."""
+
+    def batch(self, first: int, count: int) -> Rows: ...
+
+
+class CountedBatches(Batches, Protocol):
+    """Sequences by their numbers, such as ValidationSequences. Rows beyond the last one are padding."""
+
+    def __len__(self) -> int: ...
 
 
 def parse_mixture(data: str | None) -> list[tuple[str | None, float]]:
@@ -56,7 +68,7 @@ class Mixture:
     A source that is smaller than its share begins its next epoch earlier than the others.
     """
 
-    def __init__(self, loaders: Sequence[Loader], weights: Sequence[float]) -> None:
+    def __init__(self, loaders: Sequence[Batches], weights: Sequence[float]) -> None:
         self.consumed = 0
         self._loaders = loaders
         self._source = interleave(weights)
@@ -77,7 +89,7 @@ class Mixture:
 class Joined:
     """Validation sequences of several sources, concatenated; rows beyond the end as in ValidationSequences."""
 
-    def __init__(self, sources: Sequence[ValidationSequences]) -> None:
+    def __init__(self, sources: Sequence[CountedBatches]) -> None:
         self._sources = sources
         self._rows = [(source, row) for source in sources for row in range(len(source))]
 

@@ -1,6 +1,6 @@
-"""Readers of data files: each yields the documents of a file of one format.
+"""Readers of data files: each yields the documents of text, or the records of a table, of one format.
 
-Files are streamed, so that they may be larger than memory. To add a format, write a reader and register it in READERS.
+Files are streamed, so that they may be larger than memory. To add a format, write a reader and register it in TABLES.
 """
 
 import ast
@@ -9,6 +9,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,13 +26,39 @@ ROWS = 128  # rows of Parquet and Arrow that are converted together
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
 
 Advance = Callable[[int], object]  # called with the number of bytes that were read, for a progress bar
-Reader = Callable[[Path, str, Advance], Iterator[str]]  # of the text column
+Record = dict[str, Any]  # by the names of the columns of a table, or by the keys of a JSON object
+TableReader = Callable[[Path, str | None, Advance], Iterator[tuple[str, Record]]]  # of one column, None: of all
 
 
 def read_file(path: Path, column: str, advance: Advance) -> Iterator[str]:
-    """Yield the documents of a file. Raises UserError, which names the file, if it cannot be read as text."""
+    """Yield the documents of a file. Raises UserError, which names the file, if it cannot be read as text.
+
+    column: of a table, which contains the documents.
+    """
+    with _errors(path):
+        if not has_reader(path):
+            yield from (_topics if path.parts[-2:] == ("pydoc_data", "topics.py") else _text)(path, advance)
+            return
+        for where, record in _table(path)(path, column, advance):
+            text = record[column]
+            if not isinstance(text, str | None):
+                raise UserError(f"{where}: {column!r} holds {type(text).__name__}, not text; name another key")
+            yield valid_text(text or "")
+
+
+def read_records(path: Path, advance: Advance) -> Iterator[tuple[str, Record]]:
+    """Yield each record of a table with its place, the file and the row. Raises UserError as `read_file` does."""
+    if not has_reader(path):
+        raise UserError(f"{path}: not a table; give a file {', '.join(TABLES)}")
+    with _errors(path):
+        yield from _table(path)(path, None, advance)
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    """Context manager that raises errors of reading as a UserError that names the file."""
     try:
-        yield from _reader(path)(path, column, advance)
+        yield
     except UnicodeDecodeError as error:
         byte, encoding = error.object[error.start], error.encoding.upper()
         raise UserError(f"{path}: byte 0x{byte:02x} is not {encoding}; convert the file to UTF-8 with iconv") from None
@@ -40,14 +67,17 @@ def read_file(path: Path, column: str, advance: Advance) -> Iterator[str]:
 
 
 def has_reader(path: Path) -> bool:
-    """Return whether the suffix of the file selects a reader; all other files are plain text."""
-    return path.suffix.lower() in READERS
+    """Return whether the suffix of the file names a format of tables; all other files are plain text."""
+    return path.suffix.lower() in TABLES
 
 
-def _reader(path: Path) -> Reader:
-    if path.parts[-2:] == ("pydoc_data", "topics.py"):
-        return _topics
-    return READERS.get(path.suffix.lower(), _text)
+def _table(path: Path) -> TableReader:
+    return TABLES[path.suffix.lower()]
+
+
+def valid_text(text: str) -> str:
+    """Return a text with "?" in place of halves of surrogate pairs, which JSON can contain and are not characters."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class _CountedFile(io.FileIO):
@@ -80,7 +110,7 @@ def _lines(file: TextIO, path: Path) -> Iterator[str]:
         yield line
 
 
-def _text(path: Path, _column: str, advance: Advance) -> Iterator[str]:
+def _text(path: Path, advance: Advance) -> Iterator[str]:
     lines: list[str] = []
     size = 0
     with _open(path, advance) as file:
@@ -93,7 +123,7 @@ def _text(path: Path, _column: str, advance: Advance) -> Iterator[str]:
     yield "".join(lines)
 
 
-def _topics(path: Path, _column: str, advance: Advance) -> Iterator[str]:
+def _topics(path: Path, advance: Advance) -> Iterator[str]:
     """Read the language reference of `pydoc_data/topics.py`, a dict literal from topic to text."""
     assignment = ast.parse(path.read_text(encoding="utf-8")).body[-1]
     assert isinstance(assignment, ast.Assign)
@@ -101,7 +131,7 @@ def _topics(path: Path, _column: str, advance: Advance) -> Iterator[str]:
     advance(path.stat().st_size)
 
 
-def _csv(path: Path, column: str, advance: Advance) -> Iterator[str]:
+def _csv(path: Path, column: str | None, advance: Advance) -> Iterator[tuple[str, Record]]:
     csv.field_size_limit(LIMIT)  # the default limit rejects long articles
     with _open(path, advance, newline="") as file:
         rows = csv.DictReader(_lines(file, path), strict=True)  # otherwise an unclosed quote at the end is no error
@@ -110,12 +140,12 @@ def _csv(path: Path, column: str, advance: Advance) -> Iterator[str]:
             for row in rows:
                 if None in row:
                     raise csv.Error("more fields than columns; quote text that contains commas")
-                yield row[column] or ""  # None where a row is too short
+                yield f"{path}, line {rows.line_num}", row  # with None where the row is too short
         except csv.Error as error:
             raise UserError(f"{path}, near line {rows.line_num}: invalid CSV ({error}); correct the file") from None
 
 
-def _jsonl(path: Path, key: str, advance: Advance) -> Iterator[str]:
+def _jsonl(path: Path, key: str | None, advance: Advance) -> Iterator[tuple[str, Record]]:
     with _open(path, advance) as file:
         for number, line in enumerate(_lines(file, path), 1):
             if line.isspace():
@@ -128,39 +158,39 @@ def _jsonl(path: Path, key: str, advance: Advance) -> Iterator[str]:
             if not isinstance(record, dict):
                 raise UserError(f"{where}: not a JSON object; write one object per line")
             _require(key, list(record), where)
-            if not isinstance(record[key], str | None):
-                raise UserError(f"{where}: {key!r} holds {type(record[key]).__name__}, not text; name another key")
-            # JSON can contain half a surrogate pair, which is not a character: replace it by "?"
-            yield (record[key] or "").encode("utf-8", "replace").decode()
+            yield where, record
 
 
-def _columnar(path: Path, column: str, advance: Advance) -> Iterator[str]:
+def _columnar(path: Path, column: str | None, advance: Advance) -> Iterator[tuple[str, Record]]:
     """Read Parquet, or a stream of Arrow batches as in the cache of `datasets`."""
     import pyarrow as pa  # here, because it is large and only these files require it
 
     kind, batches = ("Parquet file", _parquet) if path.suffix.lower() == ".parquet" else ("Arrow stream", _arrow)
     try:
+        count = 0
         with pa.memory_map(str(path)) as file:
             for batch in batches(file, column, path, advance):
                 batch.validate(full=True)  # damaged offsets would be read without an error
-                values = batch.column(column)
-                for start in range(0, len(values), ROWS):
-                    yield from (text or "" for text in values.slice(start, ROWS).to_pylist())
+                selected = batch if column is None else batch.select([column])
+                for start in range(0, len(batch), ROWS):
+                    for record in selected.slice(start, ROWS).to_pylist():
+                        count += 1
+                        yield f"{path}, row {count}", record
     except UserError:
         raise
     except Exception as error:  # ArrowException, OSError, SystemError and others, according to the damage
         raise UserError(f"{path}: not a valid {kind} ({one_line(error)}); download it again") from None
 
 
-def _parquet(file: Any, column: str, path: Path, advance: Advance) -> Iterator[Any]:
-    """Yield the record batches of a Parquet file with the text column."""
+def _parquet(file: Any, column: str | None, path: Path, advance: Advance) -> Iterator[Any]:
+    """Yield the record batches of a Parquet file with the text column, or with all columns."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file, page_checksum_verification=True) as table:
         _check_schema(table.schema_arrow, column, path)
         expected = table.metadata.num_rows
         rows = 0
-        for batch in table.iter_batches(batch_size=ROWS, columns=[column]):
+        for batch in table.iter_batches(batch_size=ROWS, columns=column and [column]):
             yield batch
             rows += len(batch)
             advance(file.size() * len(batch) // max(expected, 1))
@@ -168,7 +198,7 @@ def _parquet(file: Any, column: str, path: Path, advance: Advance) -> Iterator[A
             raise ValueError(f"{rows} rows instead of {expected}")
 
 
-def _arrow(file: Any, column: str, path: Path, advance: Advance) -> Iterator[Any]:
+def _arrow(file: Any, column: str | None, path: Path, advance: Advance) -> Iterator[Any]:
     """Yield the record batches of an Arrow stream. Raises ValueError if it does not end with the file."""
     from pyarrow import ipc
 
@@ -185,17 +215,19 @@ def _arrow(file: Any, column: str, path: Path, advance: Advance) -> Iterator[Any
         raise ValueError("the stream does not end at the end of the file")
 
 
-def _check_schema(schema: Any, column: str, path: Path) -> None:
+def _check_schema(schema: Any, column: str | None, path: Path) -> None:
     """Raise UserError if there is not exactly one such column, or if it does not contain text."""
     import pyarrow as pa
 
     _require(column, schema.names, path)
+    if column is None:
+        return
     dtype = schema.field(column).type
     if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
         raise UserError(f"{path}: column {column!r} holds {dtype}, not text; name another with --text-column")
 
 
-READERS: dict[str, Reader] = {
+TABLES: dict[str, TableReader] = {
     ".csv": _csv,
     ".jsonl": _jsonl,
     ".parquet": _columnar,
@@ -203,9 +235,11 @@ READERS: dict[str, Reader] = {
 }
 
 
-def _require(column: str, present: Iterable[str], where: object) -> None:
+def _require(column: str | None, present: Iterable[str], where: object) -> None:
+    """Raise UserError if there is no such column, or if several have its name; None: if several have any name."""
     names = Counter(present)
-    if column not in names:
+    if column is not None and column not in names:
         raise UserError(f"{where}: no column {column!r}; name one with --text-column: {', '.join(map(repr, names))}")
-    if names[column] > 1:
-        raise UserError(f"{where}: {names[column]} columns are named {column!r}; rename all but one")
+    for name in names if column is None else [column]:
+        if names[name] > 1:
+            raise UserError(f"{where}: {names[name]} columns are named {name!r}; rename all but one")

@@ -15,18 +15,6 @@ PROMPTER, ASSISTANT = "<|prompter|>", "<|assistant|>"
 SPECIAL_TOKENS = ["[UNK]", "<s>", EOS, PROMPTER, ASSISTANT]
 # Names of the end-of-document token in published tokenizers.
 END_NAMES = [EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>"]
-# The format of fira.generation.conversation as a Jinja template for transformers' `apply_chat_template`. A system
-# message becomes a message of the prompter.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message.role == "assistant" -%}
-<|assistant|>{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}
-{%- else -%}
-<|prompter|>{{ message.content }}{{ eos_token }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
-"""
 # GPT-2's pre-tokenization, except that combining marks and zero-width joiners belong to a word: GPT-2's pattern splits
 # Hindi words at every vowel sign.
 WORDS = Regex(
@@ -98,6 +86,13 @@ def library_errors(message: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{message} ({one_line(error)})") from None
+
+
+def with_role_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Return a copy of a tokenizer that has the tokens of the roles in a chat; those that are missing get new ids."""
+    extended = Tokenizer.from_str(tokenizer.to_str())
+    extended.add_special_tokens([token for token in (PROMPTER, ASSISTANT) if extended.token_to_id(token) is None])
+    return extended
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:

@@ -10,9 +10,9 @@ import transformers
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from fira.checkpoint.load_model import load_model
+from fira.checkpoint.load_model import load_model, own_config
 from fira.checkpoint.transformers_mapping import TRANSFORMERS, to_transformers, weight_names
-from fira.data.tokenizer import ASSISTANT, CHAT_TEMPLATE, PROMPTER, eos_id
+from fira.data.tokenizer_config import TokenizerConfig
 from fira.errors import UserError
 from fira.files import errors_naming
 from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, RishAIConfig
@@ -43,10 +43,10 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
     try:
         with errors_naming(partial):
             if model.tokenizer is not None:
-                tokenizer = as_fast_tokenizer(model.tokenizer, model.config.seq_len)
+                tokenizer = as_fast_tokenizer(model.tokenizer, own_config(model), model.config.seq_len)
                 generation = exported.generation_config
                 generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
-                tokenizer.save_pretrained(partial)
+                tokenizer.save_pretrained(partial, save_jinja_files=False)  # the template is in the config
             exported.save_pretrained(partial, max_shard_size=SHARD)
             for path in partial.iterdir():
                 path.chmod(0o666 & partial.stat().st_mode)  # safetensors creates files that only their owner can read
@@ -88,24 +88,16 @@ def _assign_weights(model: Any, weights: dict[str, torch.Tensor]) -> Any:
     return model.eval()
 
 
-def as_fast_tokenizer(tokenizer: Tokenizer, length: int) -> PreTrainedTokenizerFast:
+def as_fast_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, length: int) -> PreTrainedTokenizerFast:
     """Convert a tokenizer to transformers' class, with padding on the left.
 
-    length: longest context of the model. The chat template is included if the vocabulary has the role tokens.
+    config: its special tokens and chat template. length: longest context of the model.
     """
-    special = {"bos_token": "<s>", "unk_token": "[UNK]"}
-    special = {name: token for name, token in special.items() if tokenizer.token_to_id(token) is not None}
-    eos = tokenizer.id_to_token(eos_id(tokenizer))
-    converted = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=eos,
-        pad_token=eos,
-        **special,
+        **config.settings(),
         padding_side="left",
         model_max_length=length,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
-    if all(tokenizer.token_to_id(token) is not None for token in (PROMPTER, ASSISTANT)):
-        converted.chat_template = CHAT_TEMPLATE
-    return converted

@@ -1,6 +1,6 @@
 """Evaluate a model on tasks of lm-eval, the evaluation harness of EleutherAI."""
 
-from fira.checkpoint.load_model import own_tokenizer
+from fira.checkpoint.load_model import own_config, own_tokenizer
 from fira.errors import UserError
 from fira.huggingface.export_model import as_fast_tokenizer, as_transformers
 from fira.models.language_model import LanguageModel
@@ -30,7 +30,7 @@ def evaluate_tasks(
     length = model.config.seq_len
     wrapped = HFLM(
         pretrained=as_transformers(model),
-        tokenizer=as_fast_tokenizer(own_tokenizer(model), length),
+        tokenizer=as_fast_tokenizer(own_tokenizer(model), own_config(model), length),
         batch_size=batch_size,
         max_length=length,
     )

@@ -21,7 +21,8 @@ class LanguageModel(nn.Module):
 
     config: dataclass of the family, with the fields `vocab_size` and `seq_len`, the longest context.
     tied: the head shares the embedding's weight. The parameter is listed once, under the embedding's name.
-    tokenizer: attribute that is set if the model is loaded together with a tokenizer.
+    tokenizer, tokenizer_config: attributes that are set if the model is loaded together with a tokenizer; the latter
+    has the names of its special tokens and its chat template.
     """
 
     def __init__(self, config: Any, layers: nn.Sequential, tied: bool = False) -> None:
@@ -30,6 +31,7 @@ class LanguageModel(nn.Module):
         self.layers = layers
         self.tied = tied
         self.tokenizer: Any = None
+        self.tokenizer_config: Any = None
         if next(self.parameters()).device.type != "meta":
             for index, layer in enumerate(layers):
                 initialise(layer, f"layers.{index}", seed=0)

@@ -35,7 +35,7 @@ LITERALS = {"true": True, "false": False, "none": None}
 
 # Settings that a resumed run takes from the run's config.toml: all but those of the machine, the layout and the output.
 INHERITED = [
-    *("model", "model_set", "data", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
+    *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
     *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed"),
     *("init", "threads"),
     *("eval_every", "eval_sequences", "save_every", "keep", "on_spike"),
@@ -57,6 +57,11 @@ class TrainConfig:
     model_set: AnyText = _option("", "changes to the preset, such as d_model=256,num_layers=6")
     data: str | None = _option(
         None, "text file or folder, .csv, .jsonl, .parquet, folder of .npy shards, or dataset name; A=0.7,B=0.3 mixes"
+    )
+    objective: str = _option(
+        "pretrain",
+        "pretrain: the next token of text; sft: the answers in chats, one per row of --data",
+        ("pretrain", "sft"),
     )
     text_column: str = _option("text", "column or key that holds the text")
     tokenizer: PathName | None = _option(None, "a tokenizer.json; default: one is trained on the data")

@@ -79,7 +79,7 @@ class RunReport:
             logger.info(
                 "stopped by a signal after step %d; the same command with --resume auto continues", self.last.iter
             )
-        self._show(console.next_command(self.out, has_tokenizer=self.run.tokenizer is not None))
+        self._show(console.next_command(self.out, has_tokenizer=bool(self.run.tokenizer)))
 
     def _show(self, text: str) -> None:
         if not self.quiet:

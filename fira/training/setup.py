@@ -1,17 +1,13 @@
 """Build the objects of a training run from its settings: data, layout, model and trainer."""
 
-import platform
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fira.checkpoint.pretrained import Saved, open_saved, stored_config
-from fira.checkpoint.ranks import gather
-from fira.data.corpus import Corpus, prepare
-from fira.data.loader import Loader, ValidationSequences
+from fira.data.corpus import Corpus
 from fira.data.mixture import Joined, Mixture
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
@@ -25,13 +21,14 @@ from fira.parallel.parallelize import EVERY_BLOCK, parallelize
 from fira.planner.best_candidates import least_recompute
 from fira.planner.candidates import Candidate
 from fira.planner.memory_check import check_memory
+from fira.posttraining.chat_corpus import ChatCorpus
 from fira.training import state
 from fira.training.auto_layout import with_plan
 from fira.training.config import TrainConfig
+from fira.training.run_data import load_corpus, open_data, tokenizer_files
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
-from pipeline.mpi.activity import doing
 from pipeline.schedule import SCHEDULES
 
 
@@ -47,8 +44,8 @@ class Run:
     trainer: Trainer
     loader: Mixture
     validation: Joined
-    corpus: Corpus
-    tokenizer: bytes | None  # the content of tokenizer.json
+    corpus: Corpus | ChatCorpus
+    tokenizer: dict[str, bytes]  # the content of its files by name; empty for shards of tokens without a tokenizer
     flops_per_token: float  # forward and backward
     peak: float  # FLOP/s of all ranks together
     description: str  # printed before the first step
@@ -75,7 +72,7 @@ def set_up(
         check_compiler(devices[0])
     config, candidate = choose_candidate(config, model, config.recipe().batch_size, devices, world)
     config = replace(config, micro_batch_size=candidate.microbatch)  # a resumed run keeps it on any layout
-    corpus = load_corpus(config, tokenizer_path, model_config.vocab_size, world, quiet)
+    corpus = load_corpus(config, tokenizer_path, model_config, world, quiet)
     layout, schedule = candidate.layout, candidate.schedule
     mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), devices)
     dtype, autocast = parameter_dtype(config.precision), AUTOCAST_DTYPES.get(config.precision)
@@ -94,7 +91,7 @@ def set_up(
         loader=loader,
         validation=validation,
         corpus=corpus,
-        tokenizer=corpus.tokenizer.read_bytes() if corpus.tokenizer else None,
+        tokenizer=tokenizer_files(corpus, tokenizer_path),
         flops_per_token=3 * distributed.flops_per_token,
         peak=measure_peak(devices, autocast or dtype),
         description=describe_run(config, model.num_parameters(), trainer, candidate, corpus),
@@ -140,29 +137,6 @@ def choose_candidate(
     return config, candidate
 
 
-def load_corpus(config: TrainConfig, tokenizer: str | None, vocab_size: int, world: World, quiet: bool) -> Corpus:
-    """The data, prepared or verified by one rank of each node, then read by the others (collective)."""
-
-    def corpus(progress: bool, verified: Path | None = None) -> Corpus:
-        return prepare(config.data, config.text_column, tokenizer, vocab_size, None, progress, verified)
-
-    prepared = None
-    if world.local_rank == 0:
-        with doing("data preparation", long=True):  # may take longer than the timeout, while the other ranks wait
-            prepared = corpus(progress=world.rank == 0 and not quiet)
-    folders = {node: folder for node, folder in gather((platform.node(), prepared and prepared.folder)) if folder}
-    return prepared or corpus(progress=False, verified=folders[platform.node()])
-
-
-def open_data(corpus: Corpus, seq_len: int, config: TrainConfig) -> tuple[Mixture, Joined]:
-    """The training batches and the validation sequences of a corpus, each source in proportion to its weight."""
-    sources = corpus.sources
-    loaders = [Loader(source.train, seq_len, config.seed) for source in sources]
-    counts = [max(1, round(config.eval_sequences * source.weight)) for source in sources]
-    validation = [ValidationSequences(s.val, seq_len, count) for s, count in zip(sources, counts, strict=True)]
-    return Mixture(loaders, [source.weight for source in sources]), Joined(validation)
-
-
 def choose_microbatch(config: TrainConfig, batch_size: int, layout: Layout) -> int:
     """Sequences per micro-batch: by default one micro-batch per step without a pipeline, else two per stage."""
     if config.micro_batch_size is not None:
@@ -184,16 +158,24 @@ def choose_recompute(
     return int(blocks)
 
 
-def describe_run(config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus) -> str:
+def describe_run(
+    config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus | ChatCorpus
+) -> str:
     """The three lines that are printed before the first step. parameters: of the whole model."""
     model, summary = trainer.model, corpus.summary
     stages = " | ".join(f"{layers.start}–{layers.stop - 1}" for layers in model.stages)
     blocks = "all" if candidate.recompute == EVERY_BLOCK else candidate.recompute
     recomputed = f" · {blocks} blocks per stage recomputed" if blocks else ""
+    packed = (
+        f" · {summary['train_examples']:,} chats with {summary['train_trained_tokens']:,} trained tokens, "
+        f"{summary['shortened']:,} shortened · sequences {summary['train_fill']:.1%} full"
+        if isinstance(corpus, ChatCorpus)
+        else ""
+    )
     return (
         f"{config.name()}: {parameters:,} parameters · {model.device.type} {config.precision} · {candidate.layout}\n"
         f"{candidate.schedule} · micro-batches per replica: {candidate.count}, each {candidate.microbatch} × "
         f"{model.config.seq_len} tokens · stages of layers {stages}{recomputed}\n"
         f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "
-        f"vocabulary {model.config.vocab_size}"
+        f"vocabulary {model.config.vocab_size}{packed}"
     )

@@ -19,6 +19,7 @@ from fira.errors import UserError
 from fira.json_reader import array, check, integer, mapping, number, record, scalar
 from fira.models.registry import to_document
 from fira.parallel.parallelize import DistributedModel, ParamShard
+from fira.posttraining.chat_corpus import ChatCorpus
 from fira.training.config import TrainConfig
 from fira.training.trainer import Trainer
 
@@ -46,7 +47,7 @@ STATE_SCHEMA = record(
 logger = logging.getLogger(__name__)
 
 
-def run_settings(config: TrainConfig, corpus: Corpus) -> dict[str, Any]:
+def run_settings(config: TrainConfig, corpus: Corpus | ChatCorpus) -> dict[str, Any]:
     """Return the settings that determine the results, apart from the model and the tokenizer, which are stored whole.
 
     config: with the chosen precision and micro-batch size. `data` is the key of the corpus, the hash of its content.
@@ -82,13 +83,13 @@ def save(
     step: int,
     trainer: Trainer,
     loader: Loader | Mixture,
-    tokenizer: bytes | None,
+    tokenizer: dict[str, bytes],
     settings: dict[str, Any],
 ) -> None:
     """Begin to write a checkpoint (collective): weights, moments, loader position, loss scale, config and tokenizer.
 
-    tokenizer: the content of tokenizer.json. settings: see `run_settings`. Dropout and data order are functions of the
-    seed and the sequence number, so there is no random state to save.
+    tokenizer: the content of its files by name. settings: see `run_settings`. Dropout and data order are functions of
+    the seed and the sequence number, so there is no random state to save.
     """
     mesh, optimizer = trainer.mesh, trainer.optimizer
     owned = [shard for shard in trainer.model.shards if (mesh.edp_rank if shard.expert else mesh.dp_rank) == 0]
@@ -111,12 +112,12 @@ def save(
         weights=[TensorShard(shard.name, shard.parameter, shard.start, shard.shape) for shard in [*owned, *buffers]],
         optimizer=moments,
         documents={"config": to_document(trainer.model.config), "state": state},
-        files={TOKENIZER: tokenizer} if tokenizer is not None else {},
+        files=tokenizer,
         layout={"pp": mesh.layout.pp, "dp": mesh.layout.dp, "ep": mesh.layout.ep},
     )
 
 
-def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, tokenizer: bytes | None) -> int:
+def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, tokenizer: dict[str, bytes]) -> int:
     """Restore a checkpoint written on any layout, and return its step (collective).
 
     Raises UserError if it was written with another model or tokenizer.
@@ -163,7 +164,7 @@ def _read(saved: Saved, name: str, shard: ParamShard) -> torch.Tensor:
     return read_weight(saved, name, shard.shape, shard.start, shard.start + len(shard.parameter))
 
 
-def _check_compatible(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | None) -> None:
+def _check_compatible(saved: Checkpoint, trainer: Trainer, tokenizer: dict[str, bytes]) -> None:
     """Raise UserError if a checkpoint was written with another model config or another tokenizer."""
     stored = to_document(stored_config(saved))  # with defaults for fields newer than the checkpoint
     current = to_document(trainer.model.config)
@@ -173,5 +174,5 @@ def _check_compatible(saved: Checkpoint, trainer: Trainer, tokenizer: bytes | No
         raise UserError(
             f"{saved.folder} is of another model: its {values}; give the flags it was trained with, or another --out"
         )
-    if tokenizer is not None and saved.has_file(TOKENIZER) and saved.file(TOKENIZER) != tokenizer:
+    if TOKENIZER in tokenizer and saved.has_file(TOKENIZER) and saved.file(TOKENIZER) != tokenizer[TOKENIZER]:
         raise UserError(f"{saved.folder} was trained with another tokenizer; give its {TOKENIZER} as --tokenizer")

@@ -1,5 +1,6 @@
 """Read the commands of Markdown files, and run them as a reader would, with as few steps as possible."""
 
+import json
 import os
 import re
 import subprocess
@@ -29,6 +30,8 @@ def make_checkout(folder: Path) -> Path:
     (folder / "README.md").write_text(text)
     (folder / "texts").mkdir()
     (folder / "texts" / "one.txt").write_text(text * 3)
+    chats = [{"prompt": f"What is {n} + 1?", "completion": f"{n + 1}"} for n in range(40)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     rows = [f'"{line}","{line}"\n' for line in text.replace('"', "'").splitlines() if line]
     (folder / "pages.csv").write_text("Text,text\n" + "".join(rows))
     return folder

@@ -58,13 +58,13 @@ def _reshard(model: dict[str, Any], layouts: list[list[int]], folder: Path) -> d
     uninterrupted = Training(model, layouts[0])
     uninterrupted.steps(2)
     writer = CheckpointWriter(folder, keep=1)
-    state.save(writer, 2, uninterrupted.trainer, uninterrupted.loader, None, settings={})
+    state.save(writer, 2, uninterrupted.trainer, uninterrupted.loader, {}, settings={})
     writer.finish()
     step = find(folder)
     saved = Checkpoint.open(step)
     continued = [uninterrupted.steps(2)]
     for layout in layouts:
         resumed = Training(model, layout)
-        state.restore(saved, resumed.trainer, resumed.loader, None)
+        state.restore(saved, resumed.trainer, resumed.loader, {})
         continued.append(resumed.steps(2))
     return {"continued": continued, "names": sorted(json.loads((step / "index.json").read_text())["tensors"])}

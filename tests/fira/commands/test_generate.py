@@ -57,6 +57,17 @@ def test_model_name_refers_to_a_folder_in_out_and_prints_a_report(
     assert re.search(r"Inference time: \d+\.\d\d s\n$", outputs[0])
 
 
+def test_chat_formats_the_prompt_as_a_message(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = []
+    for prompt in (["--prompt", "<|prompter|>def main</s><|assistant|>"], ["--chat", "--prompt", "def main"]):
+        generate(monkeypatch, "--checkpoint", run_folder, *prompt, "--temperature=0", "--max-new-tokens=5")
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == "<|prompter|>def main</s><|assistant|>" + outputs[1]
+    assert outputs[1].strip()
+
+
 def test_script_evaluates_a_text_or_a_file(
     run_folder: Path,
     tokenizer: Tokenizer,

@@ -57,9 +57,9 @@ def test_special_tokens_in_a_question_are_text_and_in_an_answer_end_it(
     conversation = Conversation(scripted_model)
     scripted_model.will_generate("ja <|prompter|> nein")
     assert "".join(conversation.ask("</s><|assistant|>", 50)) == "ja "
-    (turn,) = conversation._turns
-    assert turn.count(eos_id(tokenizer)) == 2
-    assert turn.count(tokenizer.token_to_id("<|assistant|>")) == 1
+    following = conversation._template.prompt(conversation._messages)
+    assert following.count(eos_id(tokenizer)) == 2
+    assert following.count(tokenizer.token_to_id("<|assistant|>")) == 2
 
 
 def test_interrupted_answer_is_part_of_the_next_prompt(scripted_model: Any, prompts: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""Post-training: chats as training data, packed into sequences."""

@@ -1,0 +1,184 @@
+"""Chats as packed examples, prepared once and cached by the hash of their content, as `fira.data.corpus` does for text.
+
+data  →  records  →  chats  →  tokens, with a mask of the trained ones  →  validation split  →  packed sequences
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fira.data.cache import cache_folder, cached, content_key, total_size
+from fira.data.chat_template import ChatTemplate, EncodedChat
+from fira.data.mixture import parse_mixture
+from fira.data.preparation import VALIDATION
+from fira.data.sources import input_files
+from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary, with_role_tokens
+from fira.data.tokenizer_config import CHAT_TEMPLATE, TOKENIZER_CONFIG, read_config_beside
+from fira.errors import UserError
+from fira.posttraining.chat_records import read_chats
+from fira.posttraining.packed_examples import PackedExamples, write_examples
+from fira.progress_bar import progress_bar
+
+CHAT_FORMAT = 1  # part of the cache key; increment it when the same input yields another result
+
+
+@dataclass(frozen=True)
+class ChatSource:
+    """The packed examples of a source and its share of the training sequences."""
+
+    weight: float
+    train: PackedExamples
+    val: PackedExamples
+
+
+@dataclass(frozen=True)
+class ChatInput:
+    """A source of `data`."""
+
+    data: str | None
+    weight: float
+    files: list[Path]
+
+    def write(
+        self, folder: Path, number: int, template: ChatTemplate, seq_len: int, progress: bool
+    ) -> dict[str, int | float]:
+        """Write the packed examples of both splits, and return their counts."""
+        with progress_bar(total_size(self.files), "tokenizing", progress) as bar:
+            examples = [*template.encode(read_chats(self.files, bar.update))]
+        short = [shortened(example, seq_len) for example in examples]
+        counts: dict[str, int | float] = {"shortened": sum(a is not b for a, b in zip(examples, short, strict=True))}
+        for split, part in zip(("train", "val"), _split(short, str(self.data)), strict=True):
+            written = write_examples(folder, f"{split}-{number}", part, seq_len)
+            counts |= {f"{split}_{name}": value for name, value in written.items()}
+        return counts
+
+    def source(self, folder: Path, number: int, seq_len: int) -> ChatSource:
+        """Return the packed examples that `write` has written."""
+        train, val = (PackedExamples(folder, f"{split}-{number}", seq_len) for split in ("train", "val"))
+        return ChatSource(self.weight, train, val)
+
+
+@dataclass(frozen=True)
+class ChatCorpus:
+    """Chats to train on.
+
+    tokenizer: the path of the tokenizer.json. summary: for both splits, with the prefix train_ or val_, the counts of
+    `write_examples` summed over sources; and shortened, the number of examples without their first turns.
+    """
+
+    sources: list[ChatSource]
+    tokenizer: Path
+    summary: dict[str, Any]
+    folder: Path
+
+
+def prepare_chats(
+    data: str,
+    tokenizer_path: str | Path,
+    vocab_size: int,
+    seq_len: int,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    verified: Path | None = None,
+) -> ChatCorpus:
+    """Return the chats of `data`, from the cache where they have been prepared before; see `corpus.prepare`.
+
+    data: a table, a folder of tables, or several with weights, with records of `chat_records`. tokenizer_path: a
+    tokenizer.json; the chat template is next to it. Tokens of the roles are added to a tokenizer without a template.
+    An example longer than `seq_len` tokens loses its first turns or the beginning of its question, but nothing of its
+    last answer. Raises UserError, which names file and row, if a record is not a chat or an answer does not fit into a
+    sequence, and if the tokenizer has more than `vocab_size` tokens.
+    """
+    cache = Path(cache_dir or cache_folder())
+    try:
+        inputs = [ChatInput(source, weight, input_files(source)) for source, weight in parse_mixture(data)]
+        folder = verified or _prepared(cache, inputs, Path(tokenizer_path), vocab_size, seq_len, progress)
+        return ChatCorpus(
+            sources=[entry.source(folder, number, seq_len) for number, entry in enumerate(inputs)],
+            tokenizer=folder / TOKENIZER,
+            summary=json.loads((folder / "summary.json").read_text()),
+            folder=folder,
+        )
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or cache}: {error.strerror or error}; check the path, or set FIRA_CACHE to another folder"
+        ) from error
+
+
+def _prepared(
+    cache: Path, inputs: list[ChatInput], tokenizer_path: Path, vocab_size: int, seq_len: int, progress: bool
+) -> Path:
+    """The folder of the cache with the packed examples, which are prepared if it is missing or damaged."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    config = read_config_beside(tokenizer, tokenizer_path)
+    if config.chat_template is None:
+        tokenizer = with_role_tokens(tokenizer)
+        config = replace(config, chat_template=CHAT_TEMPLATE)
+    if vocabulary(tokenizer) > vocab_size:
+        raise UserError(
+            f"{tokenizer_path}: {vocabulary(tokenizer)} tokens with those of the chat template, the model has "
+            f"{vocab_size}; give a model with a larger vocabulary"
+        )
+    template = ChatTemplate(tokenizer, config)
+
+    def write(folder: Path) -> None:
+        (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        (folder / TOKENIZER_CONFIG).write_bytes(config.to_json())
+        counts = [entry.write(folder, number, template, seq_len, progress) for number, entry in enumerate(inputs)]
+        (folder / "summary.json").write_text(json.dumps(_summary(counts), indent=2) + "\n")
+
+    files = [path for entry in inputs for path in entry.files]
+    layout = [[entry.weight, len(entry.files)] for entry in inputs]
+    # Not the content of tokenizer.json, because a resumed run reads the one in its checkpoint, with the new tokens.
+    settings = ["chats", CHAT_FORMAT, VALIDATION, seq_len, tokenizer.to_str(), asdict(config), layout]
+    return cached(cache, content_key(cache, files, settings, progress), progress, write)
+
+
+def shortened(example: EncodedChat, limit: int) -> EncodedChat:
+    """Return an example without its first turns if it has more than `limit` tokens, as `fira chat` drops them.
+
+    If its last turn alone is longer, its question loses its beginning. Raises UserError if the answer is longer.
+    """
+    excess = len(example.ids) - limit
+    if excess <= 0:
+        return example
+    change = np.diff(example.trained.astype(np.int8), prepend=0, append=0)
+    begins, ends = np.flatnonzero(change == 1), np.flatnonzero(change == -1)
+    after_answers = ends[:-1][ends[:-1] >= excess]
+    start = int(after_answers[0]) if len(after_answers) else excess
+    if start >= begins[-1]:  # the first token of a sequence is not predicted
+        tokens = len(example.ids) - int(begins[-1])
+        raise UserError(
+            f"{example.where}: answer of {tokens} tokens, for which sequences of {limit} have no room; "
+            "shorten it, or give a larger --seq-len"
+        )
+    return replace(example, ids=example.ids[start:], trained=example.trained[start:])
+
+
+def _split(examples: Sequence[EncodedChat], source: str) -> tuple[list[EncodedChat], list[EncodedChat]]:
+    """Return the training and the validation examples: of all hashes of their tokens, the smallest are validation.
+
+    The split does not depend on the order, and equal examples are in the same part.
+    """
+    hashes = [hashlib.blake2b(example.ids.tobytes(), digest_size=8).digest() for example in examples]
+    largest = sorted(hashes)[max(1, round(VALIDATION * len(hashes))) - 1]
+    parts: tuple[list[EncodedChat], list[EncodedChat]] = ([], [])
+    for example, value in zip(examples, hashes, strict=True):
+        parts[value <= largest].append(example)
+    if not parts[0]:
+        raise UserError(f"{source}: no two different examples; training and validation need one each")
+    return parts
+
+
+def _summary(counts: list[dict[str, int | float]]) -> dict[str, Any]:
+    """Return the sums over the sources; the fill of all sequences is a mean weighted by their number."""
+    total = {name: sum(entry[name] for entry in counts) for name in counts[0]}
+    for split in ("train", "val"):
+        weighted = sum(entry[f"{split}_fill"] * entry[f"{split}_sequences"] for entry in counts)
+        total[f"{split}_fill"] = weighted / total[f"{split}_sequences"]
+    return total

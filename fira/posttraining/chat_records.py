@@ -1,0 +1,153 @@
+"""Records of chat data as messages, in the formats of TRL and of Alpaca.
+
+| fields of a record              | messages                                              | trained             |
+|---------------------------------|-------------------------------------------------------|---------------------|
+| messages                        | as they are                                           | all answers         |
+| prompt, completion              | lists of messages, or the text of a user and an answer | those of completion |
+| instruction, input, output      | instruction and input, separated by a new line; output | output              |
+| prompt (optional), chosen, rejected | two chats: prompt + chosen, prompt + rejected     | chosen and rejected |
+
+An answer is a message of the assistant. A list may also be given as JSON text, for CSV.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fira.data.chat_template import Chat, Message
+from fira.data.readers import Advance, Record, read_records, valid_text
+from fira.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+FORMATS = "messages, prompt and completion, or instruction and output"
+
+
+def read_chats(files: Sequence[Path], advance: Advance) -> Iterator[Chat]:
+    """Yield the chats of all files. Raises UserError, which names file and row, if a record is not a chat."""
+    return _read(files, advance, to_chat)
+
+
+def read_preferences(files: Sequence[Path], advance: Advance) -> Iterator[tuple[Chat, Chat]]:
+    """Yield pairs of chats with the chosen and the rejected answer; see `read_chats`."""
+    return _read(files, advance, to_preference)
+
+
+def _read(files: Sequence[Path], advance: Advance, convert: Callable[[Record, str], Any]) -> Iterator[Any]:
+    found = False
+    for path in files:
+        for where, record in read_records(path, advance):
+            found = True
+            yield convert(record, where)
+    if not found:
+        raise UserError(f"{', '.join(map(str, files))}: contains no example; give a file with at least one row")
+
+
+def to_chat(record: Record, where: str) -> Chat:
+    """Return a record as a chat. where: its place, for messages. Raises UserError if it has no answer."""
+    fields = _present(record)
+    tools = _parsed(fields.get("tools"), f"{where}: tools")
+    context = 0
+    if "messages" in fields:
+        messages = _messages(_parsed(fields["messages"], f"{where}: messages"), "", f"{where}: messages")
+    elif {"prompt", "completion"} <= fields.keys():
+        prompt = _messages(fields["prompt"], "user", f"{where}: prompt")
+        completion = _messages(fields["completion"], "assistant", f"{where}: completion")
+        messages, context = prompt + completion, _answers(prompt)
+    elif {"instruction", "output"} <= fields.keys():
+        texts = [_text(fields, name, where) for name in ("instruction", "input") if name in fields]
+        messages = _messages("\n".join(filter(None, texts)), "user", where)
+        messages += _messages(_text(fields, "output", where), "assistant", f"{where}: output")
+    elif {"chosen", "rejected"} <= fields.keys():
+        raise UserError(f"{where}: preference data, with chosen and rejected; give records with {FORMATS}")
+    else:
+        raise UserError(f"{where}: has {_listed(fields)}; give records with {FORMATS}")
+    return _chat(messages, context, tools, where)
+
+
+def to_preference(record: Record, where: str) -> tuple[Chat, Chat]:
+    """Return a record as the chats with the chosen and the rejected answer.
+
+    Without `prompt`, the messages with which both begin are the prompt.
+    """
+    fields = _present(record)
+    if not {"chosen", "rejected"} <= fields.keys():
+        raise UserError(f"{where}: has {_listed(fields)}; give records with prompt, chosen and rejected")
+    tools = _parsed(fields.get("tools"), f"{where}: tools")
+    prompt = _messages(fields["prompt"], "user", f"{where}: prompt") if "prompt" in fields else []
+    chosen = _messages(fields["chosen"], "assistant", f"{where}: chosen")
+    rejected = _messages(fields["rejected"], "assistant", f"{where}: rejected")
+    if chosen == rejected:
+        raise UserError(f"{where}: chosen and rejected are equal; remove the record")
+    if not prompt:
+        while chosen and rejected and chosen[0] == rejected[0]:
+            prompt.append(chosen.pop(0))
+            rejected.pop(0)
+    context = _answers(prompt)
+    if not prompt:
+        raise UserError(f"{where}: no prompt; give one, or messages with which chosen and rejected begin")
+    return _chat(prompt + chosen, context, tools, where), _chat(prompt + rejected, context, tools, where)
+
+
+def _present(record: Record) -> Record:
+    """Return a record without the empty cells of a table, and without the cells beyond the header of a CSV file."""
+    return {key: value for key, value in record.items() if key is not None and value is not None}
+
+
+def _listed(fields: Record) -> str:
+    return f"the fields {', '.join(map(repr, fields))}" if fields else "no fields"
+
+
+def _text(fields: Record, name: str, where: str) -> str:
+    if not isinstance(text := fields[name], str):
+        raise UserError(f"{where}: {name} is {type(text).__name__}, not text; correct the record")
+    return text
+
+
+def _parsed(value: Any, where: str) -> Any:
+    """Return a value that is JSON text, as in CSV, as the list that it denotes."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: invalid JSON ({error}); correct it") from None
+
+
+def _messages(value: Any, role: str, where: str) -> list[Message]:
+    """Return messages in the form that templates expect: a list, or the text of one message of this role."""
+    if isinstance(value, str) and role:
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise UserError(f"{where}: {type(value).__name__}, not a list of messages; give a role and content each")
+    if not value:
+        raise UserError(f"{where}: no message; give at least one")
+    return [_message(entry, f"{where}, message {number}") for number, entry in enumerate(value, 1)]
+
+
+def _message(entry: Any, where: str) -> Message:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: {type(entry).__name__}, not an object; give a role and content")
+    message = {key: value for key, value in entry.items() if value is not None}
+    if "role" not in message:
+        raise UserError(f"{where}: no role; give one of {', '.join(ROLES)}")
+    if message["role"] not in ROLES:
+        raise UserError(f"{where}: unknown role {str(message['role'])[:80]!r}; give one of {', '.join(ROLES)}")
+    content = message.get("content", "" if message.get("tool_calls") else None)
+    if not isinstance(content, str):
+        raise UserError(f"{where}: content is {type(content).__name__}, not text; correct the record")
+    if message["role"] == "assistant" and not content.strip() and not message.get("tool_calls"):
+        raise UserError(f"{where}: empty answer; correct or remove the record")
+    return message | {"content": valid_text(content)}
+
+
+def _answers(messages: Sequence[Message]) -> int:
+    return sum(message["role"] == "assistant" for message in messages)
+
+
+def _chat(messages: list[Message], context: int, tools: Any, where: str) -> Chat:
+    if _answers(messages) == context:
+        raise UserError(f"{where}: no answer; give a message with the role assistant")
+    if not isinstance(tools, list | None):
+        raise UserError(f"{where}: tools is {type(tools).__name__}, not a list; correct the record")
+    return Chat(messages, context, tools, where)

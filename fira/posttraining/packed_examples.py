@@ -1,0 +1,114 @@
+"""Packed examples on disk, and their sequences for training and validation.
+
+ids         t₀ t₁ t₂ … of all examples, the examples of a sequence next to each other, the sequences in order
+trained     1 for the tokens of answers, else 0; 0 for the first token of each example, which nothing predicts
+examples    first token of each example, and the number of tokens
+sequences   first example of each sequence, and the number of examples
+
+tokens      a₀ a₁ a₂ a₃ b₀ b₁ b₂  0        a sequence of two examples, whose answers are a₂ a₃ and b₂
+targets      – a₂ a₃  –  – b₂  –  –        –: −100
+documents    0  0  0  0  1  1  1 −1
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from fira.data.chat_template import EncodedChat
+from fira.data.loader import EpochOrder
+from fira.data.packed import PackedTokens
+from fira.data.rows import Rows
+from fira.nn.cross_entropy import IGNORE_INDEX
+from fira.posttraining.packing import pack
+
+ARRAYS = ("ids", "trained", "examples", "sequences")
+
+
+class PackedExamples:
+    """Sequences of at most `seq_len` tokens, memory-mapped. split: as given to `write_examples`."""
+
+    def __init__(self, folder: Path, split: str, seq_len: int) -> None:
+        arrays = {name: PackedTokens([folder / f"{split}-{name}.npy"]) for name in ARRAYS}
+        self._ids, self._trained = arrays["ids"], arrays["trained"]
+        self._examples, self._sequences = arrays["examples"], arrays["sequences"]
+        self.seq_len = seq_len
+
+    def __len__(self) -> int:
+        return len(self._sequences) - 1
+
+    def rows(self, numbers: Sequence[int], count: int) -> Rows:
+        """Return the sequences of these numbers, followed by padding up to `count` rows."""
+        tokens = np.zeros((count, self.seq_len), np.int64)
+        targets, documents = np.full_like(tokens, IGNORE_INDEX), np.full_like(tokens, -1)
+        for row, number in enumerate(numbers):
+            first, end = self._sequences.read(number, number + 2)
+            starts = self._examples.read(first, end + 1)
+            ids, trained = (array.read(starts[0], starts[-1]) for array in (self._ids, self._trained))
+            tokens[row, : len(ids)] = ids
+            targets[row, : len(ids) - 1] = np.where(trained[1:], ids[1:], IGNORE_INDEX)
+            documents[row, : len(ids)] = np.repeat(np.arange(end - first), np.diff(starts))
+        return Rows(tokens, targets, documents)
+
+
+class PackedLoader:
+    """Training batches of packed examples, in a new seeded order of the sequences in each epoch; see `Loader`."""
+
+    def __init__(self, examples: PackedExamples, seed: int) -> None:
+        self.consumed = 0
+        self._examples, self._order = examples, EpochOrder(len(examples), seed)
+
+    def batch(self, first: int, count: int) -> Rows:
+        """Return sequences first … first + count − 1."""
+        return self._examples.rows([self._order[number] for number in range(first, first + count)], count)
+
+
+class PackedValidation:
+    """Validation sequences in order: all of them, or `limit` at equal distances. Rows beyond the end are padding."""
+
+    def __init__(self, examples: PackedExamples, limit: int | None = None) -> None:
+        count = len(examples) if limit is None else min(limit, len(examples))
+        self._examples = examples
+        self._numbers = (np.arange(count) * len(examples) // count).tolist()
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def batch(self, first: int, count: int) -> Rows:
+        """Return sequences first … first + count − 1."""
+        return self._examples.rows(self._numbers[first : first + count], count)
+
+
+def write_examples(folder: Path, split: str, examples: Sequence[EncodedChat], seq_len: int) -> dict[str, int | float]:
+    """Pack examples of at most `seq_len` tokens, write them for `PackedExamples`, and return their counts.
+
+    The counts are examples, tokens, trained_tokens (targets), sequences, and fill, the share of the sequences' tokens
+    that is not padding.
+    """
+    sequences = pack([len(example.ids) for example in examples], seq_len)
+    ordered = [examples[index] for sequence in sequences for index in sequence]
+    starts = _starts(len(example.ids) for example in ordered)
+    ids = np.concatenate([example.ids for example in ordered])
+    trained = np.concatenate([example.trained for example in ordered])
+    trained[starts[:-1]] = False
+    arrays = {
+        "ids": ids.astype(np.min_scalar_type(ids.max())),
+        "trained": trained.astype(np.uint8),
+        "examples": starts,
+        "sequences": _starts(map(len, sequences)),
+    }
+    for name in ARRAYS:
+        np.save(folder / f"{split}-{name}.npy", arrays[name])
+    return {
+        "examples": len(examples),
+        "tokens": len(ids),
+        "trained_tokens": int(trained.sum()),
+        "sequences": len(sequences),
+        "fill": len(ids) / (len(sequences) * seq_len),
+    }
+
+
+def _starts(lengths: Iterable[int]) -> np.ndarray:
+    """Return the beginning of each part and the end of the last one, int64."""
+    return np.array([0, *accumulate(lengths)], np.int64)

@@ -1,0 +1,69 @@
+"""The data of a run: the corpus of its objective, its batches, and the files of its tokenizer."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from fira.checkpoint.ranks import gather
+from fira.data.corpus import Corpus, prepare
+from fira.data.loader import Loader, ValidationSequences
+from fira.data.mixture import Joined, Mixture
+from fira.data.tokenizer import TOKENIZER, load_tokenizer
+from fira.data.tokenizer_config import TOKENIZER_CONFIG, read_config_beside
+from fira.errors import UserError
+from fira.posttraining.chat_corpus import ChatCorpus, prepare_chats
+from fira.posttraining.packed_examples import PackedLoader, PackedValidation
+from fira.training.config import TrainConfig
+from pipeline.mpi import World
+from pipeline.mpi.activity import doing
+
+
+def load_corpus(
+    config: TrainConfig, tokenizer: str | None, model: Any, world: World, quiet: bool
+) -> Corpus | ChatCorpus:
+    """The data, prepared or verified by one rank of each node, then read by the others (collective).
+
+    model: the config of the model.
+    """
+
+    def corpus(progress: bool, verified: Path | None = None) -> Corpus | ChatCorpus:
+        if config.objective == "sft":
+            return chats(config, tokenizer, model, progress, verified)
+        return prepare(config.data, config.text_column, tokenizer, model.vocab_size, None, progress, verified)
+
+    prepared = None
+    if world.local_rank == 0:
+        with doing("data preparation", long=True):  # may take longer than the timeout, while the other ranks wait
+            prepared = corpus(progress=world.rank == 0 and not quiet)
+    folders = {node: folder for node, folder in gather((platform.node(), prepared and prepared.folder)) if folder}
+    return prepared or corpus(progress=False, verified=folders[platform.node()])
+
+
+def chats(config: TrainConfig, tokenizer: str | None, model: Any, progress: bool, verified: Path | None) -> ChatCorpus:
+    """The packed chats of `--objective sft`. Raises UserError without data or tokenizer."""
+    if config.data is None:
+        raise UserError("--objective sft: no chats; give a file with one chat per row as --data")
+    if tokenizer is None:
+        raise UserError("--objective sft: no tokenizer; give the model to start from as --init, or a --tokenizer")
+    return prepare_chats(config.data, tokenizer, model.vocab_size, model.seq_len, None, progress, verified)
+
+
+def tokenizer_files(corpus: Corpus | ChatCorpus, given: str | None) -> dict[str, bytes]:
+    """The files of the tokenizer with which a checkpoint is saved. given: its path, next to its chat template."""
+    if corpus.tokenizer is None:
+        return {}
+    config = read_config_beside(load_tokenizer(corpus.tokenizer), Path(given or corpus.tokenizer))
+    return {TOKENIZER: corpus.tokenizer.read_bytes(), TOKENIZER_CONFIG: config.to_json()}
+
+
+def open_data(corpus: Corpus | ChatCorpus, seq_len: int, config: TrainConfig) -> tuple[Mixture, Joined]:
+    """The training batches and the validation sequences of a corpus, each source in proportion to its weight."""
+    weights = [source.weight for source in corpus.sources]
+    counts = [max(1, round(config.eval_sequences * weight)) for weight in weights]
+    if isinstance(corpus, ChatCorpus):
+        loaders = [PackedLoader(source.train, config.seed) for source in corpus.sources]
+        sequences = [PackedValidation(s.val, count) for s, count in zip(corpus.sources, counts, strict=True)]
+        return Mixture(loaders, weights), Joined(sequences)
+    windows = [Loader(source.train, seq_len, config.seed) for source in corpus.sources]
+    validation = [ValidationSequences(s.val, seq_len, count) for s, count in zip(corpus.sources, counts, strict=True)]
+    return Mixture(windows, weights), Joined(validation)

@@ -1,0 +1,114 @@
+"""Supervised fine-tuning with train.py: the loss of a plain loop over the chats, layouts, resumption and errors."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer
+
+from fira import load_model
+from fira.generation.conversation import own_template
+from fira.huggingface.export_model import export
+from fira.nn.context import Context
+from fira.posttraining.chat_corpus import prepare_chats
+from fira.posttraining.packed_examples import PackedLoader
+from tests.fira.training.small_runs import ONE, PP2_DP2_EP2, TRAIN, cache, losses, train
+from tests.launch import run_ranks
+
+pytestmark = pytest.mark.slow
+
+TUNING = ["--objective", "sft", "--seq-len", 64, "--eval-every", 4, "--save-every", 4, "--steps", 8, "--lr", 1e-3]
+
+
+def chat(number: int) -> list[dict[str, str]]:
+    question = {"role": "user", "content": f"What follows {number}, and </s>?"}
+    return [question, {"role": "assistant", "content": f"{number + 1}"}] * (1 + number % 3)
+
+
+@pytest.fixture(scope="module")
+def chats(settings: Path) -> Path:
+    path = settings.parent / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat(number)}) + "\n" for number in range(80)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("base") / "run"
+    train(settings, 1, "--out", out, "--seq-len", 64, "--steps", 1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def tuned(settings: Path, chats: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    result = train(settings, 1, *ONE, "--init", base, "--data", chats, *TUNING, "--out", out)
+    assert "76 chats with" in result.stdout
+    return out
+
+
+def test_run_is_resumed_on_another_layout(settings: Path, tuned: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tuned, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-000008")
+    resumed = run_ranks(
+        4, TRAIN, *PP2_DP2_EP2, "--out", run, "--resume", "auto", timeout=100, env=cache(settings)
+    )  # with the settings in its folder
+    assert resumed.returncode == 0, resumed.stderr
+    np.testing.assert_array_equal(losses(run), losses(tuned))
+    weights, expected = (load_model(folder).weights() for folder in (run, tuned))
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+    assert losses(run)[-1, 0] < losses(run)[0, 0]
+
+
+@torch.no_grad()
+def test_first_loss_is_that_of_the_chats_one_by_one(settings: Path, base: Path, chats: Path, tmp_path: Path) -> None:
+    """Without dropout; the mean over the trained tokens of the first batch."""
+    changes = ["--model-set", "dropout=0", "--steps", 1]  # the last flag counts
+    train(settings, 1, "--init", base, "--data", chats, *TUNING, *changes, "--out", tmp_path / "run")
+    model = load_model(base)
+    tokenizer = next((base / "checkpoints").glob("step-*")) / "tokenizer.json"
+    corpus = prepare_chats(str(chats), tokenizer, 300, 64, cache(settings)["FIRA_CACHE"], progress=False)
+    rows = PackedLoader(corpus.sources[0].train, seed=42).batch(0, 6)
+    total, count = 0.0, 0
+    for tokens, targets, documents in zip(*map(torch.from_numpy, rows), strict=True):
+        for number in range(int(documents.max()) + 1):
+            logits = model(tokens[None, documents == number], Context())[0]
+            total += float(F.cross_entropy(logits.double(), targets[documents == number], reduction="sum"))
+            count += int((targets[documents == number] >= 0).sum())
+    assert losses(tmp_path / "run")[0, 0] == pytest.approx(total / count, rel=1e-6)
+
+
+def test_template_is_the_same_in_chat_and_export(tuned: Path, tmp_path: Path) -> None:
+    model, messages = load_model(tuned), chat(1)
+    folder = export(tuned, tmp_path / "exported")
+    assert "chat_template" in json.loads((folder / "tokenizer_config.json").read_text())
+    exported = AutoTokenizer.from_pretrained(folder)
+    ids = exported.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)["input_ids"]
+    for loaded in (model, load_model(folder)):
+        assert own_template(loaded).prompt(messages) == ids
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [{"content": "Hi"}]}, "line 2: messages, message 1: no role"),
+        ({"prompt": "Hi", "completion": "x" * 300}, "line 2: answer of .* tokens"),
+        (None, "no chats; give a file"),
+    ],
+)
+def test_bad_data_end_with_one_line(
+    settings: Path, base: Path, tmp_path: Path, record: dict[str, Any] | None, message: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat(1)}) + "\n" + json.dumps(record) + "\n")
+    data = ["--data", tmp_path / "a.jsonl"] if record else []
+    run = ["--init", base, *data, "--objective", "sft", "--seq-len", 64, "--batch-size", 2, "--steps", 1]
+    result = run_ranks(2, TRAIN, *run, "--out", tmp_path / "run", timeout=100, env=cache(settings))
+    assert result.returncode == 2
+    (line,) = filter(None, result.stderr.splitlines())
+    assert re.search(message, line)

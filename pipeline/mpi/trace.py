@@ -199,10 +199,15 @@ def _stack(frame: FrameType) -> list[str]:
 
 def _place(frame: FrameType | None) -> str | None:
     """Return the line of user code that a thread executes; None if it executes no user code."""
-    while frame is not None and _is_internal(frame.f_code.co_filename):
+    while frame is not None and _is_internal(_file(frame)):
         frame = frame.f_back
     return None if frame is None else _describe(frame)
 
 
+def _file(frame: FrameType) -> str:
+    """Return the file of a frame's code; a placeholder if the thread, which still runs, has just left the frame."""
+    return getattr(frame.f_code, "co_filename", "unknown")
+
+
 def _describe(frame: FrameType) -> str:
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+    return f"{_file(frame)}:{frame.f_lineno} in {getattr(frame.f_code, 'co_name', 'unknown')}"

@@ -51,12 +51,18 @@ def test_training_on_own_text(place):
     assert "validation loss" in run(shortened(command_with("--data texts/ --vocab")), place)
 
 
+@pytest.mark.slow
+def test_supervised_run(place):
+    assert "validation loss" in run(shortened(command_with("--elastic")), place)
+    assert (place / "runs" / "a" / "finished.json").exists()
+
+
 def test_test_command_is_the_one_that_ci_runs():
     assert command_with("python -m pytest") == SETUP + "python -m pytest"
 
 
 def test_every_command_is_tested():
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
 
 
 def test_python_code(place):

@@ -191,7 +191,7 @@ class Supervisor:
                 resend_at += RESEND_S
             if (status := job.wait(POLL_S)) is not None:
                 return status
-        return None
+        return job.wait(0.0)
 
     def _report_exit(self, ranks: Ranks, ended: Ended, cause: ExitCause, following: Restart | End) -> None:
         """Write the event of a job that has ended before the last step."""

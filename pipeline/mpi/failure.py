@@ -107,9 +107,7 @@ class _Job:
         self._exit_status, self._exit_activity = 0, ""
 
     def on_exception(self, kind: type[BaseException], value: BaseException | None, trace: TracebackType | None) -> None:
-        """Replacement for ``sys.excepthook``. Instead of what the death of a rank causes, its death is reported."""
-        if self._watch.sees_death():
-            time.sleep(DEATH_S)  # its report ends the job
+        """Replacement for ``sys.excepthook``."""
         if issubclass(kind, KeyboardInterrupt):
             self.end("", 130)
         else:
@@ -134,11 +132,14 @@ class _Job:
         Args:
             message: printed by the lowest failing rank; may be empty.
             status: exit status of the job.
-            explain: whether to print what the other ranks were doing; collectives that differ are always printed.
+            explain: whether an exception is the cause: then the death of a rank has precedence, and what the other
+                ranks were doing is printed. Collectives that differ are always printed.
         """
         if not self._ending.acquire(blocking=False):
             return
         failing = self._failing_ranks()
+        if explain and self._watch.sees_death():
+            time.sleep(DEATH_S)  # the report of the death, which may have caused the exception, ends the job
         if self.rank == min(failing) and message:
             print(message.rstrip("\n"), file=sys.stderr)
         if self.rank == min(failing):

@@ -152,8 +152,9 @@ def test_kills_shrinking_and_growing_do_not_change_the_weights(tmp_path: Path, c
     assert left == []
     assert weights_and_moments(disturbed.out) == weights_and_moments(undisturbed.out)
     assert [start["ranks"] for start in disturbed.events("start")] == [2, 1, 1, 2, 2]
-    ends = disturbed.events("exit") + disturbed.events("stop")  # the supervisor may see the change of the hosts first
-    assert len(ends) == 4
+    exits, stops = disturbed.events("exit"), disturbed.events("stop")
+    assert len(exits) <= 3  # the supervisor may see the change of the hosts first, and report both
+    assert len(exits) + len(stops) >= 4
     assert {event["signal"] for event in disturbed.events("exit")} == {signal.SIGKILL}
     assert json.loads((disturbed.out / "finished.json").read_text())["step"] == 50
     assert [event["event"] for event in undisturbed.events("exit")] == []

@@ -91,7 +91,7 @@ def killed(rank: int) -> None:
 
 
 def failed_with_killed(rank: int) -> None:
-    pids = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+    pids = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(pids, torch.tensor([os.getpid()]))
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)

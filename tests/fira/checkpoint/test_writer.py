@@ -108,8 +108,8 @@ def test_checkpoint_that_is_not_finite_is_refused_and_the_previous_one_remains(r
         with pytest.raises(UserError) as error:
             writer.advance(finished=1)
         assert str(error.value) == (
-            f"checkpoint of step 2 failed: {bad.name} contains numbers that are not finite; continue from an earlier "
-            f"checkpoint with a lower --lr or --clip; {root}/step-000001 is intact"
+            f"checkpoint of step 2 failed: {bad.name} contains numbers that are not finite; resume from an earlier "
+            f"checkpoint with a lower --lr or --clip and --override; {root}/step-000001 is intact"
         )
         assert (writer.finished(), writer.step) == (0, None)
         assert file_names(root) == ["latest", "step-000001"]

@@ -29,7 +29,7 @@ from fira.nn.mlp import GatedMLP
 from fira.nn.moe.experts import GatedExperts
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
-from fira.parallel.objective import objective
+from fira.parallel.microbatch_loss import microbatch_loss
 from fira.parallel.parallelize import layer_flops
 from fira.parallel.pipeline_model import create_pipeline_model
 from pipeline.mesh import Layout
@@ -90,7 +90,7 @@ def plain(model: nn.Module, config: Any, setting: Setting) -> Run:
             context = Context(training=TrainingContext(y, 1 / (sequences * config.seq_len), weights))
             with torch.autocast(device.type, setting.dtype):
                 hidden = model(x, context)
-            objective(hidden, context)[0].backward()
+            microbatch_loss(hidden, context)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -20,7 +20,7 @@ from fira.models.fira import FiraConfig
 from fira.models.language_model import LanguageModel
 from fira.models.registry import PRESETS, build
 from fira.nn.context import Context, TrainingContext
-from fira.parallel.objective import objective
+from fira.parallel.microbatch_loss import microbatch_loss
 from fira.parallel.parallelize import layer_flops
 
 ROUNDS = 5
@@ -39,7 +39,7 @@ def step(model: LanguageModel, config: Any, sequences: int) -> None:
     inputs, targets = torch.randint(config.vocab_size, (2, sequences, config.seq_len))
     weights = torch.full((sequences,), 1 / sequences)
     context = Context(training=TrainingContext(targets, 1 / tokens, weights))
-    objective(model(inputs, context), context)[0].backward()
+    microbatch_loss(model(inputs, context), context)[0].backward()
     for parameter in model.parameters():
         parameter.grad = None
 

@@ -16,7 +16,7 @@ from fira.devices import keep_freed_memory
 from fira.doctor.one_step import RandomTokens, make_trainer
 from fira.models.fira import FIRA, FiraConfig
 from fira.nn.context import Context, TrainingContext
-from fira.parallel.objective import objective
+from fira.parallel.microbatch_loss import microbatch_loss
 from fira.parallel.parallelize import layer_flops
 from fira.planner.candidates import Candidate
 from pipeline.mesh import CPU, Layout
@@ -79,7 +79,7 @@ def data_parallel(group: dist.ProcessGroup) -> Run:
         inputs, targets = (part[rows] for part in tokens())
         weights = torch.full((share,), 1 / share)
         context = Context(training=TrainingContext(targets, 1 / targets.numel(), weights))
-        objective(model(inputs, context), context)[0].backward()
+        microbatch_loss(model(inputs, context), context)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

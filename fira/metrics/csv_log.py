@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,10 +24,13 @@ PER_LAYER = {"expert_load", "expert_dropped", "layer_entropy"}
 
 @dataclass(kw_only=True)
 class Row:
-    """One optimizer step. The fields, in this order, are the columns of the file; None is written as an empty cell."""
+    """One optimizer step. The fields, in this order, are the columns of the file; None is written as an empty cell.
+
+    metrics: the numbers of the run's objective, by the names of further columns, see `TrainingLog`.
+    """
 
     iter: int  # the step's number, from 1
-    train_loss: float  # nats per token over the global batch, without the auxiliary loss
+    train_loss: float  # mean over the global batch, in nats per token, without the auxiliary loss
     val_loss: float | None = None  # None if the step has no validation
     lr: float
     mfu: float | None = None  # model FLOPs over the machine's peak, 0 to 1
@@ -41,28 +44,31 @@ class Row:
     router_entropy: float | None = field(init=False)  # nats, mean over layers; at most log(number of experts)
     expert_dropped: Sequence[Sequence[float]] = ()  # per MoE layer, each expert's dropped fraction of its assignments
     layer_entropy: Sequence[Sequence[float]] = ()  # per MoE layer, the router's entropy in nats
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.load_imbalance = max((max(layer) * len(layer) for layer in self.expert_load), default=None)
         self.router_entropy = fmean(entropy for [entropy] in self.layer_entropy) if self.layer_entropy else None
 
 
-COLUMNS = [column.name for column in fields(Row)]
-_HEADER = ",".join(COLUMNS)
+COLUMNS = [column.name for column in fields(Row) if column.name != "metrics"]
 
 
 class TrainingLog:
     """Appends rows to `path`; a row is in the file when `write` returns. Only one rank writes.
+
+    metrics: names of the objective's numbers; each has two columns more, NAME of the step and val_NAME of a validation.
 
     With `resume_step` 0 the file is replaced. Otherwise the rows up to this step are kept; an incomplete last line and
     later rows, whose steps will be repeated, are removed. Raises UserError if the file is not a training log.
     A file that is removed or replaced during the run is written again, since the open file still has all rows.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        kept = _rows_until(path, resume_step) if resume_step > 0 and path.exists() else []
-        self._path = path
-        self._create("".join(line + "\n" for line in [_HEADER, *kept]))
+    def __init__(self, path: Path, resume_step: int = 0, metrics: Sequence[str] = ()) -> None:
+        self._path, self._metrics = path, [column for name in metrics for column in (name, f"val_{name}")]
+        header = ",".join([*COLUMNS, *self._metrics])
+        kept = _rows_until(path, resume_step, header) if resume_step > 0 and path.exists() else []
+        self._create("".join(line + "\n" for line in [header, *kept]))
 
     def _create(self, content: str) -> None:
         replace(self._path, content.encode())
@@ -74,7 +80,8 @@ class TrainingLog:
         try:
             if not is_at(self._file, self._path):
                 self._restore()
-            self._file.write(",".join(_cell(getattr(row, name)) for name in COLUMNS) + "\n")
+            values = [getattr(row, name) for name in COLUMNS] + [row.metrics.get(name) for name in self._metrics]
+            self._file.write(",".join(map(_cell, values)) + "\n")
             self._file.flush()
         except OSError as error:
             with suppress(OSError):  # the rest of the row, which would be written at exit
@@ -97,7 +104,7 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> DataFrame:
-    """Return the log as a frame with the columns of `Row`.
+    """Return the log as a frame with the columns of `Row`, and those of metrics.
 
     An empty cell is NaN; columns of PER_LAYER contain text (see `parse_layers`). Only the first five columns are
     required. Raises UserError if the file is missing or not a training log.
@@ -112,8 +119,9 @@ def read_log(path: Path) -> DataFrame:
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise _foreign(path, f"line {number} has {len(row)} cells, not {len(header)}")
-    numbers = [name for name in COLUMNS if name not in PER_LAYER]
-    frame = pd.DataFrame(rows, columns=header).reindex(columns=COLUMNS)
+    columns = [*COLUMNS, *(name for name in header if name not in COLUMNS)]
+    numbers = [name for name in columns if name not in PER_LAYER]
+    frame = pd.DataFrame(rows, columns=header).reindex(columns=columns)
     try:
         return frame.astype(dict.fromkeys(numbers, float) | {"iter": int})
     except (ValueError, TypeError) as error:
@@ -139,10 +147,10 @@ def _cell(value: float | Sequence[Sequence[float]] | None) -> str:
     return ";".join(" ".join(f"{share:.3f}" for share in layer) for layer in value)
 
 
-def _rows_until(path: Path, step: int) -> list[str]:
+def _rows_until(path: Path, step: int, header: str) -> list[str]:
     lines = _complete_lines(path)
-    if not lines or lines[0] != _HEADER:
-        raise _foreign(path, f"its first line is not {_HEADER}")
+    if not lines or lines[0] != header:
+        raise _foreign(path, f"its first line is not {header}")
     try:
         return [line for line in lines[1:] if int(line.split(",", 1)[0]) <= step]
     except ValueError:

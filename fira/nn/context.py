@@ -14,6 +14,7 @@ from torch import Tensor
 from fira.nn.documents import Documents
 from fira.nn.dropout import token_keys, token_keys_at
 from fira.nn.kv_cache import KVCache
+from fira.nn.objective import CrossEntropy, Objective, Stored
 
 
 def pinned_for(device: torch.device, x: Tensor) -> Tensor:
@@ -36,14 +37,15 @@ class TrainingContext:
     """What the loss, the auxiliary losses and the routing statistics need.
 
     targets: [B, T] int64, the next token at each position, −100 where it is ignored. With targets the head returns the
-    summed loss [1] instead of logits.
-    loss_weight: factor of one token's loss in the objective.
+    output of the objective, by default the summed loss [1], instead of logits.
+    loss_weight: factor of one term of the objective, the inverse of their number in the global batch.
     aux_weights: factor of the auxiliary loss in the objective, [B] of each sequence, or [B, D] of each document; None:
     no auxiliary loss, no statistics.
     caller_adds_aux: the caller adds the auxiliary losses in `stats` to its objective. By default each MoE layer
     adds the gradient of its own.
     stats: filled by the MoE layers, by (layer, chunk). Entries are assigned, not accumulated, so recomputing a layer
     in the backward leaves them unchanged.
+    stored: arguments of the objective.
     """
 
     targets: Tensor | None = None
@@ -51,6 +53,8 @@ class TrainingContext:
     aux_weights: Tensor | None = None
     caller_adds_aux: bool = False
     stats: dict[tuple[int, int], MoEStats] = field(default_factory=dict)
+    objective: Objective = field(default_factory=CrossEntropy)
+    stored: Stored = field(default_factory=dict)
 
 
 @dataclass
@@ -119,7 +123,12 @@ class Context:
             starts=apply(self.starts),
             documents=None if self.documents is None else Documents(*map(change, self.documents)),
             keys=apply(self.keys),
-            training=replace(t, targets=apply(t.targets), aux_weights=apply(t.aux_weights)),
+            training=replace(
+                t,
+                targets=apply(t.targets),
+                aux_weights=apply(t.aux_weights),
+                stored={name: change(tensor) for name, tensor in t.stored.items()},
+            ),
         )
 
     def token_keys(self, x: Tensor) -> Tensor | None:

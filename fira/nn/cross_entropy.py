@@ -39,18 +39,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grad_x = torch.empty_like(x, dtype=_sum_dtype(x, dtype)) if needs_x else None
         grad_weight = torch.zeros_like(weight, dtype=_sum_dtype(weight, dtype)) if needs_weight else None
-        rows = max(256, LOGITS.get(x.device.type, 2**27) // len(weight))
-        for start in range(0, len(x), rows):
-            span = slice(start, start + rows)
+        for span in row_blocks(x, weight):
             block = x[span].to(dtype)
             loss, grad_logits = _block_loss(block @ factor.T, targets[span], wide, ctx.scale, needs_x or needs_weight)
             total += loss
             if grad_x is not None:
-                grad_x[span] = _product(grad_logits, factor)
+                grad_x[span] = product(grad_logits, factor)
             if grad_weight is not None and grad_weight.dtype == dtype:
                 grad_weight.addmm_(grad_logits.T, block)
             elif grad_weight is not None:
-                grad_weight += _product(grad_logits.T, block)
+                grad_weight += product(grad_logits.T, block)
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 
@@ -61,6 +59,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return grad_x, grad_weight, None, None
+
+
+def row_blocks(x: Tensor, weight: Tensor) -> list[slice]:
+    """Blocks of the rows of x [N, d], each with at most LOGITS logits for a weight [V, d], or 256 rows."""
+    rows = max(256, LOGITS.get(x.device.type, 2**27) // len(weight))
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
 def _block_loss(
@@ -90,7 +94,7 @@ def _sum_dtype(x: Tensor, product: torch.dtype) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32) if product == torch.float16 else x.dtype
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a b in their dtype, or in fp32 if they are in fp16, whose range is too small for the scaled gradient."""
     if a.dtype != torch.float16:
         return a @ b

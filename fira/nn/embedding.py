@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from fira.nn.base_layer import Layer
 from fira.nn.context import Context
-from fira.nn.cross_entropy import linear_cross_entropy
 from fira.nn.dropout import Dropout
 
 
@@ -59,7 +58,7 @@ class Embedding(Layer):
 
 
 class Head(Layer):
-    """Final norm and projection to logits, or with targets in the context to the summed loss."""
+    """Final norm and projection to logits, or with targets in the context to the output of the objective."""
 
     def __init__(self, norm: nn.Module, project: nn.Linear) -> None:
         super().__init__()
@@ -68,9 +67,9 @@ class Head(Layer):
         self.cast_weight: Tensor | None = None  # of `project`, in the dtype of autocast; None: cast in each call
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, d] → logits [B, T or logits_to_keep, vocab]; with targets the summed loss [1]."""
-        targets, kept = context.training.targets, context.decoding.logits_to_keep
-        if targets is None:
+        """[B, T, d] → logits [B, T or logits_to_keep, vocab]; with targets `Objective.output`."""
+        training, kept = context.training, context.decoding.logits_to_keep
+        if training.targets is None:
             return self.project(self.norm(x if kept is None else x[:, -kept:]))
-        x = self.norm(x).flatten(0, 1)
-        return linear_cross_entropy(x, self.project.weight, targets.flatten(), self.cast_weight)[None]
+        weight, x = self.project.weight, self.norm(x)
+        return training.objective.output(x, weight, self.cast_weight, training.targets, training.stored)

@@ -7,7 +7,7 @@ replica       0     0     0     1     1     1
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ from fira.data.rows import Rows
 from fira.nn.context import Context, TrainingContext, pinned_for
 from fira.nn.cross_entropy import IGNORE_INDEX
 from fira.nn.documents import Documents
+from fira.nn.objective import CrossEntropy, Objective
 from pipeline.engine import MicroBatch
 from pipeline.tree_sum import leaves_of
 
@@ -27,11 +28,11 @@ Read = Callable[[int, int], Rows]  # (number of the first sequence, count) → t
 class Batch(NamedTuple):
     """The part of one replica of a global batch.
 
-    targets: the number of trained targets of the global batch. tokens: that of its tokens without padding.
+    terms: the number of terms of the objective in the global batch. tokens: that of its tokens without padding.
     """
 
     microbatches: list[MicroBatch]
-    targets: int
+    terms: int
     tokens: int
 
 
@@ -49,6 +50,7 @@ class BatchSplit:
     width: int  # of the hidden tensor
     device: torch.device | None = None  # of the contexts; None: the CPU
     dtype: torch.dtype = torch.float32  # of the weights of auxiliary losses, as of the parameters
+    objective: Objective = field(default_factory=CrossEntropy)
 
     def total(self, sequences: int) -> int:
         """The number of micro-batches of a global batch of this many sequences, without those that only pad it."""
@@ -65,14 +67,14 @@ class BatchSplit:
     def batch(self, read: Read, first: int, sequences: int, dropout_seed: int | None, loss_scale: float = 1.0) -> Batch:
         """This replica's micro-batches of the global batch of sequences first, …, first + sequences − 1.
 
-        read: returns sequences by number. The objective is the mean over all trained targets. dropout_seed: None in
-        evaluation, which has no dropout, noise or auxiliary loss. loss_scale: factor of the objective, for fp16.
+        read: returns sequences by number. dropout_seed: None in evaluation, which has no dropout, noise
+        or auxiliary loss. loss_scale: factor of the objective, for fp16.
         """
         rows = read(first, sequences)
         lengths, documents = rows.lengths(), rows.documents
         if documents is not None and not documents.any():  # each sequence is one document without padding
             documents = None
-        targets, tokens = int(np.count_nonzero(rows.targets != IGNORE_INDEX)), int(lengths.sum())
+        terms, tokens = self.objective.count(rows.targets, rows.stored), int(lengths.sum())
         result = []
         numbers = self.numbers(sequences)
         for i in range(self.count(sequences)):
@@ -83,7 +85,12 @@ class BatchSplit:
             context = Context(
                 lengths=_padded(lengths[span], missing, 0),
                 documents=None if documents is None else Documents.of(_padded(documents[span], missing, -1)),
-                training=TrainingContext(following, loss_weight=loss_scale / max(1, targets)),
+                training=TrainingContext(
+                    following,
+                    loss_weight=loss_scale / max(1, terms),
+                    objective=self.objective,
+                    stored={name: _padded(array[span], missing, 0) for name, array in rows.stored.items()},
+                ),
             )
             if dropout_seed is not None:
                 token_weight = torch.tensor(loss_scale / max(1, tokens), dtype=self.dtype)
@@ -99,7 +106,7 @@ class BatchSplit:
                     context=context.to(self.device) if self.device else context,
                 )
             )
-        return Batch(result, targets, tokens)
+        return Batch(result, terms, tokens)
 
 
 def _padded(rows: np.ndarray, missing: int, value: int) -> Tensor:

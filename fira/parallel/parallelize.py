@@ -25,7 +25,7 @@ from fira.nn.init import initialise
 from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.layer import MoE
 from fira.parallel.expert_parallel import AllToAllDispatcher
-from fira.parallel.objective import objective
+from fira.parallel.microbatch_loss import microbatch_loss
 from fira.parallel.tied_embedding import TiedWeight
 from pipeline.engine import Engine
 from pipeline.mesh import Mesh
@@ -143,7 +143,7 @@ def parallelize(
     tied = _tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
     return DistributedModel(
         config=model.config,
-        engine=Engine(rank_stages, objective, mesh.pp_rank, mesh.channels, dtype, autocast),
+        engine=Engine(rank_stages, microbatch_loss, mesh.pp_rank, mesh.channels, dtype, autocast),
         shards=_shards(parameters, layers, mesh),
         buffers=_shards(buffers, layers, mesh),
         moe=[module for layer in layers.values() for module in layer.modules() if isinstance(module, MoE)],

@@ -34,7 +34,7 @@ from fira.optim.adamw import AdamW
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.cast_weights import cast_weights
 from fira.parallel.gradients import gradient_of, scale_gradients
-from fira.parallel.objective import objective
+from fira.parallel.microbatch_loss import microbatch_loss
 from fira.parallel.parallelize import ParamShard
 from fira.planner.costs import CostModel, LayerCost
 from fira.planner.device_specs import OPERATIONS, Hardware, Link
@@ -182,7 +182,7 @@ def _measure_layer(
         y = stage.forward(i, batch.inputs.to(device) if is_first else hidden[i], batch.context)
         if not is_last:
             return torch.ones_like(y)
-        loss, _ = objective(y, batch.context)
+        loss, _ = microbatch_loss(y, batch.context)
         return torch.autograd.grad(loss, y)[0]
 
     with cast_weights(layers.modules()):

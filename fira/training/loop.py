@@ -11,6 +11,7 @@ from fira.checkpoint.step_folders import continue_from
 from fira.checkpoint.writer import CheckpointWriter
 from fira.devices import choose_devices, choose_precision
 from fira.optim.lr_schedule import learning_rate
+from fira.parallel.forward_pass import Mean
 from fira.training import run_folder, state
 from fira.training.config import TrainConfig
 from fira.training.finish_marker import mark_finished, remove_marker
@@ -68,7 +69,7 @@ def _train(
     report = RunReport(lock, run, first, quiet) if lock else None
     if report:
         remove_marker(out)
-    initial_loss = None if saved else _validate(run, 0)
+    initial_loss = None if saved else _validate(run, 0).loss
     signals.catch_termination()
     last = _run_steps(world, run, report, writer, signals, first)
     with doing(f"saving step {last}"):
@@ -109,7 +110,7 @@ def _run_steps(
             _check_collectives(step, difference)
             save, end, elapsed = (number > 0 for number in result.extra[:3])
             end = end or step == recipe.steps
-            val_loss = _validate(run, step) if end or step % config.eval_every == 0 else None
+            validation = _validate(run, step) if end or step % config.eval_every == 0 else None
         except NumericalFault as fault:
             settle(writer, step)
             if config.on_spike != "rollback":
@@ -122,7 +123,7 @@ def _run_steps(
             continue
         if report:
             stragglers.update(step - 1, times)
-            report.step(step, result, lr, seconds, val_loss)
+            report.step(step, result, lr, seconds, validation)
         with doing(f"saving step {step}"):
             writer.advance(finished=finished)
             if save or end or elapsed or interval.is_step(step):
@@ -137,16 +138,16 @@ def _check_collectives(step: int, difference: float) -> None:
         raise RuntimeError(f"step {step}: the ranks have called different collective operations, its results are wrong")
 
 
-def _validate(run: Run, step: int) -> float:
-    """The validation loss after a step; NumericalFault if it is not finite."""
+def _validate(run: Run, step: int) -> Mean:
+    """Loss and metrics on the validation data after a step; NumericalFault if the loss is not finite."""
     with doing(f"validation of step {step}"):
-        loss = run.trainer.evaluate(run.validation, run.config.recipe().batch_size)
-    if not math.isfinite(loss):
+        mean = run.trainer.forward.mean(run.validation, run.config.recipe().batch_size)
+    if not math.isfinite(mean.loss):
         raise NumericalFault(
-            f"step {step}: the validation loss is {loss}; "
+            f"step {step}: the validation loss is {mean.loss}; "
             "resume from the last checkpoint with a lower --lr and --override"
         )
-    return loss
+    return mean
 
 
 def _open_resumed(config: TrainConfig, out: Path) -> Checkpoint | None:

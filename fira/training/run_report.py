@@ -5,6 +5,7 @@ import logging
 from fira.metrics import console
 from fira.metrics.csv_log import LOG_NAME, Row, TrainingLog
 from fira.metrics.run_plots import plot_files
+from fira.parallel.forward_pass import Mean
 from fira.training import run_folder
 from fira.training.run_lock import RunLock
 from fira.training.setup import Run
@@ -22,7 +23,10 @@ class RunReport:
 
     def __init__(self, lock: RunLock, run: Run, first: int, quiet: bool) -> None:
         out, recipe = lock.folder, run.config.recipe()
-        self.log = TrainingLog(out / LOG_NAME, first - 1)  # first, because it refuses a file that is not a log
+        self.metrics = run.trainer.split.objective.metrics
+        self.log = TrainingLog(
+            out / LOG_NAME, first - 1, self.metrics
+        )  # first, because it refuses a file that is not a log
         run_folder.write_settings(out, run.config, run.corpus.summary)
         self.lock, self.quiet = lock, quiet
         self._show(run.description)
@@ -33,13 +37,14 @@ class RunReport:
         self.progress = None if quiet else console.ConsoleProgress(recipe.steps, first, self.tokens)
         self.last: Row | None = None
 
-    def step(self, step: int, result: StepResult, lr: float, seconds: float, val_loss: float | None) -> None:
+    def step(self, step: int, result: StepResult, lr: float, seconds: float, validation: Mean | None) -> None:
         """Report a step that took `seconds`, its validation excluded."""
         speed = self.tokens / seconds
+        held_out = {} if validation is None else validation.metrics
         self.last = Row(
             iter=step,
             train_loss=result.loss,
-            val_loss=val_loss,
+            val_loss=None if validation is None else validation.loss,
             lr=lr,
             mfu=speed * self.run.flops_per_token / self.run.peak,
             tokens_per_s=speed,
@@ -50,6 +55,7 @@ class RunReport:
             dropped=result.dropped,
             expert_dropped=result.expert_dropped if result.dropped else (),
             layer_entropy=[[entropy] for entropy in result.router_entropy],
+            metrics=result.metrics | {f"val_{name}": value for name, value in held_out.items()},
         )
         if not self.lock.is_held():
             self._restore_folder()
@@ -60,7 +66,7 @@ class RunReport:
     def rewind(self, step: int) -> None:
         """Remove the steps after `step` from the log, because they will be repeated."""
         self.log.close()
-        self.log = TrainingLog(self.out / LOG_NAME, step)
+        self.log = TrainingLog(self.out / LOG_NAME, step, self.metrics)
 
     def _restore_folder(self) -> None:
         """Write the folder again after it was removed: the weights in memory may be the only ones that are left."""

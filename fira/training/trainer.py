@@ -1,4 +1,4 @@
-"""One optimizer step and one validation on all ranks."""
+"""One optimizer step on all ranks."""
 
 import functools
 import math
@@ -11,29 +11,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fira.checkpoint.ranks import gather
-from fira.data.loader import Loader, ValidationSequences
-from fira.data.mixture import Joined, Mixture
+from fira.data.loader import Loader
+from fira.data.mixture import Mixture
 from fira.errors import UserError
 from fira.nn.context import MoEStats, pinned_for
 from fira.optim.adamw import AdamW
 from fira.optim.loss_scale import LossScale
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.cast_weights import cast_weights
+from fira.parallel.forward_pass import ForwardPass, by_number
 from fira.parallel.gradient_sum import GradientSum
 from fira.parallel.gradients import NormVector, scale_gradients
+from fira.parallel.kernel_loading import KernelLoading
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import DistributedModel, ParamShard
 from fira.training.numerical_faults import FaultHistory, NumericalFault
 from pipeline.engine import MicroBatch
 from pipeline.mesh import Mesh
-from pipeline.schedule import SCHEDULES, forward_only
+from pipeline.schedule import SCHEDULES
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Results of a step, the same on all ranks."""
 
-    loss: float  # nats per target over the global batch, without the auxiliary loss
+    loss: float  # mean over the terms of the objective in the global batch, without the auxiliary loss
+    metrics: dict[str, float]  # of the objective, by name
     aux_loss: float
     grad_norm: float  # before clipping
     expert_load: list[list[float]]  # fraction of the layer's assignments, [MoE layer][expert]
@@ -58,7 +61,7 @@ class StepSums:
     dropped: Tensor  # [MoE layers, experts] dropped assignments
     entropy: Tensor  # [MoE layers, micro-batches] router entropy in nats, summed over tokens
     aux_loss: Tensor  # [MoE layers, micro-batches] auxiliary loss times the loss scale
-    loss: Tensor  # [micro-batches] nats, summed over tokens
+    reports: Tensor  # [1 + metrics, micro-batches] loss and metrics, summed over the terms of the objective
     bubble: Tensor  # [] fraction of the step in which this rank waited, divided by the number of ranks
     extra: Tensor  # [n] argument `extra` of `step`
 
@@ -75,7 +78,7 @@ class StepSums:
 
 
 class Trainer:
-    """A model in training. `step` and `evaluate` are collective, and their results do not depend on the layout."""
+    """A model in training. `step` is collective, and its results do not depend on the layout."""
 
     def __init__(
         self,
@@ -104,8 +107,8 @@ class Trainer:
         # Not by the backend: where GPUs use MPI, experts compute the rows of all ranks together as well.
         on_cpu = mesh.device_type == "cpu"
         self.reduction = GradientSum(model, mesh) if on_cpu else OverlappedReduction(model, mesh)
-        self.loads_kernels_first = dist.get_backend(mesh.groups["dp"]) == "nccl" and mesh.layout.pp > 1
-        self._loaded: set[bool] = set()  # kernels of validation: False, of training: True
+        self.kernels = KernelLoading(model, mesh)
+        self.forward = ForwardPass(model, split, self.kernels)
 
     def step(
         self, loader: Loader | Mixture, sequences: int, lr: float, seed: int, extra: Sequence[float] = ()
@@ -121,11 +124,12 @@ class Trainer:
         batch = self.split.batch(loader.batch, loader.consumed, sequences, seed, scale)
         loader.consumed += sequences
 
-        losses = self._backward(batch.microbatches, self.split.total(sequences))
+        reports = self._backward(batch.microbatches, self.split.total(sequences))
         waited = self.model.engine.waited()  # on CUDA, this waits for the device
         bubble = waited / (time.perf_counter() - started) / self.mesh.layout.world
-        sums = self._step_sums(sequences, batch.microbatches, losses, bubble, extra).all_reduce()
-        loss, norm = float(sums.loss.sum()) / max(1, batch.targets), math.sqrt(float(sums.norms.sum())) / scale
+        sums = self._step_sums(sequences, batch.microbatches, reports, bubble, extra).all_reduce()
+        loss, *metrics = (value / max(1, batch.terms) for value in sums.reports.sum(1).tolist())
+        norm = math.sqrt(float(sums.norms.sum())) / scale
 
         overflow = self.scale.enabled and not math.isfinite(norm)
         self._check_finite(loss, sums.norms, overflow)
@@ -135,6 +139,7 @@ class Trainer:
             self._update(lr, norm, scale, sums.load)
         return StepResult(
             loss=loss,
+            metrics=dict(zip(self.split.objective.metrics, metrics, strict=True)),
             aux_loss=float(sums.aux_loss.sum()) / scale,
             grad_norm=norm,
             expert_load=(sums.load / sums.load.sum(1, keepdim=True)).tolist(),
@@ -147,32 +152,17 @@ class Trainer:
         )
 
     def _backward(self, microbatches: list[MicroBatch], total: int) -> list[Tensor]:
-        """Run forward and backward, sum the gradients, and return the losses of this rank's micro-batches.
+        """Run forward and backward, sum the gradients, and return the reports of this rank's micro-batches.
 
         total: number of micro-batches of the global batch.
         """
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
         with cast_weights(self.model.modules()):
-            self._load_kernels(microbatches[0], training=True)
+            self.kernels.load(microbatches[0], training=True)
             self.reduction.begin(total)
-            losses = self.model.engine.run(schedule, microbatches, self.reduction.around_backward)
+            reports = self.model.engine.run(schedule, microbatches, self.reduction.around_backward)
         self.reduction.finish()
-        return losses
-
-    def _load_kernels(self, microbatch: MicroBatch, training: bool) -> None:
-        """Run this rank's stages once before their first messages over NCCL.
-
-        When CUDA loads a kernel, it may wait for all running kernels. A receive that was posted ahead is one of them,
-        and the message that it waits for may depend on this rank. CUDA_MODULE_LOADING=EAGER loads the kernels of
-        libraries at the start, but not those of Triton and torch.compile.
-        """
-        if not self.loads_kernels_first or training in self._loaded:
-            return
-        self._loaded.add(training)
-        with torch.set_grad_enabled(training):
-            self.model.engine.run_stages(microbatch)
-        if self.model.tied and self.model.tied.copy is not None:
-            self.model.tied.copy.grad = None  # `_backward` clears the others
+        return reports
 
     def _update(self, lr: float, norm: float, scale: float, load: Tensor) -> None:
         """Clip and unscale the gradients, update the weights, and rebalance routers by the load of the experts."""
@@ -184,37 +174,11 @@ class Trainer:
         for moe in self.model.moe:
             moe.router.rebalance(load[self.model.moe_layers.index(moe.index)])
 
-    def evaluate(self, data: ValidationSequences | Joined, batch: int) -> float:
-        """Mean loss in nats per target over all sequences of `data`, computed in batches of `batch` sequences."""
-        losses, targets = [], 0
-        with cast_weights(self.model.modules()):
-            for first in range(0, len(data), batch):
-                count = min(batch, len(data) - first)
-                microbatches, trained, _ = self.split.batch(data.batch, first, count, dropout_seed=None)
-                self._load_kernels(microbatches[0], training=False)
-                schedule = forward_only(self.model.placement, len(microbatches))
-                losses.append(self._by_number(self.model.engine.run(schedule, microbatches), count))
-                targets += trained
-        sums = torch.cat(losses).cpu()
-        dist.all_reduce(sums)
-        return float(sums.sum()) / targets
-
-    def _by_number(self, values: list[Tensor], sequences: int) -> Tensor:
-        """[micro-batches] float64: values of this rank's micro-batches at their numbers in the global batch.
-
-        They may be missing, as the losses are on all ranks except that of the last stage.
-        """
-        result = torch.zeros(self.split.total(sequences), dtype=torch.float64, device=self.model.device)
-        if values:
-            numbers = self.split.numbers(sequences)
-            result[numbers.start : numbers.stop] = torch.stack(values)[: len(numbers)]
-        return result
-
     def _step_sums(
         self,
         sequences: int,
         microbatches: list[MicroBatch],
-        losses: list[Tensor],
+        reports: list[Tensor],
         bubble: float,
         extra: Sequence[float],
     ) -> StepSums:
@@ -236,7 +200,7 @@ class Trainer:
             dropped=dropped,
             entropy=entropy,
             aux_loss=aux_loss,
-            loss=self._by_number(losses, sequences),
+            reports=by_number(reports, self.split, sequences, microbatches[0].inputs.shape[1], device).T.contiguous(),
             bubble=load.new_full((), bubble),  # new_tensor would wait for the device
             extra=pinned_for(device, torch.tensor(extra, dtype=load.dtype)).to(device, non_blocking=True),
         )

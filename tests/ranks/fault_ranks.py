@@ -34,7 +34,7 @@ def train(flags: list[str], run: str, faults: dict[int, float] | None = None, ex
         sums = all_reduce(self)
         for number, factor in (faults or {}).items():
             if number in read[0]:
-                sums = replace(sums, loss=sums.loss * factor)
+                sums = replace(sums, reports=sums.reports * factor)
         return sums
 
     Trainer.step, StepSums.all_reduce = recording_step, faulty_sums  # type: ignore[method-assign]

@@ -116,7 +116,7 @@ def train(
         results.append([result.loss, result.aux_loss, result.grad_norm])
         if observe:
             traced.append(len(built.engine.stop_trace()))
-            validation.append(trainer.evaluate(unseen, batch))
+            validation.append(trainer.forward.mean(unseen, batch).loss)
     weights = {}
     for shard in built.shards:
         for tensor in (shard.parameter.detach(), *trainer.optimizer.moments[shard.name]):

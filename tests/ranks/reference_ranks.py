@@ -50,7 +50,7 @@ def train(
         result = trainer.step(loader, s.batch, lr, 11, [])
         steps.append([result.loss, result.aux_loss, result.grad_norm, lr])
     held_out = ValidationSequences(Tokens(token_ids(config.vocab_size, validation)), config.seq_len)  # type: ignore[arg-type]
-    loss = trainer.evaluate(held_out, s.batch)
+    loss = trainer.forward.mean(held_out, s.batch).loss
     return {"initial": initial, "steps": steps, "val_loss": loss, "weights": _weights(built)}
 
 

@@ -103,7 +103,7 @@ def step(fp16: bool, pp: int = 1) -> dict[str, Any]:
     held_out = ValidationSequences(Tokens(CONFIG.vocab_size, 4 * SEQ_LEN + 6), SEQ_LEN)  # type: ignore[arg-type]
     reads, read = [], held_out.batch
     held_out.batch = lambda *numbers: (reads.append(numbers), read(*numbers))[1]  # type: ignore[method-assign]
-    validation = trainer.evaluate(held_out, 2)
+    validation = trainer.forward.mean(held_out, 2).loss
     result = trainer.step(loader, BATCH, 0.0, seed=11, extra=[1.5, 2.5 + trainer.mesh.rank])
     balance = [moe.router.balance.tolist() for moe in trainer.model.moe]
     consumed, loader.consumed = loader.consumed, 0

@@ -19,7 +19,7 @@ def packed(folder: Path, count: int) -> PackedTokens:
 
 def test_epoch_contains_every_window_once_and_is_reshuffled(tmp_path) -> None:
     loader = Loader(packed(tmp_path, 205), 10, seed=1)
-    tokens, targets, _ = loader.batch(0, 40)
+    tokens, targets, *_ = loader.batch(0, 40)
     assert tokens.shape == targets.shape == (40, 10)
     assert tokens.dtype == targets.dtype == np.int64
     np.testing.assert_array_equal(targets, tokens + 1)
@@ -59,7 +59,7 @@ def test_too_few_tokens_for_one_window_raise(tmp_path) -> None:
 @pytest.mark.parametrize("count", [2, 10, 11, 12, 30, 31, 35])
 def test_validation_predicts_every_token_but_the_first_once(tmp_path, count: int) -> None:
     sequences = ValidationSequences(packed(tmp_path, count), 10)
-    inputs, targets, _ = sequences.batch(0, len(sequences) + 3)  # three rows beyond the end
+    inputs, targets, *_ = sequences.batch(0, len(sequences) + 3)  # three rows beyond the end
     real = targets != IGNORE_INDEX
     assert targets[real].tolist() == list(range(1, count))
     np.testing.assert_array_equal(inputs[real], targets[real] - 1)

@@ -41,7 +41,7 @@ def test_counts_of_a_period_are_rounded_to_the_period(weights: list[float], coun
 
 def test_each_source_is_read_in_its_own_order(loaders: list[Loader]) -> None:
     """Each sequence is the next one of its source, also when the numbers are read out of order."""
-    tokens, targets, _ = Mixture(loaders, WEIGHTS).batch(0, 2500)
+    tokens, targets, *_ = Mixture(loaders, WEIGHTS).batch(0, 2500)
     sources = interleave(WEIGHTS)
     consumed = [0, 0, 0]
     for number in range(2500):

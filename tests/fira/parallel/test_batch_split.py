@@ -24,7 +24,7 @@ def test_each_sequence_is_in_one_microbatch_and_the_rest_is_padding():
     assert [len(replica) for replica in replicas] == [2, 2]
     ordered = [microbatch for replica in replicas for microbatch in replica]
     inputs = torch.cat([microbatch.inputs for microbatch in ordered])
-    tokens, targets, _ = read(7, 5)
+    tokens, targets, *_ = read(7, 5)
     assert inputs[:5].tolist() == tokens.tolist()
     assert not inputs[5:].any()
     assert torch.cat([m.context.training.targets for m in ordered])[:5].tolist() == targets.tolist()

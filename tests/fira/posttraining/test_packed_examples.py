@@ -28,7 +28,7 @@ def encoded(pairs: list[tuple[int, bool]]) -> EncodedChat:
 def documents(rows: Rows) -> Counter[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The tokens and the targets of each document in the rows. Padding is checked."""
     found: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
-    for tokens, targets, numbers in zip(*rows, strict=True):
+    for tokens, targets, numbers in zip(rows.tokens, rows.targets, rows.documents, strict=True):
         length = int((numbers >= 0).sum())
         assert (numbers[length:] == -1).all()
         assert (targets[length:] == IGNORE_INDEX).all()
@@ -54,8 +54,8 @@ def test_epoch_contains_every_example_once_and_whole(written: list[list[tuple[in
         loader = PackedLoader(packed, seed)
         epochs = [loader.batch(epoch * len(packed), len(packed)) for epoch in range(2)]
         for rows in (*epochs, PackedValidation(packed).batch(0, len(packed) + 2)):
-            assert all(array.dtype == np.int64 for array in rows)
-            assert documents(Rows(*(array[: len(packed)] for array in rows))) == Counter(map(expected, written))
+            assert all(array.dtype == np.int64 for array in rows[:3])
+            assert documents(Rows(*(array[: len(packed)] for array in rows[:3]))) == Counter(map(expected, written))
         assert (rows.documents[len(packed) :] == -1).all()
         assert (rows.targets[len(packed) :] == IGNORE_INDEX).all()
         assert counts["trained_tokens"] == (epochs[0].targets != IGNORE_INDEX).sum()
@@ -75,7 +75,7 @@ def test_sequence_is_a_function_of_number_and_seed(packed: PackedExamples) -> No
     in_order = PackedLoader(packed, seed=7).batch(0, 35)
     loader = PackedLoader(packed, seed=7)
     for first, count in ((27, 8), (0, 3), (8, 5), (9, 2)):  # out of order and across epochs
-        for array, other in zip(loader.batch(first, count), in_order, strict=True):
+        for array, other in zip(loader.batch(first, count)[:3], in_order[:3], strict=True):
             np.testing.assert_array_equal(array, other[first : first + count])
     orders = [in_order.tokens[10 * epoch : 10 * epoch + 10, 0].tolist() for epoch in range(3)]
     assert len({tuple(order) for order in orders}) == 3

@@ -1,0 +1,97 @@
+"""What training minimises: the sum of a loss over the terms of the global batch, divided by their number.
+
+    head       x [B, T, d]  →  `output` [n, …]     with the weight of the projection to logits
+    last rank  output       →  `sums`              the loss to differentiate, and the numbers to report
+
+A term is a trained token, or what else an objective counts, such as a pair of answers. All sums over micro-batches and
+ranks are divided by the terms of the global batch, so that the result does not depend on the layout.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fira.nn.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from fira.nn.linear_losses import linear_losses
+
+Stored = Mapping[str, Tensor]  # what was computed before training, by name; dim 0 of each tensor is the sequence
+
+
+class Objective(Protocol):
+    """Shapes: B sequences of T tokens in a micro-batch, hidden vectors x [B, T, d], vocabulary V.
+
+    metrics: names of the numbers that `sums` reports in addition to the loss. Each is a mean over the terms.
+    """
+
+    metrics: tuple[str, ...]
+
+    def count(self, targets: np.ndarray, stored: Mapping[str, np.ndarray]) -> int:
+        """The number of terms of a global batch with targets [sequences, T]."""
+
+    def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
+        """What the head returns, [n, …], for the logits x weightᵀ and the targets [B, T]; dim 0 is 1 or B.
+
+        cast_weight: the weight in the dtype of autocast, if the caller has it.
+        """
+
+    def sums(self, output: Tensor, targets: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
+        """Return the loss [], summed over the terms of the micro-batch, and the numbers to report, of `report_shape`.
+
+        In training the report is [1 + metrics], the loss without a graph and the metrics.
+        """
+
+    def report_shape(self, sequences: int, length: int) -> tuple[int, ...]:
+        """The shape of the report of a micro-batch of this many sequences of `length` tokens."""
+
+
+class CrossEntropy:
+    """Next-token cross-entropy in nats per trained token."""
+
+    metrics: tuple[str, ...] = ()
+
+    def count(self, targets: np.ndarray, stored: Mapping[str, np.ndarray]) -> int:
+        return int(np.count_nonzero(targets != IGNORE_INDEX))
+
+    def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
+        """[1], the summed loss."""
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), cast_weight)[None]
+
+    def sums(self, output: Tensor, targets: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
+        total = output.sum()
+        return total, total.detach()[None]
+
+    def report_shape(self, sequences: int, length: int) -> tuple[int, ...]:
+        return (1,)
+
+
+class TokenScores:
+    """The log-probability of each target, and whether it has the largest logit. It is not trained.
+
+    The report is [B, T, 2]; both numbers are 0 where the target is ignored.
+    """
+
+    metrics: tuple[str, ...] = ()
+
+    def count(self, targets: np.ndarray, stored: Mapping[str, np.ndarray]) -> int:
+        return int(np.count_nonzero(targets != IGNORE_INDEX))
+
+    def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
+        """[B, T, 2]."""
+        flat = targets.flatten()
+
+        def scores(logits: Tensor, rows: slice) -> Tensor:
+            chosen = flat[rows, None]
+            logs = logits.log_softmax(-1).gather(1, chosen.clamp(min=0))
+            largest = logits.argmax(-1, keepdim=True) == chosen
+            return torch.cat([logs, largest.to(logs.dtype)], 1) * (chosen != IGNORE_INDEX)
+
+        return linear_losses(x.flatten(0, 1), weight, scores, cast_weight).view(*targets.shape, 2)
+
+    def sums(self, output: Tensor, targets: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
+        return -output[..., 0].sum(), output.detach()
+
+    def report_shape(self, sequences: int, length: int) -> tuple[int, ...]:
+        return sequences, length, 2

@@ -7,6 +7,7 @@ import pytest
 
 from fira.errors import UserError
 from fira.metrics.csv_log import read_log
+from fira.parallel.batch_split import BatchSplit
 from fira.training.config import TrainConfig
 from fira.training.run_lock import RunLock
 from fira.training.run_report import RunReport
@@ -29,9 +30,10 @@ def test_run_folder_contents(uninterrupted):
 def test_file_that_is_not_a_log_is_refused_before_the_settings_are_written(tmp_path):
     for name in ("training_log.csv", "config.toml"):
         (tmp_path / name).write_text("my,own,notes\n")
-    lock, run = RunLock(tmp_path), SimpleNamespace(corpus=SimpleNamespace(summary={}), config=TrainConfig())
+    trainer = SimpleNamespace(split=BatchSplit(1, 1, 0, 8))
+    run = SimpleNamespace(corpus=SimpleNamespace(summary={}), config=TrainConfig(), trainer=trainer)
     with pytest.raises(UserError, match=r"training_log\.csv is not a training log"):
-        RunReport(lock, run, first=5, quiet=True)
+        RunReport(RunLock(tmp_path), run, first=5, quiet=True)
     assert (tmp_path / "config.toml").read_text() == "my,own,notes\n"
 
 

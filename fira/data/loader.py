@@ -1,6 +1,6 @@
-"""Windows of tokens, shuffled for training and in order for validation.
+"""Sequences for training, shuffled, and for validation, in order.
 
-    tokens:    t₀ t₁ t₂ … cut into windows of seq_len inputs; the last target of a window is the first input of the next
+    windows:   sequences with numbers 0, 1, 2, …, such as those of a text (`TextWindows`) or of packed chats
     number:    global index of a training sequence, 0, 1, 2, … through all epochs
     epoch:     number // windows, which seeds the permutation of the windows
     position:  number % windows, the place in this permutation
@@ -8,12 +8,21 @@
 A sequence is a function of its number, so that any rank can read any sequence.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 
-from fira.data.packed import PackedTokens
 from fira.data.rows import Rows
-from fira.errors import UserError
-from fira.nn.cross_entropy import IGNORE_INDEX
+
+
+class Windows(Protocol):
+    """Sequences with numbers from 0."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, numbers: Sequence[int], count: int) -> Rows:
+        """Return the sequences of these numbers, followed by padding up to `count` rows."""
 
 
 class EpochOrder:
@@ -32,53 +41,32 @@ class EpochOrder:
 
 
 class Loader:
-    """Training batches: windows of `seq_len` tokens that do not overlap, in a new seeded order in each epoch.
+    """Training batches of windows, in a new seeded order in each epoch. consumed: sequences read by the trainer."""
 
-    Raises UserError if there are fewer tokens than one window needs.
-    """
-
-    def __init__(self, tokens: PackedTokens, seq_len: int, seed: int) -> None:
+    def __init__(self, windows: Windows, seed: int) -> None:
         self.consumed = 0
-        self.windows = (len(tokens) - 1) // seq_len  # the last target needs one token more
-        if self.windows < 1:
-            raise UserError(
-                f"{len(tokens)} training tokens, sequences of {seq_len}: give more text or a smaller --seq-len"
-            )
-        self._tokens, self._seq_len = tokens, seq_len
-        self._order = EpochOrder(self.windows, seed)
+        self._windows = windows
+        self._order = EpochOrder(len(windows), seed)
 
     def batch(self, first: int, count: int) -> Rows:
         """Return sequences first … first + count − 1."""
-        starts = [self._order[number] * self._seq_len for number in range(first, first + count)]
-        rows = np.stack([self._tokens.read(start, start + self._seq_len + 1) for start in starts])
-        return Rows(rows[:, :-1], rows[:, 1:])
+        return self._windows.rows([self._order[number] for number in range(first, first + count)], count)
 
 
 class ValidationSequences:
     """Validation sequences in order: all windows, or `limit` of them at equal distances.
 
-    The last window is padded with the target −100 instead of dropped, so that every token counts and a validation text
-    shorter than one window has a loss. Rows beyond the end contain only −100, so that ranks can share uneven batches.
-    Raises UserError if there is no token to predict.
+    Rows beyond the end are padding, so that ranks can share uneven batches.
     """
 
-    def __init__(self, tokens: PackedTokens, seq_len: int, limit: int | None = None) -> None:
-        windows = -(-(len(tokens) - 1) // seq_len)
-        if windows < 1:
-            raise UserError(f"{len(tokens)} validation tokens: none to predict; give more text")
-        count = windows if limit is None else min(limit, windows)
-        self._starts = np.arange(count) * windows // count * seq_len
-        self._tokens, self._seq_len = tokens, seq_len
+    def __init__(self, windows: Windows, limit: int | None = None) -> None:
+        count = len(windows) if limit is None else min(limit, len(windows))
+        self._windows = windows
+        self._numbers = (np.arange(count) * len(windows) // count).tolist()
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._numbers)
 
     def batch(self, first: int, count: int) -> Rows:
-        """Return sequences first … first + count − 1. Padding has the token 0 and the target −100."""
-        inputs = np.zeros((count, self._seq_len), np.int64)
-        targets = np.full((count, self._seq_len), IGNORE_INDEX, np.int64)
-        for row, start in enumerate(self._starts[first : first + count]):
-            ids = self._tokens.read(start, min(start + self._seq_len + 1, len(self._tokens)))
-            inputs[row, : len(ids) - 1] = ids[:-1]
-            targets[row, : len(ids) - 1] = ids[1:]
-        return Rows(inputs, targets)
+        """Return sequences first … first + count − 1."""
+        return self._windows.rows(self._numbers[first : first + count], count)

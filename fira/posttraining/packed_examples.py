@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from fira.data.chat_template import EncodedChat
-from fira.data.loader import EpochOrder
 from fira.data.packed import PackedTokens
 from fira.data.rows import Rows
 from fira.nn.cross_entropy import IGNORE_INDEX
@@ -50,34 +49,6 @@ class PackedExamples:
             targets[row, : len(ids) - 1] = np.where(trained[1:], ids[1:], IGNORE_INDEX)
             documents[row, : len(ids)] = np.repeat(np.arange(end - first), np.diff(starts))
         return Rows(tokens, targets, documents)
-
-
-class PackedLoader:
-    """Training batches of packed examples, in a new seeded order of the sequences in each epoch; see `Loader`."""
-
-    def __init__(self, examples: PackedExamples, seed: int) -> None:
-        self.consumed = 0
-        self._examples, self._order = examples, EpochOrder(len(examples), seed)
-
-    def batch(self, first: int, count: int) -> Rows:
-        """Return sequences first … first + count − 1."""
-        return self._examples.rows([self._order[number] for number in range(first, first + count)], count)
-
-
-class PackedValidation:
-    """Validation sequences in order: all of them, or `limit` at equal distances. Rows beyond the end are padding."""
-
-    def __init__(self, examples: PackedExamples, limit: int | None = None) -> None:
-        count = len(examples) if limit is None else min(limit, len(examples))
-        self._examples = examples
-        self._numbers = (np.arange(count) * len(examples) // count).tolist()
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def batch(self, first: int, count: int) -> Rows:
-        """Return sequences first … first + count − 1."""
-        return self._examples.rows(self._numbers[first : first + count], count)
 
 
 def write_examples(folder: Path, split: str, examples: Sequence[EncodedChat], seq_len: int) -> dict[str, int | float]:

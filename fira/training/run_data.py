@@ -6,13 +6,14 @@ from typing import Any
 
 from fira.checkpoint.ranks import gather
 from fira.data.corpus import Corpus, prepare
-from fira.data.loader import Loader, ValidationSequences
+from fira.data.loader import Loader, ValidationSequences, Windows
 from fira.data.mixture import Joined, Mixture
+from fira.data.packed import Source
+from fira.data.text_windows import TextWindows
 from fira.data.tokenizer import TOKENIZER, load_tokenizer
 from fira.data.tokenizer_config import TOKENIZER_CONFIG, read_config_beside
 from fira.errors import UserError
-from fira.posttraining.chat_corpus import ChatCorpus, prepare_chats
-from fira.posttraining.packed_examples import PackedLoader, PackedValidation
+from fira.posttraining.chat_corpus import ChatCorpus, ChatSource, prepare_chats
 from fira.training.config import TrainConfig
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
@@ -60,10 +61,13 @@ def open_data(corpus: Corpus | ChatCorpus, seq_len: int, config: TrainConfig) ->
     """The training batches and the validation sequences of a corpus, each source in proportion to its weight."""
     weights = [source.weight for source in corpus.sources]
     counts = [max(1, round(config.eval_sequences * weight)) for weight in weights]
-    if isinstance(corpus, ChatCorpus):
-        loaders = [PackedLoader(source.train, config.seed) for source in corpus.sources]
-        sequences = [PackedValidation(s.val, count) for s, count in zip(corpus.sources, counts, strict=True)]
-        return Mixture(loaders, weights), Joined(sequences)
-    windows = [Loader(source.train, seq_len, config.seed) for source in corpus.sources]
-    validation = [ValidationSequences(s.val, seq_len, count) for s, count in zip(corpus.sources, counts, strict=True)]
-    return Mixture(windows, weights), Joined(validation)
+    windows = [_windows(source, seq_len) for source in corpus.sources]
+    validation = [ValidationSequences(val, count) for (_, val), count in zip(windows, counts, strict=True)]
+    return Mixture([Loader(train, config.seed) for train, _ in windows], weights), Joined(validation)
+
+
+def _windows(source: Source | ChatSource, seq_len: int) -> tuple[Windows, Windows]:
+    """The sequences of a source for training and for validation."""
+    if isinstance(source, ChatSource):
+        return source.train, source.val
+    return TextWindows(source.train, seq_len), TextWindows(source.val, seq_len, complete=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fira.data.loader import Loader, ValidationSequences
+from fira.data.text_windows import TextWindows
 from fira.models.registry import from_document
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.gradients import gradient_of
@@ -39,8 +40,8 @@ def train(
     built = parallelize(meta_model(config), mesh, 7, local_devices, schedule, autocast=dtype, recompute=recompute)
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=dtype is torch.float16)
-    loader = Loader(Tokens(config.vocab_size), config.seq_len, seed=3)  # type: ignore[arg-type]
-    unseen = ValidationSequences(Tokens(config.vocab_size, 60), config.seq_len)  # type: ignore[arg-type]
+    loader = Loader(TextWindows(Tokens(config.vocab_size), config.seq_len), seed=3)  # type: ignore[arg-type]
+    unseen = ValidationSequences(TextWindows(Tokens(config.vocab_size, 60), config.seq_len, complete=False))  # type: ignore[arg-type]
     numbers, skipped = [], []
     for _ in range(steps):
         result = trainer.step(loader, SEQUENCES, 1e-2, seed=11)

@@ -10,6 +10,7 @@ from fira.checkpoint.shards import Checkpoint
 from fira.checkpoint.step_folders import find
 from fira.checkpoint.writer import CheckpointWriter
 from fira.data.loader import Loader
+from fira.data.text_windows import TextWindows
 from fira.models.registry import from_document
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
@@ -29,7 +30,7 @@ class Training:
         built = parallelize(model, mesh, 7, [torch.device("cpu")], dtype=torch.float64)
         split = BatchSplit(2, mesh.layout.dp, mesh.dp_rank, config.d_model)
         self.trainer = Trainer(built, mesh, split, "1f1b", weight_decay=0.1, clip=1.0, fp16=False)
-        self.loader = Loader(parity_ranks.Tokens(config.vocab_size), config.seq_len, seed=3)  # type: ignore[arg-type]
+        self.loader = Loader(TextWindows(parity_ranks.Tokens(config.vocab_size), config.seq_len), seed=3)  # type: ignore[arg-type]
 
     def steps(self, count: int) -> list[list[float]]:
         results = [self.trainer.step(self.loader, 4, 1e-2, seed=11) for _ in range(count)]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fira.data.loader import Loader, ValidationSequences
+from fira.data.text_windows import TextWindows
 from fira.models.fira import FiraConfig
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, from_document
@@ -104,8 +105,8 @@ def train(
     if reduction != "tree":
         trainer.reduction = {"plain": PlainReduction, "overlapped": OverlappedReduction}[reduction](built, mesh)
         trainer.loads_kernels_first = reduction == "overlapped"
-    loader: Any = Loader(Tokens(config.vocab_size), SEQ_LEN, seed=3)  # type: ignore[arg-type]
-    unseen: Any = ValidationSequences(Tokens(config.vocab_size, 100), SEQ_LEN)  # type: ignore[arg-type]
+    loader: Any = Loader(TextWindows(Tokens(config.vocab_size), SEQ_LEN), seed=3)  # type: ignore[arg-type]
+    unseen: Any = ValidationSequences(TextWindows(Tokens(config.vocab_size, 100), SEQ_LEN, complete=False))  # type: ignore[arg-type]
     if documents:
         loader = unseen = {"packed": PackedSequences, "single": SingleDocuments}[documents](config.vocab_size, SEQ_LEN)
     results, validation, traced = [], [], []

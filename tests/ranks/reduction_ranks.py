@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fira.data.loader import Loader
+from fira.data.text_windows import TextWindows
 from fira.models.blues import BluesConfig
 from fira.models.fira import FiraConfig
 from fira.models.microrwkv import MicroRWKVConfig
@@ -89,7 +90,7 @@ def compare(
     during.reduction = reduction = LoggedReduction(during.model, mesh)
     steps = []
     for trainer in (after, during):
-        loader = Loader(Tokens(61), CONFIGS[model].seq_len, seed=3)  # type: ignore[arg-type]
+        loader = Loader(TextWindows(Tokens(61), CONFIGS[model].seq_len), seed=3)  # type: ignore[arg-type]
         for _ in range(2):
             reduction.log.clear()
             result = trainer.step(loader, 5, 1e-2, seed=11)
@@ -145,7 +146,7 @@ def late_gradient() -> str:
 
     layer_2.register_post_accumulate_grad_hook(add_to_layer_4)
     try:
-        trainer.step(Loader(Tokens(61), SEQ_LEN, seed=3), 5, 1e-2, seed=11)  # type: ignore[arg-type]
+        trainer.step(Loader(TextWindows(Tokens(61), SEQ_LEN), seed=3), 5, 1e-2, seed=11)  # type: ignore[arg-type]
     except RuntimeError as error:
         return str(error)
     return ""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fira.data.loader import Loader, ValidationSequences
+from fira.data.text_windows import TextWindows
 from fira.models.registry import from_document
 from fira.optim.lr_schedule import learning_rate
 from fira.parallel.batch_split import BatchSplit
@@ -43,13 +44,15 @@ def train(
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     trainer = Trainer(built, mesh, split, "1f1b", s.weight_decay, s.clip, fp16=False)
     ids = token_ids(config.vocab_size, s.windows * config.seq_len + 1)
-    loader = Loader(Tokens(ids), config.seq_len, s.loader_seed)  # type: ignore[arg-type]
+    loader = Loader(TextWindows(Tokens(ids), config.seq_len), s.loader_seed)  # type: ignore[arg-type]
     initial, steps = _weights(built), []
     for step in range(1, s.steps + 1):
         lr = learning_rate(step, s.steps, s.peak, s.low, s.warmup)
         result = trainer.step(loader, s.batch, lr, 11, [])
         steps.append([result.loss, result.aux_loss, result.grad_norm, lr])
-    held_out = ValidationSequences(Tokens(token_ids(config.vocab_size, validation)), config.seq_len)  # type: ignore[arg-type]
+    held_out = ValidationSequences(
+        TextWindows(Tokens(token_ids(config.vocab_size, validation)), config.seq_len, complete=False)
+    )  # type: ignore[arg-type]
     loss = trainer.forward.mean(held_out, s.batch).loss
     return {"initial": initial, "steps": steps, "val_loss": loss, "weights": _weights(built)}
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fira import FIRA
 from fira.data.loader import Loader, ValidationSequences
+from fira.data.text_windows import TextWindows
 from fira.errors import UserError
 from fira.models.blues import BluesConfig
 from fira.models.fira import FiraConfig
@@ -56,7 +57,7 @@ def make(clip: float = 0.5, fp16: bool = False, pp: int = 1, config: Any = CONFI
     model = parallelize(meta_model(config), mesh, 7, [CPU], dtype=torch.float64)
     split = BatchSplit(2, mesh.layout.dp, mesh.dp_rank, CONFIG.d_model)
     trainer = Trainer(model, mesh, split, "1f1b", weight_decay=0.1, clip=clip, fp16=fp16)
-    return trainer, Loader(Tokens(CONFIG.vocab_size, 301), SEQ_LEN, seed=3)  # type: ignore[arg-type]
+    return trainer, Loader(TextWindows(Tokens(CONFIG.vocab_size, 301), SEQ_LEN), seed=3)  # type: ignore[arg-type]
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -100,7 +101,7 @@ def plain() -> dict[str, Any]:
 def step(fp16: bool, pp: int = 1) -> dict[str, Any]:
     """A validation and two steps on the same sequences, the first at the learning rate zero."""
     trainer, loader = make(fp16=fp16, pp=pp)
-    held_out = ValidationSequences(Tokens(CONFIG.vocab_size, 4 * SEQ_LEN + 6), SEQ_LEN)  # type: ignore[arg-type]
+    held_out = ValidationSequences(TextWindows(Tokens(CONFIG.vocab_size, 4 * SEQ_LEN + 6), SEQ_LEN, complete=False))  # type: ignore[arg-type]
     reads, read = [], held_out.batch
     held_out.batch = lambda *numbers: (reads.append(numbers), read(*numbers))[1]  # type: ignore[method-assign]
     validation = trainer.forward.mean(held_out, 2).loss

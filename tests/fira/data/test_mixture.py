@@ -5,6 +5,7 @@ import pytest
 
 from fira.data.loader import Loader, ValidationSequences
 from fira.data.mixture import Joined, Mixture, interleave, parse_mixture
+from fira.data.text_windows import TextWindows
 from fira.errors import UserError
 from tests.fira.data.test_loader import packed
 
@@ -15,7 +16,7 @@ WEIGHTS = [0.62, 0.08, 0.3]
 def loaders(tmp_path: Path) -> list[Loader]:
     """Sources of 30, 4 and 10 windows."""
     lengths = (301, 41, 101)
-    return [Loader(packed(tmp_path / str(seed), length), 10, seed) for seed, length in enumerate(lengths)]
+    return [Loader(TextWindows(packed(tmp_path / str(seed), length), 10), seed) for seed, length in enumerate(lengths)]
 
 
 def test_proportions_hold_in_a_period_and_within_every_batch() -> None:
@@ -61,7 +62,8 @@ def test_mixture_of_one_source_equals_its_loader(loaders: list[Loader]) -> None:
 
 def test_joined_validation_concatenates_its_sources(tmp_path) -> None:
     parts = [
-        ValidationSequences(packed(tmp_path / name, count), 10) for name, count in (("a", 31), ("b", 15), ("c", 2))
+        ValidationSequences(TextWindows(packed(tmp_path / name, count), 10, complete=False))
+        for name, count in (("a", 31), ("b", 15), ("c", 2))
     ]
     joined = Joined(parts)
     assert len(joined) == 6

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fira.data.chat_template import EncodedChat
+from fira.data.loader import Loader, ValidationSequences
 from fira.data.rows import Rows
 from fira.nn.cross_entropy import IGNORE_INDEX
-from fira.posttraining.packed_examples import PackedExamples, PackedLoader, PackedValidation, write_examples
+from fira.posttraining.packed_examples import PackedExamples, write_examples
 
 SEQ_LEN = 12
 examples = st.lists(
@@ -51,9 +52,9 @@ def test_epoch_contains_every_example_once_and_whole(written: list[list[tuple[in
     with TemporaryDirectory() as name:
         counts = write_examples(Path(name), "train-0", [encoded(pairs) for pairs in written], SEQ_LEN)
         packed = PackedExamples(Path(name), "train-0", SEQ_LEN)
-        loader = PackedLoader(packed, seed)
+        loader = Loader(packed, seed)
         epochs = [loader.batch(epoch * len(packed), len(packed)) for epoch in range(2)]
-        for rows in (*epochs, PackedValidation(packed).batch(0, len(packed) + 2)):
+        for rows in (*epochs, ValidationSequences(packed).batch(0, len(packed) + 2)):
             assert all(array.dtype == np.int64 for array in rows[:3])
             assert documents(Rows(*(array[: len(packed)] for array in rows[:3]))) == Counter(map(expected, written))
         assert (rows.documents[len(packed) :] == -1).all()
@@ -72,20 +73,20 @@ def packed(tmp_path: Path) -> PackedExamples:
 
 
 def test_sequence_is_a_function_of_number_and_seed(packed: PackedExamples) -> None:
-    in_order = PackedLoader(packed, seed=7).batch(0, 35)
-    loader = PackedLoader(packed, seed=7)
+    in_order = Loader(packed, seed=7).batch(0, 35)
+    loader = Loader(packed, seed=7)
     for first, count in ((27, 8), (0, 3), (8, 5), (9, 2)):  # out of order and across epochs
         for array, other in zip(loader.batch(first, count)[:3], in_order[:3], strict=True):
             np.testing.assert_array_equal(array, other[first : first + count])
     orders = [in_order.tokens[10 * epoch : 10 * epoch + 10, 0].tolist() for epoch in range(3)]
     assert len({tuple(order) for order in orders}) == 3
-    assert orders != [PackedLoader(packed, seed=8).batch(10 * epoch, 10).tokens[:, 0].tolist() for epoch in range(3)]
+    assert orders != [Loader(packed, seed=8).batch(10 * epoch, 10).tokens[:, 0].tolist() for epoch in range(3)]
 
 
 def test_limited_validation_is_at_equal_distances(packed: PackedExamples) -> None:
-    every = PackedValidation(packed).batch(0, 10).tokens[:, 0].tolist()
-    validation = PackedValidation(packed, limit=4)
+    every = ValidationSequences(packed).batch(0, 10).tokens[:, 0].tolist()
+    validation = ValidationSequences(packed, limit=4)
     assert len(validation) == 4
     assert validation.batch(0, 4).tokens[:, 0].tolist() == [every[number] for number in (0, 2, 5, 7)]
     assert validation.batch(2, 2).tokens[:, 0].tolist() == [every[number] for number in (5, 7)]
-    assert len(PackedValidation(packed, limit=99)) == 10
+    assert len(ValidationSequences(packed, limit=99)) == 10

@@ -1,0 +1,62 @@
+"""Rows that are computed once: kept between runs, completed after a kill, and replaced when the key changes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fira.data.rows import Rows
+from fira.errors import UserError
+from fira.posttraining.window_store import Column, StoredWindows, WindowStore, fill
+
+COLUMNS = {"a": Column((3,), np.float32), "b": Column((), np.uint16)}
+
+
+class Numbers:
+    """Windows whose tokens are their own number."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def rows(self, numbers: list[int], count: int) -> Rows:
+        tokens = np.zeros((count, 3), np.int64)
+        tokens[: len(numbers)] = np.array(numbers)[:, None]
+        return Rows(tokens, tokens)
+
+
+def compute(rows: Rows) -> dict[str, np.ndarray]:
+    return {"a": rows.tokens * 0.5, "b": rows.tokens[:, 0] + 1}
+
+
+def open_store(folder: Path, key: int = 0) -> WindowStore:
+    return WindowStore(folder, "train-0", 9, COLUMNS, {"key": key})
+
+
+def test_only_missing_rows_are_computed(tmp_path: Path) -> None:
+    computed: list[int] = []
+
+    def counted(rows: Rows) -> dict[str, np.ndarray]:
+        computed.extend(rows.tokens[:, 0])
+        return compute(rows)
+
+    fill(open_store(tmp_path), Numbers(), [4, 7, 4, 1], 2, counted, "teacher", shown=False)
+    store = open_store(tmp_path)  # of the next run
+    fill(store, Numbers(), [7, 8, 1], 2, counted, "teacher", shown=False)
+    assert computed == [4, 7, 1, 8]
+    rows = StoredWindows(Numbers(), store).rows([8, 4], 3)
+    np.testing.assert_array_equal(rows.tokens[:, 0], [8, 4, 0])
+    np.testing.assert_array_equal(rows.stored["a"], [[4.0] * 3, [2.0] * 3, [0.0] * 3])
+    np.testing.assert_array_equal(rows.stored["b"], [9, 5, 0])
+    assert store.bytes() == 4 * (3 * 4 + 2 + 1)
+
+
+def test_another_key_begins_again(tmp_path: Path) -> None:
+    fill(open_store(tmp_path), Numbers(), [1, 2], 2, compute, "teacher", shown=False)
+    assert open_store(tmp_path).missing(range(4)) == [0, 3]
+    assert open_store(tmp_path, key=1).missing(range(4)) == [0, 1, 2, 3]
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"train-0\.json"):
+        open_store(tmp_path / "file")

@@ -21,7 +21,7 @@ from fira.training.run_report import RunReport
 from fira.training.save_interval import SaveInterval
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
-from fira.training.step_trace import TRACED_STEP, traced
+from fira.training.step_trace import TRACED_STEP, check_trace, traced
 from fira.training.stragglers import Stragglers
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
@@ -54,6 +54,7 @@ def _train(
     quiet: bool,
 ) -> None:
     """Train in the folder `out`, from the checkpoint `saved` if there is one. lock: on rank 0."""
+    check_trace(config.trace)  # before the data are prepared
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     config = replace(config, precision=choose_precision(config.precision, devices))
     writer, first = CheckpointWriter(out / "checkpoints", config.keep), 1

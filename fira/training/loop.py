@@ -154,4 +154,6 @@ def _open_resumed(config: TrainConfig, out: Path) -> Checkpoint | None:
     """Open the checkpoint given by --resume (collective); None without one."""
     if config.resume is None:
         return None
-    return newest_valid(out / "checkpoints") if config.resume == "auto" else open_checkpoint(config.resume)
+    if config.resume == "auto":
+        return newest_valid(out / "checkpoints", state.check_documents)
+    return open_checkpoint(config.resume, state.check_documents)

@@ -8,7 +8,7 @@ import pytest
 
 from fira.checkpoint.shards import Checkpoint
 from fira.checkpoint.step_folders import step_folders
-from tests.fira.checkpoint.checkpoint_files import hashes
+from tests.fira.checkpoint.checkpoint_files import hashes, write_document
 from tests.fira.training.small_runs import (
     ONE,
     PP2_DP2_EP2,
@@ -55,6 +55,18 @@ def test_damaged_checkpoint_is_reported_and_the_previous_one_used(settings, unin
     damaged.write_bytes(content)
     result = train(settings, 2, "--out", run, "--resume", "auto", "--steps", 11, "--plan", "auto")
     assert f"step-000020/{damaged.name}" in result.stderr
+    assert "resumed after step 10" in result.stdout
+
+
+def test_checkpoint_with_an_invalid_state_is_reported_and_the_previous_one_used(settings, uninterrupted, tmp_path):
+    """The hash of the file matches. A checkpoint that is given by its path is refused in one line."""
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    write_document(run / LAST, "state", b'{"step": 20, "upd')
+    flags = ["--out", run, "--steps", 21, "--resume"]
+    result = train(settings, 1, *flags, run / LAST, status=2)
+    assert re.fullmatch(r"\S+/step-000020/state\.json is not valid JSON: [^\n]+\n", result.stderr)
+    result = train(settings, 1, *flags, "auto")
+    assert "step-000020/state.json is not valid JSON" in result.stderr
     assert "resumed after step 10" in result.stdout
 
 

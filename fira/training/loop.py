@@ -71,27 +71,26 @@ def _train(
         remove_marker(out)
     initial_loss = None if saved else _validate(run, 0)
     signals.catch_termination()
-    last = _run_steps(world, run, report, writer, signals, first)
-    with doing(f"saving step {last}"):
-        writer.finish()
+    last, final_loss = _run_steps(world, run, report, writer, signals, first)
+    writer.finish()
     if report:
         with doing("plots", long=True):  # the other ranks have ended
-            report.finish(initial_loss)
+            report.finish(initial_loss, final_loss)
         if last == config.recipe().steps:
             mark_finished(out, last)
 
 
 def _run_steps(
     world: World, run: Run, report: RunReport | None, writer: CheckpointWriter, signals: Signals, first: int
-) -> int:
-    """Train from step `first` to the last one, or until a signal ends the run; return the last step (collective).
+) -> tuple[int, float | None]:
+    """Train from step `first` to the last one, or until a signal ends the run (collective).
 
-    report: on rank 0.
+    report: on rank 0. Returns the last step and the validation loss after it.
     """
     config, recipe = run.config, run.config.recipe()
     interval, stragglers = SaveInterval(config.save_every), Stragglers(world, run.trainer.mesh.layout)
     run.trainer.history.find_spikes = config.on_spike == "rollback"
-    step, end = first - 1, False
+    step, end, val_loss = first - 1, False, None
     while step < recipe.steps and not end:
         step += 1
         started = time.perf_counter()
@@ -110,7 +109,8 @@ def _run_steps(
             _check_collectives(step, difference)
             save, end, elapsed = (number > 0 for number in result.extra[:3])
             end = end or step == recipe.steps
-            val_loss = _validate(run, step) if end or step % config.eval_every == 0 else None
+            scheduled = step == recipe.steps or step % config.eval_every == 0
+            val_loss = _validate(run, step) if end or scheduled else None
         except NumericalFault as fault:
             settle(writer, step)
             if config.on_spike != "rollback":
@@ -123,13 +123,12 @@ def _run_steps(
             continue
         if report:
             stragglers.update(step - 1, times)
-            report.step(step, result, lr, seconds, val_loss)
-        with doing(f"saving step {step}"):
-            writer.advance(finished=finished)
-            if save or end or elapsed or interval.is_step(step):
-                state.save(writer, step, run.trainer, run.loader, run.tokenizer, run.settings)
-                interval.restart()
-    return step
+            report.step(step, result, lr, seconds, val_loss if scheduled else None)
+        writer.advance(finished=finished)
+        if save or end or elapsed or interval.is_step(step):
+            state.save(writer, step, run.trainer, run.loader, run.tokenizer, run.settings)
+            interval.restart()
+    return step, val_loss
 
 
 def _check_collectives(step: int, difference: float) -> None:

@@ -1,5 +1,6 @@
 """Reads with a limit, files of settings, writes that are flushed to the disk, and errors that name the file."""
 
+import errno
 import os
 import tomllib
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from fira.errors import UserError
 
 LONGEST_TOML = 2**16  # bytes; the time to read nested keys is quadratic in their number
 LARGEST = 2**28  # bytes of a document or a tokenizer that is read as a whole
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def read(path: Path, largest: int = LARGEST) -> bytes:
@@ -72,6 +75,14 @@ def errors_naming(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise UserError(f"{path}: {reason}") from error
+
+
+def write_remedy(error: BaseException) -> str:
+    """Return what to do after a write has failed, from the number of the OSError or of the one that caused `error`."""
+    number = getattr(error if isinstance(error, OSError) else error.__cause__, "errno", None)
+    if number in NO_SPACE:
+        return "free some space"
+    return "make the folder writable" if number in READ_ONLY else "check the folder and its disk"
 
 
 def read_toml(path: str | Path, name: str) -> dict[str, Any]:

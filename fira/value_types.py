@@ -4,7 +4,7 @@
     parser.add_argument("--ranks", type=Size)        flag of `fira.cli.Parser`: checked by FLAG_TYPES[Size]
 
 An alias such as Size is an annotated type, so that type checkers see an int. A plain `int` is a count of at least 1, a
-plain `float` is any finite number, and a plain `str` is one line of text that is not empty.
+plain `float` is any finite number, and a plain `str` is one line of text that is not blank.
 """
 
 import os
@@ -63,13 +63,13 @@ class Range:
 
 @dataclass(frozen=True)
 class Text:
-    """One line of text. empty: whether it may be empty. path: whether it names a file or a folder."""
+    """One line of text. blank: whether it may be empty or blank. path: whether it names a file or a folder."""
 
-    empty: bool = False
+    blank: bool = False
     path: bool = False
 
     def __contains__(self, value: Any) -> bool:
-        if not isinstance(value, str) or not (value or self.empty):
+        if not isinstance(value, str) or not (value.strip() or self.blank):
             return False
         if any(category(character) in ("Cc", "Cs") for character in value):  # control characters and surrogates
             return False
@@ -78,7 +78,7 @@ class Text:
 
     def __str__(self) -> str:
         noun = f"a path with names of at most {LONGEST_NAME} bytes" if self.path else "a text"
-        return f"{noun} without control characters" + ("" if self.empty else " that is not empty")
+        return f"{noun} without control characters" + ("" if self.blank else " that is not blank")
 
     def parse(self, text: str) -> str:
         return text
@@ -124,7 +124,7 @@ Fraction = Annotated[float, Range(float, 0, 1, excluded=(1,))]
 Share = Annotated[float, Range(float, 0, 1, excluded=(0,))]
 ClosedShare = Annotated[float, Range(float, 0, 1)]
 OpenShare = Annotated[float, Range(float, 0, 1, excluded=(0, 1))]
-AnyText = Annotated[str, Text(empty=True)]
+AnyText = Annotated[str, Text(blank=True)]
 PathName = Annotated[str, Text(path=True)]
 
 

@@ -9,6 +9,7 @@ an error on one rank raises the same UserError on all.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,20 @@ class Checkpoint:
         self._opened: dict[str, Any] = {}
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Checkpoint":
+    def open(cls, folder: str | Path, check: "Check | None" = None) -> "Checkpoint":
         """Check every file of `folder`, divided over the ranks (collective), and open it.
 
-        Raises UserError with the name of the file on every rank if a file is missing, damaged or incomplete.
+        check: raises UserError if the documents are not those that the caller reads. Raises UserError with the name of
+        the file on every rank if a file is missing, damaged, incomplete or refused by `check`.
         """
         folder = Path(folder)
         with collective_errors():
             manifest = check_share(folder)
         with collective_errors():
-            return cls(folder, manifest, read_index(folder, manifest))
+            checkpoint = cls(folder, manifest, read_index(folder, manifest))
+            if check:
+                check(checkpoint)
+        return checkpoint
 
     def document(self, name: str) -> dict[str, Any]:
         """Return the JSON document `name`."""
@@ -128,16 +133,20 @@ class Checkpoint:
         return self._index[name]
 
 
-def newest_valid(root: Path) -> Checkpoint | None:
+Check = Callable[[Checkpoint], object]
+
+
+def newest_valid(root: Path, check: Check | None = None) -> Checkpoint | None:
     """Open the first undamaged of `preferred_folders` (collective). Returns None if `root` has no checkpoint.
 
-    Rank 0 logs a warning for each damaged checkpoint that is skipped. Raises UserError if all checkpoints
-    are damaged, because only the user can decide to start from the beginning.
+    check: see `Checkpoint.open`; a checkpoint that it refuses is a damaged one. Rank 0 logs a warning for each damaged
+    checkpoint that is skipped. Raises UserError if all checkpoints are damaged, because only the user can decide to
+    start from the beginning.
     """
     damaged = []
     for folder in gather(preferred_folders(root))[0]:
         try:
-            checkpoint = Checkpoint.open(folder)
+            checkpoint = Checkpoint.open(folder, check)
         except UserError as error:
             damaged.append(str(error))
             continue
@@ -152,12 +161,12 @@ def newest_valid(root: Path) -> Checkpoint | None:
     return None
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, check: Check | None = None) -> Checkpoint:
     """Open a step folder, or the first undamaged checkpoint of a run or `checkpoints` folder (collective).
 
-    Raises UserError if there is none.
+    check: see `Checkpoint.open`. Raises UserError if there is none.
     """
     folder = find(path)
-    checkpoint = Checkpoint.open(folder) if folder == Path(path) else newest_valid(folder.parent)
+    checkpoint = Checkpoint.open(folder, check) if folder == Path(path) else newest_valid(folder.parent, check)
     assert checkpoint  # `find` has found one in this folder
     return checkpoint

@@ -23,7 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,8 +42,10 @@ from fira.checkpoint.shards import check_share
 from fira.checkpoint.step_folders import older_folders, partial_folder, prune, publish, step_folders, step_name
 from fira.checkpoint.tensor_file import TensorFile
 from fira.errors import UserError
-from fira.files import sync, write
+from fira.files import sync, write, write_remedy
+from pipeline.mpi.activity import doing
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 NICENESS = 10  # of the background thread, so that it preferably runs while the training thread waits
@@ -103,7 +105,8 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Complete the save in progress, if any."""
         while self._work is not None:
-            wait([self._work])
+            with doing(f"saving step {self.step}"):
+                wait([self._work])
             self._continue()
 
     def discard(self) -> None:
@@ -114,7 +117,8 @@ class CheckpointWriter:
 
     def _continue(self) -> None:
         step, self.step, self._work = self.step, None, None  # in case the save fails
-        self._work = next(self._phases, None)
+        with doing(f"saving step {step}"):
+            self._work = next(self._phases, None)
         if self._work is not None:
             self.step = step
 
@@ -134,10 +138,13 @@ class CheckpointWriter:
         owned_files = {partial / names[kind][this_rank()]: self._files[kind] for kind in shards if shards[kind]}
         try:
             yield (writing := self._thread.submit(_write_files, partial, owned_files))
-            written = gather_results(lambda: (writing.result(), older_folders(self.root, step)))
+            written = gather_results(lambda: (_result(writing), older_folders(self.root, step)))
             records = {name: record for (records, _), _ in written for name, record in records.items()}
             if bad := [name for (_, name), _ in written if name is not None]:
-                raise _NotFiniteError(f"{bad[0]} contains numbers that are not finite")
+                raise UserError(
+                    f"{bad[0]} contains numbers that are not finite; "
+                    "resume from an earlier checkpoint with a lower --lr or --clip and --override"
+                )
             unchecked = [f for f in written[0][1][: max(self.keep - 1, 0)] if f not in self._checked]
 
             def publish_and_check() -> set[Path]:
@@ -147,26 +154,24 @@ class CheckpointWriter:
                 return {folder for folder in unchecked if _is_damaged(folder)}
 
             yield (publishing := self._thread.submit(publish_and_check))
-            damaged = set[Path]().union(*gather_results(publishing.result))
+            damaged = set[Path]().union(*gather_results(lambda: _result(publishing)))
             self.last = self.root / step_name(step)
             self._checked = (self._checked | set(unchecked)) - damaged - {self.last}
             yield (pruning := self._thread.submit(_on_rank_0, lambda: prune(self.root, step, self.keep, damaged)))
-            gather_results(pruning.result)
+            gather_results(lambda: _result(pruning))
         except UserError as error:
             _on_rank_0(lambda: shutil.rmtree(partial, ignore_errors=True))  # else the next save removes the folder
             intact = gather(list(step_folders(self.root).values()))[0]
             state = f"{intact[0]} is intact" if intact else "there is no earlier checkpoint"
-            raise UserError(f"checkpoint of step {step} failed: {error}; {_remedy(error)}; {state}") from error
+            raise UserError(f"checkpoint of step {step} failed: {error}; {state}") from error
 
 
-class _NotFiniteError(UserError):
-    """A tensor of a checkpoint contains infinity or NaN, from which no training can continue."""
-
-
-def _remedy(error: UserError) -> str:
-    if isinstance(error, _NotFiniteError):
-        return "resume from an earlier checkpoint with a lower --lr or --clip and --override"
-    return "free some space, or make the folder writable"
+def _result(work: Future[T]) -> T:
+    """Return the result of this rank's background work. Raises UserError with a remedy if it could not write."""
+    try:
+        return work.result()
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}; {write_remedy(error)}") from error
 
 
 def _lower_priority() -> None:

@@ -45,7 +45,7 @@ def parse_mixture(data: str | None) -> list[tuple[str | None, float]]:
             weights.append(float(weight))
         except ValueError:
             raise UserError(f"--data {item}: give SOURCE=WEIGHT,SOURCE=WEIGHT, as in en.txt=0.7,hi.txt=0.3") from None
-        if not source or not 0 < weights[-1] < float("inf"):
+        if not source.strip() or not 0 < weights[-1] < float("inf"):
             raise UserError(f"--data {item}: give a source and a weight above 0, as in hi.txt=0.3")
         sources.append(source)
     return [(source, weight / sum(weights)) for source, weight in zip(sources, weights, strict=True)]

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from fira.errors import UserError
-from fira.files import errors_naming, is_at, replace
+from fira.files import errors_naming, is_at, replace, write_remedy
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -76,7 +76,7 @@ class TrainingLog:
             self._file = self._path.open("a+", encoding="utf-8")
 
     def write(self, row: Row) -> None:
-        """Append a row. Raises UserError if the disk is full; the rows before it remain."""
+        """Append a row. Raises UserError if it cannot be written, as on a full disk; the rows before it remain."""
         try:
             if not is_at(self._file, self._path):
                 self._restore()
@@ -87,7 +87,7 @@ class TrainingLog:
             with suppress(OSError):  # the rest of the row, which would be written at exit
                 self._file.close()
             raise UserError(
-                f"{self._path}: {error.strerror}; free some space, then continue with --resume auto"
+                f"{self._path}: {error.strerror}; {write_remedy(error)}, then continue with --resume auto"
             ) from None
 
     def _restore(self) -> None:

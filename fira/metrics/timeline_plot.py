@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 from fira.errors import UserError
@@ -79,10 +81,26 @@ def write_timeline(timeline: Timeline, out: str, title: str) -> Path:
     """
     path = Path(out)
     picture = path.with_suffix(".png")
-    try:
+    with _errors_of(out):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_trace(timeline, path, title)
-    except OSError as error:
-        raise UserError(f"{out}: {error.strerror}; choose a path that can be written") from None
     draw_timelines({title: timeline}, picture)
     return picture
+
+
+def check_writable(out: str) -> None:
+    """Raise UserError if `write_timeline` could not write to `out`. Creates its folder, and changes no file."""
+    path = Path(out)
+    with _errors_of(out):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("r+b") if path.exists() else TemporaryFile(dir=path.parent):
+            pass
+
+
+@contextmanager
+def _errors_of(out: str) -> Iterator[None]:
+    """Context manager that raises an OSError as a UserError that names the path `out`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; choose a path that can be written") from None

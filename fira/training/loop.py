@@ -22,7 +22,7 @@ from fira.training.run_report import RunReport
 from fira.training.save_interval import SaveInterval
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
-from fira.training.step_trace import TRACED_STEP, traced
+from fira.training.step_trace import TRACED_STEP, check_trace, traced
 from fira.training.stragglers import Stragglers
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
@@ -55,6 +55,7 @@ def _train(
     quiet: bool,
 ) -> None:
     """Train in the folder `out`, from the checkpoint `saved` if there is one. lock: on rank 0."""
+    check_trace(config.trace)  # before the data are prepared
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     config = replace(config, precision=choose_precision(config.precision, devices))
     writer, first = CheckpointWriter(out / "checkpoints", config.keep), 1
@@ -71,27 +72,26 @@ def _train(
         remove_marker(out)
     initial_loss = None if saved else _validate(run, 0).loss
     signals.catch_termination()
-    last = _run_steps(world, run, report, writer, signals, first)
-    with doing(f"saving step {last}"):
-        writer.finish()
+    last, final = _run_steps(world, run, report, writer, signals, first)
+    writer.finish()
     if report:
         with doing("plots", long=True):  # the other ranks have ended
-            report.finish(initial_loss)
+            report.finish(initial_loss, final)
         if last == config.recipe().steps:
             mark_finished(out, last)
 
 
 def _run_steps(
     world: World, run: Run, report: RunReport | None, writer: CheckpointWriter, signals: Signals, first: int
-) -> int:
-    """Train from step `first` to the last one, or until a signal ends the run; return the last step (collective).
+) -> tuple[int, Mean | None]:
+    """Train from step `first` to the last one, or until a signal ends the run (collective).
 
-    report: on rank 0.
+    report: on rank 0. Return the last step and the validation after it.
     """
     config, recipe = run.config, run.config.recipe()
     interval, stragglers = SaveInterval(config.save_every), Stragglers(world, run.trainer.mesh.layout)
     run.trainer.history.find_spikes = config.on_spike == "rollback"
-    step, end = first - 1, False
+    step, end, validation = first - 1, False, None
     while step < recipe.steps and not end:
         step += 1
         started = time.perf_counter()
@@ -110,7 +110,8 @@ def _run_steps(
             _check_collectives(step, difference)
             save, end, elapsed = (number > 0 for number in result.extra[:3])
             end = end or step == recipe.steps
-            validation = _validate(run, step) if end or step % config.eval_every == 0 else None
+            scheduled = step == recipe.steps or step % config.eval_every == 0
+            validation = _validate(run, step) if end or scheduled else None
         except NumericalFault as fault:
             settle(writer, step)
             if config.on_spike != "rollback":
@@ -123,13 +124,12 @@ def _run_steps(
             continue
         if report:
             stragglers.update(step - 1, times)
-            report.step(step, result, lr, seconds, validation)
-        with doing(f"saving step {step}"):
-            writer.advance(finished=finished)
-            if save or end or elapsed or interval.is_step(step):
-                state.save(writer, step, run.trainer, run.loader, run.tokenizer, run.settings)
-                interval.restart()
-    return step
+            report.step(step, result, lr, seconds, validation if scheduled else None)
+        writer.advance(finished=finished)
+        if save or end or elapsed or interval.is_step(step):
+            state.save(writer, step, run.trainer, run.loader, run.tokenizer, run.settings)
+            interval.restart()
+    return step, validation
 
 
 def _check_collectives(step: int, difference: float) -> None:
@@ -154,4 +154,6 @@ def _open_resumed(config: TrainConfig, out: Path) -> Checkpoint | None:
     """Open the checkpoint given by --resume (collective); None without one."""
     if config.resume is None:
         return None
-    return newest_valid(out / "checkpoints") if config.resume == "auto" else open_checkpoint(config.resume)
+    if config.resume == "auto":
+        return newest_valid(out / "checkpoints", state.check_documents)
+    return open_checkpoint(config.resume, state.check_documents)

@@ -74,12 +74,16 @@ class RunReport:
         run_folder.write_settings(self.out, self.run.config, self.run.corpus.summary)
         logger.warning("%s was removed and is written again; SIGUSR1 saves a checkpoint now", self.out)
 
-    def finish(self, initial_loss: float | None) -> None:
-        """Draw the plot and print the result. initial_loss: the validation loss of a new run before its first step."""
+    def finish(self, initial_loss: float | None, final: Mean | None) -> None:
+        """Draw the plot and print the result.
+
+        initial_loss: the validation loss of a new run before its first step. final: the validation after the last step;
+        if a signal ended the run, it is not in the log, so that the continued run has the log of an uninterrupted one.
+        """
         self.log.close()
         assert self.last is not None  # a run without steps is not started
-        assert self.last.val_loss is not None  # the last step of a run is always validated
-        self._show(console.loss_change(initial_loss, self.last.val_loss, self.run.corpus.summary))
+        assert final is not None  # the last step of a run is always validated
+        self._show(console.loss_change(initial_loss, final.loss, self.run.corpus.summary))
         self._show(f"picture: {plot_files([self.out])}")
         if self.last.iter < self.steps:
             logger.info(

@@ -136,6 +136,12 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, token
     return saved.step
 
 
+def check_documents(saved: Checkpoint) -> None:
+    """Raise UserError if the state or the model's config in a checkpoint is invalid, whatever its hash."""
+    _read_state(saved)
+    stored_config(saved)
+
+
 def _read_state(saved: Checkpoint) -> dict[str, Any]:
     """The document `state` of a checkpoint. Raises UserError if it is invalid, or of another step."""
     state, path = saved.document("state"), saved.folder / "state.json"

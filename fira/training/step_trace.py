@@ -7,13 +7,23 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fira.metrics.timeline_plot import write_timeline
+from fira.checkpoint.ranks import collective_errors, this_rank
+from fira.metrics.timeline_plot import check_writable, write_timeline
 from pipeline.engine import Engine
 from pipeline.simulate import Timeline
 
 TRACED_STEP = 3  # number of the traced step in this process; the first steps are slower than the others
 
 logger = logging.getLogger(__name__)
+
+
+def check_trace(path: str | None) -> None:
+    """Raise UserError on all ranks if no trace can be written to `path` (collective)."""
+    if path is None:
+        return
+    with collective_errors():
+        if this_rank() == 0:
+            check_writable(path)
 
 
 @contextmanager

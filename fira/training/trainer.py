@@ -217,9 +217,9 @@ class Trainer:
         cause = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
         where = f", first gradient not finite: {bad[0]} ({len(bad)} of {len(norms)})" if bad else ""
         local = next(filter(None, map(_not_finite, (*self.model.shards, *self.model.buffers))), None)
-        broken = next((f", but {name} is not finite since an earlier step" for name in gather(local) if name), "")
-        advice = "resume from the last checkpoint with a lower --lr or --clip, and --override"
-        raise NumericalFault(f"{cause}{where}; no weight was changed{broken}: {advice}")
+        broken = next((f"{name} is not finite since an earlier step" for name in gather(local) if name), None)
+        advice = "resume from an earlier checkpoint with a lower --lr or --clip and --override"
+        raise NumericalFault(f"{cause}{where}; {broken or 'this step changed no weight'}; {advice}")
 
 
 def _not_finite(shard: ParamShard) -> str | None:

@@ -6,7 +6,7 @@ The fault is injected by replacing functions of the product in this process, bef
     preparation before the data are prepared
     training    before the backward of the second micro-batch (or the only one) of the second step
     validation  in the validation after the second step
-    saving      before the checkpoint of the second step
+    saving      before the tensors of the second step are copied for its checkpoint
     exit        after the last line of the script
 
 The time of the fault is written to `FOLDER/fault`.
@@ -31,8 +31,9 @@ import torch
 import torch.distributed as dist
 
 from fira import cli
+from fira.checkpoint import writer
 from fira.commands.train import main
-from fira.training import loop, setup, state
+from fira.training import loop, setup
 from fira.training.trainer import Trainer
 from pipeline.stage import Stage
 
@@ -229,7 +230,7 @@ def install() -> None:
     elif PLACE == "validation":
         before(Stage, "forward", lambda *_: len(STEPS) == STEP and not torch.is_grad_enabled())
     elif PLACE == "saving":
-        before(state, "save")
+        before(writer, "describe")
 
 
 if __name__ == "__main__":

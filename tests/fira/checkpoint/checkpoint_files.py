@@ -23,7 +23,11 @@ def edit_document(folder: Path, name: str, change: Callable[[dict], None]) -> No
     """Change a JSON document and update its record in the manifest."""
     document = json.loads((folder / f"{name}.json").read_text())
     change(document)
-    raw = encode_json(document)
+    write_document(folder, name, encode_json(document))
+
+
+def write_document(folder: Path, name: str, raw: bytes) -> None:
+    """Replace the text of a JSON document and update its record in the manifest."""
     (folder / f"{name}.json").write_bytes(raw)
     record = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     edit_manifest(folder, lambda manifest: manifest["files"].update({f"{name}.json": record}))

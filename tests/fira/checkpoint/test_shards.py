@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from fira.checkpoint import writer
 from fira.checkpoint.manifest import read_manifest
 from fira.checkpoint.shard_index import TensorShard
-from fira.checkpoint.shards import Checkpoint, newest_valid
+from fira.checkpoint.shards import Checkpoint, newest_valid, open_checkpoint
 from fira.errors import UserError
 from tests.fira.checkpoint.checkpoint_files import FILES, MODEL, file_names
 from tests.launch import run_function
@@ -188,6 +188,21 @@ def test_newest_undamaged_checkpoint_is_used_and_damaged_ones_are_reported(
     shutil.rmtree(root / "step-000050")
     with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         newest_valid(root)
+
+
+def test_checkpoint_that_the_caller_refuses_counts_as_damaged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def check(checkpoint: Checkpoint) -> None:
+        if checkpoint.step > 50:
+            raise UserError(f"{checkpoint.folder / 'config.json'} is invalid")
+
+    for step in (50, 100):
+        save_state(str(root), step)
+    for found in (newest_valid(root, check), open_checkpoint(root, check), open_checkpoint(root.parent, check)):
+        assert found is not None
+        assert found.step == 50
+    assert set(caplog.messages) == {f"{root}/step-000100/config.json is invalid; using step-000050 instead"}
+    with pytest.raises(UserError, match=r"^\S+/step-000100/config\.json is invalid$"):
+        open_checkpoint(root / "step-000100", check)
 
 
 def test_manifest_that_is_nested_too_deeply_does_not_prevent_the_fallback(root: Path) -> None:

@@ -1,11 +1,14 @@
 """Saves in the background: what they wait for, how they fail, and what they remove."""
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from random import Random
 
@@ -19,6 +22,7 @@ from fira.checkpoint.step_folders import step_folders
 from fira.checkpoint.tensor_file import TensorFile
 from fira.checkpoint.writer import CheckpointWriter
 from fira.errors import UserError
+from pipeline.mpi.activity import activity_of
 from tests.fira.checkpoint.checkpoint_files import MODEL, file_names
 from tests.launch import ROOT, inherited
 from tests.ranks.checkpoint_ranks import save_state
@@ -132,6 +136,50 @@ def test_folder_removed_during_a_save_is_a_one_line_error(root: Path) -> None:
     start(writer, 2, torch.ones(3))  # creates the folder again
     writer.finish()
     assert file_names(root) == ["latest", "step-000002"]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EROFS, "make the folder writable"),
+        (errno.EACCES, "make the folder writable"),
+        (errno.EIO, "check the folder and its disk"),
+    ],
+)
+def test_remedy_depends_on_the_error(root: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for place in ("write_bytes", "mkdir"):  # in errors_naming, and outside
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, place, fail)
+            writer = CheckpointWriter(root, keep=2)
+            start(writer, 1, torch.ones(3))
+            with pytest.raises(UserError) as error:
+                writer.finish()
+        assert str(error.value).endswith(f"{os.strerror(number)}; {remedy}; there is no earlier checkpoint")
+
+
+def test_failure_of_the_thread_is_reported_with_the_step_that_is_saved(root: Path, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(TensorFile, "write", fail)
+    calls: list[Callable[[CheckpointWriter], None]] = [  # after later steps of the training loop
+        lambda writer: writer.advance(finished=1),
+        lambda writer: writer.finish(),
+        lambda writer: start(writer, 9, torch.ones(3)),
+    ]
+    for call in calls:
+        writer = CheckpointWriter(root, keep=2)
+        start(writer, 4, torch.ones(3))
+        assert writer._work is not None
+        wait([writer._work])
+        with pytest.raises(RuntimeError, match="a defect") as error:
+            call(writer)
+        assert activity_of(error.value) == "saving step 4"
 
 
 def damage(folder: Path) -> None:

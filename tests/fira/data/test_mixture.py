@@ -87,7 +87,7 @@ def test_sources_are_parsed_with_normalised_weights(data: str | None, sources: l
     assert parse_mixture(data) == sources
 
 
-@pytest.mark.parametrize("data", ["a.txt=0.7,b.txt", "a.txt=x", "a.txt=0", "=1", "a=inf", "a=nan", "a=-1", "a=1,=2"])
+@pytest.mark.parametrize("data", ["a.txt=0.7,b.txt", "a.txt=x", "a.txt=0", "=1", "a=inf", "a=nan", "a=-1", "a=1, =2"])
 def test_invalid_weights_raise_one_line_error(data: str) -> None:
     with pytest.raises(UserError, match=r"as in .*hi\.txt=0\.3") as caught:
         parse_mixture(data)

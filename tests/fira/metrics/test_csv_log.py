@@ -155,7 +155,7 @@ def test_full_disk_raises_user_error_and_the_log_can_be_resumed(tmp_path: Path) 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
     try:
-        with pytest.raises(UserError, match=r"log\.csv: File too large; free some space, then continue"):
+        with pytest.raises(UserError, match=r"log\.csv: File too large; check the folder and its disk, then continue"):
             write(path, range(1, 100))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -195,7 +195,7 @@ def test_log_that_cannot_be_written_again_is_a_user_error(tmp_path: Path) -> Non
     path.unlink()
     path.parent.rmdir()
     path.parent.touch()  # a file in the place of the folder
-    with pytest.raises(UserError, match=r"log\.csv: File exists; free some space"):
+    with pytest.raises(UserError, match=r"log\.csv: File exists; check the folder and its disk"):
         log.write(row(1))
 
 

@@ -6,10 +6,12 @@ import sys
 from types import FrameType
 from typing import Any
 
+import pandas as pd
 import pytest
 
+from fira.metrics.csv_log import read_log
 from fira.training.signals import Signals
-from tests.fira.training.small_runs import PP2_DP2_EP2, kill_all, losses, start, wait_for
+from tests.fira.training.small_runs import PP2_DP2_EP2, PP4, kill_all, losses, start, train, wait_for
 from tests.launch import inherited
 
 SIGNAL_AT_IMPORT = """
@@ -90,13 +92,34 @@ def test_signals_save_a_checkpoint(settings, tmp_path, number, ends):
         wait_for(lambda: (run / "checkpoints" / "latest").exists() or process.poll() == 0, process)
         if ends:
             assert process.wait(60) == 0
-            assert "stopped by a signal" in process.stdout.read()
+            output = process.stdout.read()
+            assert "stopped by a signal" in output
+            assert "validation loss" in output
+            assert read_log(run / "training_log.csv")["val_loss"].isna().all()
         else:
             saved = len(losses(run))
             wait_for(lambda: len(losses(run)) > saved, process)
     finally:
         kill_all(process)
     assert (run / "checkpoints" / "latest").exists()
+
+
+@pytest.mark.slow
+def test_log_of_a_run_that_is_ended_and_continued_is_that_of_an_uninterrupted_run(settings, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    process = start(settings, *PP4, "--out", run)
+    try:
+        wait_for((run / "training_log.csv").exists, process)
+        wait_for(lambda: len(losses(run)) > 2, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert "stopped by a signal" in process.stdout.read()
+    finally:
+        kill_all(process)
+    train(settings, 4, *PP4, "--out", run, "--resume", "auto")
+    continued, expected = (read_log(folder / "training_log.csv") for folder in (run, uninterrupted))
+    times = ["mfu", "tokens_per_s", "bubble"]
+    pd.testing.assert_frame_equal(continued.drop(columns=times), expected.drop(columns=times), check_exact=True)
 
 
 def test_requests_of_an_abandoned_step_are_repeated():

@@ -4,10 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fira.checkpoint.shards import Checkpoint
+from fira.checkpoint.shard_index import TensorShard
+from fira.checkpoint.shards import Checkpoint, newest_valid
 from fira.errors import UserError
-from fira.training.state import check_settings
+from fira.models.registry import make_config, to_document
+from fira.training.state import check_documents, check_settings
+from tests.fira.checkpoint.checkpoint_files import write_document
 from tests.fira.training.small_runs import train
 from tests.saving import save_checkpoint
 
@@ -71,6 +75,26 @@ def test_forged_state_is_refused(tmp_path: Path, changes: dict[str, Any], messag
     with pytest.raises(UserError, match=r"state\.json is ") as error:
         check_settings(saved(tmp_path, **changes), SETTINGS, override=True)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["state", "config"])
+@pytest.mark.parametrize(
+    "content", [b'{"step": 8, "upd', b"[]", b'{"family": "fira", "num_layers": "2"}', b"\xff", b"{}"]
+)
+def test_checkpoint_with_an_invalid_document_is_skipped(tmp_path: Path, name: str, content: bytes, caplog) -> None:
+    """Its hash in the manifest matches."""
+    documents = {"config": to_document(make_config("fira-tiny", {"num_layers": 1}))}
+    weights = [TensorShard("x", torch.ones(2), 0, (2,))]
+    for step in (7, 8):
+        state = STATE | {"step": step}
+        folder = save_checkpoint(tmp_path, step, weights, [], documents | {"state": state}, {}, {}, 2)
+    assert newest_valid(tmp_path, check_documents).step == 8
+    write_document(folder, name, content)
+    assert newest_valid(tmp_path, check_documents).step == 7
+    (message,) = caplog.messages
+    assert f"{name}.json" in message
+    assert message.startswith(str(folder))
+    assert message.endswith("; using step-000007 instead")
 
 
 def test_checkpoint_of_another_model_is_refused(settings, uninterrupted, tmp_path):

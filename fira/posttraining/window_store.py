@@ -87,10 +87,10 @@ class WindowStore:
                 np.lib.format.open_memmap(self._paths[column], "w+", dtype, (count, *shape))
         files.replace(path, content)
 
-    def _map(self, column: str) -> np.ndarray:
+    def _map(self, column: str) -> np.memmap:
         with errors_naming(self._paths[column]):
             mode = "r+" if this_rank() == 0 else "r"
-            mapped: np.ndarray = np.load(self._paths[column], mmap_mode=mode)  # type: ignore[arg-type]
+            mapped: np.memmap = np.load(self._paths[column], mmap_mode=mode)  # type: ignore[arg-type]
             return mapped
 
 

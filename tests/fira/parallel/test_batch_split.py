@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fira.data.loader import IGNORE_INDEX
 from fira.data.rows import Rows
+from fira.nn.cross_entropy import IGNORE_INDEX
 from fira.parallel.batch_split import BatchSplit
 
 

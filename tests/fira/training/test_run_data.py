@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from fira import load_model
+from fira.data.tokenizer_config import CHAT_TEMPLATE, TEMPLATE
 from fira.generation.conversation import own_template
 from fira.huggingface.export_model import export
 from fira.nn.context import Context
@@ -87,7 +88,7 @@ def test_first_loss_is_that_of_the_chats_one_by_one(settings: Path, base: Path, 
 def test_template_is_the_same_in_chat_and_export(tuned: Path, tmp_path: Path) -> None:
     model, messages = load_model(tuned), chat(1)
     folder = export(tuned, tmp_path / "exported")
-    assert "chat_template" in json.loads((folder / "tokenizer_config.json").read_text())
+    assert (folder / TEMPLATE).read_text() == CHAT_TEMPLATE
     exported = AutoTokenizer.from_pretrained(folder)
     ids = exported.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)["input_ids"]
     for loaded in (model, load_model(folder)):

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+BYTES = 257  # tokens of `tokenizer_without_roles`
 Messages = list[dict[str, str]]
 EncodedMessages = tuple[list[int], list[bool]]  # tokens, and which of them are trained
 
@@ -42,3 +43,15 @@ def encode(tokenizer: Tokenizer, messages: Messages) -> EncodedMessages:
         ids += [begin, *text]
         trained += [False, *[answer] * len(text)]
     return ids, trained
+
+
+def tokenizer_without_roles() -> Tokenizer:
+    """A vocabulary of bytes and an end-of-text token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BYTES, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([], trainer)
+    return tokenizer

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fira import load_model
@@ -22,14 +21,14 @@ from fira.models.mooshak import MooshakConfig
 from fira.models.registry import build
 from fira.nn.context import Context
 from fira.nn.init import initialise
-from tests.chats import encode, make_chats, write_chats
+from tests.chats import BYTES, encode, make_chats, tokenizer_without_roles, write_chats
 from tests.fira.small_model import save
 from tests.integration.test_reference_training import assembled
 from tests.launch import run_function
 
 pytestmark = pytest.mark.slow
 
-SEED, BYTES = 42, 257  # tokens of the vocabulary without roles
+SEED = 42
 SMALL: dict[str, Any] = {"seq_len": 64, "d_model": 12, "num_layers": 2, "n_head": 3}
 FIRA = FiraConfig(**SMALL, vocab_size=261, d_ff=10, dropout=0.0)
 WITHOUT_ROLES = {
@@ -61,18 +60,6 @@ CASES = [
 ]
 
 
-def plain_tokenizer() -> Tokenizer:
-    """A vocabulary of bytes and an end-of-text token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=BYTES, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([], trainer)
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The chats, and a folder of each case."""
@@ -82,7 +69,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(str(root / TOKENIZER))
     save(root / "run", build(FIRA), {TOKENIZER: (root / TOKENIZER).read_bytes()})
     export(root / "run", root / "export")
-    plain = plain_tokenizer()
+    plain = tokenizer_without_roles()
     for name, config in WITHOUT_ROLES.items():
         save(root / name, build(config), {TOKENIZER: plain.to_str().encode()})
     torch.manual_seed(0)
@@ -142,19 +129,26 @@ def test_run_starts_with_the_weights_and_the_template_of_the_folder(
     assert [rank["loss"] for rank in ranks] == [pytest.approx(total / count, rel=1e-6)] * 2
 
 
-@pytest.mark.parametrize("name", ["run", "llama"])
-def test_documents_have_the_template_of_fira(root: Path, name: str) -> None:
-    number = [case[0] for case in CASES].index(name)
-    documents = {tuple(ids): targets for ids, targets in started(root)[number][0]["documents"]}
-    tokenizer = load_tokenizer(root / TOKENIZER)
-    chats = [encode(tokenizer, messages) for messages in make_chats(40)]
-    texts = {tokenizer.decode(ids, skip_special_tokens=False): trained for ids, trained in chats}
-    assert documents
-    for ids, targets in documents.items():
-        if name == "run":
-            text = tokenizer.decode(ids, skip_special_tokens=False)
-        else:
-            plain = plain_tokenizer()
-            plain.add_special_tokens(["<|prompter|>", "<|assistant|>"])
-            text = plain.decode(ids, skip_special_tokens=False).replace("<|endoftext|>", "</s>")
-        assert [target >= 0 for target in targets[:-1]] == texts[text][1:]
+@pytest.mark.parametrize("name", ["run", "llama", "flexolmo"])
+def test_documents_have_the_template_of_the_folder(root: Path, name: str) -> None:
+    """That of Fira, unless the folder has another one, which here trains all messages."""
+    tokenizer, plain = load_tokenizer(root / TOKENIZER), tokenizer_without_roles()
+    plain.add_special_tokens(["<|prompter|>", "<|assistant|>"])
+    own = tokenizer if name == "run" else plain
+    expected = {}
+    for messages in make_chats(40):
+        ids, trained = encode(tokenizer, messages)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        if name == "llama":
+            text = text.replace("</s>", "<|endoftext|>")
+        if name == "flexolmo":
+            text = "".join(f"[{m['role']}]{m['content']}<|endoftext|>" for m in messages)
+            trained = [
+                flag for m in messages for flag in [False] * len(f"[{m['role']}]") + [True] * (len(m["content"]) + 1)
+            ]
+        expected[text] = trained
+    documents = started(root)[[case[0] for case in CASES].index(name)][0]["documents"]
+    assert len(documents) > 4
+    for ids, targets in documents:
+        trained = expected[own.decode(ids, skip_special_tokens=False)]
+        assert targets == [token if flag else -100 for token, flag in zip(ids[1:], trained[1:], strict=True)] + [-100]

@@ -160,7 +160,7 @@ def test_default_is_the_standard_library_without_its_tests() -> None:
         ("latin.txt", b"caf\xe9 cr\xe8me", "line 1: byte 0xe9 is not UTF-8"),
         ("late.txt", b"a line\n" * 9999 + b"caf\xe9 \n", "line 10000: byte 0xe9 is not UTF-8"),
         ("cut.txt", "a\nä".encode()[:-1], "line 2: byte 0xc3 is not UTF-8"),
-        ("odd.txt", "a\nb\n".encode("utf-16") + b"c", "line 3: byte 0x63 is not UTF-16"),
+        ("odd.txt", ("b\n" * 5000).encode("utf-16") + b"c", "line 5001: byte 0x63 is not UTF-16"),
         ("t.jsonl", b'{"Text": "a"}\n{"Text": \n', "line 2: invalid JSON"),
         ("t.jsonl", b'["Text"]\n', "line 1: not a JSON object"),
         ("t.jsonl", b'{"Text": 3}\n', "holds int"),

@@ -142,10 +142,9 @@ def test_documents_have_the_template_of_the_folder(root: Path, name: str) -> Non
         if name == "llama":
             text = text.replace("</s>", "<|endoftext|>")
         if name == "flexolmo":
-            text = "".join(f"[{m['role']}]{m['content']}<|endoftext|>" for m in messages)
-            trained = [
-                flag for m in messages for flag in [False] * len(f"[{m['role']}]") + [True] * (len(m["content"]) + 1)
-            ]
+            pairs = [(f"[{message['role']}]", message["content"]) for message in messages]
+            text = "".join(f"{role}{content}<|endoftext|>" for role, content in pairs)
+            trained = [flag for role, content in pairs for flag in [False] * len(role) + [True] * (len(content) + 1)]
         expected[text] = trained
     documents = started(root)[[case[0] for case in CASES].index(name)][0]["documents"]
     assert len(documents) > 4

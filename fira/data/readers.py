@@ -4,6 +4,7 @@ Files are streamed, so that they may be larger than memory. To add a format, wri
 """
 
 import ast
+import codecs
 import csv
 import io
 import json
@@ -61,9 +62,23 @@ def _errors(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         byte, encoding = error.object[error.start], error.encoding.upper()
-        raise UserError(f"{path}: byte 0x{byte:02x} is not {encoding}; convert the file to UTF-8 with iconv") from None
+        where = f"{path}, line {_undecodable_line(path, error.encoding)}"
+        raise UserError(f"{where}: byte 0x{byte:02x} is not {encoding}; convert the file to UTF-8 with iconv") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; check that the file can be read") from error
+
+
+def _undecodable_line(path: Path, encoding: str) -> int:
+    """Return the number of the first line that cannot be decoded. A decoding error has the place in a block only."""
+    decoder, line = codecs.getincrementaldecoder(encoding)(), 1
+    with path.open("rb") as file:
+        try:
+            while block := file.read(HEAD):
+                line += decoder.decode(block).count("\n")
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            line += error.object[: error.start].decode(encoding).count("\n")
+    return line
 
 
 def has_reader(path: Path) -> bool:
@@ -98,7 +113,8 @@ def _open(path: Path, advance: Advance, newline: str | None = None) -> TextIO:
         head = file.read(HEAD)
     encoding = text_encoding(head)
     if encoding is None and b"\0" in head:  # valid UTF-8, but no text
-        raise UserError(f"{path}: contains zero bytes, as UTF-16 without a BOM does; convert it to UTF-8 with iconv")
+        where = f"{path}, line {head[: head.index(0)].count(10) + 1}"
+        raise UserError(f"{where}: contains zero bytes, as UTF-16 without a BOM does; convert it to UTF-8 with iconv")
     encoding = encoding or "utf-8"  # decoding raises an error, with the byte
     return io.TextIOWrapper(io.BufferedReader(_CountedFile(path, advance)), encoding, newline=newline)
 

@@ -16,7 +16,7 @@ MEMORY_PER_RANK = 1.0 * GB  # of fira-tiny, with the libraries
 DISK = 5 * GB  # two checkpoints of fira-tiny and the prepared data need less, one of fira-base about 4 GB
 SHARED_MEMORY = 0.2 * GB  # NCCL fails with the 64 MB of a container's default
 PACKAGES = (
-    *("torch", "torchgpipe", "mpi4py", "safetensors", "tokenizers"),
+    *("torch", "torchgpipe", "mpi4py", "safetensors", "tokenizers", "jinja2"),
     *("numpy", "pandas", "matplotlib", "pyarrow", "tqdm"),
 )
 

@@ -46,7 +46,7 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
                 tokenizer = as_fast_tokenizer(model.tokenizer, own_config(model), model.config.seq_len)
                 generation = exported.generation_config
                 generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
-                tokenizer.save_pretrained(partial, save_jinja_files=False)  # the template is in the config
+                tokenizer.save_pretrained(partial)
             exported.save_pretrained(partial, max_shard_size=SHARD)
             for path in partial.iterdir():
                 path.chmod(0o666 & partial.stat().st_mode)  # safetensors creates files that only their owner can read

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from fira.data.cache import cache_folder, cached, content_key, total_size
 from fira.data.chat_template import ChatTemplate, EncodedChat
@@ -18,7 +19,7 @@ from fira.data.mixture import parse_mixture
 from fira.data.preparation import VALIDATION
 from fira.data.sources import input_files
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary, with_role_tokens
-from fira.data.tokenizer_config import CHAT_TEMPLATE, TOKENIZER_CONFIG, read_config_beside
+from fira.data.tokenizer_config import CHAT_TEMPLATE, TOKENIZER_CONFIG, TokenizerConfig, read_config_beside
 from fira.errors import UserError
 from fira.posttraining.chat_records import read_chats
 from fira.posttraining.packed_examples import PackedExamples, write_examples
@@ -110,15 +111,23 @@ def prepare_chats(
         ) from error
 
 
+def chat_tokenizer(path: Path) -> tuple[Tokenizer, TokenizerConfig]:
+    """Return a tokenizer with its chat template, or where it has none, with the tokens of the roles and CHAT_TEMPLATE.
+
+    path: of the tokenizer.json; the template is next to it.
+    """
+    tokenizer = load_tokenizer(path)
+    config = read_config_beside(tokenizer, path)
+    if config.chat_template is not None:
+        return tokenizer, config
+    return with_role_tokens(tokenizer), replace(config, chat_template=CHAT_TEMPLATE)
+
+
 def _prepared(
     cache: Path, inputs: list[ChatInput], tokenizer_path: Path, vocab_size: int, seq_len: int, progress: bool
 ) -> Path:
     """The folder of the cache with the packed examples, which are prepared if it is missing or damaged."""
-    tokenizer = load_tokenizer(tokenizer_path)
-    config = read_config_beside(tokenizer, tokenizer_path)
-    if config.chat_template is None:
-        tokenizer = with_role_tokens(tokenizer)
-        config = replace(config, chat_template=CHAT_TEMPLATE)
+    tokenizer, config = chat_tokenizer(tokenizer_path)
     if vocabulary(tokenizer) > vocab_size:
         raise UserError(
             f"{tokenizer_path}: {vocabulary(tokenizer)} tokens with those of the chat template, the model has "

@@ -20,6 +20,7 @@ from fira.data.readers import Advance, Record, read_records, valid_text
 from fira.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
+FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
 FORMATS = "messages, prompt and completion, or instruction and output"
 
 
@@ -44,8 +45,11 @@ def _read(files: Sequence[Path], advance: Advance, convert: Callable[[Record, st
 
 
 def to_chat(record: Record, where: str) -> Chat:
-    """Return a record as a chat. where: its place, for messages. Raises UserError if it has no answer."""
+    """Return a record as a chat. where: its place, for messages. Raises UserError unless it is one, with an answer."""
     fields = _present(record)
+    forms = [form for form in FORMS if set(form) <= fields.keys()]
+    if len(forms) > 1:
+        raise UserError(f"{where}: has {' as well as '.join(map(' and '.join, forms))}; keep one of them")
     tools = _parsed(fields.get("tools"), f"{where}: tools")
     context = 0
     if "messages" in fields:

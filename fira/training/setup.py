@@ -1,6 +1,8 @@
 """Build the objects of a training run from its settings: data, layout, model and trainer."""
 
+import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from fira.parallel.parallelize import EVERY_BLOCK, parallelize
 from fira.planner.best_candidates import least_recompute
 from fira.planner.candidates import Candidate
 from fira.planner.memory_check import check_memory
-from fira.posttraining.chat_corpus import ChatCorpus
+from fira.posttraining.chat_corpus import ChatCorpus, chat_tokenizer
 from fira.training import state
 from fira.training.auto_layout import with_plan
 from fira.training.config import TrainConfig
@@ -30,6 +32,8 @@ from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
 from pipeline.schedule import SCHEDULES
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ def set_up(
     """
     saved = (resumed or open_saved(config.init)) if config.init else None
     model_config, tokenizer_path = choose_model(config, saved)
+    if saved and model_config.vocab_size > (stored := stored_config(saved).vocab_size):
+        text = "%s: the vocabulary grows from %d to %d tokens, the new ones have their initial embeddings"
+        logger.info(text, config.name(), stored, model_config.vocab_size)
+        config = replace(config, vocab_size=model_config.vocab_size)  # a resumed run has the model of its checkpoint
     with torch.device("meta"):
         model = build(model_config)
     keep_freed_memory()
@@ -99,15 +107,22 @@ def set_up(
 
 
 def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | None]:
-    """The model's config and the path of its tokenizer.json, or None, from the flags or the saved model of --init."""
+    """The model's config and the path of its tokenizer.json, or None, from the flags or the saved model of --init.
+
+    For chats, the vocabulary includes the tokens of the roles that are added to a tokenizer without a chat template.
+    """
     changes = config.model_changes()
     if saved:
         saved_tokenizer = str(saved.folder / TOKENIZER) if saved.has_file(TOKENIZER) else None
-        model = change(stored_config(saved), config.name(), changes)
-        return model, config.tokenizer or saved_tokenizer
-    if config.tokenizer and config.vocab_size is None:
-        changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))
-    return make_config(config.model, changes), config.tokenizer
+        model, tokenizer = change(stored_config(saved), config.name(), changes), config.tokenizer or saved_tokenizer
+    else:
+        if config.tokenizer and config.vocab_size is None:
+            changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))
+        model, tokenizer = make_config(config.model, changes), config.tokenizer
+    if config.objective == "sft" and tokenizer and vocabulary(load_tokenizer(tokenizer)) <= model.vocab_size:
+        with_roles = vocabulary(chat_tokenizer(Path(tokenizer))[0])
+        model = change(model, config.name(), {"vocab_size": max(model.vocab_size, with_roles)})
+    return model, tokenizer
 
 
 def choose_candidate(

@@ -155,10 +155,17 @@ def _read_state(saved: Checkpoint) -> dict[str, Any]:
 def load_weights(saved: Saved, model: DistributedModel) -> None:
     """Load this rank's shards of the weights, written on any layout (collective).
 
-    Raises UserError if they belong to another model.
+    Of a vocabulary larger than the stored one, the last rows of embedding and head keep their initial values. Raises
+    UserError if the weights belong to another model.
     """
+    tokens = min(stored_config(saved).vocab_size, model.config.vocab_size)
+    tables = ("layers.0.token.weight", f"layers.{model.stages[-1][-1]}.project.weight")
     for shard in [*model.shards, *model.buffers]:
-        shard.parameter.copy_(_read(saved, shard.name, shard))
+        if shard.name in tables:
+            stored = read_weight(saved, shard.name, (tokens, *shard.shape[1:]))
+            shard.parameter[:tokens].copy_(stored)
+        else:
+            shard.parameter.copy_(_read(saved, shard.name, shard))
     if model.tied:
         model.tied.share_value()
 

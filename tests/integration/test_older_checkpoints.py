@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fira.huggingface
 from fira import load_model
+from fira.data.tokenizer_config import TEMPLATE
 from fira.huggingface.export_model import export
 from tests.launch import ROOT
-from tests.ranks.stock_transformers import IDS, run_isolated
+from tests.ranks.stock_transformers import CONVERSATION, IDS, run_isolated
 
 FAMILIES = ("blues", "fira", "microrwkv", "mooshak", "rish")
 STOCK = {"mooshak": "llama", "rish": "flexolmo"}
@@ -44,6 +45,12 @@ def expected(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     assert document["ids"] == [*IDS]
     logits = torch.tensor([float.fromhex(number) for number in document["logits_last"]])
     return torch.tensor([document["ids"]]), logits, document["greedy"]
+
+
+def formatted_chat(folder: Path) -> dict[str, list[int]]:
+    """Tokens of a chat, and which of them the assistant generates, by the template of an export."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return dict(tokenizer.apply_chat_template(CONVERSATION, return_dict=True, return_assistant_tokens_mask=True))
 
 
 @each_family
@@ -90,8 +97,10 @@ def test_repeated_export_writes_equal_files(older: Path, family: str, tmp_path: 
         before, after = older / family / folder, export(older / family / "checkpoint", tmp_path / folder, form)
         data = sorted(path.name for path in before.iterdir() if path.suffix != ".py")
         assert data == sorted(path.name for path in after.iterdir() if path.suffix != ".py")
-        for name in set(data) - {"model.safetensors", "generation_config.json"}:
+        for name in set(data) - {"model.safetensors", "generation_config.json", TEMPLATE}:
             assert (after / name).read_bytes() == (before / name).read_bytes(), name
+        older_chat, chat = (formatted_chat(path) for path in (before, after))  # the template now refuses tools
+        assert chat == older_chat
         generation = [json.loads((path / "generation_config.json").read_text()) for path in (before, after)]
         assert generation[0].pop("max_new_tokens") > 0  # it overrode the max_length of a caller
         assert generation[1].pop("max_length") > 1

@@ -62,6 +62,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "dp": st.just(1),
     "ep": st.just(1),
     "init": st.just("missing"),
+    "objective": st.sampled_from(["pretrain", "sft"]),
 }
 SMALL = st.integers(1, 64)
 FIELDS = sorted({f.name for preset in PRESETS.values() for f in fields(preset)})

@@ -24,7 +24,9 @@ class TokenMeans:
     @cached_property
     def tokens(self) -> Tensor:
         """[S] int64, the number of valid tokens, at least one."""
-        return self._sums(self.valid.long()).clamp(min=1)
+        if self.documents is None:
+            return self.valid.sum(1).clamp(min=1)
+        return self.documents.sums(self.valid.long(), self.count).clamp(min=1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [B, T, C] → [S, C]."""

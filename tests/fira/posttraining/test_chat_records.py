@@ -76,6 +76,11 @@ def test_missing_values_of_a_table_are_absent() -> None:
     assert chat.tools == [{"name": "f"}]
 
 
+def test_other_fields_and_other_rows_may_have_another_form(tmp_path: Path) -> None:
+    records = [{"messages": PAIR, "prompt": "Hi"}, {"prompt": "Hi", "completion": "Yes, ä"}]
+    assert [chat.messages for chat in read(write(tmp_path / "a.jsonl", records))] == [PAIR, PAIR]
+
+
 def test_half_of_a_surrogate_pair_is_replaced() -> None:
     assert to_chat({"prompt": "\ud83d", "completion": "\ud83d"}, "x").messages[1]["content"] == "?"
 
@@ -125,6 +130,7 @@ def test_answers_with_which_both_chats_begin_are_context() -> None:
         ({"instruction": [USER], "output": "a"}, "instruction is list, not text"),
         ({"instruction": "Hi", "output": [ASSISTANT]}, "output is list, not text"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "preference data"),
+        ({"messages": PAIR, "prompt": "Hi", "completion": "a"}, "messages as well as prompt and completion; keep one"),
         ({"messages": PAIR, "tools": {"name": "f"}}, "tools is dict"),
     ],
 )

@@ -14,16 +14,23 @@ from transformers import AutoTokenizer
 
 from fira import load_model
 from fira.data.loader import Loader
+from fira.data.tokenizer import TOKENIZER
+from fira.data.tokenizer_config import CHAT_TEMPLATE, TEMPLATE
 from fira.generation.conversation import own_template
 from fira.huggingface.export_model import export
+from fira.models.fira import FiraConfig
+from fira.models.registry import build
 from fira.nn.context import Context
 from fira.posttraining.chat_corpus import prepare_chats
+from tests.chats import BYTES, tokenizer_without_roles
+from tests.fira.small_model import save
 from tests.fira.training.small_runs import ONE, PP2_DP2_EP2, TRAIN, cache, losses, train
 from tests.launch import run_ranks
 
 pytestmark = pytest.mark.slow
 
 TUNING = ["--objective", "sft", "--seq-len", 64, "--eval-every", 4, "--save-every", 4, "--steps", 8, "--lr", 1e-3]
+SMALL = FiraConfig(vocab_size=BYTES, seq_len=64, d_model=16, num_layers=4, d_ff=16, n_head=2, dropout=0.1)
 
 
 def chat(number: int) -> list[dict[str, str]]:
@@ -46,14 +53,18 @@ def base(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(settings: Path, chats: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tuned") / "run"
-    result = train(settings, 1, *ONE, "--init", base, "--data", chats, *TUNING, "--out", out)
+def tuned(settings: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from a model without tokens of the roles."""
+    folder = tmp_path_factory.mktemp("tuned")
+    older = save(folder / "older", build(SMALL), {TOKENIZER: tokenizer_without_roles().to_str().encode()})
+    flags = ["--init", older, "--data", chats, *TUNING, "--vocab-size", BYTES, "--threads", 1]
+    result = train(settings, 1, *ONE, *flags, "--out", folder / "run")
+    assert "the vocabulary grows from 257 to 259 tokens" in result.stdout
     assert "76 chats with" in result.stdout
-    return out
+    return folder / "run"
 
 
-def test_run_is_resumed_on_another_layout(settings: Path, tuned: Path, tmp_path: Path) -> None:
+def test_resumed_run_is_bitwise_identical_on_another_layout(settings: Path, tuned: Path, tmp_path: Path) -> None:
     run = shutil.copytree(tuned, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "step-000008")
     resumed = run_ranks(
@@ -62,6 +73,7 @@ def test_run_is_resumed_on_another_layout(settings: Path, tuned: Path, tmp_path:
     assert resumed.returncode == 0, resumed.stderr
     np.testing.assert_array_equal(losses(run), losses(tuned))
     weights, expected = (load_model(folder).weights() for folder in (run, tuned))
+    assert weights["layers.0.token.weight"].shape == (BYTES + 2, 16)
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
     assert losses(run)[-1, 0] < losses(run)[0, 0]
 
@@ -84,10 +96,10 @@ def test_first_loss_is_that_of_the_chats_one_by_one(settings: Path, base: Path, 
     assert losses(tmp_path / "run")[0, 0] == pytest.approx(total / count, rel=1e-6)
 
 
-def test_template_is_the_same_in_chat_and_export(tuned: Path, tmp_path: Path) -> None:
-    model, messages = load_model(tuned), chat(1)
-    folder = export(tuned, tmp_path / "exported")
-    assert "chat_template" in json.loads((folder / "tokenizer_config.json").read_text())
+def test_template_is_the_same_in_chat_and_export(base: Path, tmp_path: Path) -> None:
+    model, messages = load_model(base), chat(1)
+    folder = export(base, tmp_path / "exported")
+    assert (folder / TEMPLATE).read_text() == CHAT_TEMPLATE
     exported = AutoTokenizer.from_pretrained(folder)
     ids = exported.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)["input_ids"]
     for loaded in (model, load_model(folder)):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from fira.data.loader import Loader
 from fira.data.tokenizer import TOKENIZER, train_tokenizer
 from fira.models.blues import BluesConfig
 from fira.models.fira import FiraConfig
@@ -23,7 +24,7 @@ from fira.models.mooshak import MooshakConfig
 from fira.models.registry import to_document
 from fira.models.rish import RishConfig
 from fira.posttraining.chat_corpus import prepare_chats
-from fira.posttraining.packed_examples import PackedExamples, PackedLoader
+from fira.posttraining.packed_examples import PackedExamples
 from pipeline.schedule import SCHEDULES
 from tests.chats import EncodedMessages, encode, make_chats, write_chats
 from tests.integration.test_reference_training import assembled
@@ -97,7 +98,7 @@ def job(folder: Path, ranks: int) -> dict[Case, list[dict[str, Any]]]:
 def batches(folder: Path, tokenizer: Tokenizer) -> list[list[EncodedMessages]]:
     """The chats of each global batch: those whose tokens the sequences contain, encoded here."""
     encoded = {tuple(ids): (ids, trained) for ids, trained in (encode(tokenizer, chat) for chat in make_chats(60))}
-    loader = PackedLoader(PackedExamples(folder, "train-0", SMALL["seq_len"]), SEED)
+    loader = Loader(PackedExamples(folder, "train-0", SMALL["seq_len"]), SEED)
     result = []
     for step in range(STEPS):
         rows = loader.batch(step * BATCH, BATCH)

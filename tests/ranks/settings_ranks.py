@@ -85,7 +85,7 @@ def value_of(name: str) -> st.SearchStrategy[Any]:
     """Values of a setting, most of which are allowed."""
     setting = next(setting for setting in fields(TrainConfig) if setting.name == name)
     likely = CHANGES if name == "model_set" else LIKELY.get(name, TEXTS if "str" in str(setting.type) else SMALL)
-    return st.one_of(likely, likely, likely, likely, NUMBERS, TEXTS)
+    return st.one_of(*[likely] * 8, NUMBERS, TEXTS)
 
 
 def flag(name: str, value: Any, joined: bool) -> list[str]:
@@ -100,8 +100,7 @@ WORDS = st.lists(st.one_of(*[FLAGS] * 9, st.lists(TEXTS, min_size=1, max_size=1)
 KEYS = st.sampled_from(NAMES).flatmap(lambda name: st.tuples(st.just(name), value_of(name) | NESTED))
 TABLES = st.lists(KEYS | st.tuples(TEXTS, NESTED), max_size=3)
 FILES = st.one_of(
-    st.none(),
-    st.none(),
+    *[st.none()] * 4,
     TABLES.map(lambda pairs: "".join(f"{toml(key)} = {toml(value)}\n" for key, value in pairs)),
     st.text(),
     st.sampled_from(

@@ -4,7 +4,7 @@ import errno
 import os
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,7 +43,8 @@ def replace(path: Path, content: bytes) -> None:
     try:
         write(temporary, content)
     except UserError:
-        temporary.unlink(missing_ok=True)  # of a full disk
+        with suppress(OSError):  # a full disk is relieved, a read-only one has no such file
+            temporary.unlink()
         raise
     with errors_naming(path):
         temporary.replace(path)

@@ -71,7 +71,10 @@ class TrainingLog:
         self._create("".join(line + "\n" for line in [header, *kept]))
 
     def _create(self, content: str) -> None:
-        replace(self._path, content.encode())
+        try:
+            replace(self._path, content.encode())
+        except UserError as error:
+            raise UserError(f"{error}; {write_remedy(error)}") from None
         with errors_naming(self._path):
             self._file = self._path.open("a+", encoding="utf-8")
 

@@ -44,7 +44,8 @@ One fault is injected into one rank of a small training run (two pipeline stages
 `--timeout {timeout:g}`). Every run must end with a message that names the rank and what it was doing, with exit
 status 2 if a user can correct the cause and another status above 0 otherwise, and without leaving a process. A fault
 that the timeout reports, such as `stopped`, `endless_loop` or `idle`, must end within {limit:g} s after the timeout,
-every other fault within {limit:g} s. `slow` is reported in the log and the run continues. Two cases are not faults:
+every other fault within {limit:g} s. `slow` and `folder_removed` are reported in the log
+and the run continues. Two cases are not faults:
 `long`, an activity that may take longer than the timeout, and `sys_exit` at the exit. `python -m tests.chaos` writes
 this page.
 

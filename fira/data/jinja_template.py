@@ -33,7 +33,8 @@ class JinjaTemplate:
         try:
             return self._template.render(variables)
         except TemplateError as error:
-            raise UserError(f"{where}: the chat template cannot format the messages: {one_line(error)}") from None
+            reason = f"the chat template cannot format the messages ({one_line(error)})"
+            raise UserError(f"{where}: {reason}; correct one of them") from None
         except Exception as error:  # code in a template can raise any exception
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise UserError(f"{where}: the chat template fails ({reason}); correct it") from None

@@ -34,7 +34,7 @@ from tests.reference_models import FAMILIES, Parameters
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # the first test waits for all trainings
 
-SMALL: dict[str, Any] = {"vocab_size": 261, "seq_len": 64, "d_model": 12, "num_layers": 2}
+SMALL: dict[str, Any] = {"vocab_size": 261, "seq_len": 96, "d_model": 12, "num_layers": 2}
 MODELS = {
     "fira": FiraConfig(**SMALL, n_head=3, d_ff=10, dropout=0.0, switch_coefficient=0.1, z_coefficient=0.01),
     "rish": RishConfig(**SMALL, n_head=3, n_kv_head=1, d_ff=10, num_experts=4, top_k=2, max_position=20),
@@ -126,7 +126,7 @@ def plain_step(name: str, initial: Parameters, chats: list[EncodedMessages]) -> 
     (loss + aux).backward()
     gradients = {key: torch.zeros_like(value) if value.grad is None else value.grad for key, value in p.items()}
     norm = sum(float(value.square().sum()) for value in gradients.values()) ** 0.5
-    return [float(loss), float(aux), norm], gradients
+    return [loss.item(), aux.item(), norm], gradients
 
 
 @functools.cache

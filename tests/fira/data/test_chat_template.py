@@ -135,7 +135,7 @@ def test_many_chats_are_encoded_in_order(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        ("{{ name }}", CHATS[0], "row 3: .* 'name' is undefined"),
+        ("{{ name }}", CHATS[0], "row 3: .*'name' is undefined"),
         ("{{ messages[0].name }}", CHATS[0], "row 3: .* has no attribute 'name'"),
         ("{% for m in messages %}\n{% if %}", CHATS[0], "invalid in line 2"),
         ("{% generation %}{{ eos_token }}", CHATS[0], "invalid in line 1"),

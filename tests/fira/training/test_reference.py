@@ -20,6 +20,7 @@ from tests.preferences import make_preferences, write_preferences
 pytestmark = pytest.mark.slow
 
 TUNING = ["--objective", "dpo", "--seq-len", 96, "--eval-every", 4, "--save-every", 4, "--steps", 8, "--lr", 1e-3]
+TUNING += ["--model-set", ""]  # that of the settings has dropout
 FILES = ("reference.json", "train-0.npy", "val-0.npy")
 
 
@@ -42,6 +43,7 @@ def tuned(settings: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("dpo")
     runs = Runs(folder / "base", folder / "own-base", folder / "run")
     train(settings, 1, "--out", runs.base, "--seq-len", 96, "--steps", 1)
+    assert load_model(runs.base).config.dropout == 0.1
     shutil.copytree(runs.base, runs.own_base)
     result = train(settings, 1, *ONE, "--init", runs.own_base, "--data", data, *TUNING, "--out", runs.run)
     assert "57 pairs with" in result.stdout
@@ -64,7 +66,7 @@ def resumed(settings: Path, runs: Runs, out: Path, *flags: object, damaged: str 
 
 
 def test_loss_begins_at_log_2_and_every_metric_has_columns(tuned: Runs) -> None:
-    """The model of the config has dropout 0.1; with it, the log-probabilities would differ from the reference."""
+    """The base model has dropout 0.1; with it, the log-probabilities would differ from the reference."""
     log = read_log(tuned.run / "training_log.csv")
     assert log["train_loss"][0] == pytest.approx(np.log(2), rel=1e-8)
     assert log.loc[0, ["reward_chosen", "reward_rejected", "reward_margin"]].tolist() == [0.0] * 3

@@ -17,7 +17,7 @@ class _Lines:
 
 
 def progress_bar(total: int, label: str, shown: bool) -> tqdm:
-    """A bar over `total` bytes or tokens, which appears after two seconds if `shown`."""
+    """A bar over `total` bytes, tokens or sequences, which appears after two seconds if `shown`."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,

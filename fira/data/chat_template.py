@@ -49,9 +49,13 @@ class Chat:
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """ids: uint32 [T]. trained: bool [T], the tokens of answers and of their ends. where: as in Chat."""
+    """ids: uint32 [T]. answers: bool [T], the tokens of answers and of their ends. where: as in Chat.
+
+    trained: bool [T], the same without the answers that are context.
+    """
 
     ids: np.ndarray
+    answers: np.ndarray
     trained: np.ndarray
     where: str
 
@@ -95,14 +99,15 @@ class ChatTemplate:
         while batch := list(islice(remaining, BATCH)):
             rendered = [[*_pieces(self._render(chat))] for chat in batch]
             for chat, pieces, ids in zip(batch, rendered, self._encode(rendered), strict=True):
-                generated = [piece.answer is not None and piece.answer >= chat.context for piece in pieces]
-                trained = np.repeat(generated, [len(part) for part in ids])
+                numbers = [-1 if piece.answer is None else piece.answer for piece in pieces]
+                answer = np.repeat(numbers, [len(part) for part in ids])
+                answers, trained = answer >= 0, answer >= chat.context
                 if not trained.any():
                     raise UserError(
                         f"{chat.where}: the chat template marks no answer; put it into "
                         "{% generation %} … {% endgeneration %}"
                     )
-                yield EncodedChat(np.concatenate(ids, dtype=np.uint32), trained, chat.where)
+                yield EncodedChat(np.concatenate(ids, dtype=np.uint32), answers, trained, chat.where)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens that the model continues with its answer to the messages."""

@@ -68,6 +68,8 @@ class ConsoleProgress:
         parts = [f"step {row.iter:{width}d}/{self._total}", f"loss {row.train_loss:.3f}"]
         if row.val_loss is not None:
             parts.append(f"val {row.val_loss:.3f}")
+        if (accuracy := row.metrics.get("val_reward_accuracy")) is not None:
+            parts.append(f"accuracy {accuracy:.1%}")
         # The median, since a step that also validates or saves is slower than the others.
         speed = tqdm.format_sizeof(self._tokens / max(statistics.median(self._durations), 1e-9))
         parts += [f"lr {row.lr:.1e}", f"{speed} tok/s", f"grad {row.grad_norm:.2f}", self._time(row.iter)]

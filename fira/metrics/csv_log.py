@@ -30,7 +30,7 @@ class Row:
     """
 
     iter: int  # the step's number, from 1
-    train_loss: float  # mean over the global batch, in nats per token, without the auxiliary loss
+    train_loss: float  # mean over the trained tokens, in nats, or over the pairs of the global batch; without aux_loss
     val_loss: float | None = None  # None if the step has no validation
     lr: float
     mfu: float | None = None  # model FLOPs over the machine's peak, 0 to 1

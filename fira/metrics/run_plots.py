@@ -66,7 +66,8 @@ def plot_files(paths: Sequence[Path], out: Path | None = None) -> Path:
 def plot_runs(logs: dict[str, DataFrame], out: Path, baselines: dict[str, float] | None = None) -> None:
     """Plot named logs, as returned by `read_log`, to the PNG `out`; `baselines` are losses in nats per token.
 
-    The plot of a single run contains the load of each expert; several runs share the panels, with a colour per run.
+    The plot of a single run contains the load of each expert, and the rewards of a run on preferences. Several runs
+    share the panels, with a colour per run.
     Raises UserError for a log without steps and for a path that cannot be written.
     """
     from matplotlib.figure import Figure
@@ -76,9 +77,11 @@ def plot_runs(logs: dict[str, DataFrame], out: Path, baselines: dict[str, float]
         if log.empty:
             raise UserError(f"{name}: the log has no step yet; plot it after the first training step")
     logs = {name: log.replace([np.inf, -np.inf], np.nan) for name, log in logs.items()}
-    figure = Figure(figsize=(13, 8.2), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    rewards = [log for log in logs.values() if len(logs) == 1 and "reward_margin" in log]
+    rows = 2 + len(rewards)
+    figure = Figure(figsize=(13, 4.1 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     figure.suptitle(_title(logs), fontsize=13, color=INK)
-    grid = figure.add_gridspec(2, 2)
+    grid = figure.add_gridspec(rows, 2)
     _plot_loss(figure.add_subplot(grid[0, 0]), logs, baselines or {})
     _plot_pair(figure.add_subplot(grid[0, 1]), logs, "Learning rate and gradient norm", "lr", "grad_norm")
     _plot_pair(figure.add_subplot(grid[1, 0]), logs, "Throughput", "tokens_per_s", "mfu")
@@ -86,11 +89,14 @@ def plot_runs(logs: dict[str, DataFrame], out: Path, baselines: dict[str, float]
         _plot_experts(figure, grid[1, 1], logs)
     else:
         _plot_imbalance(figure.add_subplot(grid[1, 1]), logs)
+    for log in rewards:
+        _plot_rewards(figure.add_subplot(grid[2, :]), log)
     save_png(figure, out)
 
 
 def _plot_loss(axes: Axes, logs: dict[str, DataFrame], baselines: dict[str, float]) -> None:
-    style_axes(axes, "Loss", "nats per token")
+    per_pair = all("reward_margin" in log for log in logs.values())
+    style_axes(axes, "Loss", "mean over pairs" if per_pair else "nats per token")
     single = len(logs) == 1
     for name, loss in baselines.items():
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 3)), linewidth=1)
@@ -114,6 +120,25 @@ def _plot_loss(axes: Axes, logs: dict[str, DataFrame], baselines: dict[str, floa
     if not single:
         axes.plot([], [], color=INK, linestyle="dotted", marker="o", markersize=4, label="validation")
     axes.legend(frameon=False, loc="best")
+
+
+def _plot_rewards(axes: Axes, log: DataFrame) -> None:
+    """Plot the rewards of chosen and rejected answers on the left scale, and on the right one the accuracy."""
+    right = axes.twinx()
+    style_axes(axes, "Rewards of preferences, and how often the chosen answer has the larger one", "reward")
+    style_axes(right, "", "accuracy (%)")
+    right.set_ylim(0, 105)
+    right.grid(visible=False)
+    lines = [(axes, "reward_chosen", "chosen", BLUE, 1), (axes, "reward_rejected", "rejected", VERMILLION, 1)]
+    lines.append((right, "reward_accuracy", "accuracy", GREY, 100))
+    for panel, column, label, colour, scale in lines:
+        plot_line(panel, log["iter"], log[column] * scale, color=colour, alpha=0.25, linewidth=0.8)
+        plot_line(panel, log["iter"], smooth(log[column] * scale), color=colour, label=label)
+        held_out = {"marker": "o", "markersize": 4, "linestyle": "dotted", "markevery": 0.02}
+        plot_line(panel, log["iter"], log[f"val_{column}"] * scale, color=colour, **held_out)
+    right.plot([], [], color=INK, linestyle="dotted", marker="o", markersize=4, label="validation")
+    handles = [handle for panel in (axes, right) for handle in panel.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, frameon=False, loc="best")
 
 
 def _plot_pair(axes: Axes, logs: dict[str, DataFrame], title: str, left: str, right: str) -> None:

@@ -67,6 +67,12 @@ class CrossEntropy:
         return (1,)
 
 
+def log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [N, V], targets [N] → [N], the log-probability of each target in nats, 0 where it is ignored."""
+    chosen = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return chosen * (targets != IGNORE_INDEX)
+
+
 class TokenScores:
     """The log-probability of each target, and whether it has the largest logit. It is not trained.
 
@@ -83,10 +89,8 @@ class TokenScores:
         flat = targets.flatten()
 
         def scores(logits: Tensor, rows: slice) -> Tensor:
-            chosen = flat[rows, None]
-            logs = logits.log_softmax(-1).gather(1, chosen.clamp(min=0))
-            largest = logits.argmax(-1, keepdim=True) == chosen
-            return torch.cat([logs, largest.to(logs.dtype)], 1) * (chosen != IGNORE_INDEX)
+            largest = logits.argmax(-1) == flat[rows]
+            return torch.stack([log_probabilities(logits, flat[rows]), largest.to(logits.dtype)], 1)
 
         return linear_losses(x.flatten(0, 1), weight, scores, cast_weight).view(*targets.shape, 2)
 

@@ -1,12 +1,16 @@
-"""Chats as packed examples, prepared once and cached by the hash of their content, as `fira.data.corpus` does for text.
+"""Chats and preferences as packed examples, prepared once and cached by the hash of their content.
 
 data  →  records  →  chats  →  tokens, with a mask of the trained ones  →  validation split  →  packed sequences
+
+An example is a chat, or with `pairs` the two chats with the chosen and the rejected answer to the same prompt.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +18,20 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from fira.data.cache import cache_folder, cached, content_key, total_size
-from fira.data.chat_template import ChatTemplate, EncodedChat
+from fira.data.chat_template import Chat, ChatTemplate
 from fira.data.mixture import parse_mixture
 from fira.data.preparation import VALIDATION
+from fira.data.readers import Advance
 from fira.data.sources import input_files
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary, with_role_tokens
 from fira.data.tokenizer_config import CHAT_TEMPLATE, TOKENIZER_CONFIG, TokenizerConfig, read_config_beside
 from fira.errors import UserError
-from fira.posttraining.chat_records import read_chats
-from fira.posttraining.packed_examples import PackedExamples, write_examples
+from fira.posttraining.chat_records import read_chats, read_preferences
+from fira.posttraining.packed_examples import Example, PackedExamples, tokens_of, write_examples
+from fira.posttraining.preference_pairs import PreferencePairs
 from fira.progress_bar import progress_bar
 
-CHAT_FORMAT = 1  # part of the cache key; increment it when the same input yields another result
+CHAT_FORMAT = 2  # part of the cache key; increment it when the same input yields another result
 
 
 @dataclass(frozen=True)
@@ -33,30 +39,38 @@ class ChatSource:
     """The packed examples of a source and its share of the training sequences."""
 
     weight: float
-    train: PackedExamples
-    val: PackedExamples
+    train: PackedExamples | PreferencePairs
+    val: PackedExamples | PreferencePairs
 
 
 @dataclass(frozen=True)
 class ChatInput:
-    """A source of `data`."""
+    """A source of `data`. pairs: its records are preferences."""
 
     data: str | None
     weight: float
     files: list[Path]
+    pairs: bool
 
     def write(
         self, folder: Path, number: int, template: ChatTemplate, seq_len: int, progress: bool
     ) -> dict[str, int | float]:
         """Write the packed examples of both splits, and return their counts."""
         with progress_bar(total_size(self.files), "tokenizing", progress) as bar:
-            examples = [*template.encode(read_chats(self.files, bar.update))]
+            examples = [*self._encoded(template, bar.update)]
         short = [shortened(example, seq_len) for example in examples]
         counts: dict[str, int | float] = {"shortened": sum(a is not b for a, b in zip(examples, short, strict=True))}
         for split, part in zip(("train", "val"), _split(short, str(self.data)), strict=True):
             written = write_examples(folder, f"{split}-{number}", part, seq_len)
             counts |= {f"{split}_{name}": value for name, value in written.items()}
         return counts
+
+    def _encoded(self, template: ChatTemplate, advance: Advance) -> Iterator[Example]:
+        if not self.pairs:
+            return zip(template.encode(read_chats(self.files, advance)))
+        chats: Iterator[Chat] = chain.from_iterable(read_preferences(self.files, advance))
+        encoded = template.encode(chats)
+        return zip(encoded, encoded, strict=True)  # chosen and rejected in turn
 
     def source(self, folder: Path, number: int, seq_len: int) -> ChatSource:
         """Return the packed examples that `write` has written."""
@@ -66,7 +80,7 @@ class ChatInput:
 
 @dataclass(frozen=True)
 class ChatCorpus:
-    """Chats to train on.
+    """Chats or preferences to train on.
 
     tokenizer: the path of the tokenizer.json. summary: for both splits, with the prefix train_ or val_, the counts of
     `write_examples` summed over sources; and shortened, the number of examples without their first turns.
@@ -86,18 +100,19 @@ def prepare_chats(
     cache_dir: str | Path | None = None,
     progress: bool = True,
     verified: Path | None = None,
+    pairs: bool = False,
 ) -> ChatCorpus:
     """Return the chats of `data`, from the cache where they have been prepared before; see `corpus.prepare`.
 
     data: a table, a folder of tables, or several with weights, with records of `chat_records`. tokenizer_path: a
     tokenizer.json; the chat template is next to it. Tokens of the roles are added to a tokenizer without a template.
-    An example longer than `seq_len` tokens loses its first turns or the beginning of its question, but nothing of its
-    last answer. Raises UserError, which names file and row, if a record is not a chat or an answer does not fit into a
-    sequence, and if the tokenizer has more than `vocab_size` tokens.
+    pairs: the records are preferences. An example longer than `seq_len` tokens is `shortened`. Raises UserError, which
+    names file and row, if a record is not a chat or a preference, or if an answer does not fit into a sequence, and if
+    the tokenizer has more than `vocab_size` tokens.
     """
     cache = Path(cache_dir or cache_folder())
     try:
-        inputs = [ChatInput(source, weight, input_files(source)) for source, weight in parse_mixture(data)]
+        inputs = [ChatInput(source, weight, input_files(source), pairs) for source, weight in parse_mixture(data)]
         folder = verified or _prepared(cache, inputs, Path(tokenizer_path), vocab_size, seq_len, progress)
         return ChatCorpus(
             sources=[entry.source(folder, number, seq_len) for number, entry in enumerate(inputs)],
@@ -142,41 +157,71 @@ def _prepared(
         (folder / "summary.json").write_text(json.dumps(_summary(counts), indent=2) + "\n")
 
     files = [path for entry in inputs for path in entry.files]
-    layout = [[entry.weight, len(entry.files)] for entry in inputs]
+    layout = [[entry.weight, len(entry.files), entry.pairs] for entry in inputs]
     # Not the content of tokenizer.json, because a resumed run reads the one in its checkpoint, with the new tokens.
     settings = ["chats", CHAT_FORMAT, VALIDATION, seq_len, tokenizer.to_str(), asdict(config), layout]
     return cached(cache, content_key(cache, files, settings, progress), progress, write)
 
 
-def shortened(example: EncodedChat, limit: int) -> EncodedChat:
+def shortened(example: Example, limit: int) -> Example:
     """Return an example without its first turns if it has more than `limit` tokens, as `fira chat` drops them.
 
-    If its last turn alone is longer, its question loses its beginning. Raises UserError if the answer is longer.
+    The chats of a pair lose the same turns. If the last turn alone is longer, the question loses its beginning. Raises
+    UserError if the last answer of a chat, or the answers of a pair, do not fit.
     """
-    excess = len(example.ids) - limit
+    excess, most = tokens_of(example) - limit, _droppable(example)
     if excess <= 0:
         return example
-    change = np.diff(example.trained.astype(np.int8), prepend=0, append=0)
-    begins, ends = np.flatnonzero(change == 1), np.flatnonzero(change == -1)
-    after_answers = ends[:-1][ends[:-1] >= excess]
-    start = int(after_answers[0]) if len(after_answers) else excess
-    if start >= begins[-1]:  # the first token of a sequence is not predicted
-        tokens = len(example.ids) - int(begins[-1])
+    least = -(-excess // len(example))
+    ends = reduce(np.intersect1d, [_bounds(chat.answers)[1] for chat in example])  # of turns that all its chats have
+    after_turns = ends[(ends >= least) & (ends < most)]
+    start = int(after_turns[0]) if len(after_turns) else least
+    if start >= most:
+        answers = " and ".join(str(len(chat.ids) - most) for chat in example)
         raise UserError(
-            f"{example.where}: answer of {tokens} tokens, for which sequences of {limit} have no room; "
+            f"{example[0].where}: answer of {answers} tokens, for which sequences of {limit} have no room; "
             "shorten it, or give a larger --seq-len"
         )
-    return replace(example, ids=example.ids[start:], trained=example.trained[start:])
+    return tuple(
+        replace(chat, **{name: getattr(chat, name)[start:] for name in ("ids", "answers", "trained")})
+        for chat in example
+    )
 
 
-def _split(examples: Sequence[EncodedChat], source: str) -> tuple[list[EncodedChat], list[EncodedChat]]:
+def _droppable(example: Example) -> int:
+    """The number of first tokens of each chat of which at least the last one must remain, as it predicts an answer.
+
+    These are the tokens before the last answer of a chat, and those of the common prompt of a pair. Raises UserError if
+    the template yields no common prompt.
+    """
+    begins = [_bounds(chat.trained)[0] for chat in example]
+    if len(example) == 1:
+        return int(begins[0][-1])
+    prompt = min(int(first) for first, *_ in begins)
+    differs = np.not_equal(*(chat.ids[:prompt] for chat in example))
+    common = int(differs.argmax()) if differs.any() else prompt
+    if common == 0:
+        raise UserError(
+            f"{example[0].where}: the chat template yields no prompt that chosen and rejected have in common"
+        )
+    return common
+
+
+def _bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first index of each run of true values in a mask, and the index after its last one."""
+    change = np.diff(mask.astype(np.int8), prepend=0, append=0)
+    return np.flatnonzero(change == 1), np.flatnonzero(change == -1)
+
+
+def _split(examples: Sequence[Example], source: str) -> tuple[list[Example], list[Example]]:
     """Return the training and the validation examples: of all hashes of their tokens, the smallest are validation.
 
     The split does not depend on the order, and equal examples are in the same part.
     """
-    hashes = [hashlib.blake2b(example.ids.tobytes(), digest_size=8).digest() for example in examples]
+    contents = [b"".join(chat.ids.tobytes() for chat in example) for example in examples]
+    hashes = [hashlib.blake2b(content, digest_size=8).digest() for content in contents]
     largest = sorted(hashes)[max(1, round(VALIDATION * len(hashes))) - 1]
-    parts: tuple[list[EncodedChat], list[EncodedChat]] = ([], [])
+    parts: tuple[list[Example], list[Example]] = ([], [])
     for example, value in zip(examples, hashes, strict=True):
         parts[value <= largest].append(example)
     if not parts[0]:

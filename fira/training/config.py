@@ -13,6 +13,7 @@ from fira.files import read_toml
 from fira.models.family import Recipe
 from fira.models.registry import PRESETS, RECIPES
 from fira.parallel.parallelize import EVERY_BLOCK
+from fira.posttraining.dpo import LOSSES
 from fira.training.save_interval import SaveInterval
 from fira.value_types import (
     AnyText,
@@ -37,12 +38,14 @@ LITERALS = {"true": True, "false": False, "none": None}
 INHERITED = [
     *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
     *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed"),
+    *("dpo_loss", "dpo_beta"),
     *("init", "threads"),
     *("eval_every", "eval_sequences", "save_every", "keep", "on_spike"),
 ]
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
+PREFERENCES = Recipe(steps=200, lr=2e-5, min_lr=2e-6, warmup=20)  # used with --objective dpo
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -60,9 +63,12 @@ class TrainConfig:
     )
     objective: str = _option(
         "pretrain",
-        "pretrain: the next token of text; sft: the answers in chats, one per row of --data",
-        ("pretrain", "sft"),
+        "pretrain: the next token of text; sft: the answers in chats, one per row of --data; "
+        "dpo: preferences, a chosen and a rejected answer per row",
+        ("pretrain", "sft", "dpo"),
     )
+    dpo_loss: str = _option("sigmoid", "loss of a pair; ipo and sigmoid-norm average over the tokens", LOSSES)
+    dpo_beta: Positive = _option(0.1, "β of --objective dpo; larger: closer to the initial model")
     text_column: str = _option("text", "column or key that holds the text")
     tokenizer: PathName | None = _option(None, "a tokenizer.json; default: one is trained on the data")
     vocab_size: Tokens | None = _option(None, "vocabulary; default: the preset's")
@@ -151,11 +157,13 @@ class TrainConfig:
         raise UserError(f"--recompute {self.recompute}: give none, full, auto, or a number of blocks per stage")
 
     def recipe(self) -> Recipe:
-        """Steps, learning rates and batch size: as given, else from FINE_TUNING with `init`, else from the preset."""
+        """Steps, learning rates and batch size: as given, else those of the objective, of `init`, or of the preset."""
         if self.model not in RECIPES:
             raise UserError(f"--model {self.model}: no such preset; choose from {', '.join(PRESETS)}")
         given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Recipe)}
         recipe = FINE_TUNING if self.init else RECIPES[self.model]
+        if self.objective == "dpo":
+            recipe = PREFERENCES
         return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
     def name(self) -> str:

@@ -16,6 +16,7 @@ from fira.training import run_folder, state
 from fira.training.config import TrainConfig
 from fira.training.finish_marker import mark_finished, remove_marker
 from fira.training.numerical_faults import NumericalFault
+from fira.training.reference import with_reference
 from fira.training.rollback import roll_back, settle
 from fira.training.run_lock import RunLock
 from fira.training.run_report import RunReport
@@ -60,7 +61,7 @@ def _train(
     config = replace(config, precision=choose_precision(config.precision, devices))
     writer, first = CheckpointWriter(out / "checkpoints", config.keep), 1
     with doing("start"):
-        run = set_up(config, devices, world, saved, quiet)
+        run = with_reference(set_up(config, devices, world, saved, quiet), out, saved, quiet)
         if saved:
             state.check_settings(saved, run.settings, config.override)
             first += state.restore(saved, run.trainer, run.loader, run.tokenizer)

@@ -13,10 +13,19 @@ from fira.data.text_windows import TextWindows
 from fira.data.tokenizer import TOKENIZER, load_tokenizer
 from fira.data.tokenizer_config import TOKENIZER_CONFIG, read_config_beside
 from fira.errors import UserError
+from fira.nn.objective import CrossEntropy, Objective
 from fira.posttraining.chat_corpus import ChatCorpus, ChatSource, prepare_chats
+from fira.posttraining.dpo import PreferenceLoss
 from fira.training.config import TrainConfig
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
+
+RECORDS = {"sft": "one chat", "dpo": "prompt, chosen and rejected"}  # of a row, by objective
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """What the run minimises."""
+    return PreferenceLoss(config.dpo_loss, config.dpo_beta) if config.objective == "dpo" else CrossEntropy()
 
 
 def load_corpus(
@@ -28,7 +37,7 @@ def load_corpus(
     """
 
     def corpus(progress: bool, verified: Path | None = None) -> Corpus | ChatCorpus:
-        if config.objective == "sft":
+        if config.objective != "pretrain":
             return chats(config, tokenizer, model, progress, verified)
         return prepare(config.data, config.text_column, tokenizer, model.vocab_size, None, progress, verified)
 
@@ -41,12 +50,14 @@ def load_corpus(
 
 
 def chats(config: TrainConfig, tokenizer: str | None, model: Any, progress: bool, verified: Path | None) -> ChatCorpus:
-    """The packed chats of `--objective sft`. Raises UserError without data or tokenizer."""
+    """The packed chats of `--objective sft`, or the pairs of dpo. Raises UserError without data or tokenizer."""
+    flag = f"--objective {config.objective}"
     if config.data is None:
-        raise UserError("--objective sft: no chats; give a file with one chat per row as --data")
+        raise UserError(f"{flag}: no chats; give a file with {RECORDS[config.objective]} per row as --data")
     if tokenizer is None:
-        raise UserError("--objective sft: no tokenizer; give the model to start from as --init, or a --tokenizer")
-    return prepare_chats(config.data, tokenizer, model.vocab_size, model.seq_len, None, progress, verified)
+        raise UserError(f"{flag}: no tokenizer; give the model to start from as --init, or a --tokenizer")
+    pairs = config.objective == "dpo"
+    return prepare_chats(config.data, tokenizer, model.vocab_size, model.seq_len, None, progress, verified, pairs)
 
 
 def tokenizer_files(corpus: Corpus | ChatCorpus, given: str | None) -> dict[str, bytes]:

@@ -27,7 +27,7 @@ from fira.posttraining.chat_corpus import ChatCorpus, chat_tokenizer
 from fira.training import state
 from fira.training.auto_layout import with_plan
 from fira.training.config import TrainConfig
-from fira.training.run_data import load_corpus, open_data, tokenizer_files
+from fira.training.run_data import load_corpus, objective_of, open_data, tokenizer_files
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
@@ -84,7 +84,10 @@ def set_up(
     layout, schedule = candidate.layout, candidate.schedule
     mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), devices)
     dtype, autocast = parameter_dtype(config.precision), AUTOCAST_DTYPES.get(config.precision)
-    split = BatchSplit(candidate.microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0], dtype)
+    objective = objective_of(config)
+    split = BatchSplit(
+        candidate.microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0], dtype, objective
+    )
     distributed = parallelize(model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
     if config.compile:
         compile_blocks(distributed.modules(), model_config.seq_len)
@@ -110,6 +113,8 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
     """The model's config and the path of its tokenizer.json, or None, from the flags or the saved model of --init.
 
     For chats, the vocabulary includes the tokens of the roles that are added to a tokenizer without a chat template.
+    For preferences, dropout and the router's noise are 0 unless --model-set gives them: the log-probabilities of the
+    reference, with which those of the model are compared, have none.
     """
     changes = config.model_changes()
     if saved:
@@ -119,9 +124,12 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
         if config.tokenizer and config.vocab_size is None:
             changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))
         model, tokenizer = make_config(config.model, changes), config.tokenizer
-    if config.objective == "sft" and tokenizer and vocabulary(load_tokenizer(tokenizer)) <= model.vocab_size:
+    if config.objective != "pretrain" and tokenizer and vocabulary(load_tokenizer(tokenizer)) <= model.vocab_size:
         with_roles = vocabulary(chat_tokenizer(Path(tokenizer))[0])
         model = change(model, config.name(), {"vocab_size": max(model.vocab_size, with_roles)})
+    if config.objective == "dpo":
+        random = {name for name in ("dropout", "noise") if hasattr(model, name)}
+        model = change(model, config.name(), dict.fromkeys(random - changes.keys(), 0.0))
     return model, tokenizer
 
 
@@ -180,9 +188,10 @@ def describe_run(
     model, summary = trainer.model, corpus.summary
     stages = " | ".join(f"{layers.start}–{layers.stop - 1}" for layers in model.stages)
     blocks = "all" if candidate.recompute == EVERY_BLOCK else candidate.recompute
+    examples = "pairs" if config.objective == "dpo" else "chats"
     recomputed = f" · {blocks} blocks per stage recomputed" if blocks else ""
     packed = (
-        f" · {summary['train_examples']:,} chats with {summary['train_trained_tokens']:,} trained tokens, "
+        f" · {summary['train_examples']:,} {examples} with {summary['train_trained_tokens']:,} trained tokens, "
         f"{summary['shortened']:,} shortened · sequences {summary['train_fill']:.1%} full"
         if isinstance(corpus, ChatCorpus)
         else ""

@@ -52,7 +52,9 @@ def run_settings(config: TrainConfig, corpus: Corpus | ChatCorpus) -> dict[str, 
 
     config: with the chosen precision and micro-batch size. `data` is the key of the corpus, the hash of its content.
     """
-    names = ("micro_batch_size", "weight_decay", "clip", "precision", "seed")
+    names = ["micro_batch_size", "weight_decay", "clip", "precision", "seed", "objective"]
+    if config.objective == "dpo":
+        names += ["dpo_loss", "dpo_beta"]
     return {**asdict(config.recipe()), **{name: getattr(config, name) for name in names}, "data": corpus.folder.name}
 
 

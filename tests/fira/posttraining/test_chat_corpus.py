@@ -1,6 +1,7 @@
 """Prepared chats: the split, the cache, shortened examples and errors."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_answer_longer_than_a_sequence_is_named(folder: Path, tokenizer: Tokeniz
 
 @given(st.lists(st.booleans(), min_size=1, max_size=14).filter(any), st.integers(1, 16))
 def test_shortened_example_begins_with_a_turn_or_in_the_last_question(trained: list[bool], limit: int) -> None:
-    example = EncodedChat(np.arange(len(trained), dtype=np.uint32), np.array(trained), "x")
+    example = (EncodedChat(np.arange(len(trained), dtype=np.uint32), np.array(trained), np.array(trained), "x"),)
     turns = [i for i in range(len(trained)) if any(trained[i:]) and (i == 0 or (trained[i - 1] and not trained[i]))]
     fitting = [i for i in turns if len(trained) - i <= limit]
     start = fitting[0] if fitting else len(trained) - limit
@@ -160,6 +161,88 @@ def test_shortened_example_begins_with_a_turn_or_in_the_last_question(trained: l
         with pytest.raises(UserError, match=f"answer of .* sequences of {limit} "):
             shortened(example, limit)
         return
-    result = shortened(example, limit)
+    (result,) = shortened(example, limit)
     assert result.ids.tolist() == list(range(start, len(trained)))
     assert result.trained.tolist() == trained[start:]
+
+
+def test_context_loses_whole_turns(folder: Path, tokenizer: Tokenizer) -> None:
+    """Answers that are not trained end a turn as well."""
+    turns = [message(role, role * 2) for _ in range(3) for role in ("user", "assistant")]
+    (folder / "a.jsonl").write_text(
+        "".join(json.dumps({"prompt": [*turns, message("user", f"{n}?")], "completion": "Ja"}) + "\n" for n in (1, 2))
+    )
+    (source,) = prepare(folder, str(folder / "a.jsonl"), 40).sources
+    (text,) = texts(tokenizer, source.train)
+    turn = "<|prompter|>useruser</s><|assistant|>assistantassistant</s>"
+    assert re.fullmatch(rf"({re.escape(turn)})?<\|prompter\|>\d\?</s><\|assistant\|>Ja</s>", text)
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def write_pairs(path: Path, answers: list[tuple[str, str]], turns: int = 1) -> str:
+    prompt = [message(role, f"{role} {turn}") for turn in range(turns) for role in ("user", "assistant")][:-1]
+    records = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for chosen, rejected in answers]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_pairs_are_packed_as_chosen_and_rejected_document(folder: Path, tokenizer: Tokenizer) -> None:
+    answers = [(f"{number} gut", f"{number} Wald") for number in range(40)]
+    corpus = prepare(folder, write_pairs(folder / "a.jsonl", answers), pairs=True)
+    train, val = (texts(tokenizer, part) for part in (corpus.sources[0].train, corpus.sources[0].val))
+    prompt = "<|prompter|>user 0</s><|assistant|>"
+    expected = [tuple(f"{prompt}{text}</s>" for text in pair) for pair in answers]
+    pairs = [pair for part in (train, val) for pair in zip(part[::2], part[1::2], strict=True)]
+    assert sorted(pairs) == sorted(expected)
+    assert len(val) == 2 * 2  # 5 %
+    assert (corpus.summary["train_examples"], corpus.summary["shortened"]) == (38, 0)
+    assert len(corpus.sources[0].train) < 38  # several pairs in a sequence
+
+
+@pytest.mark.parametrize("chosen", ["gut", "ja " * 8])
+def test_both_chats_of_a_long_pair_lose_the_same_turns(folder: Path, tokenizer: Tokenizer, chosen: str) -> None:
+    data = write_pairs(folder / "a.jsonl", [(chosen, "nein"), ("x", "y")], turns=3)
+    whole = prepare(folder, data, 400, pairs=True).sources[0]
+    documents = [text for part in (whole.train, whole.val) for text in texts(tokenizer, part) if "nein" in text]
+    for limit in range(30, 200, 7):
+        try:
+            source = prepare(folder, data, limit, pairs=True).sources[0]
+        except UserError as error:
+            assert re.search(r"a\.jsonl, line 1: answer of \d+ and \d+ tokens, .*--seq-len", str(error))  # noqa: PT017
+            continue
+        found = [texts(tokenizer, part) for part in (source.train, source.val)]
+        (pair,) = ((a, b) for part in found for a, b in zip(part[::2], part[1::2], strict=True) if "nein" in b)
+        assert pair[1] in documents[0]
+        cut = documents[0].removesuffix(pair[1])
+        assert pair[0] == pair[1].removesuffix("nein</s>") + f"{chosen}</s>"
+        assert cut in ("", *(documents[0][: at.end()] for at in re.finditer("assistant \\d</s>", documents[0]))) or (
+            "user 2" not in cut and not re.search(r"assistant \d</s>", pair[1])
+        )
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "line 2: has the fields 'prompt', 'chosen'; give records with prompt, chosen"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "line 2: chosen and rejected are equal"),
+        ({"prompt": "a", "chosen": " ", "rejected": "b"}, "line 2: chosen, message 1: empty answer"),
+        ({"prompt": "a", "chosen": "b", "rejected": "x" * 300}, r"line 2: answer of \d+ and \d+ tokens"),
+    ],
+)
+def test_bad_pairs_are_named(folder: Path, record: dict[str, Any], problem: str) -> None:
+    (folder / "a.jsonl").write_text(
+        json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n" + json.dumps(record) + "\n"
+    )
+    with pytest.raises(UserError, match=problem):
+        prepare(folder, str(folder / "a.jsonl"), pairs=True)
+
+
+def test_pairs_without_a_common_prompt_are_refused(folder: Path) -> None:
+    data = write_pairs(folder / "a.jsonl", [("gut", "Wald"), ("a", "b")])
+    template = "{% generation %}{{ messages[-1].content }}</s>{% endgeneration %}"
+    (folder / TOKENIZER_CONFIG).write_bytes(TokenizerConfig(chat_template=template).to_json())
+    with pytest.raises(UserError, match=r"line 1: the chat template yields no prompt"):
+        prepare(folder, data, pairs=True)

@@ -83,7 +83,14 @@ CASES = [
     Case("truncated_data", "training", 2, None, (r"rank \d .*SIGBUS",), shards=True),
     Case("disk_full", "training", 2, 2, (r"No space left on device",), small_disk=True),
     Case("disk_full", "saving", 2, 2, (r"checkpoint of step 2 failed: .*No space left on device",), small_disk=True),
-    Case("read_only", "start", 2, 2, (r"training_log\.csv\S*: Read-only file system; make the folder writable",), small_disk=True),
+    Case(
+        "read_only",
+        "start",
+        2,
+        2,
+        (r"training_log\.csv\S*: Read-only file system; make the folder writable",),
+        small_disk=True,
+    ),
     Case("read_only", "saving", 2, 2, (r"checkpoint of step 2 failed: .*Read-only file system",), small_disk=True),
     Case("folder_removed", "saving", 2, 0, (r"run was removed and is written again",)),
 ]

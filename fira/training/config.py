@@ -12,6 +12,7 @@ from fira.errors import UserError
 from fira.files import read_toml
 from fira.models.family import Recipe
 from fira.models.registry import PRESETS, RECIPES
+from fira.nn.lora import FORM, Lora
 from fira.parallel.parallelize import EVERY_BLOCK
 from fira.training.save_interval import SaveInterval
 from fira.value_types import (
@@ -37,7 +38,7 @@ LITERALS = {"true": True, "false": False, "none": None}
 INHERITED = [
     *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
     *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed"),
-    *("init", "threads"),
+    *("init", "lora", "threads"),
     *("eval_every", "eval_sequences", "save_every", "keep", "on_spike"),
 ]
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
@@ -102,6 +103,7 @@ class TrainConfig:
     init: PathName | None = _option(
         None, "start from the model, weights and tokenizer of a run, a checkpoint, an export, a Llama or a FlexOlmo"
     )
+    lora: str | None = _option(None, f"with --init: freeze the model, and train low-rank adapters, as in {FORM}")
     resume: PathName | None = _option(None, "auto (newest checkpoint in the run folder) or a checkpoint")
     override: bool = _option(False, "resume with settings that differ from those of the checkpoint")
     eval_every: int = _option(50, "steps between validations")
@@ -138,6 +140,8 @@ class TrainConfig:
         for setting in fields(self):
             check(f"--{setting.name.replace('_', '-')}", getattr(self, setting.name), setting.type)
         self.recomputed()  # raises UserError if `recompute` is invalid
+        if self.adapters() and not self.init:
+            raise UserError("--lora: no model to adapt; give a run, a checkpoint or an exported folder as --init")
         SaveInterval(self.save_every)
 
     def recomputed(self) -> int | None:
@@ -149,6 +153,10 @@ class TrainConfig:
         with suppress(ArgumentTypeError):
             return int(flag_type(Steps)(str(self.recompute)))
         raise UserError(f"--recompute {self.recompute}: give none, full, auto, or a number of blocks per stage")
+
+    def adapters(self) -> Lora | None:
+        """The settings of the adapters, if there are any."""
+        return Lora.parse(self.lora) if self.lora is not None else None
 
     def recipe(self) -> Recipe:
         """Steps, learning rates and batch size: as given, else from FINE_TUNING with `init`, else from the preset."""

@@ -44,7 +44,6 @@ def test_run_is_resumed_on_another_layout(settings: Path, tuned: Path, tmp_path:
     np.testing.assert_array_equal(losses(run), losses(tuned))
     weights, expected = (load_model(folder).weights() for folder in (run, tuned))
     assert all(torch.equal(value, expected[name]) for name, value in weights.items())
-    assert losses(run)[-1, 0] < losses(run)[0, 0]
 
 
 def test_checkpoint_has_adapters_and_their_moments_only(base: Path, tuned: Path) -> None:

@@ -140,6 +140,7 @@ def _backward(saved: list[tuple[Tensor, Tensor]], grad: Tensor | None) -> Tensor
     while saved:
         x, y = saved.pop()
         assert grad is not None
-        run_backward([y], [grad])
+        if y.requires_grad:  # not if all parameters of the first segment are frozen
+            run_backward([y], [grad])
         grad = x.grad
     return grad

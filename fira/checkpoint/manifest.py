@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -131,6 +132,12 @@ class Manifest:
     step: int
     layout: dict[str, Any]
     files: dict[str, FileRecord]
+
+
+def combined_hash(hashes: Mapping[str, str]) -> str:
+    """Return the SHA-256 of the names and SHA-256 of several files."""
+    lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def encode_json(document: Any) -> bytes:

@@ -8,7 +8,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fira import files
-from fira.checkpoint.manifest import FILE_NAME, MANIFEST, is_plain
+from fira.checkpoint.manifest import FILE_NAME, MANIFEST, FileRecord, combined_hash, is_plain
+from fira.checkpoint.merged_checkpoint import LORA, AdapterRecord, MergedCheckpoint, SavedModel
+from fira.checkpoint.ranks import collective_errors, gather_results, this_rank, world_size
 from fira.checkpoint.shards import Checkpoint, open_checkpoint
 from fira.checkpoint.transformers_mapping import TRANSFORMERS_SCHEMA, expert_tensors, from_transformers
 from fira.errors import UserError
@@ -59,7 +61,7 @@ class PretrainedFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor by its name in Fira."""
-        stored = self._stored_name(name)
+        stored = self.module_name(name)
         if stored in self._files:
             return tuple(self._slice(stored).get_shape())
         shapes = [self._slice(part).get_shape() for part in expert_tensors(stored, 0)]
@@ -69,7 +71,7 @@ class PretrainedFolder:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read rows [start, stop) of a tensor (default: all); the rows of expert weights are the experts."""
-        stored = self._stored_name(name)
+        stored = self.module_name(name)
         stop = self.shape(name)[0] if stop is None else stop
         if stored in self._files:
             return self._slice(stored)[start:stop]
@@ -79,7 +81,8 @@ class PretrainedFolder:
         except RuntimeError:
             raise UserError(f"{self.folder}: the experts of {stored} have different shapes; restore the file") from None
 
-    def _stored_name(self, name: str) -> str:
+    def module_name(self, name: str) -> str:
+        """Return the name of a tensor in the model of transformers, by its name in Fira."""
         if self._names is None:
             return f"model.{name}"
         if name not in self._names:
@@ -108,6 +111,12 @@ class PretrainedFolder:
         """Return the number of stored tensors."""
         return len(self._files)
 
+    def weights_hash(self) -> str:
+        """Return a hash of the model's config and weights, whose files are divided over the ranks (collective)."""
+        names = sorted({CONFIG, *self._files.values()})[this_rank() :: world_size()]
+        hashes = gather_results(lambda: {name: FileRecord.from_file(self.folder / name).sha256 for name in names})
+        return combined_hash({name: value for share in hashes for name, value in share.items()})
+
     def _find_files(self) -> dict[str, str]:
         """Return the file name of each tensor."""
         index = self.folder / f"{WEIGHTS}.index.json"
@@ -119,18 +128,35 @@ class PretrainedFolder:
         return dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
 
 
-Saved = Checkpoint | PretrainedFolder
+Saved = Checkpoint | PretrainedFolder | MergedCheckpoint
 
 
 def open_saved(path: str | Path) -> Saved:
     """Open a folder of transformers, or a checkpoint, whose files are all checked (collective).
 
-    Raises UserError if `path` is neither, if it is damaged, and if no family computes its model.
+    A checkpoint of adapters is opened with its base model. Raises UserError if `path` is neither, if it is damaged, if
+    no family computes its model, and if the base model is missing or has changed.
     """
-    path = Path(path)
+    saved = _open_saved(Path(path))
+    return with_base(saved) if isinstance(saved, Checkpoint) and saved.has_file(LORA) else saved
+
+
+def _open_saved(path: Path) -> Checkpoint | PretrainedFolder:
     if (path / CONFIG).is_file() and not (path / MANIFEST).is_file():
         return PretrainedFolder(path)
     return open_checkpoint(path)
+
+
+def with_base(adapters: Checkpoint) -> MergedCheckpoint:
+    """Open the base model of a checkpoint of adapters, and compare its hash (collective)."""
+    adapter_record = AdapterRecord.read(adapters)
+    folder = Path(adapter_record.folder)
+    with collective_errors():
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{adapters.folder}: its base model {folder} is missing; move it back, or link it there")
+    base = _open_saved(folder)
+    adapter_record.check_base(base, adapters.folder)
+    return MergedCheckpoint(adapters, base, adapter_record)
 
 
 def stored_config(saved: Saved) -> Any:
@@ -140,11 +166,14 @@ def stored_config(saved: Saved) -> Any:
         config = from_document(document)
     except UserError as error:
         raise UserError(f"{saved.folder}: {one_line(error)}") from None
-    _check_layers(saved.folder, config.num_layers, saved.tensor_count())
+    if not (isinstance(saved, Checkpoint) and saved.has_file(LORA)):  # which has no tensors of most layers
+        _check_layers(saved.folder, config.num_layers, saved.tensor_count())
     return config
 
 
-def read_weight(saved: Saved, name: str, shape: tuple[int, ...], start: int = 0, stop: int | None = None) -> Tensor:
+def read_weight(
+    saved: SavedModel, name: str, shape: tuple[int, ...], start: int = 0, stop: int | None = None
+) -> Tensor:
     """Read rows of a weight. Raises UserError unless it is stored with this global shape, in floating point."""
     if saved.shape(name) != shape:
         raise UserError(f"{saved.folder}: {name} has shape {saved.shape(name)}, the model of {CONFIG} has {shape}")

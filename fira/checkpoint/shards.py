@@ -23,6 +23,7 @@ from fira.checkpoint.manifest import (
     Manifest,
     StoredRows,
     TensorEntry,
+    combined_hash,
     read_index,
     read_manifest,
 )
@@ -79,6 +80,20 @@ class Checkpoint:
     def tensor_count(self) -> int:
         """Return the number of stored tensors."""
         return len(self._index)
+
+    def has_tensor(self, name: str) -> bool:
+        """Return whether the checkpoint contains the tensor `name`."""
+        return name in self._index
+
+    def precision(self) -> torch.dtype:
+        """Return the widest dtype of the stored tensors."""
+        dtypes = (DTYPES[entry.dtype] for entry in self._index.values())
+        return max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+
+    def weights_hash(self) -> str:
+        """Return a hash of the model's config and weights, from the SHA-256 of their files."""
+        names = [name for name in self._files if name == "config.json" or name.startswith("model-")]
+        return combined_hash({name: self._files[name].sha256 for name in names})
 
     def has_file(self, name: str) -> bool:
         """Return whether the checkpoint contains the file `name`."""

@@ -7,7 +7,7 @@ from fira.huggingface.export_model import FORMATS, export
 from fira.value_types import PathName
 
 FORMAT_HELP = """fira: with the code of the model (trust_remote_code=True); llama (for mooshak) and flexolmo (for
-rish): as a class of transformers (default: %(default)s)"""
+rish): as a class of transformers; peft: the adapters of a LoRA run (default: %(default)s)"""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -18,6 +18,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--format", choices=FORMATS, default="fira", help=FORMAT_HELP)
     options = parser.start(arguments)
     out = export(options.checkpoint, options.out, options.format)
-    if not options.quiet:
+    if not options.quiet and options.format == "peft":
+        print(f'next: PeftModel.from_pretrained(exported_base_model, "{out}")')
+    elif not options.quiet:
         trust = ", trust_remote_code=True" if options.format == "fira" else ""
         print(f'next: AutoModelForCausalLM.from_pretrained("{out}"{trust})')

@@ -16,10 +16,11 @@ from fira.data.tokenizer_config import TokenizerConfig
 from fira.errors import UserError
 from fira.files import errors_naming
 from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, RishAIConfig
+from fira.huggingface.peft_export import save_adapters
 from fira.models.language_model import LanguageModel
 from fira.models.registry import family_of, to_document
 
-FORMATS = ("fira", *TRANSFORMERS)
+FORMATS = ("fira", *TRANSFORMERS, "peft")
 SHARD = "5GB"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # left to the tokenizer
 
@@ -28,7 +29,8 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
     """Write the model of a checkpoint (see `load_model`) to the new folder `out`, and return the folder.
 
     form: "fira" includes the source code of the model, for `trust_remote_code=True`. "llama" (for mooshak) and
-    "flexolmo" (for rish) export to that class of transformers, which computes the same function.
+    "flexolmo" (for rish) export to that class of transformers, which computes the same function. "peft" writes the
+    adapters of a LoRA run instead of a model.
 
     Raises UserError if the folder is not empty, or if that class has no equivalent of one of the model's options.
     """
@@ -37,23 +39,30 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
     for folder in (out, partial):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is not empty; choose a new folder as --out")
-    model = load_model(checkpoint)
-    exported = as_transformers(model) if form == "fira" else as_stock(model, form)
-    exported.generation_config = GenerationConfig(max_length=model.config.seq_len)
     try:
         with errors_naming(partial):
-            if model.tokenizer is not None:
-                tokenizer = as_fast_tokenizer(model.tokenizer, own_config(model), model.config.seq_len)
-                generation = exported.generation_config
-                generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
-                tokenizer.save_pretrained(partial)
-            exported.save_pretrained(partial, max_shard_size=SHARD)
+            if form == "peft":
+                save_adapters(checkpoint, partial)
+            else:
+                _save_model(load_model(checkpoint), partial, form)
             for path in partial.iterdir():
                 path.chmod(0o666 & partial.stat().st_mode)  # safetensors creates files that only their owner can read
             os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def _save_model(model: LanguageModel, folder: Path, form: str) -> None:
+    """Write a model and its tokenizer, if it has one."""
+    exported = as_transformers(model) if form == "fira" else as_stock(model, form)
+    exported.generation_config = GenerationConfig(max_length=model.config.seq_len)
+    if model.tokenizer is not None:
+        tokenizer = as_fast_tokenizer(model.tokenizer, own_config(model), model.config.seq_len)
+        generation = exported.generation_config
+        generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
+        tokenizer.save_pretrained(folder)
+    exported.save_pretrained(folder, max_shard_size=SHARD)
 
 
 def as_transformers(model: LanguageModel) -> FiraLMForCausalLM:

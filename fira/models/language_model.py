@@ -11,6 +11,7 @@ from fira.decoding.sampling import Sampling
 from fira.nn.context import Context
 from fira.nn.embedding import Embedding, Head
 from fira.nn.init import initialise
+from fira.nn.lora import Lora
 
 
 class LanguageModel(nn.Module):
@@ -21,6 +22,7 @@ class LanguageModel(nn.Module):
 
     config: dataclass of the family, with the fields `vocab_size` and `seq_len`, the longest context.
     tied: the head shares the embedding's weight. The parameter is listed once, under the embedding's name.
+    lora: settings of its adapters, if `fira.models.adapters` has added any.
     tokenizer, tokenizer_config: attributes that are set if the model is loaded together with a tokenizer; the latter
     has the names of its special tokens and its chat template.
     """
@@ -30,6 +32,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.layers = layers
         self.tied = tied
+        self.lora: Lora | None = None
         self.tokenizer: Any = None
         self.tokenizer_config: Any = None
         if next(self.parameters()).device.type != "meta":

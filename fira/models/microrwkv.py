@@ -61,6 +61,8 @@ class MicroRWKVConfig:
 class TinyMoE(nn.Module):
     """MoE of the block. The projection W is shared by the experts."""
 
+    lora_target = "experts"  # for the projection; the experts are a module of their own
+
     def __init__(self, config: MicroRWKVConfig, index: int) -> None:
         super().__init__()
         c = config

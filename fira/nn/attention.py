@@ -22,6 +22,8 @@ class SelfAttention(nn.Module):
     gated: the heads' output is multiplied by a linear function of x before the projection o.
     """
 
+    lora_target = "attention"
+
     def __init__(
         self,
         d_model: int,

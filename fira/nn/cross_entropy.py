@@ -19,7 +19,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cast_weight
 
     For each block of tokens the forward computes logits, probabilities and gradients; the gradients are kept for the
     backward, so nothing is recomputed and at most LOGITS logits are in memory. Under autocast products are in its
-    precision and sums in full precision. cast_weight: the weight in this precision, if the caller has it.
+    precision and sums in full precision. cast_weight: the weight in this precision, if the caller has it. It may be
+    preceded by other columns [V, d − c], for which no gradient is computed; `weight` is then [V, c].
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -46,9 +47,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 grad_x[span] = product(grad_logits, factor)
             if grad_weight is not None and grad_weight.dtype == dtype:
-                grad_weight.addmm_(grad_logits.T, block)
+                grad_weight.addmm_(grad_logits.T, block[:, -weight.shape[1] :])
             elif grad_weight is not None:
-                grad_weight += product(grad_logits.T, block)
+                grad_weight += product(grad_logits.T, block[:, -weight.shape[1] :])
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 

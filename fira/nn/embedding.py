@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fira.nn.base_layer import Layer
 from fira.nn.context import Context
 from fira.nn.dropout import Dropout
+from fira.nn.lora import LoraLinear
 
 
 class TokenTable(nn.Embedding):
@@ -60,6 +61,8 @@ class Embedding(Layer):
 class Head(Layer):
     """Final norm and projection to logits, or with targets in the context to the output of the objective."""
 
+    lora_target = "head"
+
     def __init__(self, norm: nn.Module, project: nn.Linear) -> None:
         super().__init__()
         self.norm = norm
@@ -71,5 +74,7 @@ class Head(Layer):
         training, kept = context.training, context.decoding.logits_to_keep
         if training.targets is None:
             return self.project(self.norm(x if kept is None else x[:, -kept:]))
-        weight, x = self.project.weight, self.norm(x)
-        return training.objective.output(x, weight, self.cast_weight, training.targets, training.stored)
+        x, weight, cast_weight = self.norm(x), self.project.weight, self.cast_weight
+        if isinstance(self.project, LoraLinear):
+            x, weight, cast_weight = self.project.as_one_product(x, cast_weight)
+        return training.objective.output(x, weight, cast_weight, training.targets, training.stored)

@@ -17,7 +17,7 @@ def linear_losses(x: Tensor, weight: Tensor, losses: BlockLosses, cast_weight: T
     losses: called for each block as losses(logits [n, V] in at least fp32, the slice of its rows), returns [n, …].
     The backward computes the logits of each block again, because the gradient of each row is known only then;
     `linear_cross_entropy` is faster for a sum with the same factor for all rows. Under autocast products are in its
-    precision. cast_weight: the weight in this precision, if the caller has it.
+    precision. cast_weight: the weight in this precision, if the caller has it, as in `linear_cross_entropy`.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -52,7 +52,7 @@ class _LinearLosses(torch.autograd.Function):
             if grad_x is not None:
                 grad_x[rows] = product(grad_logits, factor)
             if grad_weight is not None:
-                grad_weight += product(grad_logits.T, x[rows].to(dtype))
+                grad_weight += product(grad_logits.T, x[rows, -weight.shape[1] :].to(dtype))
         grads = (None if g is None else (g / scale).to(t.dtype) for g, t in ((grad_x, x), (grad_weight, weight)))
         return *grads, None, None  # type: ignore[return-value]
 

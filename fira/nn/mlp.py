@@ -22,6 +22,8 @@ def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, a: Tensor | None
 class GatedMLP(nn.Module):
     """W2 (silu(W1 x) ⊙ W3 x), without biases (Shazeer 2020, arXiv 2002.05202). linear: constructor of W1, W2 and W3."""
 
+    lora_target = "experts"  # in whose place it is
+
     def __init__(self, d_model: int, d_ff: int, linear: Callable[..., nn.Linear]) -> None:
         super().__init__()
         self.w1, self.w3 = (linear(d_model, d_ff, bias=False) for _ in range(2))

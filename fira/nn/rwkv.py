@@ -122,6 +122,8 @@ class TimeMix(nn.Module):
     name: the module's global name, the key of its states in a cache.
     """
 
+    lora_target = "attention"  # in whose place it is
+
     def __init__(self, d_model: int, n_head: int, layer: int, layers: int, name: str) -> None:
         super().__init__()
         if d_model % n_head:
@@ -180,6 +182,8 @@ class TimeMix(nn.Module):
 
 class ChannelMix(nn.Module):
     """sigmoid(W_r x_r) ⊙ W_v relu(W_k x_k)², with mixtures of tokens as in TimeMix."""
+
+    lora_target = "attention"
 
     def __init__(self, d_model: int, width: int, layer: int, layers: int, name: str) -> None:
         super().__init__()

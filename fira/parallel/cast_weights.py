@@ -7,7 +7,8 @@ Autocast casts the fp32 matrices of a layer in each of its calls. Within `cast_w
          └──[3]── parameter.grad fp32 += leaf.grad bf16 ◄──────────────────┘
 
 [1] On entry, cast every matrix once.
-[2] In each call of a layer, use new leaves of the autograd graph, which share the memory of the copies.
+[2] In each call of a layer, use new leaves of the autograd graph, which share the memory of the copies. Frozen weights
+    have no gradient, and the copies themselves are used.
 [3] As soon as autograd has computed the gradient of a leaf, add it to the `.grad` of the parameter.
 
 The gradient is bitwise that of plain autocast, which converts leaf.grad to fp32 and adds it. An addition with mixed
@@ -52,13 +53,14 @@ def cast_parameters(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
     Embedding tables are not factors of a product, and routers compute in full precision.
     """
+    if isinstance(layer, Router):
+        return
     if isinstance(layer, ExpertBank):
         yield from ((layer, name) for name in layer.matrices())
     elif isinstance(layer, nn.Linear):
         yield layer, "weight"
-    elif not isinstance(layer, Router):
-        for child in layer.children():
-            yield from cast_parameters(child)
+    for child in layer.children():
+        yield from cast_parameters(child)
 
 
 def _cast_layer(layer: nn.Module, dtype: torch.dtype, restore: ExitStack) -> None:
@@ -71,10 +73,11 @@ def _cast_layer(layer: nn.Module, dtype: torch.dtype, restore: ExitStack) -> Non
     for module, name in cast_parameters(layer):
         weights.append(_CastWeight(module, name, dtype))
         restore.callback(weights[-1].restore)
+    trained = [weight for weight in weights if weight.parameter.requires_grad]
 
     def renew_leaves(*_: Any) -> None:
         if torch.is_grad_enabled():
-            for weight in weights:
+            for weight in trained:
                 weight.renew_leaf()
 
     restore.callback(layer.register_forward_pre_hook(renew_leaves).remove)

@@ -51,5 +51,5 @@ class NormVector:
 
 def scale_gradients(shards: Sequence[ParamShard], factor: float) -> None:
     """Multiply all gradients in place, for clipping and for unscaling."""
-    if factor != 1.0:
+    if factor != 1.0 and shards:
         torch._foreach_mul_([gradient_of(shard) for shard in shards], factor)

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from fira.models.language_model import LanguageModel
 from fira.nn.init import initialise
+from fira.nn.lora import Lora
 from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.layer import MoE
 from fira.parallel.expert_parallel import AllToAllDispatcher
 from fira.parallel.microbatch_loss import microbatch_loss
-from fira.parallel.tied_embedding import TiedWeight
+from fira.parallel.tied_embedding import TiedWeight, tie
 from pipeline.engine import Engine
 from pipeline.mesh import Mesh
 from pipeline.partition import partition
@@ -70,17 +71,23 @@ class ParamShard:
 
 @dataclass(frozen=True)
 class DistributedModel:
-    """This rank's part of a model, and the properties of the whole model."""
+    """This rank's part of a model, and the properties of the whole model.
+
+    With adapters, the other parameters and the buffers are frozen: they are read from the base model, but not trained
+    and not saved. Otherwise nothing is frozen.
+    """
 
     config: Any
+    lora: Lora | None
     engine: Engine
-    shards: list[ParamShard]  # of parameters
+    shards: list[ParamShard]  # of trained parameters
     buffers: list[ParamShard]
+    frozen: list[ParamShard]
     moe: list[MoE]  # of this rank's layers
-    tied: TiedWeight | None
+    tied: TiedWeight | None  # if it is trained
     stages: list[range]  # the layers of each stage
     placement: tuple[int, ...]  # the pp rank of each stage
-    parameters: list[GlobalTensor]  # of the whole model
+    parameters: list[GlobalTensor]  # of the whole model, those that are trained
     moe_layers: list[int]  # indices of the whole model's MoE layers
     num_experts: int
     flops_per_token: float  # forward FLOPs of the whole model
@@ -88,7 +95,7 @@ class DistributedModel:
     @property
     def device(self) -> torch.device:
         """The first of this rank's devices, on which results of all its layers are combined."""
-        return self.shards[0].parameter.device
+        return next(iter(self.engine.stages.values())).input_device
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules of this rank's layers, and those that wrap them."""
@@ -123,9 +130,10 @@ def parallelize(
     flops = layer_flops(model)
     placement = SCHEDULES[schedule].placement(mesh.layout.pp)
     stages = partition(flops, len(placement))
-    experts = _expert_tensors(model)
-    parameters = [GlobalTensor(name, tuple(p.shape), name in experts) for name, p in model.named_parameters()]
+    parameters, frozen = _parameters(model, trained=True), _parameters(model, trained=False)
     buffers = [GlobalTensor(name, tuple(b.shape), False) for name, b in model.named_buffers()]
+    if model.lora:
+        buffers, frozen = [], [*frozen, *buffers]
     moe = [module for module in model.modules() if isinstance(module, MoE)]
 
     layers: dict[int, nn.Module] = {}  # of this rank
@@ -140,12 +148,18 @@ def parallelize(
             blocks = [place for place, i in enumerate(stage_layers, 1) if 0 < i < len(model.layers) - 1]
             cut = max([0, *blocks[:recompute]])
             rank_stages[number] = _stage(stage_layers, cut, autocast, devices[0])
-    tied = _tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
+    tied = tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
+    frozen_shards = _shards(frozen, layers, mesh)
+    if model.lora and tied:
+        frozen_shards += _frozen_copy(tied)
+        tied = None
     return DistributedModel(
         config=model.config,
+        lora=model.lora,
         engine=Engine(rank_stages, microbatch_loss, mesh.pp_rank, mesh.channels, dtype, autocast),
         shards=_shards(parameters, layers, mesh),
         buffers=_shards(buffers, layers, mesh),
+        frozen=frozen_shards,
         moe=[module for layer in layers.values() for module in layer.modules() if isinstance(module, MoE)],
         tied=tied,
         stages=stages,
@@ -157,10 +171,15 @@ def parallelize(
     )
 
 
-def _expert_tensors(model: nn.Module) -> set[str]:
-    """The global names of the parameters whose dim 0 counts experts."""
+def _parameters(model: nn.Module, trained: bool) -> list[GlobalTensor]:
+    """The parameters of the whole model that are trained, or those that are frozen."""
     banks = ((path, module) for path, module in model.named_modules() if isinstance(module, ExpertBank))
-    return {f"{path}.{name}" for path, bank in banks for name, _ in bank.named_parameters(recurse=False)}
+    experts = {f"{path}.{name}" for path, bank in banks for name, _ in bank.named_parameters(recurse=False)}
+    return [
+        GlobalTensor(name, tuple(p.shape), name in experts)
+        for name, p in model.named_parameters()
+        if p.requires_grad == trained
+    ]
 
 
 def _device_spans(stage: range, flops: Sequence[float], devices: int) -> list[range]:
@@ -236,7 +255,8 @@ def _shard_experts(layer: nn.Module, mesh: Mesh, group: dist.ProcessGroup) -> in
             for name, parameter in list(module.named_parameters(recurse=False)):
                 count = len(parameter) // ranks
                 first = mesh.ep_rank * count
-                setattr(module, name, nn.Parameter(parameter.detach()[first : first + count]))
+                shard = parameter.detach()[first : first + count]
+                setattr(module, name, nn.Parameter(shard, parameter.requires_grad))
     return first
 
 
@@ -245,24 +265,15 @@ def _expand_experts(layer: nn.Module, ranks: int) -> None:
     for module in layer.modules():
         if isinstance(module, ExpertBank):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.detach().expand(ranks, *parameter.shape)))
+                expanded = parameter.detach().expand(ranks, *parameter.shape)
+                setattr(module, name, nn.Parameter(expanded, parameter.requires_grad))
 
 
-def _tie(
-    layers: Mapping[int, nn.Module], count: int, group: dist.ProcessGroup, placement: tuple[int, ...]
-) -> TiedWeight:
-    """Tie the head, the last of `count` layers, to the embedding (collective over the pipeline)."""
-    original = layers[0].get_submodule("token").get_parameter("weight") if 0 in layers else None
-    head_weight = None
-    if count - 1 in layers:
-        head = layers[count - 1].get_submodule("project")
-        head_weight = head.get_parameter("weight")
-        if original is not None and original.device == head_weight.device:
-            head_weight = nn.Parameter(original.detach())  # shares memory, but has a gradient of its own
-            head.register_parameter("weight", head_weight)
-    tied = TiedWeight(original, head_weight, group, placement[0], placement[-1])
-    tied.share_value()
-    return tied
+def _frozen_copy(tied: TiedWeight) -> list[ParamShard]:
+    """The head's copy of a frozen embedding as a shard of its own, which is read like the embedding."""
+    if tied.copy is None:
+        return []
+    return [ParamShard("layers.0.token.weight", tied.copy, 0, tuple(tied.copy.shape), False, tied.copy)]
 
 
 def _shards(tensors: Sequence[GlobalTensor], layers: Mapping[int, nn.Module], mesh: Mesh) -> list[ParamShard]:

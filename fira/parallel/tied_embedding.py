@@ -6,6 +6,8 @@
 The two gradients are summed after the last backward of a step; the value is sent after each update.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -52,3 +54,21 @@ class TiedWeight:
             dist.send(self.original.detach(), self.last, group=self.group)
         elif self.copy is not None:
             dist.recv(self.copy.detach(), self.first, group=self.group)
+
+
+def tie(
+    layers: Mapping[int, nn.Module], count: int, group: dist.ProcessGroup, placement: tuple[int, ...]
+) -> TiedWeight:
+    """Tie the head, the last of `count` layers, to the embedding (collective over the pipeline)."""
+    original = layers[0].get_submodule("token").get_parameter("weight") if 0 in layers else None
+    head_weight = None
+    if count - 1 in layers:
+        head = layers[count - 1].get_submodule("project")
+        head_weight = head.get_parameter("weight")
+        if original is not None and original.device == head_weight.device:
+            # shares memory, but has a gradient of its own
+            head_weight = nn.Parameter(original.detach(), original.requires_grad)
+            head.register_parameter("weight", head_weight)
+    tied = TiedWeight(original, head_weight, group, placement[0], placement[-1])
+    tied.share_value()
+    return tied

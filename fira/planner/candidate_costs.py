@@ -88,7 +88,7 @@ class CandidateCosts:
             if self.layout.ep == 1 or not kind.moe_layers:
                 result.append((0.0, 0.0))
                 continue
-            expert_flops = 2 * kind.top_k * kind.expert_parameters / self.profile.num_experts
+            expert_flops = 2 * kind.top_k * (kind.expert_parameters + kind.frozen[1]) / self.profile.num_experts
             backward = cost.backward_input if self.splits_backward else cost.backward
             forward_exchange, backward_exchange = (
                 self._exchange(kind, expert_flops / flops * t) for t in (cost.forward, backward)
@@ -148,12 +148,19 @@ class CandidateCosts:
         return work
 
     def parameters(self, rank: int) -> tuple[float, float]:
-        """Return the number of parameters of a rank: (those replicated over dp, those of its experts)."""
+        """Return the number of trained parameters of a rank: (those replicated over dp, those of its experts)."""
         kinds = [self.layer_kinds[i] for i in self.rank_layers[rank]]
         replicated = sum(kind.parameters for kind in kinds)
         if self.profile.tied and {0, len(self.profile.layers) - 1} <= set(self.rank_layers[rank]):
             replicated -= self.layer_kinds[0].largest
         return replicated, sum(kind.expert_parameters for kind in kinds) / self.layout.ep
+
+    def frozen_parameters(self, rank: int) -> float:
+        """The number of parameters of a rank that are not trained."""
+        replicated, experts = map(sum, zip(*(self.layer_kinds[i].frozen for i in self.rank_layers[rank]), strict=True))
+        if replicated and self.profile.tied and {0, len(self.profile.layers) - 1} <= set(self.rank_layers[rank]):
+            replicated -= self.profile.config.vocab_size * self.profile.width
+        return replicated + experts / self.layout.ep
 
     def cast_parameters(self, rank: int) -> float:
         """The number of parameters of a rank that autocast casts."""
@@ -205,7 +212,7 @@ class CandidateCosts:
         seconds = 0.0
         for i in self.rank_layers[rank]:
             kind = self.layer_kinds[i]
-            parameters = kind.parameters + kind.expert_parameters
+            parameters = max(1, kind.parameters + kind.expert_parameters)
             share = (kind.parameters + kind.expert_parameters / self.layout.ep) / parameters
             seconds += share * self.layer_costs[i].optimizer
         return seconds

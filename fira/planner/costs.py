@@ -45,7 +45,8 @@ CostModel = Callable[[int], list[LayerCost]]  # micro-batch size → cost of eac
 def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, device: str = "cuda") -> CostModel:
     """Estimate each duration as the larger of FLOPs over FLOP/s and bytes over bytes/s.
 
-    A layer's weights are multiplied once in the forward pass and once for each of the two gradients. The gradient of
+    A layer's weights are multiplied once in the forward pass and once for each of the two gradients; those of frozen
+    weights are not computed. The gradient of
     a product without weights (attention scores) costs twice its forward and is part of the gradient of the input.
     device: torch's device type.
     """
@@ -65,24 +66,29 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
         pairs = zip(saved(kind, 1), saved(kind, 2), strict=True)
         for_backward, for_weight_grad = (one + (microbatch - 1) * (two - one) for one, two in pairs)
         is_first, is_last = kind == profile.layers[0], kind == profile.layers[-1]
-        parameters = k.parameters + k.expert_parameters
+        trained = k.parameters + k.expert_parameters
         cast_traffic = (itemsize + copy) * sum(k.cast) if copy else 0
-        weights = 0 if is_first else itemsize * parameters  # an embedding reads only a few rows of its table
+        weights = (
+            0 if is_first else itemsize * (trained + sum(k.frozen))
+        )  # an embedding reads only a few rows of its table
 
         def seconds(flops: float, traffic: float) -> float:
             return max(flops / rate, traffic / hardware.memory_bandwidth, hardware.seconds_per_layer)
 
         input_flops = 0 if is_last else weight_flops + 2 * other_flops
         backward_input = seconds(input_flops, weights + 2 * for_backward)
-        backward_weight = seconds(0 if is_last else weight_flops, 2 * weights + for_backward)
+        gradient_flops = k.trained_share * weight_flops
+        backward_weight = seconds(0 if is_last else gradient_flops, 2 * k.trained_share * weights + for_backward)
         return LayerCost(
-            forward=seconds(3 * weight_flops if is_last else weight_flops + other_flops, weights + 2 * for_backward),
+            forward=seconds(
+                2 * weight_flops + gradient_flops if is_last else weight_flops + other_flops, weights + 2 * for_backward
+            ),
             backward_input=backward_input,
             backward_weight=backward_weight,
             backward=backward_input + backward_weight,
             saved_for_backward=for_backward,
             saved_for_weight_grad=for_weight_grad,
-            optimizer=(OPTIMIZER_PASSES * itemsize * parameters + cast_traffic) / hardware.memory_bandwidth,
+            optimizer=(OPTIMIZER_PASSES * itemsize * trained + cast_traffic) / hardware.memory_bandwidth,
             workspace=logits_bytes(profile, microbatch, device) if is_last else 0,
         )
 

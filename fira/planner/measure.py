@@ -66,6 +66,7 @@ def measure(
     slowdown = max(1.0, ranks / cores) if simulated else 1.0
     identity = [MEASUREMENT_FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 
+    lora = [str(profile.lora)] if profile.lora else []
     machine = _cached([*identity, "links"], partial(measure_machine, device, world), world)
     table: dict[int, list[LayerCost]] = {}
     before = torch.get_num_threads()
@@ -74,7 +75,7 @@ def measure(
         with progress_bar(len(sizes), "measuring layers", shown=world.rank == 0) as bar:
             for size in sorted(sizes):
                 if not table or max(cost.forward + cost.backward for cost in table[max(table)]) < MAX_SECONDS:
-                    key = [*identity, to_document(profile.config), size, precision]
+                    key = [*identity, to_document(profile.config), size, precision, *lora]
                     work = partial(_measure_layers, profile, size, precision, device, world)
                     table[size] = [LayerCost(**cost) for cost in _cached(key, work, world)]
                 bar.update(1)
@@ -236,8 +237,9 @@ def _measure_optimizer(layers: DeviceLayers) -> float:
     """Seconds per step for the gradients' norm, clipping, AdamW, and the cast of the weights."""
     banks = [module for module in layers.modules() if isinstance(module, ExpertBank)]
     experts = {p for bank in banks for p in bank.parameters(recurse=False)}
-    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts, p) for name, p in layers.named_parameters()]
-    optimizer = AdamW(dict(layers.named_parameters()), {shard.name for shard in shards if shard.is_matrix}, 0.1)
+    trained = {name: p for name, p in layers.named_parameters() if p.requires_grad}
+    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts, p) for name, p in trained.items()]
+    optimizer = AdamW(trained, {shard.name for shard in shards if shard.is_matrix}, 0.1)
 
     def step() -> None:
         for shard in shards:
@@ -247,4 +249,4 @@ def _measure_optimizer(layers: DeviceLayers) -> float:
         with cast_weights(layers.modules()):
             pass
 
-    return median_seconds(step, shards[0].parameter.device, REPEATS)
+    return median_seconds(step, next(layers.parameters()).device, REPEATS)

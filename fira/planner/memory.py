@@ -1,7 +1,7 @@
 """The memory of a candidate.
 
-memory of a rank = weights + AdamW's two moments
-                 + gradients: one of each weight, or the partial sums of a tree (pipeline/tree_sum.py)
+memory of a rank = weights + AdamW's two moments of the trained ones
+                 + gradients: one of each trained weight, or the partial sums of a tree (pipeline/tree_sum.py)
                  + max(activations at the schedule's peak + temporary tensors of a backward
                        + copies of matrices in the dtype of autocast (fira/parallel/cast_weights.py), reduction bucket)
 """
@@ -22,6 +22,7 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
     result = []
     for rank, layers in enumerate(costs.rank_layers):
         weights = costs.element_size * sum(costs.parameters(rank))
+        frozen = costs.element_size * costs.frozen_parameters(rank)
         recomputed = [i for stage in costs.rank_stages[rank] for i in costs.recomputed(stage)]
         recompute = max((costs.layer_costs[i].saved_for_backward for i in recomputed), default=0)
         largest_gradient = costs.element_size * max(costs.layer_kinds[i].largest for i in layers)
@@ -30,7 +31,8 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
         gradients = costs.element_size * _gradients(costs, rank)
         reduction = min(weights, 3 * BUCKET) if costs.layout.dp > 1 else 0  # sent, received and reduced
         copies = costs.copy_size * costs.cast_parameters(rank)
-        result.append(TENSORS_PER_WEIGHT * weights + gradients + max(activations[rank] + backward + copies, reduction))
+        temporary = max(activations[rank] + backward + copies, reduction)
+        result.append(TENSORS_PER_WEIGHT * weights + frozen + gradients + temporary)
     return tuple(result)
 
 

@@ -139,8 +139,9 @@ def _features(kind: LayerKind) -> float:
     """Widths of inputs and outputs of the products that a layer computes for a token, summed."""
     moe = [module for module in kind.layer.modules() if isinstance(module, MoE)]
     rows = kind.top_k * min([1.0, *(module.capacity_factor or 1.0 for module in moe)])
-    parameters = [p.shape for p in kind.layer.parameters()]
-    return sum(sum(shape[-2:]) * (rows if len(shape) == 3 else 1.0) for shape in parameters if len(shape) > 1)
+    # Adapters save their inputs, which their base layers save as well, and vectors of their small rank.
+    shapes = [p.shape for name, p in kind.layer.named_parameters() if ".lora" not in name]
+    return sum(sum(shape[-2:]) * (rows if len(shape) == 3 else 1.0) for shape in shapes if len(shape) > 1)
 
 
 def _remedy(candidate: Candidate, fits: Callable[[Candidate], bool], machines: float) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fira.models.language_model import LanguageModel
 from fira.nn.context import Context, TrainingContext
 from fira.nn.cross_entropy import LOGITS
+from fira.nn.lora import Lora
 from fira.nn.moe.dispatcher import DispatchPlan, TokenDispatcher
 from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.grouped_linear import RowGroups
@@ -26,15 +27,26 @@ LONGEST = 2**14  # tokens of a sequence whose memory is measured
 
 @dataclass(frozen=True)
 class LayerKind:
-    """A group of layers with equal costs."""
+    """A group of layers with equal costs.
+
+    parameters, expert_parameters: elements of trained parameters that are replicated over dp, and sharded over ep.
+    frozen: the same two numbers for parameters that are not trained. largest: elements of the largest trained one.
+    """
 
     layer: nn.Module  # one layer of this kind, on the meta device
-    parameters: int  # elements of parameters that are replicated over dp
-    expert_parameters: int  # elements of parameters that are sharded over ep
-    largest: int  # elements of the largest parameter
+    parameters: int
+    expert_parameters: int
+    frozen: tuple[int, int]
+    largest: int
     cast: tuple[int, int]  # elements of the parameters and of the expert parameters that autocast casts
     moe_layers: int  # MoE modules in the layer, each with an all-to-all to the experts and back
     top_k: float  # experts per token
+
+    @property
+    def trained_share(self) -> float:
+        """Fraction of the parameters that are trained."""
+        trained = self.parameters + self.expert_parameters
+        return trained / (trained + sum(self.frozen))
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,7 @@ class ModelProfile:
     layers: list[int]  # the kind of each layer
     flops: list[float]  # forward FLOPs per token of each layer, by which layers are assigned to stages
     tied: bool
+    lora: Lora | None = None
 
     @property
     def tokens(self) -> int:
@@ -73,21 +86,24 @@ def profile_of(model: LanguageModel) -> ModelProfile:
         if keys[-1] not in kinds:
             kinds[keys[-1]] = _kind(layer)
     numbers = {key: number for number, key in enumerate(kinds)}
-    return ModelProfile(model.config, list(kinds.values()), [numbers[key] for key in keys], flops, model.tied)
+    layers = [numbers[key] for key in keys]
+    return ModelProfile(model.config, list(kinds.values()), layers, flops, model.tied, model.lora)
 
 
 def _kind(layer: nn.Module) -> LayerKind:
     moe = [module for module in layer.modules() if isinstance(module, MoE)]
     banks = [module for module in layer.modules() if isinstance(module, ExpertBank)]
-    expert_parameters = sum(p.numel() for bank in banks for p in bank.parameters(recurse=False))
-    sizes = [p.numel() for p in layer.parameters()]
+    experts = {p for bank in banks for p in bank.parameters(recurse=False)}
+    sizes = {False: [0, 0], True: [0, 0]}  # by whether they are trained, then as in LayerKind.frozen
+    for parameter in layer.parameters():
+        sizes[parameter.requires_grad][parameter in experts] += parameter.numel()
+    largest = max((p.numel() for p in layer.parameters() if p.requires_grad), default=0)
     top_k = max((module.router.top_k for module in moe), default=0)
     cast = [0, 0]
     for module, name in cast_parameters(layer):
         cast[isinstance(module, ExpertBank)] += module.get_parameter(name).numel()
-    return LayerKind(
-        layer, sum(sizes) - expert_parameters, expert_parameters, max(sizes), (cast[0], cast[1]), len(moe), top_k
-    )
+    frozen = sizes[False][0], sizes[False][1]
+    return LayerKind(layer, *sizes[True], frozen, largest, (cast[0], cast[1]), len(moe), top_k)
 
 
 class EvenDispatcher(TokenDispatcher):
@@ -118,7 +134,7 @@ def saved_bytes(
     with FakeTensorMode():
         for module in layer.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad))
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
             if isinstance(module, MoE):

@@ -12,6 +12,7 @@ from fira.errors import UserError
 from fira.files import read_toml
 from fira.models.family import Recipe
 from fira.models.registry import PRESETS, RECIPES
+from fira.nn.lora import FORM, Lora
 from fira.parallel.parallelize import EVERY_BLOCK
 from fira.posttraining.dpo import LOSSES
 from fira.training.save_interval import SaveInterval
@@ -39,7 +40,7 @@ INHERITED = [
     *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
     *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed"),
     *("dpo_loss", "dpo_beta"),
-    *("init", "threads"),
+    *("init", "lora", "threads"),
     *("eval_every", "eval_sequences", "save_every", "keep", "on_spike"),
 ]
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
@@ -108,6 +109,7 @@ class TrainConfig:
     init: PathName | None = _option(
         None, "start from the model, weights and tokenizer of a run, a checkpoint, an export, a Llama or a FlexOlmo"
     )
+    lora: str | None = _option(None, f"with --init: freeze the model, and train low-rank adapters, as in {FORM}")
     resume: PathName | None = _option(None, "auto (newest checkpoint in the run folder) or a checkpoint")
     override: bool = _option(False, "resume with settings that differ from those of the checkpoint")
     eval_every: int = _option(50, "steps between validations")
@@ -144,6 +146,8 @@ class TrainConfig:
         for setting in fields(self):
             check(f"--{setting.name.replace('_', '-')}", getattr(self, setting.name), setting.type)
         self.recomputed()  # raises UserError if `recompute` is invalid
+        if self.adapters() and not self.init:
+            raise UserError("--lora: no model to adapt; give a run, a checkpoint or an exported folder as --init")
         SaveInterval(self.save_every)
 
     def recomputed(self) -> int | None:
@@ -155,6 +159,10 @@ class TrainConfig:
         with suppress(ArgumentTypeError):
             return int(flag_type(Steps)(str(self.recompute)))
         raise UserError(f"--recompute {self.recompute}: give none, full, auto, or a number of blocks per stage")
+
+    def adapters(self) -> Lora | None:
+        """The settings of the adapters, if there are any."""
+        return Lora.parse(self.lora) if self.lora is not None else None
 
     def recipe(self) -> Recipe:
         """Steps, learning rates and batch size: as given, else those of the objective, of `init`, or of the preset."""

@@ -128,7 +128,7 @@ def _run_steps(
             report.step(step, result, lr, seconds, validation if scheduled else None)
         writer.advance(finished=finished)
         if save or end or elapsed or interval.is_step(step):
-            state.save(writer, step, run.trainer, run.loader, run.tokenizer, run.settings)
+            state.save(writer, step, run.trainer, run.loader, run.tokenizer, run.settings, run.adapters)
             interval.restart()
     return step, validation
 

@@ -1,6 +1,7 @@
 """Build the objects of a training run from its settings: data, layout, model and trainer."""
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fira.checkpoint.merged_checkpoint import AdapterRecord
 from fira.checkpoint.pretrained import Saved, open_saved, stored_config
 from fira.data.corpus import Corpus
 from fira.data.mixture import Joined, Mixture
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
+from fira.models.adapters import add_adapters
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, change, make_config
 from fira.parallel.batch_split import BatchSplit
@@ -26,6 +29,7 @@ from fira.planner.memory_check import check_memory
 from fira.posttraining.chat_corpus import ChatCorpus, chat_tokenizer
 from fira.training import state
 from fira.training.auto_layout import with_plan
+from fira.training.base_model import open_base
 from fira.training.config import TrainConfig
 from fira.training.run_data import load_corpus, objective_of, open_data, tokenizer_files
 from fira.training.trainer import Trainer
@@ -49,6 +53,7 @@ class Run:
     loader: Mixture
     validation: Joined
     corpus: Corpus | ChatCorpus
+    adapters: AdapterRecord | None  # of a LoRA run
     tokenizer: dict[str, bytes]  # the content of its files by name; empty for shards of tokens without a tokenizer
     flops_per_token: float  # forward and backward
     peak: float  # FLOP/s of all ranks together
@@ -68,13 +73,14 @@ def set_up(
     has the model and the tokenizer of --init, whose folder is therefore not needed.
     """
     saved = (resumed or open_saved(config.init)) if config.init else None
+    adapted = open_base(config.adapters(), saved, resumed)
     model_config, tokenizer_path = choose_model(config, saved)
-    if saved and model_config.vocab_size > (stored := stored_config(saved).vocab_size):
-        text = "%s: the vocabulary grows from %d to %d tokens, the new ones have their initial embeddings"
-        logger.info(text, config.name(), stored, model_config.vocab_size)
-        config = replace(config, vocab_size=model_config.vocab_size)  # a resumed run has the model of its checkpoint
+    if saved and model_config.vocab_size > stored_config(saved).vocab_size:
+        config = with_larger_vocabulary(config, stored_config(saved).vocab_size, model_config.vocab_size)
     with torch.device("meta"):
         model = build(model_config)
+        if adapted:
+            add_adapters(model, adapted.record.lora)
     keep_freed_memory()
     if config.compile:
         check_compiler(devices[0])
@@ -92,7 +98,9 @@ def set_up(
     if config.compile:
         compile_blocks(distributed.modules(), model_config.seq_len)
     trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
-    if saved and not resumed:
+    if adapted:
+        state.load_frozen(adapted.base, distributed)
+    elif saved and not resumed:
         state.load_weights(saved, distributed)
     loader, validation = open_data(corpus, model_config.seq_len, config)
     return Run(
@@ -102,10 +110,12 @@ def set_up(
         loader=loader,
         validation=validation,
         corpus=corpus,
+        adapters=adapted.record if adapted else None,
         tokenizer=tokenizer_files(corpus, tokenizer_path),
-        flops_per_token=3 * distributed.flops_per_token,
+        # Forward, gradients of inputs, and gradients of weights, which are few if only adapters are trained.
+        flops_per_token=(2 if adapted else 3) * distributed.flops_per_token,
         peak=measure_peak(devices, autocast or dtype),
-        description=describe_run(config, model.num_parameters(), trainer, candidate, corpus),
+        description=describe_run(config, model, trainer, candidate, corpus),
     )
 
 
@@ -131,6 +141,21 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
         random = {name for name in ("dropout", "noise") if hasattr(model, name)}
         model = change(model, config.name(), dict.fromkeys(random - changes.keys(), 0.0))
     return model, tokenizer
+
+
+def with_larger_vocabulary(config: TrainConfig, stored: int, needed: int) -> TrainConfig:
+    """The settings of a run whose vocabulary is larger than that of the model of --init. It is logged.
+
+    Raises UserError for a run that trains adapters, because embeddings are frozen.
+    """
+    if config.lora:
+        raise UserError(
+            f"--lora: the vocabulary would grow from {stored} to {needed} tokens, but adapters train no embeddings; "
+            "give a --tokenizer with a chat template, or fine-tune the model without --lora first"
+        )
+    text = "%s: the vocabulary grows from %d to %d tokens, the new ones have their initial embeddings"
+    logger.info(text, config.name(), stored, needed)
+    return replace(config, vocab_size=needed)  # a resumed run has the model of its checkpoint
 
 
 def choose_candidate(
@@ -182,10 +207,12 @@ def choose_recompute(
 
 
 def describe_run(
-    config: TrainConfig, parameters: int, trainer: Trainer, candidate: Candidate, corpus: Corpus | ChatCorpus
+    config: TrainConfig, whole: LanguageModel, trainer: Trainer, candidate: Candidate, corpus: Corpus | ChatCorpus
 ) -> str:
-    """The three lines that are printed before the first step. parameters: of the whole model."""
+    """The three lines that are printed before the first step. whole: the model before it is divided over ranks."""
     model, summary = trainer.model, corpus.summary
+    trained = sum(math.prod(parameter.shape) for parameter in model.parameters)
+    adapters = f", {trained:,} of them in adapters" if model.lora else ""
     stages = " | ".join(f"{layers.start}–{layers.stop - 1}" for layers in model.stages)
     blocks = "all" if candidate.recompute == EVERY_BLOCK else candidate.recompute
     examples = "pairs" if config.objective == "dpo" else "chats"
@@ -197,7 +224,8 @@ def describe_run(
         else ""
     )
     return (
-        f"{config.name()}: {parameters:,} parameters · {model.device.type} {config.precision} · {candidate.layout}\n"
+        f"{config.name()}: {whole.num_parameters():,} parameters{adapters} · {model.device.type} {config.precision} · "
+        f"{candidate.layout}\n"
         f"{candidate.schedule} · micro-batches per replica: {candidate.count}, each {candidate.microbatch} × "
         f"{model.config.seq_len} tokens · stages of layers {stages}{recomputed}\n"
         f"data: {summary['train_tokens']:,} training and {summary['val_tokens']:,} validation tokens, "

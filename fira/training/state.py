@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from fira.checkpoint.pretrained import Saved, read_weight, stored_config
+from fira.checkpoint.merged_checkpoint import AdapterRecord, SavedModel
+from fira.checkpoint.pretrained import read_weight, stored_config
 from fira.checkpoint.ranks import this_rank
 from fira.checkpoint.shard_index import TensorShard
 from fira.checkpoint.shards import Checkpoint
@@ -87,10 +88,12 @@ def save(
     loader: Loader | Mixture,
     tokenizer: dict[str, bytes],
     settings: dict[str, Any],
+    adapters: AdapterRecord | None = None,
 ) -> None:
     """Begin to write a checkpoint (collective): weights, moments, loader position, loss scale, config and tokenizer.
 
-    tokenizer: the content of its files by name. settings: see `run_settings`. Dropout and data order are functions of
+    tokenizer: the content of its files by name. settings: see `run_settings`. adapters: the record of a LoRA run, whose
+    checkpoints contain no frozen weights. Dropout and data order are functions of
     the seed and the sequence number, so there is no random state to save.
     """
     mesh, optimizer = trainer.mesh, trainer.optimizer
@@ -109,11 +112,14 @@ def save(
         "history": trainer.history.state_dict(),
         "settings": settings,
     }
+    documents = {"config": to_document(trainer.model.config), "state": state}
+    if adapters:
+        documents["lora"] = adapters.document()
     writer.start(
         step,
         weights=[TensorShard(shard.name, shard.parameter, shard.start, shard.shape) for shard in [*owned, *buffers]],
         optimizer=moments,
-        documents={"config": to_document(trainer.model.config), "state": state},
+        documents=documents,
         files=tokenizer,
         layout={"pp": mesh.layout.pp, "dp": mesh.layout.dp, "ep": mesh.layout.ep},
     )
@@ -154,8 +160,8 @@ def _read_state(saved: Checkpoint) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_weights(saved: Saved, model: DistributedModel) -> None:
-    """Load this rank's shards of the weights, written on any layout (collective).
+def load_weights(saved: SavedModel, model: DistributedModel) -> None:
+    """Load this rank's shards of the weights that are not frozen, written on any layout (collective).
 
     Of a vocabulary larger than the stored one, the last rows of embedding and head keep their initial values. Raises
     UserError if the weights belong to another model.
@@ -172,7 +178,14 @@ def load_weights(saved: Saved, model: DistributedModel) -> None:
         model.tied.share_value()
 
 
-def _read(saved: Saved, name: str, shard: ParamShard) -> torch.Tensor:
+@torch.no_grad()
+def load_frozen(base: SavedModel, model: DistributedModel) -> None:
+    """Load this rank's shards of the frozen weights. Raises UserError if they belong to another model."""
+    for shard in model.frozen:
+        shard.parameter.copy_(_read(base, shard.name, shard))
+
+
+def _read(saved: SavedModel, name: str, shard: ParamShard) -> torch.Tensor:
     """The rows of a stored tensor that a shard holds."""
     if not shard.shape:
         return read_weight(saved, name, shard.shape)

@@ -88,7 +88,7 @@ CASES = [
         "start",
         2,
         2,
-        (r"training_log\.csv\S*: Read-only file system; make the folder writable",),
+        (r"training_log\.csv\S*: Read-only file system; make",),
         small_disk=True,
     ),
     Case("read_only", "saving", 2, 2, (r"checkpoint of step 2 failed: .*Read-only file system",), small_disk=True),

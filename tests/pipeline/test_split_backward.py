@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fira.models.adapters import add_adapters
 from fira.models.registry import build, make_config
 from fira.nn.context import Context
+from fira.nn.init import initialise
+from fira.nn.lora import Lora
 from pipeline.split_backward import SplitBackward, run_backward
 
 aten = torch.ops.aten
@@ -68,6 +71,31 @@ def test_blocks_of_every_family(family):
     early = compare(lambda x: blocks[1](blocks[0](x, context), context), x, parameters)
     late = sum(p.numel() for p, gradient in zip(parameters, early, strict=True) if gradient is None)
     assert late > 0.9 * sum(p.numel() for p in parameters)  # most gradients are computed in the second part
+
+
+@pytest.mark.parametrize("family", ["fira", "rish", "mooshak", "microrwkv"])
+def test_blocks_with_frozen_weights_and_adapters(family):
+    model = build(make_config(f"{family}-tiny", {"vocab_size": 50, "seq_len": 16}))
+    add_adapters(model, Lora(2, 4.0, ("attention", "experts")))
+    for index, layer in enumerate(model.layers):
+        initialise(layer, f"layers.{index}", 0)
+    tokens = torch.arange(24).view(2, 12) % 50
+    context = Context.for_tokens(tokens, training=False)
+    blocks = model.layers[1:3]
+    parameters = list(blocks.parameters())
+    early = compare(
+        lambda x: blocks[1](blocks[0](x, context), context), torch.randn(2, 12, model.config.d_model), parameters
+    )
+    assert all(gradient is None for gradient in early)  # all adapters are matrices
+    assert all((p.grad is not None) == p.requires_grad for p in parameters)
+
+
+def test_layers_without_trained_parameters():
+    torch.manual_seed(0)
+    linear, norm = nn.Linear(5, 5).requires_grad_(False), nn.LayerNorm(5).requires_grad_(False)
+    parameters = [*linear.parameters(), *norm.parameters()]
+    early = compare(lambda x: linear(norm(x)), torch.randn(4, 5), parameters)
+    assert early == [None] * 4
 
 
 def test_vectors_first_and_matrices_later():

@@ -138,3 +138,22 @@ def test_autocast(dtype, expected):
 def test_only_regular_layers_split_their_backward():
     assert DeviceLayers([]).splits_backward
     assert not DeviceLayers([], recompute=True).splits_backward
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+@pytest.mark.parametrize("split", [False, True])
+def test_frozen_layers_have_no_gradient_and_change_no_other(recomputed, split):
+    layers, batches = make()
+    _, expected = reference(layers, batches)
+    for layer in layers[:3]:
+        layer.requires_grad_(False)
+    stage = make_stage(layers, recomputed)
+    for i, batch in enumerate(batches):
+        y = stage.forward(i, batch.inputs, batch.context)
+        loss, _ = objective(y, batch.context)
+        (stage.backward_input if split else stage.backward)(i, *torch.autograd.grad(loss, y))
+        if split:
+            stage.backward_weight(i)
+    gradients = [p.grad for layer in layers for p in layer.parameters()]
+    assert gradients[:6] == [None] * 6
+    assert all(map(torch.equal, gradients[6:], expected[6:]))

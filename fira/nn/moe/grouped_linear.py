@@ -16,6 +16,7 @@ does. A single autograd.Function always computes all of its gradients.
     weight, bias ─→ [weights] ────┘                      grad_weight = grad_yᵀ x         in [weights].backward
 
 [weights] returns a placeholder of y's shape without memory. [join] returns y and passes grad_y to both branches.
+For frozen weights there is only [rows].
 
 On a CPU a row of y does not depend on the rows of other experts. Two details ensure this: the rounding of a product
 depends on the alignment of its factors in memory, so factors start at multiples of ALIGNMENT bytes; and the rounding of
@@ -79,7 +80,14 @@ def grouped_linear(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | 
     if not torch.is_grad_enabled():
         return _product(x, weight, bias, groups.sizes)
     y = _Rows.apply(x, weight.detach(), None if bias is None else bias.detach(), groups.sizes)
+    if not weight.requires_grad and (bias is None or not bias.requires_grad):
+        return y
     return _Join.apply(y, _Weights.apply(weight, bias, x.detach(), groups.sizes))
+
+
+def add_rows(y: Tensor, z: Tensor) -> Tensor:
+    """Return y + z in the memory of y, a result of `grouped_linear` that is not used otherwise: its rows are padded."""
+    return _AddRows.apply(y, z)
 
 
 def _has_grouped_kernel(x: Tensor) -> bool:
@@ -250,3 +258,15 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
         return grad_y, grad_y
+
+
+class _AddRows(torch.autograd.Function):
+    """y + z, written to y. No backward needs the value that is overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor) -> Tensor:
+        return y.add_(z).view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad

@@ -83,6 +83,6 @@ class Router(nn.Module):
             return Routed(experts, logits.softmax(1).gather(1, experts), logits)
 
     def rebalance(self, load: Tensor) -> None:
-        """Update the bias. load: [E] assignments of a whole step, summed over all ranks."""
-        if self.balance_rate:
+        """Update the bias of a router that is trained. load: [E] assignments of a step, summed over all ranks."""
+        if self.balance_rate and self.gate.weight.requires_grad:
             self.balance += self.balance_rate * (load.mean() - load).sign().to(self.balance)

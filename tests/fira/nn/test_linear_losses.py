@@ -39,6 +39,19 @@ def test_losses_and_gradients_equal_those_of_all_logits(monkeypatch: pytest.Monk
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_columns_that_are_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two trained columns after four frozen ones."""
+    monkeypatch.setitem(linear_losses.__globals__["row_blocks"].__globals__["LOGITS"], "cpu", 1)
+    x, weight, targets, factors = tensors()
+    leaves = x.clone().requires_grad_(), weight[:, 4:].clone().requires_grad_()
+    losses = linear_losses(*leaves, lambda logits, rows: nats(logits, targets[rows]), weight)
+    gradients = torch.autograd.grad(losses, leaves, factors)
+    expected = nats(leaves[0] @ torch.cat([weight[:, :4], leaves[1]], 1).T, targets)
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, leaves, factors), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_autocast_keeps_small_gradients(dtype: torch.dtype, tolerance: float) -> None:
     x, weight, targets, factors = (t.float() if t.is_floating_point() else t for t in tensors())

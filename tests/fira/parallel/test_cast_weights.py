@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fira.models.adapters import add_adapters
 from fira.models.language_model import LanguageModel
 from fira.nn.context import Context, TrainingContext
+from fira.nn.lora import Lora
 from fira.parallel.cast_weights import cast_parameters, cast_weights
 from pipeline.stage import DeviceLayers
 from pipeline.torchgpipe_stage import LocalPipeline
@@ -145,3 +147,22 @@ def test_hooks_of_a_parameter_are_called_when_its_gradient_is_complete() -> None
     for name, parameter in model.named_parameters():
         assert len(gradients[name]) == 2, name
         assert torch.equal(gradients[name][1], parameter.grad)
+
+
+@pytest.mark.parametrize("name", ["fira", "rish", "mooshak"])
+def test_frozen_weights_are_cast_and_have_no_gradient(name: str) -> None:
+    """Losses, and gradients of adapters, are bitwise those of plain autocast; the head sums its gradients in fp32."""
+    results = []
+    for cast in (False, True):
+        model = make_model(MODELS[name], torch.float32)
+        add_adapters(model, Lora(2, 4.0, ("attention", "experts", "head")))
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.3)
+        frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+        losses = run(DeviceLayers(model.layers, BF16), model, 3, cast)
+        assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+        assert all(torch.equal(p, model.get_parameter(n)) for n, p in frozen.items())
+        results.append([*losses, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(map(torch.equal, *results))

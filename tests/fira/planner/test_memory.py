@@ -3,11 +3,16 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from fira.models.adapters import add_adapters
+from fira.models.registry import build, make_config
+from fira.nn.lora import Lora
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate, Constraints
 from fira.planner.costs import LayerCost, roofline_costs
 from fira.planner.memory import rank_memory, with_least_recompute
+from fira.planner.model_profile import profile_of
 from fira.planner.search import search
 from pipeline.mesh import Layout
 
@@ -76,3 +81,26 @@ def test_copies_for_autocast_are_counted_once_per_rank(tiny, hardware, precision
         )
         by_rank = [3 * (attention + experts / ep), attention + experts / ep + head.project.weight.numel()]
         assert [b - a for a, b in zip(plain, low, strict=True)] == [2 * size for size in by_rank]
+
+
+def test_frozen_weights_have_neither_gradients_nor_moments(hardware):
+    """Adapters of experts: one tensor of every frozen weight, four of every adapter with one micro-batch."""
+    with torch.device("meta"):
+        model = build(make_config("fira-tiny", {}))
+        frozen = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+        experts = [sum(p.numel() for p in block.moe.experts.parameters()) for block in model.layers[1:5]]
+        add_adapters(model, Lora(2, 4.0, ("experts",)))
+    profile = profile_of(model)
+    adapters = 2 * sum(sum(w.shape) for w in (torch.empty(256, 128), torch.empty(128, 256)))  # of one expert
+    for ep in (1, 2):
+        inputs = PlanInputs(profile, hardware, saved_costs, "fp32")
+        costs = CandidateCosts(inputs, Candidate(Layout(1, ep, ep), "1f1b", 1, 1, 0))
+        trained = 4 * 4 * adapters / ep
+        assert costs.parameters(0) == (0, trained)
+        weights = sum(frozen) - sum(experts) * (1 - 1 / ep)
+        assert costs.frozen_parameters(0) == weights
+        largest = 4 * 2 * 256  # elements of the largest adapter
+        activations = 10**6 + 4 * 10**8
+        gradients = trained * ep  # those of each sending rank
+        assert rank_memory(costs)[0] == 4 * (3 * trained + weights + gradients + largest) + activations
+    assert costs.reduction(0) == 0.0

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from fira.nn.moe.grouped_linear import RowGroups, _grouped_mm, _has_grouped_kernel, grouped_linear
+from fira.nn.moe.grouped_linear import RowGroups, _grouped_mm, _has_grouped_kernel, add_rows, grouped_linear
 
 
 def test_input_and_weight_gradients_are_computed_separately() -> None:
@@ -188,3 +188,34 @@ def test_single_kernel_equals_a_loop_over_rows(biased: bool) -> None:
     torch.testing.assert_close(_grouped_mm(x, groups, weight, bias), loop(x, [(1, 3), (3, 5)], weight, bias))
     assert groups.ends.dtype == torch.int32
     assert (groups.sizes, groups.ragged) == ({0: 0, 1: 3, 2: 0, 3: 5}, False)
+
+
+@pytest.mark.parametrize("product", [grouped_linear, _grouped_mm])
+def test_frozen_weights_have_no_gradient_and_cost_no_product(product) -> None:
+    torch.manual_seed(0)
+    groups = RowGroups(torch.tensor([3, 0, 5]))
+    x = torch.randn(8, 4, requires_grad=True)
+    weight, bias = torch.randn(3, 6, 4), torch.randn(3, 6)
+    y = product(x, groups, weight, bias)
+    with FlopCounterMode(display=False) as flops:
+        y.backward(torch.ones_like(y))
+    assert x.grad is not None
+    if product is grouped_linear:
+        assert flops.get_total_flops() == 2 * 8 * 4 * 6
+    assert not product(x.detach(), groups, weight, bias).requires_grad
+
+
+def test_sum_of_two_products_keeps_the_padded_rows() -> None:
+    torch.manual_seed(0)
+    groups = RowGroups(torch.tensor([3, 0, 5]))
+    x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    y, z = (grouped_linear(x, groups, weight) for weight in weights)
+    stride, expected = y.stride(), (y + z).detach()
+    assert stride == (16, 1)
+    total = add_rows(y, z)
+    assert torch.equal(total, expected)
+    assert total.stride() == stride
+    assert gradcheck(
+        lambda x, v, w: add_rows(grouped_linear(x, groups, v), grouped_linear(x, groups, w)), (x, *weights)
+    )

@@ -1,0 +1,114 @@
+"""Training of adapters against a plain loop over dense matrices in float64, on every kind of layout."""
+
+import functools
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fira.models.registry import to_document
+from tests.integration.test_reference_training import MODELS, assembled
+from tests.launch import run_function
+from tests.reference_lora import train
+from tests.reference_training import Settings, token_ids
+
+pytestmark = pytest.mark.slow
+
+ALL, UNTIED = "rank=3,alpha=6,targets=attention+experts+head", "rank=3,alpha=6,targets=attention+experts"
+SETTINGS = Settings(clip=0.1, steps=2, batch=6, peak=1e-2, warmup=1)
+SCALE = 2.0
+
+
+def case(name: str, layout: list[int], lora: str = ALL, **options: Any) -> dict[str, Any]:
+    """A training with three micro-batches on each replica."""
+    model, settings = to_document(MODELS[name]), asdict(SETTINGS)
+    microbatch = SETTINGS.batch // layout[1] // 3
+    return {"model": model, "lora": lora, "settings": settings, "layout": layout, "microbatch": microbatch, **options}
+
+
+CASES = {
+    1: [
+        case("fira", [1, 1, 1]),
+        case("rish", [1, 1, 1]),
+        case("mooshak", [1, 1, 1]),
+        case("blues", [1, 1, 1], UNTIED),
+        case("fira", [1, 1, 1], recompute=1),
+        case("fira", [1, 1, 1], devices=2, recompute=1),
+        case("fira", [1, 1, 1], "rank=1,alpha=2,targets=head"),
+    ],
+    2: [
+        case("fira", [2, 1, 1]),
+        case("fira", [1, 2, 1]),
+        case("fira", [1, 2, 2]),
+        case("fira", [2, 1, 1], schedule="zb-h1"),
+        case("rish", [2, 1, 1], schedule="zb-v"),
+        case("blues", [2, 1, 1], UNTIED),
+        case("microrwkv", [2, 1, 1], UNTIED, schedule="interleaved"),
+        case("fira", [2, 1, 1], "rank=1,alpha=2,targets=head", schedule="zb-h1"),
+    ],
+    4: [case("fira", [2, 2, 2]), case("rish", [2, 2, 2], schedule="zb-h1")],
+}
+
+
+@functools.cache
+def job(ranks: int) -> list[list[dict[str, Any]]]:
+    """All cases of one number of ranks: [rank][case]."""
+    return run_function(ranks, "tests.ranks.lora_ranks", "train_all", timeout=170, cases=CASES[ranks])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number"), [(ranks, number) for ranks, cases in CASES.items() for number in range(len(cases))]
+)
+def test_training_of_adapters_equals_that_of_dense_matrices(ranks: int, number: int) -> None:
+    """Loss, auxiliary loss, gradient norm, gradients of adapters, and adapters after two steps, to 1e-12."""
+    settings, results = CASES[ranks][number], [rank[number] for rank in job(ranks)]
+    family = settings["model"]["family"]
+    config = MODELS[family]
+    base, initial = assembled(results, "base"), assembled(results, "initial")
+    ids = token_ids(config.vocab_size, SETTINGS.windows * config.seq_len + 1)
+    expected = train(family, config, base, initial, SCALE, ids, SETTINGS)
+    for rank in results:
+        np.testing.assert_allclose(rank["steps"], expected["steps"], rtol=1e-12)
+    for kind in ("gradients", "weights"):
+        values = assembled(results, kind)
+        assert values.keys() == expected[kind].keys()
+        for name, value in values.items():
+            torch.testing.assert_close(value, expected[kind][name], rtol=1e-12, atol=1e-12, msg=f"{kind} of {name}")
+    assert any(norm > SETTINGS.clip for *_, norm in expected["steps"])
+    assert all(gradient.abs().max() > 0 for gradient in expected["gradients"].values())
+
+
+@pytest.mark.parametrize(("ranks", "number"), [(1, 0), (4, 0)])
+def test_only_adapters_have_gradients_norms_and_moments(ranks: int, number: int) -> None:
+    for result in (rank[number] for rank in job(ranks)):
+        adapters = result["initial"].keys()
+        assert set(result["trained"]["gradients"]) == set(result["trained"]["moments"]) == set(adapters)
+        assert all(".lora" in name for name in [*adapters, *result["trained"]["norms"]])
+        assert not [name for name in result["base"] if ".lora" in name]
+
+
+SINGLE = {"settings": asdict(replace(SETTINGS, batch=4)), "microbatch": 1, "dtype": "float32"}
+LAYOUTS = {
+    1: [{"layout": [1, 1, 1]}],
+    4: [
+        {"layout": [1, 4, 4]},
+        {"layout": [1, 4, 2]},
+        {"layout": [2, 2, 2]},
+        {"layout": [2, 2, 1], "schedule": "zb-h1"},
+        {"layout": [4, 1, 1], "recompute": 1},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ["fira", "rish"])
+def test_results_are_bitwise_identical_on_all_layouts(name: str) -> None:
+    """In fp32, with the same micro-batch size: losses, norms and adapters."""
+    cases = {n: [case(name, **{**layout, **SINGLE}) for layout in layouts] for n, layouts in LAYOUTS.items()}
+    ((expected,),) = run_function(1, "tests.ranks.lora_ranks", "train_all", timeout=100, cases=cases[1])
+    weights = assembled([expected], "weights")
+    results = run_function(4, "tests.ranks.lora_ranks", "train_all", timeout=170, cases=cases[4])
+    for ranks in zip(*results, strict=True):
+        assert all(rank["steps"] == expected["steps"] for rank in ranks)
+        assert all(torch.equal(value, weights[name]) for name, value in assembled([*ranks], "weights").items())

@@ -159,7 +159,7 @@ def with_base(adapters: Checkpoint) -> MergedCheckpoint:
     return MergedCheckpoint(adapters, base, adapter_record)
 
 
-def stored_config(saved: Saved) -> Any:
+def stored_config(saved: SavedModel) -> Any:
     """Return the config of a saved model. Raises UserError if it is invalid or has more layers than are stored."""
     document = saved.document("config")
     try:

@@ -103,7 +103,7 @@ def _kind(layer: nn.Module) -> LayerKind:
     for module, name in cast_parameters(layer):
         cast[isinstance(module, ExpertBank)] += module.get_parameter(name).numel()
     frozen = sizes[False][0], sizes[False][1]
-    return LayerKind(layer, *sizes[True], frozen, largest, (cast[0], cast[1]), len(moe), top_k)
+    return LayerKind(layer, sizes[True][0], sizes[True][1], frozen, largest, (cast[0], cast[1]), len(moe), top_k)
 
 
 class EvenDispatcher(TokenDispatcher):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from fira.checkpoint.merged_checkpoint import AdapterRecord
 from fira.checkpoint.pretrained import Saved, open_saved, stored_config
+from fira.checkpoint.shards import Checkpoint
 from fira.data.corpus import Corpus
 from fira.data.mixture import Joined, Mixture
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
@@ -64,7 +65,7 @@ def set_up(
     config: TrainConfig,
     devices: list[torch.device],
     world: World,
-    resumed: Saved | None = None,
+    resumed: Checkpoint | None = None,
     quiet: bool = False,
 ) -> Run:
     """Prepare the data, build this rank's part of the model and measure the peak FLOP/s (collective).
@@ -76,6 +77,11 @@ def set_up(
     adapted = open_base(config.adapters(), saved, resumed)
     model_config, tokenizer_path = choose_model(config, saved)
     if saved and model_config.vocab_size > stored_config(saved).vocab_size:
+        if adapted:
+            raise UserError(
+                f"--lora: {config.init} has no tokens of the roles, whose vectors adapters do not train; "
+                "train it with --objective sft and without --lora first"
+            )
         config = with_larger_vocabulary(config, stored_config(saved).vocab_size, model_config.vocab_size)
     with torch.device("meta"):
         model = build(model_config)

@@ -26,6 +26,7 @@ from fira.training import state
 from fira.training.auto_layout import with_plan
 from fira.training.config import TrainConfig
 from fira.training.run_data import load_corpus, open_data, tokenizer_files
+from fira.training.run_evaluation import RunEvaluation, prepare_evaluation
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
@@ -46,6 +47,7 @@ class Run:
     validation: Joined
     corpus: Corpus | ChatCorpus
     tokenizer: dict[str, bytes]  # the content of its files by name; empty for shards of tokens without a tokenizer
+    evaluation: RunEvaluation
     flops_per_token: float  # forward and backward
     peak: float  # FLOP/s of all ranks together
     description: str  # printed before the first step
@@ -84,6 +86,7 @@ def set_up(
     if saved and not resumed:
         state.load_weights(saved, distributed)
     loader, validation = open_data(corpus, model_config.seq_len, config)
+    tokenizer = tokenizer_files(corpus, tokenizer_path)
     return Run(
         config=config,
         settings=state.run_settings(config, corpus),
@@ -91,7 +94,8 @@ def set_up(
         loader=loader,
         validation=validation,
         corpus=corpus,
-        tokenizer=tokenizer_files(corpus, tokenizer_path),
+        tokenizer=tokenizer,
+        evaluation=prepare_evaluation(config, trainer.forward, model_config.seq_len, tokenizer),
         flops_per_token=3 * distributed.flops_per_token,
         peak=measure_peak(devices, autocast or dtype),
         description=describe_run(config, model.num_parameters(), trainer, candidate, corpus),

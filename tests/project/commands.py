@@ -32,6 +32,8 @@ def make_checkout(folder: Path) -> Path:
     (folder / "texts" / "one.txt").write_text(text * 3)
     chats = [{"prompt": f"What is {n} + 1?", "completion": f"{n + 1}"} for n in range(40)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    question = {"query": "A module is imported with", "choices": ["import", "return"], "answer": 0}
+    (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
     rows = [f'"{line}","{line}"\n' for line in text.replace('"', "'").splitlines() if line]
     (folder / "pages.csv").write_text("Text,text\n" + "".join(rows))
     return folder

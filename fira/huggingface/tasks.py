@@ -62,7 +62,7 @@ def evaluate_tasks(
 def _load_dataset(tasks: Any, name: str) -> None:
     """Load the dataset of a task into the cache. Raises UserError if it is not available, as without internet."""
     try:
-        tasks.load_task_or_group(name)
+        tasks.load(name)
     except Exception as error:  # of datasets, huggingface_hub, and the HTTP library that they use
         raise UserError(
             f"--tasks {name}: its dataset cannot be loaded ({one_line(error)}); connect to the internet, put it into "

@@ -86,10 +86,10 @@ def test_answers_to_requests_equal_lm_eval(tokenizer: Tokenizer, tmp_path: Path)
 
     from fira.huggingface.export_model import as_fast_tokenizer, as_transformers
 
-    model = model_with(tokenizer, seq_len=16)
-    fast = as_fast_tokenizer(own_tokenizer(model), own_config(model), 16)
-    harness = HFLM(pretrained=as_transformers(model), tokenizer=fast, batch_size=3, max_length=16)
-    encoder = RequestEncoder(tokenizer, own_config(model), 16)
+    model = model_with(tokenizer, seq_len=20)
+    fast = as_fast_tokenizer(own_tokenizer(model), own_config(model), 20)
+    harness = HFLM(pretrained=as_transformers(model), tokenizer=fast, batch_size=3, max_length=20)
+    encoder = RequestEncoder(tokenizer, own_config(model), 20)
     pairs = [
         (where, request)
         for task in read_tasks(write_tasks(tmp_path))
@@ -99,7 +99,7 @@ def test_answers_to_requests_equal_lm_eval(tokenizer: Tokenizer, tmp_path: Path)
     pairs += [("x", request) for request in greedy_requests(model, tokenizer)]
     encoded = [encoder.request(request, where) for where, request in pairs]
     assert sum(request.truncated for request in encoded) > 3
-    found = likelihoods(encoded, 16, 2, LocalModel(model, 2).reports)
+    found = likelihoods(encoded, 20, 2, LocalModel(model, 2).reports)
     instances = [Instance("loglikelihood", {}, tuple(request), number) for number, (_, request) in enumerate(pairs)]
     for ours, theirs in zip(found, harness.loglikelihood(instances, disable_tqdm=True), strict=True):
         assert ours.log_probability == pytest.approx(theirs[0], rel=1e-5)

@@ -21,7 +21,7 @@ from tests.launch import run_ranks
 pytestmark = pytest.mark.slow
 
 # Large weights, so that answers differ. Micro-batches of 2 sequences on every layout.
-FLAGS = ["--seq-len", 32, "--steps", 4, "--eval-every", 4, "--save-every", 2, "--lr", 0.3, "--warmup", 0]
+FLAGS = ["--seq-len", 64, "--steps", 4, "--eval-every", 4, "--save-every", 2, "--lr", 0.3, "--warmup", 0]
 LAYOUTS = {2: [["--pp", 2], ["--dp", 2], ["--dp", 2, "--ep", 2]]}
 
 
@@ -44,7 +44,7 @@ def test_scores_are_those_of_evaluate(evaluated: Path, tasks: list[str]) -> None
     log = pd.read_csv(evaluated / "evaluation.csv")
     for step in (2, 4):
         model = load_model(evaluated / "checkpoints" / f"step-{step:06d}")
-        encoder = RequestEncoder(model.tokenizer, own_config(model), 32)
+        encoder = RequestEncoder(model.tokenizer, own_config(model), 64)
         for task in read_tasks(tasks):
             scores = encode_task(task, encoder).scores(LocalModel(model, 2))
             rows = log[(log["iter"] == step) & (log["task"] == task.name)]
@@ -85,13 +85,11 @@ def test_resumed_run_repeats_the_evaluation(settings: Path, evaluated: Path, tmp
     [
         ({"query": "a", "choices": ["b", "c"], "answer": 2}, [], "a.jsonl, line 2: answer is 2, not the number"),
         ({"query": "a", "choices": ["b", "c " * 99], "answer": 1}, [], "line 2: a continuation of"),
-        (None, [], "a.jsonl, line 2: not a JSON object"),
         ({}, ["--eval-tasks", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
-        ({}, ["--eval-tasks", "hellaswag"], "hellaswag: not a file of examples; give a file *.jsonl"),
     ],
 )
 def test_invalid_tasks_end_all_ranks_before_training(
-    settings: Path, tmp_path: Path, record: dict[str, Any] | None, flags: list[str], message: str
+    settings: Path, tmp_path: Path, record: dict[str, Any], flags: list[str], message: str
 ) -> None:
     valid = {"query": "a", "choices": ["b", "c"], "answer": 0}
     path = write_jsonl(tmp_path / "a.jsonl", [valid, record])

@@ -6,7 +6,7 @@ inputs        c₀ c₁ c₂ t₀     targets       – – t₀ t₁
 - Context and continuation are encoded together. The tokens of the context alone are counted; those after them belong to
   the continuation. Spaces at the end of the context are moved to the continuation.
 - An empty context is the BOS token, or EOS if there is no BOS.
-- If there are more inputs than the model's context, the first tokens are removed.
+- If there are more inputs than the model's context, the first tokens are removed. A prompt leaves room for its answer.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from fira.data.tokenizer_config import TokenizerConfig
 from fira.errors import UserError
-from fira.evaluation.task_forms import Request
+from fira.evaluation.greedy_answers import EncodedPrompt
+from fira.evaluation.task_forms import ExactAnswer, Request
 
 
 class EncodedRequest(NamedTuple):
@@ -50,6 +51,17 @@ class RequestEncoder:
         tokens = context + continuation
         kept = tokens[-(self.seq_len + 1) :]
         return EncodedRequest(kept, len(continuation), len(kept) < len(tokens))
+
+    def prompt(self, example: ExactAnswer, where: str) -> EncodedPrompt:
+        """Encode a prompt. Raises UserError if the answer may have as many tokens as the model's context."""
+        room = self.seq_len - example.max_tokens
+        if room < 1:
+            raise UserError(
+                f"{where}: an answer of up to {example.max_tokens} tokens, the model's context is {self.seq_len}; "
+                "give a smaller max_tokens in the record"
+            )
+        tokens = self._encode(example.prompt)
+        return EncodedPrompt(tokens[-room:], example.stop, example.max_tokens, len(tokens) > room)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if not context.strip():

@@ -5,6 +5,7 @@
 | multiple choice | query, choices, answer      | the query              | each choice   | acc, acc_norm   |
 | minimal pair    | sentence_good, sentence_bad | none                   | each sentence | acc             |
 | last word       | text                        | all words but the last | the last word | acc, perplexity |
+| exact answer    | prompt, answer              | the prompt             | generated     | exact_match     |
 
 A continuation begins with a space. Requests and scores are those of lm-eval 0.4 for tasks of these forms, such as
 HellaSwag, BLiMP and LAMBADA; acc_norm compares log-probabilities per character.
@@ -18,6 +19,8 @@ import numpy as np
 
 from fira.data.readers import Record, valid_text
 from fira.errors import UserError
+
+MAX_TOKENS = 64  # of a generated answer, unless the record says otherwise
 
 
 class Request(NamedTuple):
@@ -118,8 +121,37 @@ class LastWord:
         return {"acc": float(answer.greedy), "perplexity": answer.log_probability}
 
 
-Example = MultipleChoice | MinimalPair | LastWord
-FORMS: tuple[type[Example], ...] = (MultipleChoice, MinimalPair, LastWord)
+@dataclass(frozen=True)
+class ExactAnswer:
+    """A prompt whose greedy continuation is compared with a text, apart from spaces around both.
+
+    stop: texts before which the continuation ends. max_tokens: of the continuation.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ("prompt", "answer")
+    prompt: str
+    answer: str
+    stop: tuple[str, ...]
+    max_tokens: int
+
+    @classmethod
+    def parse(cls, record: Record, where: str) -> Self:
+        stop, max_tokens = record.get("stop", "\n"), record.get("max_tokens", MAX_TOKENS)
+        texts = [stop] if isinstance(stop, str) else stop
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+            raise UserError(f"{where}: stop is neither a text nor a list of texts; correct the record")
+        if type(max_tokens) is not int or max_tokens < 1:
+            raise UserError(f"{where}: max_tokens is {max_tokens!r:.40}, not a number of at least 1")
+        prompt, answer = (_text(record[name], name, where) for name in cls.fields)
+        return cls(prompt, answer, tuple(texts), max_tokens)
+
+    def scores(self, generated: str) -> dict[str, float]:
+        return {"exact_match": float(generated.strip() == self.answer.strip())}
+
+
+LikelihoodExample = MultipleChoice | MinimalPair | LastWord
+Example = LikelihoodExample | ExactAnswer
+FORMS: tuple[type[Example], ...] = (MultipleChoice, MinimalPair, LastWord, ExactAnswer)
 
 
 def parse_example(record: Record, where: str) -> Example:

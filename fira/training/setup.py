@@ -95,7 +95,7 @@ def set_up(
         validation=validation,
         corpus=corpus,
         tokenizer=tokenizer,
-        evaluation=prepare_evaluation(config, trainer.forward, model_config.seq_len, tokenizer),
+        evaluation=prepare_evaluation(config, trainer, tokenizer, world),
         flops_per_token=3 * distributed.flops_per_token,
         peak=measure_peak(devices, autocast or dtype),
         description=describe_run(config, model.num_parameters(), trainer, candidate, corpus),

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, processors
 from fira.data.tokenizer_config import TokenizerConfig, default_config
 from fira.errors import UserError
 from fira.evaluation.request_encoding import EncodedRequest, RequestEncoder
-from fira.evaluation.task_forms import Request
+from fira.evaluation.task_forms import ExactAnswer, Request
 
 CONTEXT, CONTINUATION = "Die Bäume stehen", " im Wald."
 
@@ -72,3 +72,12 @@ def test_long_context_loses_its_beginning(tokenizer: Tokenizer) -> None:
 def test_continuation_without_a_token_is_refused(encoder: RequestEncoder) -> None:
     with pytest.raises(UserError, match=r"^a, line 3: '<s>' has no token of its own"):
         encoder.request(Request("", "<s>"), "a, line 3")
+
+
+def test_prompt_leaves_room_for_its_answer(tokenizer: Tokenizer, encoder: RequestEncoder) -> None:
+    long = ids(tokenizer, CONTEXT * 9)
+    assert encoder.prompt(ExactAnswer(CONTEXT * 9, "4", (";",), 30), "x") == (long[-10:], (";",), 30, True)
+    assert encoder.prompt(ExactAnswer("Wald", "4", (), 30), "x") == (ids(tokenizer, "Wald"), (), 30, False)
+    assert len(encoder.prompt(ExactAnswer(CONTEXT, "4", (), 39), "x").tokens) == 1
+    with pytest.raises(UserError, match=r"^a, line 3: an answer of up to 40 tokens, the model's context is 40"):
+        encoder.prompt(ExactAnswer(CONTEXT, "4", (), 40), "a, line 3")

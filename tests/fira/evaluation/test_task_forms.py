@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 
 from fira.errors import UserError
-from fira.evaluation.task_forms import LastWord, Likelihood, MinimalPair, MultipleChoice, Request, parse_example
+from fira.evaluation.task_forms import (
+    ExactAnswer,
+    LastWord,
+    Likelihood,
+    MinimalPair,
+    MultipleChoice,
+    Request,
+    parse_example,
+)
 
 CHOICE = {"query": "The sky is", "choices": ["a very long answer", "blue"], "answer": 1}
 
@@ -43,6 +51,14 @@ def test_last_word_is_what_follows_the_last_space() -> None:
     assert parse_example({"text": "alone"}, "x").requests() == [Request("", " alone")]
 
 
+def test_exact_answer_is_compared_without_spaces_around_it() -> None:
+    example = parse_example({"prompt": "2 + 2 =", "answer": " 4"}, "x")
+    assert example == ExactAnswer("2 + 2 =", " 4", ("\n",), 64)
+    assert [example.scores(text)["exact_match"] for text in ("4", " 4 ", "4.", "", "2 4")] == [1, 1, 0, 0, 0]
+    record = {"prompt": "2 + 2 =", "answer": "4", "stop": [";", "\n\n"], "max_tokens": 3}
+    assert parse_example(record, "x") == ExactAnswer("2 + 2 =", "4", (";", "\n\n"), 3)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -62,6 +78,11 @@ def test_last_word_is_what_follows_the_last_space() -> None:
         (CHOICE | {"query": None}, "x: query is NoneType, not text"),
         ({"sentence_good": "a", "sentence_bad": ""}, "x: sentence_bad is empty"),
         ({"text": "ends with "}, "x: text ends with a space"),
+        ({"prompt": "a", "answer": ""}, "x: answer is empty"),
+        ({"prompt": "a", "answer": 4}, "x: answer is int, not text"),
+        ({"prompt": "a", "answer": "4", "stop": [""]}, "x: stop is neither a text nor a list of texts"),
+        ({"prompt": "a", "answer": "4", "stop": 1}, "x: stop is neither a text nor a list of texts"),
+        ({"prompt": "a", "answer": "4", "max_tokens": 0}, "x: max_tokens is 0, not a number of at least 1"),
         ({"text": 3}, "x: text is int, not text"),
     ],
 )

@@ -14,7 +14,8 @@ from fira.evaluation.local_model import LocalModel
 from fira.evaluation.request_encoding import RequestEncoder
 from fira.evaluation.task_evaluation import encode_task
 from fira.evaluation.task_files import read_tasks
-from tests.fira.evaluation.evaluation_examples import write_jsonl, write_tasks
+from fira.evaluation.task_forms import ExactAnswer
+from tests.fira.evaluation.evaluation_examples import WORDS, write_jsonl, write_tasks
 from tests.fira.training.small_runs import TRAIN, cache, train
 from tests.launch import run_ranks
 
@@ -57,16 +58,34 @@ def test_scores_are_those_of_evaluate(evaluated: Path, tasks: list[str]) -> None
                 assert found == {metric: score._asdict() for metric, score in scores.scores.items()}
 
 
+@pytest.fixture(scope="module")
+def answers(evaluated: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of 20 prompts. The answers to the first 12 are what the model generates after the last step."""
+    model = load_model(evaluated)
+    encoder = RequestEncoder(model.tokenizer, own_config(model), 64)
+    records = [{"prompt": " ".join(WORDS[n % 7 : n % 11 + 1]) or "def", "max_tokens": 7 + n % 2} for n in range(20)]
+    examples = [ExactAnswer(record["prompt"], "", ("\n",), record["max_tokens"]) for record in records]
+    generated = LocalModel(model, 1).answers([encoder.prompt(example, "x") for example in examples])
+    assert len(set(generated)) > 3
+    for number, (record, answer) in enumerate(zip(records, generated, strict=True)):
+        record["answer"] = answer if number < 12 else f"not {answer}"
+    return write_jsonl(tmp_path_factory.mktemp("answers") / "answers.jsonl", records)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[2], ids=lambda flags: "".join(map(str, flags)))
 def test_scores_do_not_depend_on_the_layout(
-    settings: Path, evaluated: Path, tasks: list[str], tmp_path: Path, layout: list[Any]
+    settings: Path, evaluated: Path, tasks: list[str], answers: Path, tmp_path: Path, layout: list[Any]
 ) -> None:
     """The perplexity has all bits of its log-probabilities in evaluation.json."""
-    flags = ["--eval-tasks", ",".join(tasks), "--eval-tasks-every", 2]
+    flags = ["--eval-tasks", ",".join([*tasks, str(answers)]), "--eval-tasks-every", 2]
     train(settings, 2, *FLAGS, *flags, *layout, "--out", tmp_path / "run")
-    for name in ("evaluation.csv", "evaluation.json"):
-        found, expected = ((run / name).read_text() for run in (tmp_path / "run", evaluated))
-        assert found.replace(str(tmp_path / "run"), "") == expected.replace(str(evaluated), "")
+    found, expected = (
+        json.loads((run / "evaluation.json").read_text())["tasks"] for run in (tmp_path / "run", evaluated)
+    )
+    assert found.pop("answers")["scores"]["exact_match"]["value"] == 12 / 20
+    assert found == expected
+    logs = [(run / "evaluation.csv").read_text().splitlines() for run in (tmp_path / "run", evaluated)]
+    assert [row for row in logs[0] if ",answers," not in row] == logs[1]
 
 
 def test_resumed_run_repeats_the_evaluation(settings: Path, evaluated: Path, tmp_path: Path) -> None:

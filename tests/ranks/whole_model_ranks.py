@@ -11,13 +11,13 @@ from pipeline.mesh import CPU, Layout, make_mesh
 from pipeline.schedule import SCHEDULES
 
 
-def differences(documents: list[dict[str, Any]], layouts: list[list[int]], schedule: str) -> list[str]:
+def differences(documents: list[dict[str, Any]], layouts: list[tuple[str, list[int]]]) -> list[str]:
     """Return the weights that differ from those of a model in one process, and the models that compute other logits."""
     found = []
     for document in documents:
         config = from_document(document)
         expected = build(config).double().eval()  # its weights are drawn with seed 0
-        for layout in layouts:
+        for schedule, layout in layouts:
             with torch.device("meta"):
                 model = build(config)
             mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]))

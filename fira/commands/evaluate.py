@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fira import cli, encode, load_model
 from fira.checkpoint.load_model import own_config, own_tokenizer
+from fira.checkpoint.step_folders import run_of
 from fira.data.sources import documents
 from fira.data.tokenizer import eos_id
 from fira.devices import choose_devices
@@ -74,7 +75,7 @@ def report_task_scores(model: LanguageModel, options: Namespace) -> None:
     results = task_scores(model, options)
     print(table(results))
     checkpoint = Path(options.checkpoint).resolve()
-    write_scores(results_folder(checkpoint) / RESULTS, str(checkpoint), results)
+    write_scores(run_of(checkpoint) / RESULTS, str(checkpoint), results)
     if options.plot:
         plot_scores(results, f"Scores of {checkpoint.name}", Path(options.plot))
 
@@ -96,9 +97,3 @@ def task_scores(model: LanguageModel, options: Namespace) -> list[TaskScores]:
             scores = {metric: Score(*score) for metric, score in found.scores.items()}
             results.append(TaskScores(task, found.examples, scores))
     return results
-
-
-def results_folder(checkpoint: Path) -> Path:
-    """The folder of evaluation.json: the run folder of a checkpoint, or the folder of an export."""
-    folders = [checkpoint, *checkpoint.parents[:1]]
-    return next((folder.parent for folder in folders if folder.name == "checkpoints"), checkpoint)

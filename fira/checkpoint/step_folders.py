@@ -122,3 +122,9 @@ def find(path: str | Path) -> Path:
     if not folders:
         raise UserError(f"{path}: no checkpoint here; give a run folder, a checkpoints folder or a step folder")
     return folders[0]
+
+
+def run_of(path: str | Path) -> Path:
+    """Return the run folder of a step folder, a `checkpoints` folder or a run folder; any other folder as it is."""
+    path = Path(path).resolve()
+    return next((folder.parent for folder in (path, path.parent) if folder.name == "checkpoints"), path)

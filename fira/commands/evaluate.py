@@ -1,15 +1,23 @@
-"""Evaluate a model on files and on tasks of lm-eval, and count the tokens of each expert."""
+"""Evaluate a model on texts, on tasks in JSONL files and on tasks of lm-eval, and count the tokens of each expert."""
 
 from argparse import Namespace
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 
 from fira import cli, encode, load_model
-from fira.checkpoint.load_model import own_tokenizer
+from fira.checkpoint.load_model import own_config, own_tokenizer
+from fira.checkpoint.step_folders import run_of
 from fira.data.sources import documents
 from fira.data.tokenizer import eos_id
 from fira.devices import choose_devices
 from fira.errors import UserError
+from fira.evaluation.local_model import LocalModel
+from fira.evaluation.request_encoding import RequestEncoder
+from fira.evaluation.score_chart import plot_scores
+from fira.evaluation.task_evaluation import encode_task
+from fira.evaluation.task_files import SUFFIX, read_tasks
+from fira.evaluation.task_scores import RESULTS, Score, TaskScores, table, write_scores
 from fira.generation.perplexity import TextLoss, perplexity
 from fira.generation.utilisation import counting_experts, shares
 from fira.models.language_model import LanguageModel
@@ -24,10 +32,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     data_help = "text, CSV, JSONL, Parquet, or folders"
     parser.add_argument("--data", type=str, nargs="+", default=[], metavar="FILE", help=data_help)
     parser.add_argument("--text-column", type=str, default="text", help="column of the text (default: %(default)s)")
-    parser.add_argument("--tasks", type=str, help="comma-separated names of lm-eval tasks (pip install 'fira[eval]')")
-    parser.add_argument(
-        "--tasks-path", type=PathName, metavar="DIR", help="a folder of task files; default: those of lm-eval"
-    )
+    tasks_help = "comma-separated JSONL files of examples and names of lm-eval tasks (pip install 'fira[eval]')"
+    parser.add_argument("--tasks", type=str, metavar="TASKS", help=tasks_help)
+    folder_help = "a folder of task files of lm-eval; default: its own"
+    parser.add_argument("--tasks-path", type=PathName, metavar="DIR", help=folder_help)
+    parser.add_argument("--plot", type=PathName, metavar="PNG", help="draw a bar chart of the accuracies in the tasks")
     parser.add_argument("--limit", type=int, help="examples of each task; default: all")
     parser.add_argument(
         "--batch-size", type=Sequences, default=8, help="examples per forward pass (default: %(default)s)"
@@ -39,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     if options.data:
         print_losses(model, options)
     if options.tasks:
-        print_task_scores(model, options)
+        report_task_scores(model, options)
 
 
 def print_losses(model: LanguageModel, options: Namespace) -> None:
@@ -61,11 +70,30 @@ def print_losses(model: LanguageModel, options: Namespace) -> None:
         print(f"  layer {layer}: " + " ".join(f"{100 * fraction:.1f}" for fraction in fractions))
 
 
-def print_task_scores(model: LanguageModel, options: Namespace) -> None:
-    """Print the scores of the model in tasks of lm-eval."""
-    from fira.huggingface.tasks import evaluate_tasks  # imports transformers
+def report_task_scores(model: LanguageModel, options: Namespace) -> None:
+    """Print the scores of the model in tasks, and write evaluation.json and the bar chart."""
+    results = task_scores(model, options)
+    print(table(results))
+    checkpoint = Path(options.checkpoint).resolve()
+    write_scores(run_of(checkpoint) / RESULTS, str(checkpoint), results)
+    if options.plot:
+        plot_scores(results, f"Scores of {checkpoint.name}", Path(options.plot))
 
-    names = [name.strip() for name in options.tasks.split(",")]
-    scores = evaluate_tasks(model, names, options.tasks_path, options.limit, options.batch_size)
-    for task, metrics in scores.items():
-        print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+def task_scores(model: LanguageModel, options: Namespace) -> list[TaskScores]:
+    """The scores in all tasks, those in files first. The files are checked before the first evaluation."""
+    given = [name.strip() for name in options.tasks.split(",")]
+    paths = [name for name in given if name.lower().endswith(SUFFIX)]
+    results = []
+    if paths:
+        encoder = RequestEncoder(own_tokenizer(model), own_config(model), model.config.seq_len)
+        local = LocalModel(model, options.batch_size)
+        tasks = [encode_task(task, encoder) for task in read_tasks(paths, options.limit)]
+        results = [task.scores(local) for task in tasks]
+    if names := [name for name in given if name not in paths]:
+        from fira.huggingface.tasks import evaluate_tasks  # imports transformers
+
+        for task, found in evaluate_tasks(model, names, options.tasks_path, options.limit, options.batch_size).items():
+            scores = {metric: Score(*score) for metric, score in found.scores.items()}
+            results.append(TaskScores(task, found.examples, scores))
+    return results

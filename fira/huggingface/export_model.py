@@ -11,11 +11,13 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from fira.checkpoint.load_model import load_model, own_config
+from fira.checkpoint.step_folders import run_of
 from fira.checkpoint.transformers_mapping import TRANSFORMERS, to_transformers, weight_names
 from fira.data.tokenizer_config import TokenizerConfig
 from fira.errors import UserError
 from fira.files import errors_naming
 from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, RishAIConfig
+from fira.huggingface.model_card import write_model_card
 from fira.huggingface.peft_export import save_adapters
 from fira.models.language_model import LanguageModel
 from fira.models.registry import family_of, to_document
@@ -26,7 +28,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # left to the toke
 
 
 def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
-    """Write the model of a checkpoint (see `load_model`) to the new folder `out`, and return the folder.
+    """Write the model of a checkpoint (see `load_model`) and a model card to the new folder `out`; return the folder.
 
     form: "fira" includes the source code of the model, for `trust_remote_code=True`. "llama" (for mooshak) and
     "flexolmo" (for rish) export to that class of transformers, which computes the same function. "peft" writes the
@@ -44,7 +46,9 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
             if form == "peft":
                 save_adapters(checkpoint, partial)
             else:
-                _save_model(load_model(checkpoint), partial, form)
+                model = load_model(checkpoint)
+                _save_model(model, partial, form)
+                write_model_card(partial, model, out.name, run_of(checkpoint))
             for path in partial.iterdir():
                 path.chmod(0o666 & partial.stat().st_mode)  # safetensors creates files that only their owner can read
             os.replace(partial, out)

@@ -41,7 +41,7 @@ INHERITED = [
     *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed"),
     *("dpo_loss", "dpo_beta"),
     *("init", "lora", "threads"),
-    *("eval_every", "eval_sequences", "save_every", "keep", "on_spike"),
+    *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
 ]
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
 
@@ -114,6 +114,8 @@ class TrainConfig:
     override: bool = _option(False, "resume with settings that differ from those of the checkpoint")
     eval_every: int = _option(50, "steps between validations")
     eval_sequences: int = _option(128, "sequences per validation, evenly spaced in the validation set")
+    eval_tasks: str | None = _option(None, "comma-separated JSONL files of examples to evaluate, as in evaluate.py")
+    eval_tasks_every: int | None = _option(None, "steps between evaluations; default: after the last step only")
     save_every: str = _option("100", "steps between checkpoints, or a time such as 600s, 10m or 2h")
     keep: int = _option(2, "checkpoints kept")
     on_spike: str = _option(

@@ -10,6 +10,7 @@ from fira.checkpoint.shards import Checkpoint, newest_valid, open_checkpoint
 from fira.checkpoint.step_folders import continue_from
 from fira.checkpoint.writer import CheckpointWriter
 from fira.devices import choose_devices, choose_precision
+from fira.evaluation.task_scores import TaskScores
 from fira.optim.lr_schedule import learning_rate
 from fira.parallel.forward_pass import Mean
 from fira.training import run_folder, state
@@ -113,6 +114,7 @@ def _run_steps(
             end = end or step == recipe.steps
             scheduled = step == recipe.steps or step % config.eval_every == 0
             validation = _validate(run, step) if end or scheduled else None
+            scores = _evaluate(run, step) if run.evaluation.is_due(step, recipe.steps) else None
         except NumericalFault as fault:
             settle(writer, step)
             if config.on_spike != "rollback":
@@ -126,6 +128,8 @@ def _run_steps(
         if report:
             stragglers.update(step - 1, times)
             report.step(step, result, lr, seconds, validation if scheduled else None)
+            if scores:
+                report.evaluation(step, scores)
         writer.advance(finished=finished)
         if save or end or elapsed or interval.is_step(step):
             state.save(writer, step, run.trainer, run.loader, run.tokenizer, run.settings, run.adapters)
@@ -149,6 +153,12 @@ def _validate(run: Run, step: int) -> Mean:
             "resume from the last checkpoint with a lower --lr and --override"
         )
     return mean
+
+
+def _evaluate(run: Run, step: int) -> list[TaskScores]:
+    """Scores in the tasks after a step (collective)."""
+    with doing(f"evaluation of step {step}"):
+        return run.evaluation.scores()
 
 
 def _open_resumed(config: TrainConfig, out: Path) -> Checkpoint | None:

@@ -1,7 +1,10 @@
 """Report of a run by one rank: console output, training log, and the plot at the end."""
 
 import logging
+from collections.abc import Sequence
 
+from fira.evaluation.evaluation_log import EVALUATIONS, EvaluationLog
+from fira.evaluation.task_scores import RESULTS, TaskScores, table, write_scores
 from fira.metrics import console
 from fira.metrics.csv_log import LOG_NAME, Row, TrainingLog
 from fira.metrics.run_plots import plot_files
@@ -27,6 +30,8 @@ class RunReport:
         self.log = TrainingLog(
             out / LOG_NAME, first - 1, self.metrics
         )  # first, because it refuses a file that is not a log
+        self.evaluations = EvaluationLog(out / EVALUATIONS)
+        self.evaluations.keep(first - 1)
         run_folder.write_settings(out, run.config, run.corpus.summary)
         self.lock, self.quiet = lock, quiet
         self._show(run.description)
@@ -63,10 +68,17 @@ class RunReport:
         if self.progress:
             self.progress.update(self.last)
 
+    def evaluation(self, step: int, scores: Sequence[TaskScores]) -> None:
+        """Report the scores in the tasks after a step."""
+        self.evaluations.write(step, scores)
+        write_scores(self.out / RESULTS, f"{self.out.resolve()}, step {step}", scores)
+        self._show(table(scores))
+
     def rewind(self, step: int) -> None:
         """Remove the steps after `step` from the log, because they will be repeated."""
         self.log.close()
         self.log = TrainingLog(self.out / LOG_NAME, step, self.metrics)
+        self.evaluations.keep(step)
 
     def _restore_folder(self) -> None:
         """Write the folder again after it was removed: the weights in memory may be the only ones that are left."""

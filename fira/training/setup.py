@@ -33,6 +33,7 @@ from fira.training.auto_layout import with_plan
 from fira.training.base_model import open_base
 from fira.training.config import TrainConfig
 from fira.training.run_data import load_corpus, objective_of, open_data, tokenizer_files
+from fira.training.run_evaluation import RunEvaluation, prepare_evaluation
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
@@ -56,6 +57,7 @@ class Run:
     corpus: Corpus | ChatCorpus
     adapters: AdapterRecord | None  # of a LoRA run
     tokenizer: dict[str, bytes]  # the content of its files by name; empty for shards of tokens without a tokenizer
+    evaluation: RunEvaluation
     flops_per_token: float  # forward and backward
     peak: float  # FLOP/s of all ranks together
     description: str  # printed before the first step
@@ -109,6 +111,7 @@ def set_up(
     elif saved and not resumed:
         state.load_weights(saved, distributed)
     loader, validation = open_data(corpus, model_config.seq_len, config)
+    tokenizer = tokenizer_files(corpus, tokenizer_path)
     return Run(
         config=config,
         settings=state.run_settings(config, corpus),
@@ -117,7 +120,8 @@ def set_up(
         validation=validation,
         corpus=corpus,
         adapters=adapted.record if adapted else None,
-        tokenizer=tokenizer_files(corpus, tokenizer_path),
+        tokenizer=tokenizer,
+        evaluation=prepare_evaluation(config, trainer, tokenizer, world),
         # Forward, gradients of inputs, and gradients of weights, which are few if only adapters are trained.
         flops_per_token=(2 if adapted else 3) * distributed.flops_per_token,
         peak=measure_peak(devices, autocast or dtype),

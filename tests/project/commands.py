@@ -34,6 +34,8 @@ def make_checkout(folder: Path) -> Path:
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     pairs = [{"prompt": f"What is {n} + 1?", "chosen": f"{n + 1}", "rejected": "No idea"} for n in range(40)]
     (folder / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    question = {"query": "A module is imported with", "choices": ["import", "return"], "answer": 0}
+    (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
     rows = [f'"{line}","{line}"\n' for line in text.replace('"', "'").splitlines() if line]
     (folder / "pages.csv").write_text("Text,text\n" + "".join(rows))
     return folder

@@ -17,6 +17,7 @@ ORDER = [
     "fira.supervisor",
     "fira.doctor",
     "fira.training",
+    "fira.evaluation",
     "fira.posttraining",
     "fira.planner",
     "fira.generation",

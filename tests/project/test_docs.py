@@ -22,7 +22,7 @@ NOT_RUN = {
     "pip install -q -r requirements.txt && mpirun -np 4 python scripts/train.py": "test_readme.py runs it",
     "pip install -q -r requirements.txt": "creates a new virtual environment from the network",
     "--model fira-base --data fineweb/": "trains 333 million parameters on data that must be downloaded",
-    "--tasks hellaswag": "lm-eval downloads the tasks; tests/fira/generation runs a local task",
+    "--tasks hellaswag": "lm-eval downloads the tasks; tests/fira/huggingface/test_tasks.py runs local tasks",
     "train.py --compile": "compiles for minutes; tests/fira/parallel/test_compile_blocks.py compiles all families",
     "doctor.py --gpu": "needs a GPU; tests/fira/doctor runs the tests on the CPU",
     "git worktree add before main": "needs a second checkout; its three following lines depend on it",

@@ -1,0 +1,1 @@
+"""Evaluation on tasks in JSONL files, with the conventions and the numbers of lm-eval."""

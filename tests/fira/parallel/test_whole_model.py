@@ -1,0 +1,16 @@
+"""The whole model on every rank, compared with a model in one process."""
+
+import pytest
+
+from fira.models.registry import to_document
+from tests.fira.models.small_families import BLUES, MICRORWKV
+from tests.launch import run_function
+
+
+@pytest.mark.slow
+def test_weights_and_logits_are_those_of_one_process() -> None:
+    """With tied embeddings and with buffers; stages that are not in the order of the ranks; experts on two ranks."""
+    documents = [to_document(BLUES), to_document(MICRORWKV)]
+    layouts = [("1f1b", [2, 2, 2]), ("1f1b", [1, 4, 2]), ("1f1b", [4, 1, 1]), ("interleaved", [2, 2, 1])]
+    arguments = {"documents": documents, "layouts": layouts}
+    assert run_function(4, "tests.ranks.whole_model_ranks", "differences", **arguments) == [[]] * 4

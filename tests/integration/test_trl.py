@@ -70,7 +70,6 @@ def step_of_trl(folder: Path, records: list[dict[str, Any]], out: Path) -> tuple
         max_grad_norm=0.0,
         max_length=CONFIG.seq_len,
         assistant_only_loss="messages" in records[0],
-        gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
         report_to="none",

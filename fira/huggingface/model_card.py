@@ -22,6 +22,7 @@ from fira.nn.moe.layer import MoE
 MODEL_CARD = "MODEL_CARD.md"  # file name in exports
 PICTURE = "training_progress.png"
 SETTINGS = ("objective", "steps", "batch_size", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision")
+PREFERENCE_SETTINGS = ("dpo_loss", "dpo_beta")  # with the objective dpo
 COUNTS = {
     "train_tokens": "training tokens",
     "val_tokens": "validation tokens",
@@ -46,12 +47,13 @@ def model_card(model: LanguageModel, name: str, run: Path) -> str:
     name: of the export. run: the folder with the files of the run, all of which may be missing.
     """
     config = _settings(run / "config.toml")
+    settings = (*SETTINGS, *PREFERENCE_SETTINGS) if config.get("objective") == "dpo" else SETTINGS
     sections = [
         _header(model),
         f"# {name}\n\n{_summary(model)}",
         _section("Model", _table(("option", "value"), to_document(model.config).items())),
         _section("Training data", _data(config, run / "data.json")),
-        _section("Training", _table(("setting", "value"), [(key, config[key]) for key in SETTINGS if key in config])),
+        _section("Training", _table(("setting", "value"), [(key, config[key]) for key in settings if key in config])),
         _section("Results", _results(run)),
         _section("Evaluation", _evaluation(run / "evaluation.json")),
         _section("Limits", _limits(model, config)),
@@ -115,7 +117,10 @@ def _results(run: Path) -> str:
             if len(validation):
                 rows += [("last validation loss", float(validation.iloc[-1]))]
                 rows += [("best validation loss", float(validation.min()))]
-            parts.append(_table(("loss in nats per token", ""), rows))
+            if "val_reward_accuracy" in log and len(validation):
+                rows += [("last validation accuracy", float(log["val_reward_accuracy"].dropna().iloc[-1]))]
+            unit = "mean over pairs" if "reward_margin" in log else "nats per token"
+            parts.append(_table((f"loss, {unit}", ""), rows))
     if (run / PICTURE).is_file():
         parts.append(f"![Losses, learning rate, throughput and expert load]({PICTURE})")
     return "\n\n".join(parts)

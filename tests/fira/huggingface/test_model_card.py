@@ -33,6 +33,20 @@ def write_run(run: Path) -> None:
     write_scores(run / "evaluation.json", "run", [TaskScores("words", 1500, scores)])
 
 
+def test_card_of_preference_training_has_its_loss_and_accuracy(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(TrainConfig(objective="dpo", dpo_loss="ipo", dpo_beta=0.2).to_toml())
+    log = TrainingLog(tmp_path / "training_log.csv", metrics=["reward_accuracy", "reward_margin"])
+    values = {"train_loss": 0.7, "lr": 0.1, "tokens_per_s": 1.0, "grad_norm": 1.0}
+    for step, accuracy in ((1, 0.625), (2, 0.75)):
+        metrics = {"reward_accuracy": 0.5, "reward_margin": 0.1, "val_reward_accuracy": accuracy}
+        log.write(Row(iter=step, val_loss=0.6, metrics=metrics, **values))
+    log.close()
+    rows = rows_of(model_card(make_model(MOOSHAK), "preferred", tmp_path))
+    for row in (["dpo_loss", "ipo"], ["dpo_beta", "0.2"], ["loss, mean over pairs"]):
+        assert row in rows
+    assert ["last validation accuracy", "0.75"] in rows
+
+
 def header_of(card: str) -> dict[str, object]:
     empty, header, _ = card.split("---\n", 2)
     assert empty == ""

@@ -54,3 +54,13 @@ def test_eta_includes_future_validations(capsys: pytest.CaptureFixture[str]) -> 
     mean = (45 * 0.5 + 4 * 5.5) / 49
     minutes, seconds = divmod(round(1000 * mean), 60)
     assert line.endswith(f"ETA {minutes:02d}:{seconds:02d}")
+
+
+def test_accuracy_of_preferences_is_in_the_line_of_a_validation(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = ConsoleProgress(2, 1, tokens_per_step=1000, clock=Clock())
+    metrics = {"reward_accuracy": 0.5, "val_reward_accuracy": 0.9125}
+    progress.update(row(1, metrics={"reward_accuracy": 0.5}))
+    progress.update(row(2, val_loss=3.301, metrics=metrics))
+    first, last = capsys.readouterr().out.splitlines()
+    assert "accuracy" not in first
+    assert " · val 3.301 · accuracy 91.2% · lr " in last

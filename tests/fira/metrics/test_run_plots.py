@@ -26,7 +26,8 @@ SKEWED = [[0.7, 0.1, 0.1, 0.1], [0.3, 0.5, 0.1, 0.1]]  # mean over layers: 0.5, 
 def make_run(folder: Path, steps: int = 40, **changed: Any) -> Path:
     """Write a run folder with a loss that decreases from 7 to about 3 and a validation every tenth step."""
     folder.mkdir()
-    log = TrainingLog(folder / LOG_NAME)
+    names = [name for name in changed.get("metrics", ()) if not name.startswith("val_")]
+    log = TrainingLog(folder / LOG_NAME, metrics=names)
     for step in range(1, steps + 1):
         loss = 3 + 4 * math.exp(-step / 10)
         values: dict[str, Any] = {
@@ -102,6 +103,23 @@ def test_heat_map_is_the_mean_over_layers_relative_to_a_balanced_share(tmp_path:
     np.testing.assert_allclose(image.get_array(), np.tile([[2.0], [1.2], [0.4], [0.4]], 40))
     worst = axes_titled(figure, "Expert load").lines[-1]
     np.testing.assert_allclose(worst.get_ydata(), 2.8)
+
+
+def test_run_on_preferences_has_a_panel_of_rewards_and_accuracy(tmp_path: Path) -> None:
+    rewards = {"reward_chosen": 0.5, "reward_rejected": -0.7, "reward_accuracy": 0.8, "reward_margin": 1.2}
+    metrics = rewards | {f"val_{name}": value / 2 for name, value in rewards.items()}
+    log = read_log(make_run(tmp_path / "run", metrics=metrics) / LOG_NAME)
+    figure = draw({"run": log}, tmp_path / "p.png")
+    left = axes_titled(figure, "Rewards")
+    right = next(axes for axes in figure.axes if axes is not left and axes.bbox.bounds == left.bbox.bounds)
+    for axes, label, value in ((left, "chosen", 0.5), (left, "rejected", -0.7), (right, "accuracy", 80)):
+        lines = list(axes.lines)
+        number = lines.index(line_labelled(axes, label))
+        np.testing.assert_allclose(lines[number].get_ydata(), value)
+        np.testing.assert_allclose(lines[number + 1].get_ydata(), value / 2)  # of validations
+    assert axes_titled(figure, "Loss").get_ylabel() == "mean over pairs"
+    shared = draw({"one": log, "two": log}, tmp_path / "p.png")
+    assert not any(axes.get_title(loc="left").startswith("Rewards") for axes in shared.axes)
 
 
 def test_layers_may_have_different_numbers_of_experts(tmp_path: Path) -> None:

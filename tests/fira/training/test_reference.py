@@ -102,6 +102,18 @@ def test_damaged_reference_is_computed_again(settings: Path, tuned: Runs, tmp_pa
     np.testing.assert_array_equal(losses(tmp_path / "run"), losses(tuned.run))
 
 
+def test_reference_of_adapters_is_computed_again_from_the_base_model(settings: Path, data: Path, tuned: Runs) -> None:
+    out = tuned.run.with_name("adapters")
+    flags = ["--init", tuned.base, "--data", data, *TUNING, "--lora", "rank=2,alpha=2,targets=attention"]
+    train(settings, 1, *flags, "--steps", 1, "--out", out)
+    written = (out / "reference" / "train-0.npy").read_bytes()
+    (out / "reference" / "train-0.npy").unlink()
+    resume = ["--out", out, "--resume", "auto", "--steps", 2]
+    result = run_ranks(1, TRAIN, *resume, timeout=100, env=cache(settings))
+    assert result.returncode == 0, result.stderr
+    assert (out / "reference" / "train-0.npy").read_bytes() == written
+
+
 def test_without_reference_and_its_model_the_run_ends_with_one_line(
     settings: Path, tuned: Runs, tmp_path: Path
 ) -> None:

@@ -1,5 +1,9 @@
-"""A layout that does not fit the number of ranks."""
+"""A layout that does not fit the number of ranks, and the model of preference training."""
 
+import pytest
+
+from fira.training.config import PREFERENCES, TrainConfig
+from fira.training.setup import choose_model
 from tests.fira.training.small_runs import train
 
 
@@ -7,3 +11,19 @@ def test_invalid_layout_is_a_one_line_error_on_all_ranks(settings, tmp_path):
     result = train(settings, 4, "--out", tmp_path / "run", "--pp", 3, status=2)
     assert result.stderr.splitlines() == ["--pp 3 does not make 4 ranks; choose pp × dp = 4, or omit one of them"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("given", "expected"), [("", (0.0, 0.0)), ("dropout=0.2", (0.2, 0.0)), ("noise=1", (0.0, 1))])
+def test_preferences_have_neither_dropout_nor_noise_unless_they_are_given(
+    given: str, expected: tuple[float, float]
+) -> None:
+    presets = [choose_model(TrainConfig(model="blues-base", objective=kind), None)[0] for kind in ("pretrain", "dpo")]
+    assert [(model.dropout, model.noise) for model in presets] == [(0.1, 0.05), (0.0, 0.0)]
+    model, _ = choose_model(TrainConfig(model="blues-base", objective="dpo", model_set=given), None)
+    assert (model.dropout, model.noise) == expected
+    choose_model(TrainConfig(model="mooshak-base", objective="dpo"), None)  # which has neither
+
+
+def test_preferences_have_a_recipe_of_their_own() -> None:
+    assert TrainConfig(objective="dpo", init="run").recipe() == PREFERENCES
+    assert TrainConfig(objective="dpo", lr=1e-6).recipe().lr == 1e-6

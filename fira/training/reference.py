@@ -81,8 +81,9 @@ def with_reference(run: Run, out: Path, resumed: Checkpoint | None, quiet: bool)
 def _read_or_load(run: Run, out: Path, resumed: Checkpoint, examples: dict[str, PackedExamples]) -> Arrays | None:
     """Return the arrays in the run folder, or in that of the checkpoint, read by rank 0 (collective).
 
-    If they are missing or damaged, load the weights with which the run began, and return None. Without --init these are
-    the weights of the model now. Raises UserError if the weights cannot be loaded.
+    If they are missing or damaged, load the weights with which the run began, and return None. Without --init, and with
+    new adapters, which change nothing, these are the weights of the model now. Raises UserError if the weights cannot
+    be loaded.
     """
     arrays, problem = None, ""
     if this_rank() == 0:
@@ -93,7 +94,7 @@ def _read_or_load(run: Run, out: Path, resumed: Checkpoint, examples: dict[str, 
             except UserError as error:
                 problem = str(error)
     arrays, problem = gather((arrays, problem))[0]
-    if arrays is None and run.config.init:
+    if arrays is None and run.config.init and not run.adapters:
         try:
             state.load_weights(open_saved(run.config.init), run.trainer.model)
         except UserError as error:

@@ -82,7 +82,8 @@ def _read_or_load(run: Run, out: Path, resumed: Checkpoint, examples: dict[str, 
     """Return the arrays in the run folder, or in that of the checkpoint, read by rank 0 (collective).
 
     If they are missing or damaged, load the weights with which the run began, and return None. Without --init, and with
-    adapters, which are zero, these are the weights of the model now. Raises UserError if they cannot be loaded.
+    new adapters, which change nothing, these are the weights of the model now. Raises UserError if the weights cannot
+    be loaded.
     """
     arrays, problem = None, ""
     if this_rank() == 0:
@@ -93,7 +94,7 @@ def _read_or_load(run: Run, out: Path, resumed: Checkpoint, examples: dict[str, 
             except UserError as error:
                 problem = str(error)
     arrays, problem = gather((arrays, problem))[0]
-    if arrays is None and run.config.init and run.adapters is None:
+    if arrays is None and run.config.init and not run.adapters:
         try:
             state.load_weights(open_saved(run.config.init), run.trainer.model)
         except UserError as error:

@@ -79,11 +79,6 @@ def set_up(
     adapted = open_base(config.adapters(), saved, resumed)
     model_config, tokenizer_path = choose_model(config, saved)
     if saved and model_config.vocab_size > stored_config(saved).vocab_size:
-        if adapted:
-            raise UserError(
-                f"--lora: {config.init} has no tokens of the roles, whose vectors adapters do not train; "
-                "train it with --objective sft and without --lora first"
-            )
         config = with_larger_vocabulary(config, stored_config(saved).vocab_size, model_config.vocab_size)
     with torch.device("meta"):
         model = build(model_config)

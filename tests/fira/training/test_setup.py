@@ -1,9 +1,10 @@
-"""A layout that does not fit the number of ranks, and the model of preference training."""
+"""Settings that do not fit the number of ranks or each other, and the model of preference training."""
 
 import pytest
 
+from fira.errors import UserError
 from fira.training.config import PREFERENCES, TrainConfig
-from fira.training.setup import choose_model
+from fira.training.setup import choose_model, with_larger_vocabulary
 from tests.fira.training.small_runs import train
 
 
@@ -27,3 +28,10 @@ def test_preferences_have_neither_dropout_nor_noise_unless_they_are_given(
 def test_preferences_have_a_recipe_of_their_own() -> None:
     assert TrainConfig(objective="dpo", init="run").recipe() == PREFERENCES
     assert TrainConfig(objective="dpo", lr=1e-6).recipe().lr == 1e-6
+
+
+def test_vocabulary_of_a_frozen_embedding_does_not_grow():
+    config = TrainConfig(init="run", lora="rank=2,alpha=4,targets=experts")
+    with pytest.raises(UserError, match="would grow from 300 to 302 tokens, but adapters train no embeddings; give a"):
+        with_larger_vocabulary(config, 300, 302)
+    assert with_larger_vocabulary(TrainConfig(init="run"), 300, 302).vocab_size == 302

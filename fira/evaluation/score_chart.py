@@ -1,11 +1,17 @@
 """Bar chart of the accuracies of tasks with their standard errors."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fira.errors import UserError
 from fira.evaluation.task_scores import Score, TaskScores
 from fira.metrics.plot_style import GREY, INK, RUN_COLOURS, save_png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BAR, GAP = 0.28, 0.35  # height of a bar, and space between two tasks, in inches
 SHARES = ("acc", "exact_match")  # metrics from 0 to 1 begin with one of these names
@@ -47,6 +53,13 @@ def plot_scores(results: Sequence[TaskScores], title: str, out: Path) -> None:
         position += GAP
     axes.set_yticks(centres, [f"{result.task}\n{result.examples:,} examples" for result, _ in bars], color=INK)
     axes.invert_yaxis()
+    _style(axes, title)
+    handles = [axes.barh(0, 0, color=colour, label=metric) for metric, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    save_png(figure, out)
+
+
+def _style(axes: Axes, title: str) -> None:
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
     axes.tick_params(colors=INK, length=0)
@@ -55,9 +68,6 @@ def plot_scores(results: Sequence[TaskScores], title: str, out: Path) -> None:
     axes.spines[:].set_visible(False)
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_xlabel("share of examples, with standard error; dashed: chance", color=GREY)
-    handles = [axes.barh(0, 0, color=colour, label=metric) for metric, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    save_png(figure, out)
 
 
 def _shares(result: TaskScores) -> dict[str, Score]:

@@ -113,14 +113,14 @@ def _results(run: Path) -> str:
         log = read_log(run / LOG_NAME)
         if len(log):
             last, validation = log.iloc[-1], log["val_loss"].dropna()
-            rows = [("steps", int(last["iter"])), ("training loss of the last step", float(last["train_loss"]))]
+            rows = [("step", int(last["iter"])), ("training loss", float(last["train_loss"]))]
             if len(validation):
-                rows += [("last validation loss", float(validation.iloc[-1]))]
+                rows += [("validation loss", float(validation.iloc[-1]))]
                 rows += [("best validation loss", float(validation.min()))]
             if "val_reward_accuracy" in log and len(validation):
-                rows += [("last validation accuracy", float(log["val_reward_accuracy"].dropna().iloc[-1]))]
+                rows += [("validation accuracy", float(log["val_reward_accuracy"].dropna().iloc[-1]))]
             unit = "mean over pairs" if "reward_margin" in log else "nats per token"
-            parts.append(_table((f"loss, {unit}", ""), rows))
+            parts.append(_table(("last step", f"losses, {unit}"), rows))
     if (run / PICTURE).is_file():
         parts.append(f"![Losses, learning rate, throughput and expert load]({PICTURE})")
     return "\n\n".join(parts)

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from fira.models.adapters import add_adapters
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build
 from fira.parallel.parallelize import DistributedModel, ParamShard
@@ -12,14 +13,12 @@ from pipeline.mesh import Mesh
 @torch.no_grad()
 def whole_model(model: DistributedModel, mesh: Mesh) -> LanguageModel:
     """Return a copy of the whole model in eval mode on this rank's first device (collective)."""
-    with torch.device("meta"):
-        whole = build(model.config)
-    own = {shard.name: shard for shard in owned_shards(model, mesh)}
-    dtype = model.shards[0].parameter.dtype
+    whole = _without_weights(model)
+    own = {shard.name: shard for shard in _owned_shards(model, mesh)}
     weights = {}
     for name, tensor in whole.weights().items():
         # One rank has each row and the others add zero, so that the sums are exact.
-        value = torch.zeros(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+        value = torch.zeros(tensor.shape, dtype=_dtype(model) if tensor.is_floating_point() else tensor.dtype)
         if name in own:
             shard = own[name]
             rows = value[shard.start : shard.start + len(shard.parameter)] if shard.shape else value
@@ -31,7 +30,28 @@ def whole_model(model: DistributedModel, mesh: Mesh) -> LanguageModel:
     return whole.eval()
 
 
-def owned_shards(model: DistributedModel, mesh: Mesh) -> list[ParamShard]:
-    """This rank's shards of parameters and buffers, each row of which belongs to one rank only."""
-    shards = [shard for shard in model.shards if (mesh.edp_rank if shard.expert else mesh.dp_rank) == 0]
-    return shards + (model.buffers if mesh.dp_rank == 0 else [])
+def whole_size(model: DistributedModel) -> int:
+    """Return the size of the whole model in bytes."""
+    return sum(tensor.numel() for tensor in _without_weights(model).weights().values()) * _dtype(model).itemsize
+
+
+def _without_weights(model: DistributedModel) -> LanguageModel:
+    with torch.device("meta"):
+        whole = build(model.config)
+        if model.lora:
+            add_adapters(whole, model.lora)
+    return whole
+
+
+def _dtype(model: DistributedModel) -> torch.dtype:
+    return next(shard.parameter.dtype for shard in [*model.shards, *model.frozen])
+
+
+def _owned_shards(model: DistributedModel, mesh: Mesh) -> list[ParamShard]:
+    """This rank's shards, each row of which belongs to one rank only: without copies, such as that of a tied weight."""
+    own = {i for stage, rank in zip(model.stages, model.placement, strict=True) if rank == mesh.pp_rank for i in stage}
+    return [
+        shard
+        for shard in [*model.shards, *model.frozen, *model.buffers]
+        if int(shard.name.split(".")[1]) in own and (mesh.edp_rank if shard.expert else mesh.dp_rank) == 0
+    ]

@@ -1,6 +1,5 @@
 """Evaluation of a model in training on the tasks of --eval-tasks, by all ranks of the run."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from fira.evaluation.task_evaluation import EncodedTask, GenerationTask, encode_
 from fira.evaluation.task_files import read_tasks
 from fira.evaluation.task_scores import TaskScores
 from fira.nn.objective import TokenScores
-from fira.parallel.whole_model import whole_model
+from fira.parallel.whole_model import whole_model, whole_size
 from fira.planner.measure import device_memory
 from fira.training.config import TrainConfig
 from fira.training.trainer import Trainer
@@ -113,9 +112,8 @@ def _tokenizer(files: dict[str, bytes]) -> tuple[Tokenizer, TokenizerConfig]:
 
 
 def _check_memory(trainer: Trainer, world: World) -> None:
-    model = trainer.model
-    size = sum(math.prod(tensor.shape) for tensor in model.parameters) * model.shards[0].parameter.itemsize
-    if size > (available := device_memory(model.device, world.local_size)):
+    size = whole_size(trainer.model)
+    if size > (available := device_memory(trainer.model.device, world.local_size)):
         raise UserError(
             f"--eval-tasks: generated answers need the whole model in each process, {size / 1e9:,.1f} GB, and "
             f"{available / 1e9:,.1f} GB are available; evaluate them with evaluate.py after training"

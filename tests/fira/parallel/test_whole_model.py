@@ -9,8 +9,9 @@ from tests.launch import run_function
 
 @pytest.mark.slow
 def test_weights_and_logits_are_those_of_one_process() -> None:
-    """With tied embeddings and with buffers; stages that are not in the order of the ranks; experts on two ranks."""
-    documents = [to_document(BLUES), to_document(MICRORWKV)]
+    """Stages in another order than the ranks, experts on two ranks, tied embeddings, buffers and adapters."""
+    blues, microrwkv = to_document(BLUES), to_document(MICRORWKV)
+    cases = [(blues, None), (microrwkv, None), (blues, "rank=2,alpha=4,targets=attention+experts")]
     layouts = [("1f1b", [2, 2, 2]), ("1f1b", [1, 4, 2]), ("1f1b", [4, 1, 1]), ("interleaved", [2, 2, 1])]
-    arguments = {"documents": documents, "layouts": layouts}
+    arguments = {"cases": cases, "layouts": layouts}
     assert run_function(4, "tests.ranks.whole_model_ranks", "differences", **arguments) == [[]] * 4

@@ -25,6 +25,14 @@ class Windows(Protocol):
         """Return the sequences of these numbers, followed by padding up to `count` rows."""
 
 
+class TrainingBatches(Protocol):
+    """Training sequences by number, without an end. consumed: the number of those that training has read."""
+
+    consumed: int
+
+    def batch(self, first: int, count: int) -> Rows: ...
+
+
 class EpochOrder:
     """The window of each training sequence by its number: a new seeded permutation of all windows in each epoch."""
 
@@ -48,25 +56,29 @@ class Loader:
         self._windows = windows
         self._order = EpochOrder(len(windows), seed)
 
+    def window(self, number: int) -> int:
+        """Return the window of a sequence."""
+        return self._order[number]
+
     def batch(self, first: int, count: int) -> Rows:
         """Return sequences first … first + count − 1."""
-        return self._windows.rows([self._order[number] for number in range(first, first + count)], count)
+        return self._windows.rows([self.window(number) for number in range(first, first + count)], count)
 
 
 class ValidationSequences:
     """Validation sequences in order: all windows, or `limit` of them at equal distances.
 
-    Rows beyond the end are padding, so that ranks can share uneven batches.
+    Rows beyond the end are padding, so that ranks can share uneven batches. numbers: those of the windows.
     """
 
     def __init__(self, windows: Windows, limit: int | None = None) -> None:
         count = len(windows) if limit is None else min(limit, len(windows))
         self._windows = windows
-        self._numbers = (np.arange(count) * len(windows) // count).tolist()
+        self.numbers: list[int] = (np.arange(count) * len(windows) // count).tolist()
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def batch(self, first: int, count: int) -> Rows:
         """Return sequences first … first + count − 1."""
-        return self._windows.rows(self._numbers[first : first + count], count)
+        return self._windows.rows(self.numbers[first : first + count], count)

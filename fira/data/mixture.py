@@ -13,22 +13,19 @@ from typing import Protocol
 
 import numpy as np
 
+from fira.data.loader import Loader, ValidationSequences
 from fira.data.rows import Rows, concatenate
 from fira.errors import UserError
 
 PERIOD = 1000  # sequences after which the proportions are exact; 1 / PERIOD is the smallest share
 
 
-class Batches(Protocol):
-    """Sequences by their numbers, without an end, such as a Loader."""
-
-    def batch(self, first: int, count: int) -> Rows: ...
-
-
-class CountedBatches(Batches, Protocol):
+class CountedBatches(Protocol):
     """Sequences by their numbers, such as ValidationSequences. Rows beyond the last one are padding."""
 
     def __len__(self) -> int: ...
+
+    def batch(self, first: int, count: int) -> Rows: ...
 
 
 def parse_mixture(data: str | None) -> list[tuple[str | None, float]]:
@@ -68,9 +65,9 @@ class Mixture:
     A source that is smaller than its share begins its next epoch earlier than the others.
     """
 
-    def __init__(self, loaders: Sequence[Batches], weights: Sequence[float]) -> None:
+    def __init__(self, loaders: Sequence[Loader], weights: Sequence[float]) -> None:
         self.consumed = 0
-        self._loaders = loaders
+        self.loaders = loaders
         self._source = interleave(weights)
         self._counts = np.bincount(self._source, minlength=len(loaders))
         self._index = np.empty(len(self._source), np.int64)  # number of earlier slots of the source in a period
@@ -79,18 +76,21 @@ class Mixture:
 
     def batch(self, first: int, count: int) -> Rows:
         """Return sequences first … first + count − 1."""
-        return concatenate([self._read(*divmod(number, len(self._source))) for number in range(first, first + count)])
+        places = (self.place(number) for number in range(first, first + count))
+        return concatenate([self.loaders[source].batch(number, 1) for source, number in places])
 
-    def _read(self, period: int, slot: int) -> Rows:
+    def place(self, number: int) -> tuple[int, int]:
+        """Return the source of a sequence, and its number among the sequences of this source."""
+        period, slot = divmod(number, len(self._source))
         source = self._source[slot]
-        return self._loaders[source].batch(int(period * self._counts[source] + self._index[slot]), 1)
+        return int(source), int(period * self._counts[source] + self._index[slot])
 
 
 class Joined:
     """Validation sequences of several sources, concatenated; rows beyond the end as in ValidationSequences."""
 
-    def __init__(self, sources: Sequence[CountedBatches]) -> None:
-        self._sources = sources
+    def __init__(self, sources: Sequence[ValidationSequences]) -> None:
+        self.sources = sources
         self._rows = [(source, row) for source in sources for row in range(len(source))]
 
     def __len__(self) -> int:
@@ -98,6 +98,6 @@ class Joined:
 
     def batch(self, first: int, count: int) -> Rows:
         """Return sequences first … first + count − 1."""
-        last = self._sources[-1]
+        last = self.sources[-1]
         rows = [source.batch(row, 1) for source, row in self._rows[first : first + count]]
         return concatenate(rows + [last.batch(len(last), 1)] * (count - len(rows)))

@@ -18,14 +18,17 @@ SECONDS_BETWEEN_LINES = 2.0
 RECENT_STEPS = 50
 
 
-def loss_change(before: float | None, after: float, corpus: Mapping[str, Any]) -> str:
+def loss_change(
+    before: float | None, after: float, corpus: Mapping[str, Any], cross_entropy: float | None = None
+) -> str:
     """Validation loss before and after training, next to the losses of n-gram models in the summary of the corpus.
 
-    before: None if it is not known, as in a resumed run.
+    before: None if it is not known, as in a resumed run. cross_entropy: that after training, where it is not the loss.
     """
     baselines = [f"{name} {corpus[name]:.3f}" for name in ("unigram", "trigram") if corpus.get(name) is not None]
     change = "" if before is None else f"{before:.3f} → "
-    return f"validation loss {change}{after:.3f}" + (
+    also = "" if cross_entropy is None else f", cross-entropy {cross_entropy:.3f}"
+    return f"validation loss {change}{after:.3f}{also}" + (
         f" ({' and '.join(baselines)} on the same tokens)" if baselines else ""
     )
 

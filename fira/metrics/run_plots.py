@@ -98,6 +98,8 @@ def _plot_loss(axes: Axes, logs: dict[str, DataFrame], baselines: dict[str, floa
     per_pair = all("reward_margin" in log for log in logs.values())
     style_axes(axes, "Loss", "mean over pairs" if per_pair else "nats per token")
     single = len(logs) == 1
+    if any("cross_entropy" in log for log in logs.values()):
+        baselines = {}  # the loss is a divergence, which is not comparable
     for name, loss in baselines.items():
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 3)), linewidth=1)
         label = f"{name} {loss:.2f} "

@@ -18,12 +18,12 @@ class KernelLoading:
 
     def __init__(self, model: DistributedModel, mesh: Mesh) -> None:
         self._model = model
-        self._needed = dist.get_backend(mesh.groups["dp"]) == "nccl" and mesh.layout.pp > 1
+        self.needed = dist.get_backend(mesh.groups["dp"]) == "nccl" and mesh.layout.pp > 1
         self._loaded: set[bool] = set()  # kernels of validation: False, of training: True
 
     def load(self, microbatch: MicroBatch, training: bool) -> None:
         """Run the stages on a micro-batch, with their backward in training, at the first call."""
-        if not self._needed or training in self._loaded:
+        if not self.needed or training in self._loaded:
             return
         self._loaded.add(training)
         with torch.set_grad_enabled(training):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fira.data.chat_template import Chat, Message
-from fira.data.readers import Advance, Record, read_records, valid_text
+from fira.data.readers import Advance, Record, has_reader, read_records, valid_text
 from fira.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -27,6 +27,15 @@ FORMATS = "messages, prompt and completion, or instruction and output"
 def read_chats(files: Sequence[Path], advance: Advance) -> Iterator[Chat]:
     """Yield the chats of all files. Raises UserError, which names file and row, if a record is not a chat."""
     return _read(files, advance, to_chat)
+
+
+def contains_chats(files: Sequence[Path]) -> bool:
+    """Whether the first file is a table whose first record has the fields of a chat."""
+    if not files or not has_reader(files[0]):
+        return False
+    _, first = next(read_records(files[0], lambda _: None), ("", {}))
+    fields = _present(first).keys()
+    return any(form <= fields for form in ({"messages"}, {"prompt", "completion"}, {"instruction", "output"}))
 
 
 def read_preferences(files: Sequence[Path], advance: Advance) -> Iterator[tuple[Chat, Chat]]:

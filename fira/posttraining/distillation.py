@@ -66,7 +66,7 @@ class Distillation:
     stored: the tokens of the teacher and their log-probabilities, with that of the tail, at the same temperature.
     """
 
-    metrics = ("cross_entropy",)
+    metrics: tuple[str, ...] = ("cross_entropy",)
 
     def __init__(self, beta: float, temperature: float) -> None:
         self.beta, self.temperature = beta, temperature

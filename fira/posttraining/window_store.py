@@ -34,7 +34,7 @@ class WindowStore:
     """Arrays with one row per window (collective).
 
     The files are kept if they have the same key, and replaced otherwise. A process that is killed loses at most the
-    rows of the last call of `write`.
+    rows that were computed last.
     """
 
     def __init__(self, folder: Path, name: str, count: int, columns: Mapping[str, Column], key: Mapping[str, Any]):
@@ -43,16 +43,40 @@ class WindowStore:
         with collective_errors():
             if this_rank() == 0:
                 self._create(folder / f"{name}.json", count, dict(key))
-        with collective_errors():
-            self._arrays = {column: self._map(column) for column in self._columns}
+        self._open()
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
         """The numbers of those windows that are not written, without repetitions."""
         written = self._arrays[WRITTEN]
         return [number for number in dict.fromkeys(numbers) if not written[number]]
 
-    def write(self, numbers: Sequence[int], values: Mapping[str, np.ndarray]) -> None:
-        """Write rows; called by one rank."""
+    def fill(
+        self,
+        windows: Windows,
+        numbers: Sequence[int],
+        batch: int,
+        compute: Compute,
+        label: str = "",
+        shown: bool = False,
+    ) -> None:
+        """Compute and write what is missing for these windows, in batches of `batch` (collective).
+
+        compute: collective, returns the arrays of rows on every rank. label, shown: of the progress bar.
+        """
+        if not (missing := self.missing(numbers)):
+            return
+        gather(None)  # no rank writes before all have read what is missing
+        with progress_bar(len(missing), label, shown and this_rank() == 0) as bar:
+            for first in range(0, len(missing), batch):
+                part = missing[first : first + batch]
+                values = compute(windows.rows(part, len(part)))
+                with collective_errors():
+                    if this_rank() == 0:
+                        self._write(part, values)
+                bar.update(len(part))
+        self._open()  # a network file system shows the new rows to those that open the file after the writes
+
+    def _write(self, numbers: Sequence[int], values: Mapping[str, np.ndarray]) -> None:
         for column, value in values.items():
             self._arrays[column][numbers] = value
             self._arrays[column].flush()
@@ -73,6 +97,11 @@ class WindowStore:
         """The size of the rows that are written."""
         row = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self._columns.values())
         return int(self._arrays[WRITTEN].sum()) * row
+
+    def _open(self) -> None:
+        """Map the files; rank 0 can write to them (collective)."""
+        with collective_errors():
+            self._arrays = {column: self._map(column) for column in self._columns}
 
     def _create(self, path: Path, count: int, key: dict[str, Any]) -> None:
         """Create the files unless they exist with this key. The key is written last."""
@@ -95,33 +124,15 @@ class WindowStore:
 
 
 class StoredWindows:
-    """Windows with the arrays of a store."""
+    """Windows with the arrays of a store. What is missing is computed when it is read, see `WindowStore.fill`."""
 
-    def __init__(self, windows: Windows, store: WindowStore) -> None:
-        self._windows, self._store = windows, store
+    def __init__(self, windows: Windows, store: WindowStore, compute: Compute) -> None:
+        self._windows, self._store, self._compute = windows, store, compute
 
     def __len__(self) -> int:
         return len(self._windows)
 
     def rows(self, numbers: Sequence[int], count: int) -> Rows:
         """Return the windows of these numbers, followed by padding up to `count` rows."""
+        self._store.fill(self._windows, numbers, len(numbers), self._compute)
         return self._windows.rows(numbers, count)._replace(stored=self._store.rows(numbers, count))
-
-
-def fill(
-    store: WindowStore, windows: Windows, numbers: Sequence[int], batch: int, compute: Compute, label: str, shown: bool
-) -> None:
-    """Compute and write what is missing for these windows, in batches of `batch` (collective).
-
-    compute: collective, returns the arrays of rows on every rank. label, shown: of the progress bar.
-    """
-    missing = store.missing(numbers)
-    gather(None)  # no rank writes before all have read what is missing
-    with progress_bar(len(missing), label, shown and this_rank() == 0) as bar:
-        for first in range(0, len(missing), batch):
-            part = missing[first : first + batch]
-            values = compute(windows.rows(part, len(part)))
-            with collective_errors():
-                if this_rank() == 0:
-                    store.write(part, values)
-            bar.update(len(part))

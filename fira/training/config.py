@@ -18,6 +18,7 @@ from fira.posttraining.dpo import LOSSES
 from fira.training.save_interval import SaveInterval
 from fira.value_types import (
     AnyText,
+    ClosedShare,
     NotNegative,
     PathName,
     Positive,
@@ -39,7 +40,7 @@ LITERALS = {"true": True, "false": False, "none": None}
 INHERITED = [
     *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
     *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed"),
-    *("dpo_loss", "dpo_beta"),
+    *("dpo_loss", "dpo_beta", "teacher", "teacher_top_k", "teacher_online", "distill_beta", "distill_temperature"),
     *("init", "lora", "threads"),
     *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
 ]
@@ -65,11 +66,19 @@ class TrainConfig:
     objective: str = _option(
         "pretrain",
         "pretrain: the next token of text; sft: the answers in chats, one per row of --data; "
-        "dpo: preferences, a chosen and a rejected answer per row",
-        ("pretrain", "sft", "dpo"),
+        "dpo: preferences, a chosen and a rejected answer per row; distill: the distribution of "
+        "--teacher, on text or chats",
+        ("pretrain", "sft", "dpo", "distill"),
     )
     dpo_loss: str = _option("sigmoid", "loss of a pair; ipo and sigmoid-norm average over the tokens", LOSSES)
     dpo_beta: Positive = _option(0.1, "β of --objective dpo; larger: closer to the initial model")
+    teacher: PathName | None = _option(
+        None, "teacher of --objective distill: a run, a checkpoint or an export of any family, with the same tokenizer"
+    )
+    teacher_top_k: Size = _option(32, "tokens of the teacher's distribution; the others are summed")
+    teacher_online: bool = _option(False, "run the teacher in every step instead of storing its tokens before training")
+    distill_beta: ClosedShare = _option(0.0, "0: forward KL; 1: reverse KL; between: generalised Jensen–Shannon")
+    distill_temperature: Positive = _option(1.0, "temperature of both distributions in --objective distill")
     text_column: str = _option("text", "column or key that holds the text")
     tokenizer: PathName | None = _option(None, "a tokenizer.json; default: one is trained on the data")
     vocab_size: Tokens | None = _option(None, "vocabulary; default: the preset's")

@@ -26,6 +26,7 @@ from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
 from fira.training.step_trace import TRACED_STEP, check_trace, traced
 from fira.training.stragglers import Stragglers
+from fira.training.taught import with_teacher
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
 
@@ -63,6 +64,7 @@ def _train(
     writer, first = CheckpointWriter(out / "checkpoints", config.keep), 1
     with doing("start"):
         run = with_reference(set_up(config, devices, world, saved, quiet), out, saved, quiet)
+        run = with_teacher(run, out, saved.step * config.recipe().batch_size if saved else 0, quiet)
         if saved:
             state.check_settings(saved, run.settings, config.override)
             first += state.restore(saved, run.trainer, run.loader, run.tokenizer)

@@ -1,30 +1,36 @@
 """The data of a run: the corpus of its objective, its batches, and the files of its tokenizer."""
 
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fira.checkpoint.ranks import gather
 from fira.data.corpus import Corpus, prepare
 from fira.data.loader import Loader, ValidationSequences, Windows
-from fira.data.mixture import Joined, Mixture
+from fira.data.mixture import Joined, Mixture, parse_mixture
 from fira.data.packed import Source
+from fira.data.sources import input_files
 from fira.data.text_windows import TextWindows
 from fira.data.tokenizer import TOKENIZER, load_tokenizer
 from fira.data.tokenizer_config import TOKENIZER_CONFIG, read_config_beside
 from fira.errors import UserError
 from fira.nn.objective import CrossEntropy, Objective
 from fira.posttraining.chat_corpus import ChatCorpus, ChatSource, prepare_chats
+from fira.posttraining.chat_records import contains_chats
+from fira.posttraining.distillation import Distillation
 from fira.posttraining.dpo import PreferenceLoss
 from fira.training.config import TrainConfig
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
 
-RECORDS = {"sft": "one chat", "dpo": "prompt, chosen and rejected"}  # of a row, by objective
+RECORDS = {"dpo": "prompt, chosen and rejected"}  # of a row, by objective; by default one chat
 
 
 def objective_of(config: TrainConfig) -> Objective:
     """What the run minimises."""
+    if config.objective == "distill":
+        return Distillation(config.distill_beta, config.distill_temperature)
     return PreferenceLoss(config.dpo_loss, config.dpo_beta) if config.objective == "dpo" else CrossEntropy()
 
 
@@ -37,7 +43,7 @@ def load_corpus(
     """
 
     def corpus(progress: bool, verified: Path | None = None) -> Corpus | ChatCorpus:
-        if config.objective != "pretrain":
+        if config.objective in ("sft", "dpo") or (config.objective == "distill" and _are_chats(config.data)):
             return chats(config, tokenizer, model, progress, verified)
         return prepare(config.data, config.text_column, tokenizer, model.vocab_size, None, progress, verified)
 
@@ -49,11 +55,17 @@ def load_corpus(
     return prepared or corpus(progress=False, verified=folders[platform.node()])
 
 
+def _are_chats(data: str | None) -> bool:
+    return contains_chats([path for source, _ in parse_mixture(data) for path in input_files(source)])
+
+
 def chats(config: TrainConfig, tokenizer: str | None, model: Any, progress: bool, verified: Path | None) -> ChatCorpus:
     """The packed chats of `--objective sft`, or the pairs of dpo. Raises UserError without data or tokenizer."""
     flag = f"--objective {config.objective}"
     if config.data is None:
-        raise UserError(f"{flag}: no chats; give a file with {RECORDS[config.objective]} per row as --data")
+        raise UserError(
+            f"{flag}: no chats; give a file with {RECORDS.get(config.objective, 'one chat')} per row as --data"
+        )
     if tokenizer is None:
         raise UserError(f"{flag}: no tokenizer; give the model to start from as --init, or a --tokenizer")
     pairs = config.objective == "dpo"
@@ -70,14 +82,20 @@ def tokenizer_files(corpus: Corpus | ChatCorpus, given: str | None) -> dict[str,
 
 def open_data(corpus: Corpus | ChatCorpus, seq_len: int, config: TrainConfig) -> tuple[Mixture, Joined]:
     """The training batches and the validation sequences of a corpus, each source in proportion to its weight."""
+    return open_windows([windows_of(source, seq_len) for source in corpus.sources], corpus, config)
+
+
+def open_windows(
+    windows: Sequence[tuple[Windows, Windows]], corpus: Corpus | ChatCorpus, config: TrainConfig
+) -> tuple[Mixture, Joined]:
+    """The same for given windows of each source, for training and for validation."""
     weights = [source.weight for source in corpus.sources]
     counts = [max(1, round(config.eval_sequences * weight)) for weight in weights]
-    windows = [_windows(source, seq_len) for source in corpus.sources]
     validation = [ValidationSequences(val, count) for (_, val), count in zip(windows, counts, strict=True)]
     return Mixture([Loader(train, config.seed) for train, _ in windows], weights), Joined(validation)
 
 
-def _windows(source: Source | ChatSource, seq_len: int) -> tuple[Windows, Windows]:
+def windows_of(source: Source | ChatSource, seq_len: int) -> tuple[Windows, Windows]:
     """The sequences of a source for training and for validation."""
     if isinstance(source, ChatSource):
         return source.train, source.val

@@ -95,7 +95,8 @@ class RunReport:
         self.log.close()
         assert self.last is not None  # a run without steps is not started
         assert final is not None  # the last step of a run is always validated
-        self._show(console.loss_change(initial_loss, final.loss, self.run.corpus.summary))
+        entropy = final.metrics.get("cross_entropy")
+        self._show(console.loss_change(initial_loss, final.loss, self.run.corpus.summary, entropy))
         self._show(f"picture: {plot_files([self.out])}")
         if self.last.iter < self.steps:
             logger.info(

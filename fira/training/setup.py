@@ -13,7 +13,8 @@ from fira.checkpoint.merged_checkpoint import AdapterRecord
 from fira.checkpoint.pretrained import Saved, open_saved, stored_config
 from fira.checkpoint.shards import Checkpoint
 from fira.data.corpus import Corpus
-from fira.data.mixture import Joined, Mixture
+from fira.data.loader import TrainingBatches
+from fira.data.mixture import CountedBatches
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
@@ -52,8 +53,8 @@ class Run:
     config: TrainConfig
     settings: dict[str, Any]
     trainer: Trainer
-    loader: Mixture
-    validation: Joined
+    loader: TrainingBatches
+    validation: CountedBatches
     corpus: Corpus | ChatCorpus
     adapters: AdapterRecord | None  # of a LoRA run
     tokenizer: dict[str, bytes]  # the content of its files by name; empty for shards of tokens without a tokenizer

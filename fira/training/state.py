@@ -13,8 +13,7 @@ from fira.checkpoint.shard_index import TensorShard
 from fira.checkpoint.shards import Checkpoint
 from fira.checkpoint.writer import CheckpointWriter
 from fira.data.corpus import Corpus
-from fira.data.loader import Loader
-from fira.data.mixture import Mixture
+from fira.data.loader import TrainingBatches
 from fira.data.tokenizer import TOKENIZER
 from fira.errors import UserError
 from fira.json_reader import array, check, integer, mapping, number, record, scalar
@@ -56,6 +55,8 @@ def run_settings(config: TrainConfig, corpus: Corpus | ChatCorpus) -> dict[str, 
     names = ["micro_batch_size", "weight_decay", "clip", "precision", "seed", "objective"]
     if config.objective == "dpo":
         names += ["dpo_loss", "dpo_beta"]
+    if config.objective == "distill":
+        names += ["teacher_top_k", "distill_beta", "distill_temperature"]
     return {**asdict(config.recipe()), **{name: getattr(config, name) for name in names}, "data": corpus.folder.name}
 
 
@@ -85,7 +86,7 @@ def save(
     writer: CheckpointWriter,
     step: int,
     trainer: Trainer,
-    loader: Loader | Mixture,
+    loader: TrainingBatches,
     tokenizer: dict[str, bytes],
     settings: dict[str, Any],
     adapters: AdapterRecord | None = None,
@@ -125,7 +126,7 @@ def save(
     )
 
 
-def restore(saved: Checkpoint, trainer: Trainer, loader: Loader | Mixture, tokenizer: dict[str, bytes]) -> int:
+def restore(saved: Checkpoint, trainer: Trainer, loader: TrainingBatches, tokenizer: dict[str, bytes]) -> int:
     """Restore a checkpoint written on any layout, and return its step (collective).
 
     Raises UserError if it was written with another model or tokenizer.

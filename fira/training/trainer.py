@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fira.checkpoint.ranks import gather
-from fira.data.loader import Loader
-from fira.data.mixture import Mixture
+from fira.data.loader import TrainingBatches
 from fira.errors import UserError
 from fira.nn.context import MoEStats, pinned_for
 from fira.optim.adamw import AdamW
@@ -111,7 +110,7 @@ class Trainer:
         self.forward = ForwardPass(model, split, self.kernels)
 
     def step(
-        self, loader: Loader | Mixture, sequences: int, lr: float, seed: int, extra: Sequence[float] = ()
+        self, loader: TrainingBatches, sequences: int, lr: float, seed: int, extra: Sequence[float] = ()
     ) -> StepResult:
         """Train on the next `sequences` sequences of the loader.
 

@@ -104,7 +104,7 @@ def train(
     trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
     if reduction != "tree":
         trainer.reduction = {"plain": PlainReduction, "overlapped": OverlappedReduction}[reduction](built, mesh)
-        trainer.loads_kernels_first = reduction == "overlapped"
+        trainer.kernels.needed = reduction == "overlapped"
     loader: Any = Loader(TextWindows(Tokens(config.vocab_size), SEQ_LEN), seed=3)  # type: ignore[arg-type]
     unseen: Any = ValidationSequences(TextWindows(Tokens(config.vocab_size, 100), SEQ_LEN, complete=False))  # type: ignore[arg-type]
     if documents:

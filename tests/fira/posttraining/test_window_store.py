@@ -7,7 +7,7 @@ import pytest
 
 from fira.data.rows import Rows
 from fira.errors import UserError
-from fira.posttraining.window_store import Column, StoredWindows, WindowStore, fill
+from fira.posttraining.window_store import Column, StoredWindows, WindowStore
 
 COLUMNS = {"a": Column((3,), np.float32), "b": Column((), np.uint16)}
 
@@ -39,19 +39,22 @@ def test_only_missing_rows_are_computed(tmp_path: Path) -> None:
         computed.extend(rows.tokens[:, 0])
         return compute(rows)
 
-    fill(open_store(tmp_path), Numbers(), [4, 7, 4, 1], 2, counted, "teacher", shown=False)
+    open_store(tmp_path).fill(Numbers(), [4, 7, 4, 1], 2, counted)
     store = open_store(tmp_path)  # of the next run
-    fill(store, Numbers(), [7, 8, 1], 2, counted, "teacher", shown=False)
+    store.fill(Numbers(), [7, 8, 1], 2, counted)
     assert computed == [4, 7, 1, 8]
-    rows = StoredWindows(Numbers(), store).rows([8, 4], 3)
+    rows = StoredWindows(Numbers(), store, counted).rows([8, 4], 3)
+    assert len(computed) == 4
     np.testing.assert_array_equal(rows.tokens[:, 0], [8, 4, 0])
     np.testing.assert_array_equal(rows.stored["a"], [[4.0] * 3, [2.0] * 3, [0.0] * 3])
     np.testing.assert_array_equal(rows.stored["b"], [9, 5, 0])
     assert store.bytes() == 4 * (3 * 4 + 2 + 1)
+    np.testing.assert_array_equal(StoredWindows(Numbers(), store, counted).rows([2, 8], 2).stored["b"], [3, 9])
+    assert computed[4:] == [2]  # when it is read
 
 
 def test_another_key_begins_again(tmp_path: Path) -> None:
-    fill(open_store(tmp_path), Numbers(), [1, 2], 2, compute, "teacher", shown=False)
+    open_store(tmp_path).fill(Numbers(), [1, 2], 2, compute)
     assert open_store(tmp_path).missing(range(4)) == [0, 3]
     assert open_store(tmp_path, key=1).missing(range(4)) == [0, 1, 2, 3]
 

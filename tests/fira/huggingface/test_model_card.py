@@ -42,9 +42,9 @@ def test_card_of_preference_training_has_its_loss_and_accuracy(tmp_path: Path) -
         log.write(Row(iter=step, val_loss=0.6, metrics=metrics, **values))
     log.close()
     rows = rows_of(model_card(make_model(MOOSHAK), "preferred", tmp_path))
-    for row in (["dpo_loss", "ipo"], ["dpo_beta", "0.2"], ["loss, mean over pairs"]):
+    for row in (["dpo_loss", "ipo"], ["dpo_beta", "0.2"], ["last step", "losses, mean over pairs"]):
         assert row in rows
-    assert ["last validation accuracy", "0.75"] in rows
+    assert ["validation accuracy", "0.75"] in rows
 
 
 def header_of(card: str) -> dict[str, object]:

@@ -19,13 +19,14 @@ class KernelLoading:
     def __init__(self, model: DistributedModel, mesh: Mesh) -> None:
         self._model = model
         self.needed = dist.get_backend(mesh.groups["dp"]) == "nccl" and mesh.layout.pp > 1
-        self._loaded: set[bool] = set()  # kernels of validation: False, of training: True
+        self._loaded: set[tuple[bool, type]] = set()  # whether in training, and the objective
 
     def load(self, microbatch: MicroBatch, training: bool) -> None:
-        """Run the stages on a micro-batch, with their backward in training, at the first call."""
-        if not self.needed or training in self._loaded:
+        """Run the stages on a micro-batch, with their backward in training, at the first call with its objective."""
+        kernels = training, type(microbatch.context.training.objective)
+        if not self.needed or kernels in self._loaded:
             return
-        self._loaded.add(training)
+        self._loaded.add(kernels)
         with torch.set_grad_enabled(training):
             self._model.engine.run_stages(microbatch)
         tied = self._model.tied

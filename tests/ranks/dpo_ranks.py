@@ -41,7 +41,8 @@ def train(
     model: the document of a config. folder: of the packed preferences. weights: the folders of the reference and of the
     model; by default both are drawn, from different seeds.
     Returns loss, auxiliary loss, gradient norm and metrics of the step; the log-probabilities of the reference; this
-    rank's rows of the weights of the reference and of the model, and of the gradients, by name: (first row, values).
+    rank's rows of the gradients by name, (first row, values), and on a single rank those of the weights of the
+    reference and of the model.
     """
     torch.set_num_threads(1)
     config, kind = from_document(model), getattr(torch, dtype)
@@ -63,9 +64,8 @@ def train(
         "step": [result.loss, result.aux_loss, result.grad_norm, *result.metrics.values()],
         "metrics": [*result.metrics],
         "logs": logs.tolist(),
-        "reference": rows_of(reference.model),
-        "model": rows_of(trained.model),
         "gradients": {shard.name: (shard.start, gradient_of(shard).tolist()) for shard in trained.model.shards},
+        **({"reference": rows_of(reference.model), "model": rows_of(trained.model)} if layout == [1, 1, 1] else {}),
     }
 
 

@@ -130,7 +130,6 @@ def test_reference_of_another_model_is_refused(settings: Path, tuned: Runs, tmp_
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, "line 2: has the fields 'prompt', 'chosen'"),
         ({"prompt": "a", "chosen": "b", "rejected": "x" * 300}, "line 2: answer of 2 and 301 tokens"),
         (None, "no chats; give a file with prompt, chosen and rejected per row"),
     ],

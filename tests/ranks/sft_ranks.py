@@ -82,7 +82,7 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     rows = run.loader.batch(0, batch)
     documents = [
         (tokens[numbers == number].tolist(), targets[numbers == number].tolist())
-        for tokens, targets, numbers in zip(*rows, strict=True)
+        for tokens, targets, numbers in zip(rows.tokens, rows.targets, rows.documents, strict=True)
         for number in range(numbers.max() + 1)
     ]
     loss = run.trainer.step(run.loader, batch, lr=0.0, seed=11).loss

@@ -57,6 +57,7 @@ class Run:
     validation: CountedBatches
     corpus: Corpus | ChatCorpus
     adapters: AdapterRecord | None  # of a LoRA run
+    teacher: Saved | None  # of a distillation
     tokenizer: dict[str, bytes]  # the content of its files by name; empty for shards of tokens without a tokenizer
     evaluation: RunEvaluation
     flops_per_token: float  # forward and backward
@@ -77,6 +78,7 @@ def set_up(
     has the model and the tokenizer of --init, whose folder is therefore not needed.
     """
     saved = (resumed or open_saved(config.init)) if config.init else None
+    config, teacher = open_teacher(config)
     adapted = open_base(config.adapters(), saved, resumed)
     model_config, tokenizer_path = choose_model(config, saved)
     if saved and model_config.vocab_size > stored_config(saved).vocab_size:
@@ -116,6 +118,7 @@ def set_up(
         validation=validation,
         corpus=corpus,
         adapters=adapted.record if adapted else None,
+        teacher=teacher,
         tokenizer=tokenizer,
         evaluation=prepare_evaluation(config, trainer, tokenizer, world),
         # Forward, gradients of inputs, and gradients of weights, which are few if only adapters are trained.
@@ -123,6 +126,22 @@ def set_up(
         peak=measure_peak(devices, autocast or dtype),
         description=describe_run(config, model, trainer, candidate, corpus),
     )
+
+
+def open_teacher(config: TrainConfig) -> tuple[TrainConfig, Saved | None]:
+    """Open the model of --teacher (collective). A new student without a tokenizer gets that of the teacher.
+
+    Returns the settings with it. Raises UserError for a distillation without a teacher.
+    """
+    if config.objective != "distill":
+        return config, None
+    if config.teacher is None:
+        raise UserError("--objective distill: no teacher; give a run, a checkpoint or an export as --teacher")
+    teacher = open_saved(config.teacher)
+    if config.init is None and config.tokenizer is None and teacher.has_file(TOKENIZER):
+        size = config.vocab_size or stored_config(teacher).vocab_size
+        config = replace(config, tokenizer=str(teacher.folder / TOKENIZER), vocab_size=size)
+    return config, teacher
 
 
 def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | None]:
@@ -140,7 +159,7 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
         if config.tokenizer and config.vocab_size is None:
             changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))
         model, tokenizer = make_config(config.model, changes), config.tokenizer
-    if config.objective != "pretrain" and tokenizer and vocabulary(load_tokenizer(tokenizer)) <= model.vocab_size:
+    if config.objective in ("sft", "dpo") and tokenizer and vocabulary(load_tokenizer(tokenizer)) <= model.vocab_size:
         with_roles = vocabulary(chat_tokenizer(Path(tokenizer))[0])
         model = change(model, config.name(), {"vocab_size": max(model.vocab_size, with_roles)})
     if config.objective == "dpo":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from fira.checkpoint.pretrained import Saved, open_saved, stored_config
+from fira.checkpoint.pretrained import Saved, stored_config
 from fira.checkpoint.ranks import this_rank
 from fira.data.loader import Windows
 from fira.data.mixture import Joined, Mixture
@@ -46,12 +46,12 @@ logger = logging.getLogger(__name__)
 def with_teacher(run: Run, out: Path, first: int, quiet: bool) -> Run:
     """Return the run with data that contain the teacher's tokens (collective).
 
-    Unchanged unless its objective is distill. out: the run folder. first: number of the next training sequence.
+    Unchanged without a teacher. out: the run folder. first: number of the next training sequence.
     The teacher's hash becomes a setting of the run, so that a resumed run does not continue with another teacher.
     """
-    if run.config.objective != "distill":
+    if run.teacher is None:
         return run
-    loading = _Loading(run)
+    loading = _Loading(run, run.teacher)
     run = replace(run, settings=run.settings | {"teacher": loading.saved.weights_hash()})
     if run.config.teacher_online:
         batches = TaughtLoader(run.loader, loading.teacher)
@@ -64,11 +64,9 @@ def with_teacher(run: Run, out: Path, first: int, quiet: bool) -> Run:
 class _Loading:
     """The teacher of a run, loaded at its first use. Raises UserError if it does not match the student."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, saved: Saved) -> None:
         config, student = run.config, run.trainer.model.config
-        if config.teacher is None:
-            raise UserError("--objective distill: no teacher; give a run, a checkpoint or an export as --teacher")
-        self.run, self.saved = run, open_saved(config.teacher)
+        self.run, self.saved = run, saved
         self.config = stored_config(self.saved)
         _check_tokenizer(self.saved, run.tokenizer)
         for name, problem in (("vocab_size", "a vocabulary"), ("seq_len", "a context")):

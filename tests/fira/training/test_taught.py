@@ -31,7 +31,7 @@ def tokenizer(teacher: Path) -> Path:
 @pytest.fixture(scope="module")
 def student(settings: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("student") / "run"
-    result = train(settings, 1, *ONE, *STUDENT, "--teacher", teacher, "--tokenizer", tokenizer(teacher), "--out", run)
+    result = train(settings, 1, *ONE, *STUDENT, "--teacher", teacher, "--out", run)
     assert "cross-entropy" in result.stdout
     return run
 

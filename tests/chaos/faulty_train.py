@@ -33,7 +33,7 @@ import torch.distributed as dist
 from fira import cli
 from fira.checkpoint import writer
 from fira.commands.train import main
-from fira.training import loop, setup
+from fira.training import loop, run_data
 from fira.training.trainer import Trainer
 from pipeline.stage import Stage
 
@@ -220,7 +220,7 @@ def install() -> None:
     if PLACE == "start":
         before(loop, "set_up")
     elif PLACE == "preparation":
-        before(setup, "prepare")
+        before(run_data, "prepare")
     elif PLACE == "training" and FAULT in ("nan_expert", "wrong_data", "truncated_data", "slow"):
         before(Trainer, "_backward", lambda *_: len(STEPS) == STEP)
     elif PLACE == "training" and FAULT in ("missing_collective", "other_shape", "other_order"):

@@ -18,12 +18,7 @@ from torch import Tensor
 
 from fira.data.loader import Loader
 from fira.data.tokenizer import TOKENIZER, train_tokenizer
-from fira.models.blues import BluesConfig
-from fira.models.fira import FiraConfig
-from fira.models.microrwkv import MicroRWKVConfig
-from fira.models.mooshak import MooshakConfig
 from fira.models.registry import to_document
-from fira.models.rish import RishConfig
 from fira.posttraining.chat_corpus import prepare_chats
 from fira.posttraining.dpo import LOSSES
 from fira.posttraining.packed_examples import PackedExamples
@@ -33,20 +28,12 @@ from tests.launch import run_function
 from tests.preferences import Document, documents_in, encode_pair, make_preferences, write_preferences
 from tests.ranks.dpo_ranks import ORDER
 from tests.reference_models import FAMILIES, Parameters
+from tests.small_chat_models import MODELS, SMALL, TOLERANCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # the first test waits for all trainings
 
-SMALL: dict[str, Any] = {"vocab_size": 261, "seq_len": 96, "d_model": 12, "num_layers": 2}
-MODELS = {
-    "fira": FiraConfig(**SMALL, n_head=3, d_ff=10, dropout=0.0, switch_coefficient=0.1, z_coefficient=0.01),
-    "rish": RishConfig(**SMALL, n_head=3, n_kv_head=1, d_ff=10, num_experts=4, top_k=2, max_position=20),
-    "mooshak": MooshakConfig(**SMALL, n_head=3, n_kv_head=3, d_ff=10),
-    "blues": BluesConfig(**SMALL, n_head=3, n_kv_head=1, d_ff=10, noise=0.0, dropout=0.0, aux_coefficient=0.1),
-    "microrwkv": MicroRWKVConfig(**SMALL, n_head=3, n_group=2, window=5, d_moe=10, top_k=2, aux_coefficient=0.1),
-}
 BATCH, BETA = 5, 0.3  # sequences in a step: 5 micro-batches of one, or 3 of two with the last one padded
 COUNT = 16  # pairs
-TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 ONE = (1, 1, 1)
 # family, layout, schedule, sequences in a micro-batch, dtype, loss
 Case = tuple[str, tuple[int, int, int], str, int, str, str]

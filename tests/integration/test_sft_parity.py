@@ -17,12 +17,7 @@ from tokenizers import Tokenizer
 
 from fira.data.loader import Loader
 from fira.data.tokenizer import TOKENIZER, train_tokenizer
-from fira.models.blues import BluesConfig
-from fira.models.fira import FiraConfig
-from fira.models.microrwkv import MicroRWKVConfig
-from fira.models.mooshak import MooshakConfig
 from fira.models.registry import to_document
-from fira.models.rish import RishConfig
 from fira.posttraining.chat_corpus import prepare_chats
 from fira.posttraining.packed_examples import PackedExamples
 from pipeline.schedule import SCHEDULES
@@ -31,19 +26,11 @@ from tests.integration.test_reference_training import assembled
 from tests.launch import run_function
 from tests.ranks.sft_ranks import SEED
 from tests.reference_models import FAMILIES, Parameters
+from tests.small_chat_models import MODELS, SMALL, TOLERANCE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # the first test waits for all trainings
 
-SMALL: dict[str, Any] = {"vocab_size": 261, "seq_len": 96, "d_model": 12, "num_layers": 2}
-MODELS = {
-    "fira": FiraConfig(**SMALL, n_head=3, d_ff=10, dropout=0.0, switch_coefficient=0.1, z_coefficient=0.01),
-    "rish": RishConfig(**SMALL, n_head=3, n_kv_head=1, d_ff=10, num_experts=4, top_k=2, max_position=20),
-    "mooshak": MooshakConfig(**SMALL, n_head=3, n_kv_head=3, d_ff=10),
-    "blues": BluesConfig(**SMALL, n_head=3, n_kv_head=1, d_ff=10, noise=0.0, dropout=0.0, aux_coefficient=0.1),
-    "microrwkv": MicroRWKVConfig(**SMALL, n_head=3, n_group=2, window=5, d_moe=10, top_k=2, aux_coefficient=0.1),
-}
 BATCH, STEPS = 5, 2  # sequences in a step: 5 micro-batches of one, or 3 of two with the last one padded
-TOLERANCE = {"float32": 1e-6, "float64": 1e-12}
 ONE = (1, 1, 1)
 # family, layout, schedule, sequences in a micro-batch, dtype
 Case = tuple[str, tuple[int, int, int], str, int, str]

@@ -47,13 +47,17 @@ class Objective(Protocol):
         """The shape of the report of a micro-batch of this many sequences of `length` tokens."""
 
 
-class CrossEntropy:
-    """Next-token cross-entropy in nats per trained token."""
+class OfTrainedTokens:
+    """Base class of objectives whose terms are the trained tokens."""
 
     metrics: tuple[str, ...] = ()
 
     def count(self, targets: np.ndarray, stored: Mapping[str, np.ndarray]) -> int:
         return int(np.count_nonzero(targets != IGNORE_INDEX))
+
+
+class CrossEntropy(OfTrainedTokens):
+    """Next-token cross-entropy in nats per trained token."""
 
     def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
         """[1], the summed loss."""
@@ -73,16 +77,11 @@ def log_probabilities(logits: Tensor, targets: Tensor) -> Tensor:
     return chosen * (targets != IGNORE_INDEX)
 
 
-class TokenScores:
+class TokenScores(OfTrainedTokens):
     """The log-probability of each target, and whether it has the largest logit. It is not trained.
 
     The report is [B, T, 2]; both numbers are 0 where the target is ignored.
     """
-
-    metrics: tuple[str, ...] = ()
-
-    def count(self, targets: np.ndarray, stored: Mapping[str, np.ndarray]) -> int:
-        return int(np.count_nonzero(targets != IGNORE_INDEX))
 
     def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
         """[B, T, 2]."""

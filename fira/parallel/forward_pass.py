@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fira.data.mixture import CountedBatches
 from fira.nn.objective import Objective
-from fira.parallel.batch_split import BatchSplit
+from fira.parallel.batch_split import BatchSplit, Read
 from fira.parallel.cast_weights import cast_weights
 from fira.parallel.kernel_loading import KernelLoading
 from fira.parallel.parallelize import DistributedModel
@@ -37,7 +37,7 @@ class ForwardPass:
         objective = self._split.objective
         reports, terms = [], 0
         for first in range(0, len(data), batch):
-            own, counted = self._reports(data, first, min(batch, len(data) - first), self._split)
+            own, counted = self._reports(data.batch, first, min(batch, len(data) - first), self._split)
             reports.append(own)
             terms += counted
         sums = torch.cat(reports).T.contiguous().cpu()
@@ -45,19 +45,19 @@ class ForwardPass:
         loss, *metrics = (value / terms for value in sums.sum(1).tolist())
         return Mean(loss, dict(zip(objective.metrics, metrics, strict=True)))
 
-    def reports(self, data: CountedBatches, first: int, count: int, objective: Objective) -> Tensor:
+    def reports(self, read: Read, first: int, count: int, objective: Objective) -> Tensor:
         """The reports of sequences first, …, first + count − 1 under another objective, on every rank.
 
         Return float64 [sequences, …] on the CPU, for an objective whose report has one row per sequence.
         """
-        sums, _ = self._reports(data, first, count, replace(self._split, objective=objective))
+        sums, _ = self._reports(read, first, count, replace(self._split, objective=objective))
         sums = sums.cpu()
         dist.all_reduce(sums)
         return sums.flatten(0, 1)[:count]
 
-    def _reports(self, data: CountedBatches, first: int, count: int, split: BatchSplit) -> tuple[Tensor, int]:
+    def _reports(self, read: Read, first: int, count: int, split: BatchSplit) -> tuple[Tensor, int]:
         """This rank's reports [micro-batches, …] at their numbers in the global batch, and the number of terms."""
-        batch = split.batch(data.batch, first, count, dropout_seed=None)
+        batch = split.batch(read, first, count, dropout_seed=None)
         with cast_weights(self._model.modules()):
             self._kernels.load(batch.microbatches[0], training=False)
             schedule = forward_only(self._model.placement, len(batch.microbatches))

@@ -13,33 +13,26 @@ With k = V these are the divergences of the whole distributions; with fewer toke
 """
 
 import math
-from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fira.nn.cross_entropy import IGNORE_INDEX
 from fira.nn.linear_losses import linear_losses
-from fira.nn.objective import Stored
+from fira.nn.objective import OfTrainedTokens, Stored
 
 IDS, LOGS = "teacher_ids", "teacher_logs"  # names of the stored arrays, [B, T, k] and [B, T, k + 1]
 
 
-class TeacherTokens:
+class TeacherTokens(OfTrainedTokens):
     """The k most probable tokens of a model at each trained target. It is not trained.
 
     The report is [B, T, 2k + 1]: the k tokens, their log-probabilities, and the log-probability of the tail; zeros
     where the target is ignored. The tail of a vocabulary of k tokens is −inf.
     """
 
-    metrics: tuple[str, ...] = ()
-
     def __init__(self, k: int, temperature: float) -> None:
         self.k, self.temperature = k, temperature
-
-    def count(self, targets: np.ndarray, stored: Mapping[str, np.ndarray]) -> int:
-        return int(np.count_nonzero(targets != IGNORE_INDEX))
 
     def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
         """[B, T, 2k + 1]."""
@@ -60,7 +53,7 @@ class TeacherTokens:
         return sequences, length, 2 * self.k + 1
 
 
-class Distillation:
+class Distillation(OfTrainedTokens):
     """Mean divergence from the teacher in nats per trained target; also reports the cross-entropy with the data.
 
     stored: the tokens of the teacher and their log-probabilities, with that of the tail, at the same temperature.
@@ -70,9 +63,6 @@ class Distillation:
 
     def __init__(self, beta: float, temperature: float) -> None:
         self.beta, self.temperature = beta, temperature
-
-    def count(self, targets: np.ndarray, stored: Mapping[str, np.ndarray]) -> int:
-        return int(np.count_nonzero(targets != IGNORE_INDEX))
 
     def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
         """[B, T, 2]: divergence and cross-entropy of each target."""

@@ -141,7 +141,7 @@ def answer_logs(
     data, result = ValidationSequences(packed), np.empty(packed.documents)
     for first in range(0, len(data), batch):
         count = min(batch, len(data) - first)
-        logs = forward.reports(data, first, count, TokenScores())[..., 0].numpy()
+        logs = forward.reports(data.batch, first, count, TokenScores())[..., 0].numpy()
         documents = data.batch(first, count).documents
         assert documents is not None
         for row, numbers in enumerate(documents):

@@ -42,7 +42,7 @@ class RunModel:
         return int(self.trainer.model.config.seq_len)
 
     def reports(self, data: CountedBatches, first: int, count: int) -> Tensor:
-        return self.trainer.forward.reports(data, first, count, TokenScores())
+        return self.trainer.forward.reports(data.batch, first, count, TokenScores())
 
     def answers(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
         """Decode with the whole model in each process; groups of prompts are distributed over the ranks."""

@@ -69,10 +69,11 @@ class _Loading:
         self.run, self.saved = run, saved
         self.config = stored_config(self.saved)
         _check_tokenizer(self.saved, run.tokenizer)
-        for name, problem in (("vocab_size", "a vocabulary"), ("seq_len", "a context")):
-            own, needed = getattr(self.config, name), getattr(student, name)
-            if own < needed or (name == "vocab_size" and own != needed):
-                raise UserError(f"--teacher {config.teacher}: {problem} of {own} tokens, the student has {needed}")
+        named = f"--teacher {config.teacher}"
+        if (own := self.config.vocab_size) != student.vocab_size:
+            raise UserError(f"{named}: a vocabulary of {own} tokens, the student has {student.vocab_size}")
+        if (own := self.config.seq_len) < student.seq_len:
+            raise UserError(f"{named}: a context of {own} tokens, the student has {student.seq_len}")
         if config.teacher_top_k > student.vocab_size:
             raise UserError(f"--teacher-top-k {config.teacher_top_k}: the vocabulary has {student.vocab_size} tokens")
         self.tokens = TeacherTokens(config.teacher_top_k, config.distill_temperature)

@@ -100,6 +100,8 @@ def tokens_of(example: Example) -> int:
 
 def _tokens_with_room(example: Example, answer_tokens: int) -> int:
     """The number of tokens of an example if its last answer had at least `answer_tokens`."""
+    if not answer_tokens:
+        return tokens_of(example)
     begins, _ = runs(example[-1].trained)
     return max(tokens_of(example), int(begins[-1]) + answer_tokens)
 

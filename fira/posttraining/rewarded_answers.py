@@ -4,7 +4,7 @@ sequences of the batch    0  1  2  3  4  5  6  7       G = 4 answers to each pro
 sequence of the data      0  0  0  0  1  1  1  1
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,6 +16,8 @@ from fira.posttraining.answer_sampler import AnswerSampler
 from fira.posttraining.exact_answer import final_answer, same_answer
 from fira.posttraining.grpo import advantages
 from fira.posttraining.prompted_answers import packed, prompted_answers
+
+Reward = Callable[[list[int], list[int]], float]  # (a sampled answer, that of the data) → its reward
 
 
 class ExactReward:
@@ -37,7 +39,7 @@ class ExactReward:
 class RewardedAnswers:
     """Replaces the answers by sampled ones, and stores their rewards. group: successive sequences of equal prompts."""
 
-    def __init__(self, sampler: AnswerSampler, reward: ExactReward, group: int) -> None:
+    def __init__(self, sampler: AnswerSampler, reward: Reward, group: int) -> None:
         self._sampler, self._reward, self._group = sampler, reward, group
 
     def __call__(self, rows: Rows, first: int) -> Rows:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 SKIPPED = ("encodings", "pydoc_data")  # tables, and documentation
 GENERAL_CHARACTERS = 3_000_000  # of the training text, about twice as many as are read
-TEST_CHARACTERS, PART = 60_000, 3_000  # of each test text, and of each document in it
-QUESTIONS, CHOICES = 400, 4  # of the test
+TEST_CHARACTERS, PART = 40_000, 2_000  # of each test text, and of each document in it
+QUESTIONS, CHOICES = 300, 4  # of the test
 SUMMARY = range(20, 121)  # characters of an answer
 
 

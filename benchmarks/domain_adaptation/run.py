@@ -27,8 +27,8 @@ from fira.commands import evaluate, export, train
 from fira.data.sources import input_files
 
 HERE = Path(__file__).parent
-MODEL = ["--vocab-size", "1024", "--model-set", "num_layers=3"]  # changes to fira-tiny
-BASE, ADAPTATION, QUESTIONS = 300, 150, 100  # steps
+MODEL = ["--vocab-size", "1024", "--model-set", "num_layers=2"]  # changes to fira-tiny
+BASE, ADAPTATION, QUESTIONS = 300, 100, 60  # steps
 BATCH = 16  # sequences of 128 tokens
 LORA = "rank=16,alpha=32,targets=attention+experts+head"
 LOSS = re.compile(r"^(.+): perplexity .*?: ([\d.]+) nats per token", re.M)
@@ -53,9 +53,9 @@ class Method:
 
 METHODS = [
     Method("full", lr=2e-3),
-    Method("full, lower learning rate", lr=4e-4),
+    Method("full, lower learning rate", lr=5e-4),
     Method("full, 20 % general text", lr=2e-3, general=0.2),
-    Method("LoRA", lr=8e-3, lora=True),
+    Method("LoRA", lr=4e-3, lora=True),
 ]
 
 
@@ -105,13 +105,15 @@ class Experiment:
             evaluate.main(words("--checkpoint", run, "--data", *texts, "--tasks", task, "--quiet"))
         losses = {Path(path).stem: float(loss) for path, loss in LOSS.findall(printed.getvalue())}
         scores = json.loads((run / "evaluation.json").read_text())["tasks"][task.stem]["scores"]
+        validation = pd.read_csv(run / "training_log.csv")["val_loss"].iloc[-1]
         return {
             "seed": self.seed,
             "method": method,
             "trained_on": stage,
             "domain_loss": losses["domain_test"],
             "general_loss": losses["general_test"],
-            "accuracy": scores["acc_norm"]["value"],
+            "answer_loss": validation if stage == "questions" else None,
+            "accuracy": scores["acc"]["value"],
         }
 
 
@@ -135,10 +137,11 @@ def measure(
 
 def summary(results: pd.DataFrame) -> str:
     """Mean ± standard deviation over seeds as a table in Markdown."""
-    lines = ["| | domain loss | general loss | accuracy |", "|---|---|---|---|"]
+    columns = ["domain_loss", "general_loss", "answer_loss", "accuracy"]
+    lines = [f"| | | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for (method, stage), rows in results.groupby(["method", "trained_on"], sort=False):
-        cells = [f"{rows[name].mean():.3f} ± {rows[name].std():.3f}" for name in rows.columns[3:]]
-        lines.append(f"| {method}{', questions' if stage == 'questions' else ''} | " + " | ".join(cells) + " |")
+        cells = [f"{rows[name].mean():.3f} ± {rows[name].std():.3f}" for name in columns]
+        lines.append(f"| {method} | {stage} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -27,11 +27,19 @@ from fira.commands import evaluate, export, train
 from fira.data.sources import input_files
 
 HERE = Path(__file__).parent
-MODEL = ["--vocab-size", "1024", "--model-set", "num_layers=2"]  # changes to fira-tiny
-BASE, ADAPTATION, QUESTIONS = 300, 100, 60  # steps
-BATCH = 16  # sequences of 128 tokens
 LORA = "rank=16,alpha=32,targets=attention+experts+head"
 LOSS = re.compile(r"^(.+): perplexity .*?: ([\d.]+) nats per token", re.M)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The base model, the numbers of steps in which it is trained and adapted, and the sequences of a batch."""
+
+    model: tuple[str, ...] = ("--model", "fira-tiny", "--model-set", "num_layers=2", "--vocab-size", "1024")
+    base: int = 300
+    adaptation: int = 100
+    questions: int = 60
+    batch: int = 16
 
 
 @dataclass(frozen=True)
@@ -61,30 +69,30 @@ METHODS = [
 
 @dataclass(frozen=True)
 class Experiment:
-    """All models of one seed, whose runs are in a folder. scale: of the numbers of steps."""
+    """All models of one seed, whose runs are in a folder."""
 
     data: Data
     folder: Path
     seed: int
-    scale: float
+    setting: Setting
 
     def rows(self, methods: Sequence[Method]) -> Iterator[dict[str, Any]]:
         """Yield a row of results.csv for each model: before and after training on questions."""
-        base = self.train("base", BASE, *MODEL, "--data", self.data.general)
+        base = self.train("base", self.setting.base, *self.setting.model, "--data", self.data.general)
         yield self.evaluate("base", "text", base)
         yield self.evaluate("base", "questions", self.train_questions(base, METHODS[0]))
         for method in methods:
             flags = ["--init", base, "--data", method.text(self.data), *method.flags()]
-            adapted = self.train(method.name, ADAPTATION, *flags)
+            adapted = self.train(method.name, self.setting.adaptation, *flags)
             yield self.evaluate(method.name, "text", adapted)
             yield self.evaluate(method.name, "questions", self.train_questions(adapted, method))
 
     def train(self, name: str, steps: int, *flags: object) -> Path:
         """Train a model, and return its run folder."""
         out = self.folder / name.replace(" ", "_")
-        steps = max(2, round(steps * self.scale))
-        common = ["--steps", steps, "--warmup", steps // 10, "--batch-size", BATCH, "--seed", self.seed, "--threads", 1]
-        train.main(words(*flags, *common, "--eval-every", steps, "--save-every", steps, "--out", out, "--quiet"))
+        schedule = ["--steps", steps, "--warmup", steps // 10, "--eval-every", steps, "--save-every", steps]
+        common = ["--batch-size", self.setting.batch, "--seed", self.seed, "--threads", 1, "--out", out, "--quiet"]
+        train.main(words(*flags, *schedule, *common))
         return out
 
     def train_questions(self, model: Path, method: Method) -> Path:
@@ -95,7 +103,7 @@ class Experiment:
             export.main(words("--checkpoint", model, "--out", merged, "--quiet"))
             model = merged
         flags = ["--init", model, "--objective", "sft", "--data", self.data.questions, *method.flags()]
-        return self.train(name, QUESTIONS, *flags)
+        return self.train(name, self.setting.questions, *flags)
 
     def evaluate(self, method: str, stage: str, run: Path) -> dict[str, Any]:
         """Evaluate the losses on both test texts and the accuracy in the test questions."""
@@ -123,13 +131,13 @@ def words(*arguments: object) -> list[str]:
 
 
 def measure(
-    folder: Path, sources: Sequence[Path], seeds: Sequence[int], methods: Sequence[Method], scale: float = 1.0
+    folder: Path, sources: Sequence[Path], seeds: Sequence[int], methods: Sequence[Method], setting: Setting
 ) -> pd.DataFrame:
     """Return the results of several seeds. folder: of texts and runs. sources: files of the standard library."""
     data = write_data(folder, sources)
     rows = []
     for seed in seeds:
-        for row in Experiment(data, folder / f"seed-{seed}", seed, scale).rows(methods):
+        for row in Experiment(data, folder / f"seed-{seed}", seed, setting).rows(methods):
             rows.append(row)
             print(row, flush=True)
     return pd.DataFrame(rows)
@@ -140,7 +148,8 @@ def summary(results: pd.DataFrame) -> str:
     columns = ["domain_loss", "general_loss", "answer_loss", "accuracy"]
     lines = [f"| | | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for (method, stage), rows in results.groupby(["method", "trained_on"], sort=False):
-        cells = [f"{rows[name].mean():.3f} ± {rows[name].std():.3f}" for name in columns]
+        known = [rows[name].astype(float).dropna() for name in columns]
+        cells = [f"{values.mean():.3f} ± {values.std():.3f}" if len(values) else "" for values in known]
         lines.append(f"| {method} | {stage} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -153,7 +162,7 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        results = measure(options.folder or Path(temporary), input_files(None), options.seeds, METHODS)
+        results = measure(options.folder or Path(temporary), input_files(None), options.seeds, METHODS, Setting())
     results.to_csv(options.out / "results.csv", index=False, float_format="%.4f")
     draw(results, options.out / "results.png")
     print(summary(results), f"{time.perf_counter() - started:.0f} s; {environment()}", sep="\n\n")

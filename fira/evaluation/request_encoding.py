@@ -6,17 +6,21 @@ inputs        c₀ c₁ c₂ t₀     targets       – – t₀ t₁
 - Context and continuation are encoded together. The tokens of the context alone are counted; those after them belong to
   the continuation. Spaces at the end of the context are moved to the continuation.
 - An empty context is the BOS token, or EOS if there is no BOS.
+- Messages are formatted by the chat template, as with --apply_chat_template of lm-eval, and the continuation is encoded
+  alone.
 - If there are more inputs than the model's context, the first tokens are removed. A prompt leaves room for its answer.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from fira.data.chat_template import ChatTemplate
 from fira.data.tokenizer_config import TokenizerConfig
 from fira.errors import UserError
 from fira.evaluation.greedy_answers import EncodedPrompt
-from fira.evaluation.task_forms import ExactAnswer, Request
+from fira.evaluation.task_forms import ExactAnswer, Question, Request
 
 
 class EncodedRequest(NamedTuple):
@@ -35,12 +39,12 @@ class RequestEncoder:
         prefix = None if name is None else tokenizer.token_to_id(name)
         if prefix is None:
             raise UserError("the tokenizer has neither a BOS nor an EOS token; name one in tokenizer_config.json")
-        self._tokenizer, self._prefix, self.seq_len = tokenizer, prefix, seq_len
+        self._tokenizer, self._config, self._prefix, self.seq_len = tokenizer, config, prefix, seq_len
         self._prefix_text = tokenizer.decode([prefix], skip_special_tokens=False)
 
     def request(self, request: Request, where: str) -> EncodedRequest:
         """Encode a request. Raises UserError if the continuation has no tokens, or more than the model's context."""
-        context, continuation = self._pair(*request)
+        context, continuation = self._pair(*request, where)
         if not continuation:
             raise UserError(f"{where}: {request.continuation!r:.40} has no token of its own; correct the record")
         if len(continuation) > self.seq_len:
@@ -60,10 +64,20 @@ class RequestEncoder:
                 f"{where}: an answer of up to {example.max_tokens} tokens, the model's context is {self.seq_len}; "
                 "give a smaller max_tokens in the record"
             )
-        tokens = self._encode(example.prompt)
+        tokens = self._context(example.prompt, where)
         return EncodedPrompt(tokens[-room:], example.stop, example.max_tokens, len(tokens) > room)
 
-    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self._config)
+
+    def _context(self, context: Question, where: str) -> list[int]:
+        return self._encode(context) if isinstance(context, str) else self._template.prompt(context, where)
+
+    def _pair(self, context: Question, continuation: str, where: str) -> tuple[list[int], list[int]]:
+        if not isinstance(context, str):
+            alone = self._tokenizer.encode(continuation, add_special_tokens=False).ids
+            return self._context(context, where), alone
         if not context.strip():
             ids = self._tokenizer.encode(context + continuation, add_special_tokens=False).ids
             return (ids[:1], ids[1:]) if ids[:1] == [self._prefix] else ([self._prefix], ids)

@@ -8,7 +8,8 @@
 | exact answer    | prompt, answer              | the prompt             | generated     | exact_match     |
 
 A continuation begins with a space. Requests and scores are those of lm-eval 0.4 for tasks of these forms, such as
-HellaSwag, BLiMP and LAMBADA; acc_norm compares log-probabilities per character.
+HellaSwag, BLiMP and LAMBADA; acc_norm compares log-probabilities per character. A query or a prompt may also be a list
+of messages: the context is then a chat, and the continuation an answer, which does not begin with a space.
 """
 
 from collections.abc import Sequence
@@ -17,16 +18,20 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from fira.data.chat_template import Message
 from fira.data.readers import Record, valid_text
 from fira.errors import UserError
+from fira.posttraining.chat_records import to_messages
 
 MAX_TOKENS = 64  # of a generated answer, unless the record says otherwise
 
+Question = str | list[Message]  # a text, or the messages of a chat, which the model answers
+
 
 class Request(NamedTuple):
-    """A text whose probability after another text is asked for."""
+    """A text whose probability after another text, or after the messages of a chat, is asked for."""
 
-    context: str
+    context: Question
     continuation: str
 
 
@@ -46,7 +51,7 @@ class MultipleChoice:
     """A question with several answers. answer: the number of the correct one, from 0."""
 
     fields: ClassVar[tuple[str, ...]] = ("query", "choices", "answer")
-    query: str
+    query: Question
     choices: tuple[str, ...]
     answer: int
 
@@ -58,14 +63,15 @@ class MultipleChoice:
         texts = tuple(_text(choice, f"choice {number}", where) for number, choice in enumerate(choices))
         if type(answer) is not int or not 0 <= answer < len(texts):
             raise UserError(f"{where}: answer is {answer!r:.40}, not the number of a choice, 0 to {len(texts) - 1}")
-        return cls(_text(record["query"], "query", where, empty=True), texts, answer)
+        return cls(_question(record["query"], "query", where, empty=True), texts, answer)
 
     @property
     def chance(self) -> float:
         return 1 / len(self.choices)
 
     def requests(self) -> list[Request]:
-        return [Request(self.query, f" {choice}") for choice in self.choices]
+        space = " " if isinstance(self.query, str) else ""
+        return [Request(self.query, space + choice) for choice in self.choices]
 
     def scores(self, answers: Sequence[Likelihood]) -> dict[str, float]:
         logs = np.array([answer.log_probability for answer in answers])
@@ -129,7 +135,7 @@ class ExactAnswer:
     """
 
     fields: ClassVar[tuple[str, ...]] = ("prompt", "answer")
-    prompt: str
+    prompt: Question
     answer: str
     stop: tuple[str, ...]
     max_tokens: int
@@ -142,7 +148,7 @@ class ExactAnswer:
             raise UserError(f"{where}: stop is neither a text nor a list of texts; correct the record")
         if type(max_tokens) is not int or max_tokens < 1:
             raise UserError(f"{where}: max_tokens is {max_tokens!r:.40}, not a number of at least 1")
-        prompt, answer = (_text(record[name], name, where) for name in cls.fields)
+        prompt, answer = _question(record["prompt"], "prompt", where), _text(record["answer"], "answer", where)
         return cls(prompt, answer, tuple(texts), max_tokens)
 
     def scores(self, generated: str) -> dict[str, float]:
@@ -165,6 +171,15 @@ def parse_example(record: Record, where: str) -> Example:
     present = ", ".join(map(repr, record)) or "no fields"
     forms = "; ".join(", ".join(form.fields) for form in FORMS)
     raise UserError(f"{where}: has {present:.200}; give the fields of one form: {forms}")
+
+
+def _question(value: Any, name: str, where: str, empty: bool = False) -> Question:
+    if not isinstance(value, list):
+        return _text(value, name, where, empty)
+    messages = to_messages(value, "", f"{where}: {name}")
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{where}: {name} ends with an answer; end it with the message that the model answers")
+    return messages
 
 
 def _text(value: Any, name: str, where: str, empty: bool = False) -> str:

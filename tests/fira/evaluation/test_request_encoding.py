@@ -81,3 +81,33 @@ def test_prompt_leaves_room_for_its_answer(tokenizer: Tokenizer, encoder: Reques
     assert len(encoder.prompt(ExactAnswer(CONTEXT, "4", (), 39), "x").tokens) == 1
     with pytest.raises(UserError, match=r"^a, line 3: an answer of up to 40 tokens, the model's context is 40"):
         encoder.prompt(ExactAnswer(CONTEXT, "4", (), 40), "a, line 3")
+
+
+MESSAGES = [
+    {"role": "system", "content": "Wald"},
+    {"role": "user", "content": "Die </s>"},
+    {"role": "assistant", "content": "Bäume"},
+    {"role": "user", "content": "im"},
+]
+
+
+def test_messages_are_a_chat_and_the_continuation_is_the_answer(tokenizer: Tokenizer, encoder: RequestEncoder) -> None:
+    end = ids(tokenizer, "</s>")
+    special = Tokenizer.from_str(tokenizer.to_str())
+    special.encode_special_tokens = True  # the name of a special token in a message is text
+    roles = {role: ids(tokenizer, f"<|{role}|>") for role in ("prompter", "assistant")}
+    turns = [("prompter", "Wald"), ("prompter", "Die </s>"), ("assistant", "Bäume"), ("prompter", "im")]
+    chat = [token for role, text in turns for token in (*roles[role], *ids(special, text), *end)] + roles["assistant"]
+    answer = ids(tokenizer, "Die Bäume")
+    room = RequestEncoder(tokenizer, default_config(tokenizer), len(chat) + 64)
+    assert room.request(Request(MESSAGES, "Die Bäume"), "x") == EncodedRequest(chat + answer, len(answer), False)
+    assert room.prompt(ExactAnswer(MESSAGES, "4", (), 64), "x").tokens == chat
+    assert encoder.prompt(ExactAnswer(MESSAGES, "4", (), 37), "x") == (chat[-3:], (), 37, True)
+
+
+def test_messages_need_a_chat_template_that_accepts_them(tokenizer: Tokenizer, encoder: RequestEncoder) -> None:
+    without = RequestEncoder(tokenizer, TokenizerConfig(eos_token="</s>"), 40)
+    with pytest.raises(UserError, match="the tokenizer has no chat template"):
+        without.request(Request(MESSAGES, "Wald"), "x")
+    with pytest.raises(UserError, match=r"^a, line 3: .*the role tool are not supported"):
+        encoder.prompt(ExactAnswer([{"role": "tool", "content": "Wald"}], "4", (), 30), "a, line 3")

@@ -59,6 +59,16 @@ def test_exact_answer_is_compared_without_spaces_around_it() -> None:
     assert parse_example(record, "x") == ExactAnswer("2 + 2 =", "4", (";", "\n\n"), 3)
 
 
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is blue?"}]
+
+
+def test_questions_may_be_messages() -> None:
+    example = parse_example(CHOICE | {"query": CHAT}, "x")
+    assert example == MultipleChoice(CHAT, ("a very long answer", "blue"), 1)
+    assert example.requests() == [Request(CHAT, "a very long answer"), Request(CHAT, "blue")]
+    assert parse_example({"prompt": CHAT, "answer": "4"}, "x") == ExactAnswer(CHAT, "4", ("\n",), 64)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -84,6 +94,10 @@ def test_exact_answer_is_compared_without_spaces_around_it() -> None:
         ({"prompt": "a", "answer": "4", "stop": 1}, "x: stop is neither a text nor a list of texts"),
         ({"prompt": "a", "answer": "4", "max_tokens": 0}, "x: max_tokens is 0, not a number of at least 1"),
         ({"text": 3}, "x: text is int, not text"),
+        (CHOICE | {"query": []}, "x: query: no message; give at least one"),
+        (CHOICE | {"query": [{"role": "user"}]}, "x: query, message 1: content is NoneType, not text"),
+        (CHOICE | {"query": [*CHAT, {"role": "assistant", "content": "b"}]}, "x: query ends with an answer; end it"),
+        ({"prompt": ["a"], "answer": "4"}, "x: prompt, message 1: str, not an object"),
     ],
 )
 def test_invalid_records_are_named(record: dict[str, Any], message: str) -> None:

@@ -12,7 +12,8 @@ from fira.evaluation.local_model import LocalModel
 from fira.evaluation.request_encoding import RequestEncoder
 from fira.evaluation.task_evaluation import encode_task
 from fira.evaluation.task_files import read_tasks
-from tests.fira.evaluation.evaluation_examples import greedy_requests, model_with, write_tasks
+from fira.evaluation.task_forms import Request
+from tests.fira.evaluation.evaluation_examples import WORDS, greedy_requests, model_with, write_tasks
 
 pytest.importorskip("lm_eval", reason="needs lm-eval")
 pytestmark = pytest.mark.slow
@@ -105,6 +106,32 @@ def test_answers_to_requests_equal_lm_eval(tokenizer: Tokenizer, tmp_path: Path)
         assert ours.log_probability == pytest.approx(theirs[0], rel=1e-5)
         assert ours.greedy == theirs[1]
     assert len({answer.greedy for answer in found}) == 2
+
+
+def test_answers_in_a_chat_equal_lm_eval(tokenizer: Tokenizer) -> None:
+    """With the text of a chat that lm-eval formats, and choices without a space before them."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from fira.huggingface.export_model import as_fast_tokenizer, as_transformers
+
+    model = model_with(tokenizer, seq_len=64)
+    fast = as_fast_tokenizer(own_tokenizer(model), own_config(model), 64)
+    harness = HFLM(pretrained=as_transformers(model), tokenizer=fast, batch_size=1, max_length=64)
+    encoder = RequestEncoder(tokenizer, own_config(model), 64)
+    questions = [
+        [{"role": "user", "content": "im Wald"}],
+        [{"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), WORDS, strict=False)],
+    ]
+    requests = [Request(question, choice) for question in questions for choice in ("Die Bäume", "main")]
+    encoded = [encoder.request(request, "x") for request in requests]
+    found = likelihoods(encoded, 64, 2, LocalModel(model, 2).reports)
+    texts = [harness.apply_chat_template(question) for question, _ in requests]
+    instances = [
+        Instance("loglikelihood", {}, (text, choice), 0) for text, (_, choice) in zip(texts, requests, strict=True)
+    ]
+    for ours, theirs in zip(found, harness.loglikelihood(instances, disable_tqdm=True), strict=True):
+        assert ours.log_probability == pytest.approx(theirs[0], rel=1e-5)
 
 
 def test_missing_dataset_is_one_line(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,9 +109,9 @@ class ChatTemplate:
                     )
                 yield EncodedChat(np.concatenate(ids, dtype=np.uint32), answers, trained, chat.where)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens that the model continues with its answer to the messages."""
-        rendered = self._render(Chat(messages), add_generation_prompt=True)
+    def prompt(self, messages: Sequence[Message], where: str = "the chat") -> list[int]:
+        """Return the tokens that the model continues with its answer to the messages. where: their place."""
+        rendered = self._render(Chat(messages, where=where), add_generation_prompt=True)
         (ids,) = self._encode([[*_pieces(rendered)]])
         return [token for part in ids for token in part]
 

@@ -6,13 +6,16 @@ inputs        c₀ c₁ c₂ t₀     targets       – – t₀ t₁
 - Context and continuation are encoded together. The tokens of the context alone are counted; those after them belong to
   the continuation. Spaces at the end of the context are moved to the continuation.
 - An empty context is the BOS token, or EOS if there is no BOS.
+- A conversation is rendered with the chat template, up to the beginning of the answer. This is not one of lm-eval's.
 - If there are more inputs than the model's context, the first tokens are removed. A prompt leaves room for its answer.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from fira.data.chat_template import ChatTemplate
 from fira.data.tokenizer_config import TokenizerConfig
 from fira.errors import UserError
 from fira.evaluation.greedy_answers import EncodedPrompt
@@ -35,7 +38,7 @@ class RequestEncoder:
         prefix = None if name is None else tokenizer.token_to_id(name)
         if prefix is None:
             raise UserError("the tokenizer has neither a BOS nor an EOS token; name one in tokenizer_config.json")
-        self._tokenizer, self._prefix, self.seq_len = tokenizer, prefix, seq_len
+        self._tokenizer, self._config, self._prefix, self.seq_len = tokenizer, config, prefix, seq_len
         self._prefix_text = tokenizer.decode([prefix], skip_special_tokens=False)
 
     def request(self, request: Request, where: str) -> EncodedRequest:
@@ -53,15 +56,26 @@ class RequestEncoder:
         return EncodedRequest(kept, len(continuation), len(kept) < len(tokens))
 
     def prompt(self, example: ExactAnswer, where: str) -> EncodedPrompt:
-        """Encode a prompt. Raises UserError if the answer may have as many tokens as the model's context."""
+        """Encode a prompt, or a conversation with the chat template.
+
+        Raises UserError if the answer may have as many tokens as the model's context, and for a conversation that the
+        template refuses.
+        """
         room = self.seq_len - example.max_tokens
         if room < 1:
             raise UserError(
                 f"{where}: an answer of up to {example.max_tokens} tokens, the model's context is {self.seq_len}; "
                 "give a smaller max_tokens in the record"
             )
-        tokens = self._encode(example.prompt)
+        if isinstance(example.prompt, str):
+            tokens = self._encode(example.prompt)
+        else:
+            tokens = self._template.prompt(example.prompt, where)
         return EncodedPrompt(tokens[-room:], example.stop, example.max_tokens, len(tokens) > room)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self._config)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if not context.strip():

@@ -5,7 +5,7 @@
 | multiple choice | query, choices, answer      | the query              | each choice   | acc, acc_norm   |
 | minimal pair    | sentence_good, sentence_bad | none                   | each sentence | acc             |
 | last word       | text                        | all words but the last | the last word | acc, perplexity |
-| exact answer    | prompt, answer              | the prompt             | generated     | exact_match     |
+| exact answer    | prompt or messages, answer  | the prompt             | generated     | exact_match     |
 
 A continuation begins with a space. Requests and scores are those of lm-eval 0.4 for tasks of these forms, such as
 HellaSwag, BLiMP and LAMBADA; acc_norm compares log-probabilities per character.
@@ -17,8 +17,11 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from fira.data.chat_template import Message
 from fira.data.readers import Record, valid_text
 from fira.errors import UserError
+from fira.posttraining.chat_records import to_messages
+from fira.posttraining.exact_answer import final_answer
 
 MAX_TOKENS = 64  # of a generated answer, unless the record says otherwise
 
@@ -125,33 +128,44 @@ class LastWord:
 class ExactAnswer:
     """A prompt whose greedy continuation is compared with a text, apart from spaces around both.
 
-    stop: texts before which the continuation ends. max_tokens: of the continuation.
+    prompt: a text, or the messages of a conversation, which the model continues with its answer. stop: texts before
+    which the continuation ends. max_tokens: of the continuation. after: only what follows the last occurrence of this
+    text is compared; None: the whole continuation.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("prompt", "answer")
-    prompt: str
+    conversation_fields: ClassVar[tuple[str, ...]] = ("messages", "answer")
+    prompt: str | tuple[Message, ...]
     answer: str
     stop: tuple[str, ...]
     max_tokens: int
+    after: str | None = None
 
     @classmethod
     def parse(cls, record: Record, where: str) -> Self:
-        stop, max_tokens = record.get("stop", "\n"), record.get("max_tokens", MAX_TOKENS)
+        default: str | list[str] = [] if "messages" in record else "\n"  # an answer in a chat ends with its turn
+        stop, max_tokens = record.get("stop", default), record.get("max_tokens", MAX_TOKENS)
         texts = [stop] if isinstance(stop, str) else stop
         if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
             raise UserError(f"{where}: stop is neither a text nor a list of texts; correct the record")
         if type(max_tokens) is not int or max_tokens < 1:
             raise UserError(f"{where}: max_tokens is {max_tokens!r:.40}, not a number of at least 1")
-        prompt, answer = (_text(record[name], name, where) for name in cls.fields)
-        return cls(prompt, answer, tuple(texts), max_tokens)
+        after = None if record.get("after") is None else _text(record["after"], "after", where)
+        text = _text(record["answer"], "answer", where)
+        answer = final_answer(text, after)  # None: the record has the answer without a solution
+        if answer == "":
+            raise UserError(f"{where}: answer is empty after {after!r:.40}; correct the record")
+        return cls(_prompt(record, where), text.strip() if answer is None else answer, tuple(texts), max_tokens, after)
 
     def scores(self, generated: str) -> dict[str, float]:
-        return {"exact_match": float(generated.strip() == self.answer.strip())}
+        return {"exact_match": float(final_answer(generated, self.after) == self.answer)}
 
 
 LikelihoodExample = MultipleChoice | MinimalPair | LastWord
 Example = LikelihoodExample | ExactAnswer
-FORMS: tuple[type[Example], ...] = (MultipleChoice, MinimalPair, LastWord, ExactAnswer)
+FORMS: dict[tuple[str, ...], type[Example]] = {  # by the fields of a record
+    form.fields: form for form in (MultipleChoice, MinimalPair, LastWord, ExactAnswer)
+} | {ExactAnswer.conversation_fields: ExactAnswer}
 
 
 def parse_example(record: Record, where: str) -> Example:
@@ -159,12 +173,23 @@ def parse_example(record: Record, where: str) -> Example:
 
     Raises UserError if it has the fields of no form, or if one of them is invalid.
     """
-    for form in FORMS:
-        if set(form.fields) <= record.keys():
+    for fields, form in FORMS.items():
+        if set(fields) <= record.keys():
             return form.parse(record, where)
     present = ", ".join(map(repr, record)) or "no fields"
-    forms = "; ".join(", ".join(form.fields) for form in FORMS)
+    forms = "; ".join(map(", ".join, FORMS))
     raise UserError(f"{where}: has {present:.200}; give the fields of one form: {forms}")
+
+
+def _prompt(record: Record, where: str) -> str | tuple[Message, ...]:
+    if "messages" not in record:
+        return _text(record["prompt"], "prompt", where)
+    if "prompt" in record:
+        raise UserError(f"{where}: has prompt as well as messages; keep one of them")
+    messages = to_messages(record["messages"], "", f"{where}: messages")
+    if messages[-1]["role"] != "user":
+        raise UserError(f"{where}: the last of the messages is not a user's; remove the answer")
+    return tuple(messages)
 
 
 def _text(value: Any, name: str, where: str, empty: bool = False) -> str:

@@ -62,15 +62,15 @@ def to_chat(record: Record, where: str) -> Chat:
     tools = _parsed(fields.get("tools"), f"{where}: tools")
     context = 0
     if "messages" in fields:
-        messages = _messages(_parsed(fields["messages"], f"{where}: messages"), "", f"{where}: messages")
+        messages = to_messages(_parsed(fields["messages"], f"{where}: messages"), "", f"{where}: messages")
     elif {"prompt", "completion"} <= fields.keys():
-        prompt = _messages(fields["prompt"], "user", f"{where}: prompt")
-        completion = _messages(fields["completion"], "assistant", f"{where}: completion")
+        prompt = to_messages(fields["prompt"], "user", f"{where}: prompt")
+        completion = to_messages(fields["completion"], "assistant", f"{where}: completion")
         messages, context = prompt + completion, _answers(prompt)
     elif {"instruction", "output"} <= fields.keys():
         texts = [_text(fields, name, where) for name in ("instruction", "input") if name in fields]
-        messages = _messages("\n".join(filter(None, texts)), "user", where)
-        messages += _messages(_text(fields, "output", where), "assistant", f"{where}: output")
+        messages = to_messages("\n".join(filter(None, texts)), "user", where)
+        messages += to_messages(_text(fields, "output", where), "assistant", f"{where}: output")
     elif {"chosen", "rejected"} <= fields.keys():
         raise UserError(f"{where}: preference data, with chosen and rejected; give records with {FORMATS}")
     else:
@@ -87,9 +87,9 @@ def to_preference(record: Record, where: str) -> tuple[Chat, Chat]:
     if not {"chosen", "rejected"} <= fields.keys():
         raise UserError(f"{where}: has {_listed(fields)}; give records with prompt, chosen and rejected")
     tools = _parsed(fields.get("tools"), f"{where}: tools")
-    prompt = _messages(fields["prompt"], "user", f"{where}: prompt") if "prompt" in fields else []
-    chosen = _messages(fields["chosen"], "assistant", f"{where}: chosen")
-    rejected = _messages(fields["rejected"], "assistant", f"{where}: rejected")
+    prompt = to_messages(fields["prompt"], "user", f"{where}: prompt") if "prompt" in fields else []
+    chosen = to_messages(fields["chosen"], "assistant", f"{where}: chosen")
+    rejected = to_messages(fields["rejected"], "assistant", f"{where}: rejected")
     if chosen == rejected:
         raise UserError(f"{where}: chosen and rejected are equal; remove the record")
     if not prompt:
@@ -127,8 +127,11 @@ def _parsed(value: Any, where: str) -> Any:
         raise UserError(f"{where}: invalid JSON ({error}); correct it") from None
 
 
-def _messages(value: Any, role: str, where: str) -> list[Message]:
-    """Return messages in the form that templates expect: a list, or the text of one message of this role."""
+def to_messages(value: Any, role: str, where: str) -> list[Message]:
+    """Return messages in the form that templates expect: a list, or the text of one message of this role.
+
+    role: "" if a text is refused. where: their place. Raises UserError for a message without a valid role and content.
+    """
     if isinstance(value, str) and role:
         value = [{"role": role, "content": value}]
     if not isinstance(value, list):

@@ -7,6 +7,7 @@ from fira.data.tokenizer_config import TokenizerConfig, default_config
 from fira.errors import UserError
 from fira.evaluation.request_encoding import EncodedRequest, RequestEncoder
 from fira.evaluation.task_forms import ExactAnswer, Request
+from tests.chats import encode
 
 CONTEXT, CONTINUATION = "Die Bäume stehen", " im Wald."
 
@@ -81,3 +82,22 @@ def test_prompt_leaves_room_for_its_answer(tokenizer: Tokenizer, encoder: Reques
     assert len(encoder.prompt(ExactAnswer(CONTEXT, "4", (), 39), "x").tokens) == 1
     with pytest.raises(UserError, match=r"^a, line 3: an answer of up to 40 tokens, the model's context is 40"):
         encoder.prompt(ExactAnswer(CONTEXT, "4", (), 40), "a, line 3")
+
+
+def test_conversation_is_rendered_up_to_the_beginning_of_the_answer(tokenizer: Tokenizer) -> None:
+    turns = ("Wald </s>", "Bäume", "Und?")
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    encoder = RequestEncoder(tokenizer, default_config(tokenizer), 100)
+    literal = Tokenizer.from_str(tokenizer.to_str())
+    literal.encode_special_tokens = True
+    expected = [*encode(literal, messages)[0], tokenizer.token_to_id("<|assistant|>")]
+    example = ExactAnswer(tuple(messages), "4", (), 30)
+    assert encoder.prompt(example, "x") == (expected, (), 30, False)
+    short = RequestEncoder(tokenizer, default_config(tokenizer), 40)
+    assert short.prompt(example, "x") == (expected[-10:], (), 30, True)
+    without = RequestEncoder(tokenizer, TokenizerConfig(eos_token="</s>"), 40)
+    with pytest.raises(UserError, match="no chat template"):
+        without.prompt(example, "x")
+    refused = ExactAnswer(({"role": "tool", "content": "3"}, messages[-1]), "4", (), 30)
+    with pytest.raises(UserError, match=r"^a, line 3: .*tool are not supported"):
+        encoder.prompt(refused, "a, line 3")

@@ -53,10 +53,26 @@ def test_last_word_is_what_follows_the_last_space() -> None:
 
 def test_exact_answer_is_compared_without_spaces_around_it() -> None:
     example = parse_example({"prompt": "2 + 2 =", "answer": " 4"}, "x")
-    assert example == ExactAnswer("2 + 2 =", " 4", ("\n",), 64)
+    assert example == ExactAnswer("2 + 2 =", "4", ("\n",), 64)
     assert [example.scores(text)["exact_match"] for text in ("4", " 4 ", "4.", "", "2 4")] == [1, 1, 0, 0, 0]
     record = {"prompt": "2 + 2 =", "answer": "4", "stop": [";", "\n\n"], "max_tokens": 3}
     assert parse_example(record, "x") == ExactAnswer("2 + 2 =", "4", (";", "\n\n"), 3)
+
+
+def test_exact_answer_after_a_marker_is_compared_without_the_solution() -> None:
+    record = {"prompt": "2 + 2 =", "answer": "4", "after": "so "}
+    for answer in ("4", "2+2=4 so 4 ", "so 5 so 4"):
+        example = parse_example(record | {"answer": answer}, "x")
+        assert example == ExactAnswer("2 + 2 =", "4", ("\n",), 64, "so ")
+        scores = [example.scores(text)["exact_match"] for text in ("1+3=4 so 4", "so 5 so 4", "4", "so 4 so 5", "")]
+        assert scores == [1, 1, 0, 0, 0]
+
+
+def test_exact_answer_to_a_conversation_ends_with_its_turn() -> None:
+    messages = [{"role": "system", "content": "Calculate."}, {"role": "user", "content": "2 + 2"}]
+    assert parse_example({"messages": messages, "answer": "4"}, "x") == ExactAnswer(tuple(messages), "4", (), 64)
+    stopped = parse_example({"messages": messages, "answer": "4", "stop": ";"}, "x")
+    assert stopped == ExactAnswer(tuple(messages), "4", (";",), 64)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +99,20 @@ def test_exact_answer_is_compared_without_spaces_around_it() -> None:
         ({"prompt": "a", "answer": "4", "stop": [""]}, "x: stop is neither a text nor a list of texts"),
         ({"prompt": "a", "answer": "4", "stop": 1}, "x: stop is neither a text nor a list of texts"),
         ({"prompt": "a", "answer": "4", "max_tokens": 0}, "x: max_tokens is 0, not a number of at least 1"),
+        ({"prompt": "a", "answer": "4", "after": " "}, "x: after is empty"),
+        ({"prompt": "a", "answer": "4", "after": 1}, "x: after is int, not text"),
+        ({"prompt": "a", "answer": "1 so ", "after": "so"}, "x: answer is empty after 'so'"),
+        ({"messages": [], "answer": "4"}, "x: messages: no message"),
+        ({"messages": "a", "answer": "4"}, "x: messages: str, not a list of messages"),
+        ({"messages": [{"role": "user"}], "answer": "4"}, "x: messages, message 1: content is NoneType"),
+        (
+            {"messages": [{"role": "assistant", "content": "4"}], "answer": "4"},
+            "x: the last of the messages is not a user's",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "prompt": "a", "answer": "4"},
+            "x: has prompt as well as messages",
+        ),
         ({"text": 3}, "x: text is int, not text"),
     ],
 )

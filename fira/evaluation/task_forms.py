@@ -22,6 +22,7 @@ from fira.data.chat_template import Message
 from fira.data.readers import Record, valid_text
 from fira.errors import UserError
 from fira.posttraining.chat_records import to_messages
+from fira.posttraining.exact_answer import final_answer
 
 MAX_TOKENS = 64  # of a generated answer, unless the record says otherwise
 
@@ -131,7 +132,8 @@ class LastWord:
 class ExactAnswer:
     """A prompt whose greedy continuation is compared with a text, apart from spaces around both.
 
-    stop: texts before which the continuation ends. max_tokens: of the continuation.
+    stop: texts before which the continuation ends, by default a line break; an answer to messages ends with its turn.
+    max_tokens: of the continuation. after: only what follows the last occurrence of this text is compared.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("prompt", "answer")
@@ -139,20 +141,27 @@ class ExactAnswer:
     answer: str
     stop: tuple[str, ...]
     max_tokens: int
+    after: str | None = None
 
     @classmethod
     def parse(cls, record: Record, where: str) -> Self:
-        stop, max_tokens = record.get("stop", "\n"), record.get("max_tokens", MAX_TOKENS)
+        prompt = _question(record["prompt"], "prompt", where)
+        default: Any = "\n" if isinstance(prompt, str) else []
+        stop, max_tokens = record.get("stop", default), record.get("max_tokens", MAX_TOKENS)
         texts = [stop] if isinstance(stop, str) else stop
         if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
             raise UserError(f"{where}: stop is neither a text nor a list of texts; correct the record")
         if type(max_tokens) is not int or max_tokens < 1:
             raise UserError(f"{where}: max_tokens is {max_tokens!r:.40}, not a number of at least 1")
-        prompt, answer = _question(record["prompt"], "prompt", where), _text(record["answer"], "answer", where)
-        return cls(prompt, answer, tuple(texts), max_tokens)
+        after = None if record.get("after") is None else _text(record["after"], "after", where)
+        text = _text(record["answer"], "answer", where)
+        answer = final_answer(text, after)  # None: the record has the answer without a solution
+        if answer == "":
+            raise UserError(f"{where}: answer is empty after {after!r:.40}; correct the record")
+        return cls(prompt, text.strip() if answer is None else answer, tuple(texts), max_tokens, after)
 
     def scores(self, generated: str) -> dict[str, float]:
-        return {"exact_match": float(generated.strip() == self.answer.strip())}
+        return {"exact_match": float(final_answer(generated, self.after) == self.answer)}
 
 
 LikelihoodExample = MultipleChoice | MinimalPair | LastWord

@@ -53,10 +53,19 @@ def test_last_word_is_what_follows_the_last_space() -> None:
 
 def test_exact_answer_is_compared_without_spaces_around_it() -> None:
     example = parse_example({"prompt": "2 + 2 =", "answer": " 4"}, "x")
-    assert example == ExactAnswer("2 + 2 =", " 4", ("\n",), 64)
+    assert example == ExactAnswer("2 + 2 =", "4", ("\n",), 64)
     assert [example.scores(text)["exact_match"] for text in ("4", " 4 ", "4.", "", "2 4")] == [1, 1, 0, 0, 0]
     record = {"prompt": "2 + 2 =", "answer": "4", "stop": [";", "\n\n"], "max_tokens": 3}
     assert parse_example(record, "x") == ExactAnswer("2 + 2 =", "4", (";", "\n\n"), 3)
+
+
+def test_exact_answer_after_a_marker_is_compared_without_the_solution() -> None:
+    record = {"prompt": "2 + 2 =", "answer": "4", "after": "so "}
+    for answer in ("4", "2+2=4 so 4 ", "so 5 so 4"):
+        example = parse_example(record | {"answer": answer}, "x")
+        assert example == ExactAnswer("2 + 2 =", "4", ("\n",), 64, "so ")
+        scores = [example.scores(text)["exact_match"] for text in ("1+3=4 so 4", "so 5 so 4", "4", "so 4 so 5", "")]
+        assert scores == [1, 1, 0, 0, 0]
 
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is blue?"}]
@@ -66,7 +75,9 @@ def test_questions_may_be_messages() -> None:
     example = parse_example(CHOICE | {"query": CHAT}, "x")
     assert example == MultipleChoice(CHAT, ("a very long answer", "blue"), 1)
     assert example.requests() == [Request(CHAT, "a very long answer"), Request(CHAT, "blue")]
-    assert parse_example({"prompt": CHAT, "answer": "4"}, "x") == ExactAnswer(CHAT, "4", ("\n",), 64)
+    assert parse_example({"prompt": CHAT, "answer": "4"}, "x") == ExactAnswer(CHAT, "4", (), 64)
+    stopped = parse_example({"prompt": CHAT, "answer": "4", "stop": ";"}, "x")
+    assert stopped == ExactAnswer(CHAT, "4", (";",), 64)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +103,9 @@ def test_questions_may_be_messages() -> None:
         ({"prompt": "a", "answer": 4}, "x: answer is int, not text"),
         ({"prompt": "a", "answer": "4", "stop": [""]}, "x: stop is neither a text nor a list of texts"),
         ({"prompt": "a", "answer": "4", "stop": 1}, "x: stop is neither a text nor a list of texts"),
+        ({"prompt": "a", "answer": "4", "after": " "}, "x: after is empty"),
+        ({"prompt": "a", "answer": "4", "after": 1}, "x: after is int, not text"),
+        ({"prompt": "a", "answer": "1 so ", "after": "so"}, "x: answer is empty after 'so'"),
         ({"prompt": "a", "answer": "4", "max_tokens": 0}, "x: max_tokens is 0, not a number of at least 1"),
         ({"text": 3}, "x: text is int, not text"),
         (CHOICE | {"query": []}, "x: query: no message; give at least one"),

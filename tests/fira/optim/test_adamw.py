@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fira.optim.adamw import AdamW
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.parallelize import ParamShard
 from tests.launch import ROOT
 
@@ -20,7 +21,7 @@ def test_adamw_equals_torch_and_decays_matrices_only():
     experts = {name for name in shapes if name.startswith("experts")}
     shards = [ParamShard(name, ours[name], 0, shape, name in experts, ours[name]) for name, shape in shapes.items()]
     matrices = {shard.name for shard in shards if shard.is_matrix}
-    optimizer = AdamW(ours, matrices, weight_decay=0.3, stacked=experts)
+    optimizer = AdamW(ours, matrices, OptimizerSettings(weight_decay=0.3), stacked=experts)
     groups = [
         {"params": [theirs["weight"], theirs["experts.w1"]], "weight_decay": 0.3},
         {"params": [theirs["bias"], theirs["experts.b1"]], "weight_decay": 0.0},
@@ -47,7 +48,7 @@ def test_one_of_the_two_groups_may_be_empty(decayed, expected):
     for grad in (0.0, 1.0):
         parameter = nn.Parameter(torch.ones(2, 2))
         parameter.grad = torch.full((2, 2), grad)
-        AdamW({"w": parameter}, decayed, weight_decay=0.5).step(0.1)
+        AdamW({"w": parameter}, decayed, OptimizerSettings(weight_decay=0.5)).step(0.1)
         torch.testing.assert_close(parameter, torch.full((2, 2), expected - 0.1 * grad))
 
 

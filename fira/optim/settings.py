@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+OPTIMIZERS = ("adamw", "muon")
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:

@@ -6,7 +6,7 @@ import pytest
 
 from fira.cli import Parser
 from fira.errors import UserError
-from fira.training.config import add_options
+from fira.training.flags import add_options
 from tests.fira.training.small_runs import cache
 from tests.launch import run_function
 

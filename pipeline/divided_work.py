@@ -43,16 +43,13 @@ class DividedWork:
                 yield i, compute(i)
             return
         sizes = [[self._like[i].numel() for i in indices] for indices in self._division]
-        rows = self._like[0].new_empty(len(sizes), max(map(sum, sizes)))
-        rank = dist.get_rank(self._group)
-        for i, part in zip(self._division[rank], rows[rank].split_with_sizes(_padded(sizes[rank], rows)), strict=False):
+        length, rank = max(map(sum, sizes)), dist.get_rank(self._group)
+        parts = [[*own, length - sum(own)] for own in sizes]  # of a row; the last one is not used
+        row = self._like[0].new_empty(length)
+        for i, part in zip(self._division[rank], row.split(parts[rank]), strict=False):
             part.view(self._like[i].shape).copy_(compute(i))
-        dist.all_gather_into_tensor(rows, rows[rank], group=self._group)
-        for indices, own, row in zip(self._division, sizes, rows, strict=True):
-            for i, part in zip(indices, row.split(_padded(own, rows)), strict=False):
+        rows = list(row.new_empty(len(sizes), length).unbind())
+        dist.all_gather(rows, row, group=self._group)
+        for indices, own, gathered in zip(self._division, parts, rows, strict=True):
+            for i, part in zip(indices, gathered.split(own), strict=False):
                 yield i, part.view(self._like[i].shape)
-
-
-def _padded(sizes: list[int], rows: Tensor) -> list[int]:
-    """The sizes of the parts of a row, the last of which is unused."""
-    return [*sizes, rows.shape[1] - sum(sizes)]

@@ -85,7 +85,7 @@ class Muon(AdamW):
                 weight.sub_(cautious_decay(weight, orthogonal, decay))
             else:
                 weight.mul_(1 - decay)
-            weight.add_(orthogonal, alpha=-lr * RMS * math.sqrt(max(weight.shape[-2:])))  # [3]
+            weight.sub_(orthogonal.mul_(lr * RMS * math.sqrt(max(weight.shape[-2:]))))  # [3]
 
 
 def _matrices(tensors: Iterable[Tensor | None]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from fira.devices import keep_freed_memory
 from fira.doctor.one_step import RandomTokens
 from fira.models.fira import FiraConfig
 from fira.models.registry import PRESETS, build
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
@@ -33,7 +34,7 @@ def step_of(model: str, layout: Layout, exact: bool) -> Callable[[], object]:
     with torch.device("meta"):
         built = parallelize(build(config), mesh, 0, [CPU])
     split = BatchSplit(MICROBATCH, layout.dp, mesh.dp_rank, config.d_model)
-    trainer = Trainer(built, mesh, split, "1f1b", weight_decay=0.1, clip=1.0, fp16=False)
+    trainer = Trainer(built, mesh, split, "1f1b", OptimizerSettings(), clip=1.0, fp16=False)
     if not exact:
         trainer.reduction = PlainReduction(built, mesh)
     loader = RandomTokens(config.vocab_size, config.seq_len)

@@ -21,7 +21,8 @@ from fira.planner.best_candidates import plan_for, plan_here
 from fira.planner.device_specs import load
 from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
-from fira.training.config import TrainConfig, add_options, given_flags
+from fira.training.config import TrainConfig
+from fira.training.flags import add_options, given_flags
 from fira.value_types import PathName, Size
 from pipeline.mpi.world import launched_rank
 

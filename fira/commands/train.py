@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     import torch
 
     import pipeline
-    from fira.training.config import SUPERVISED, TrainConfig, add_options
+    from fira.training.config import SUPERVISED, TrainConfig
+    from fira.training.flags import add_options
     from fira.training.loop import train
     from fira.training.run_folder import resumed_settings
 

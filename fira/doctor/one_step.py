@@ -12,6 +12,7 @@ import torch
 from fira.data.loader import Loader
 from fira.data.rows import Rows
 from fira.models.registry import PRESETS, build
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
@@ -61,7 +62,7 @@ def make_trainer(
         model = build(config)
     distributed = parallelize(model, mesh, SEED, [device], schedule, autocast=autocast)
     split = BatchSplit(microbatch, layout.dp, mesh.dp_rank, config.d_model, device)
-    return Trainer(distributed, mesh, split, schedule, 0.1, 1.0, fp16=autocast is torch.float16)
+    return Trainer(distributed, mesh, split, schedule, OptimizerSettings(), 1.0, fp16=autocast is torch.float16)
 
 
 def one_step(layout: Layout, schedule: str, device: torch.device, sequences: int) -> StepNumbers:

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from fira.optim.settings import OptimizerSettings
+from fira.optim.weight_decay import cautious_decay
+
 VECTOR = 64  # bytes of the largest vector register of a CPU
 
 
 class AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with β 0.9 and 0.95, by torch's fused kernel.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), by torch's fused kernel.
 
     parameters: by name. decayed: the names of those to which weight decay applies. stacked: the names of those whose
     rows are parameters of their own, such as experts. moments: [name] → exp_avg and exp_avg_sq, each of the parameter's
@@ -22,42 +25,52 @@ class AdamW:
         self,
         parameters: Mapping[str, Tensor],
         decayed: Collection[str],
-        weight_decay: float,
+        settings: OptimizerSettings,
         stacked: Collection[str] = (),
     ) -> None:
         self.updates = 0
-        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
+        self.moments: dict[str, tuple[Tensor, ...]] = {
+            name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()
+        }
+        self.settings = settings
         self._parameters = parameters
         # The kernel may round the last elements of a tensor, which do not fill a vector, differently from the others.
         # Rows that fill vectors are updated together.
         self._by_row = {name for name in stacked if parameters[name][0].nbytes % VECTOR}
         others = [name for name in parameters if name not in decayed]
-        self._groups = [([name for name in parameters if name in decayed], weight_decay), (others, 0.0)]
+        self._groups = [([name for name in parameters if name in decayed], settings.weight_decay), (others, 0.0)]
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter by its `.grad`, which must not be None."""
+        settings = self.settings
         for names, weight_decay in self._groups:
             if not names:
                 continue
             parameters = self._tensors({name: self._parameters[name] for name in names})
             gradients = self._tensors({name: self._parameters[name].grad for name in names})
+            averages = self._tensors({name: self.moments[name][0] for name in names})
+            is_cautious = settings.cautious_decay and weight_decay > 0
+            before = [parameter.clone() for parameter in parameters] if is_cautious else []
             adamw(
                 parameters,
                 gradients,
-                self._tensors({name: self.moments[name][0] for name in names}),
+                averages,
                 self._tensors({name: self.moments[name][1] for name in names}),
                 [],
                 [torch.full((), float(self.updates), device=p.device) for p in parameters],
                 fused=True,
                 amsgrad=False,
-                beta1=0.9,
-                beta2=0.95,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
                 lr=lr,
-                weight_decay=weight_decay,
-                eps=1e-8,
+                weight_decay=0.0 if is_cautious else weight_decay,
+                eps=settings.eps,
                 maximize=False,
             )
+            for parameter, weight, average in zip(parameters, before, averages, strict=False):
+                # The update has the sign of the average.
+                parameter.sub_(cautious_decay(weight, average, lr * weight_decay))
         self.updates += 1
 
     def _tensors(self, by_name: Mapping[str, Tensor | None]) -> list[Tensor]:

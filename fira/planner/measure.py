@@ -31,6 +31,7 @@ from fira.models.registry import to_document
 from fira.nn.init import initialise
 from fira.nn.moe.experts import ExpertBank
 from fira.optim.adamw import AdamW
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.cast_weights import cast_weights
 from fira.parallel.gradients import gradient_of, scale_gradients
@@ -239,7 +240,7 @@ def _measure_optimizer(layers: DeviceLayers) -> float:
     experts = {p for bank in banks for p in bank.parameters(recurse=False)}
     trained = {name: p for name, p in layers.named_parameters() if p.requires_grad}
     shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts, p) for name, p in trained.items()]
-    optimizer = AdamW(trained, {shard.name for shard in shards if shard.is_matrix}, 0.1)
+    optimizer = AdamW(trained, {shard.name for shard in shards if shard.is_matrix}, OptimizerSettings())
 
     def step() -> None:
         for shard in shards:

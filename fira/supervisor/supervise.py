@@ -22,7 +22,8 @@ from fira.supervisor.hosts import Slots, lost, place, read_hosts
 from fira.supervisor.job import Job, launch_command, launcher_words
 from fira.supervisor.run_state import RunState, read_state
 from fira.supervisor.stop_request import StopRequest
-from fira.training.config import SUPERVISED, TrainConfig, given_flags
+from fira.training.config import SUPERVISED, TrainConfig
+from fira.training.flags import given_flags
 
 MAX_RESTARTS = 3  # default limit of successive restarts without progress
 POLL_S = 0.2

@@ -1,30 +1,31 @@
 """The settings of a training run: a dataclass that defines the flags and the keys of a --config file."""
 
-from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
-from collections.abc import Collection
+from argparse import ArgumentTypeError
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fira.cli import Parser
 from fira.errors import UserError
-from fira.files import read_toml
 from fira.models.family import Recipe
 from fira.models.registry import PRESETS, RECIPES
 from fira.nn.lora import FORM, Lora
+from fira.optim.lr_schedule import LR_SCHEDULES
+from fira.optim.settings import OPTIMIZERS, OptimizerSettings
 from fira.parallel.parallelize import EVERY_BLOCK
 from fira.posttraining.dpo import LOSSES
 from fira.training.save_interval import SaveInterval
 from fira.value_types import (
     AnyText,
     ClosedShare,
+    Fraction,
     NotNegative,
     PathName,
     Positive,
     Seconds,
     Seed,
     Sequences,
+    Share,
     Size,
     Steps,
     Threads,
@@ -39,7 +40,8 @@ LITERALS = {"true": True, "false": False, "none": None}
 # Settings that a resumed run takes from the run's config.toml: all but those of the machine, the layout and the output.
 INHERITED = [
     *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
-    *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed"),
+    *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "lr_schedule", "lr_decay"),
+    *("optimizer", "beta1", "beta2", "eps", "weight_decay", "cautious_decay", "clip", "precision", "seed"),
     *("dpo_loss", "dpo_beta", "teacher", "teacher_top_k", "teacher_online", "distill_beta", "distill_temperature"),
     *("on_policy", "group_size", "answer_after", "answer_tokens", "init", "lora", "threads"),
     *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
@@ -100,7 +102,16 @@ class TrainConfig:
     lr: Positive | None = _option(None, "peak learning rate")
     min_lr: NotNegative | None = _option(None, "learning rate at the last step")
     warmup: Steps | None = _option(None, "steps of linear warmup")
+    lr_schedule: str = _option(
+        "cosine", "after the warmup; wsd: constant, then a linear decay (warmup, stable, decay)", LR_SCHEDULES
+    )
+    lr_decay: Share = _option(0.2, "share of the steps in which --lr-schedule wsd decays")
+    optimizer: str = _option("adamw", "muon: Muon for the matrices of the blocks, AdamW for all others", OPTIMIZERS)
+    beta1: Fraction = _option(0.9, "decay rate of AdamW's average of gradients")
+    beta2: Fraction = _option(0.95, "decay rate of AdamW's average of squared gradients")
+    eps: Positive = _option(1e-8, "added to the denominator of AdamW")
     weight_decay: NotNegative = _option(0.1, "weight decay of matrices")
+    cautious_decay: bool = _option(False, "decay only those weights that the update moves towards zero")
     clip: NotNegative = _option(1.0, "maximum global gradient norm; 0: no clipping")
     pp: Size | None = _option(None, "pipeline stages")
     dp: Size | None = _option(None, "data-parallel replicas")
@@ -188,6 +199,10 @@ class TrainConfig:
         """The settings of the adapters, if there are any."""
         return Lora.parse(self.lora) if self.lora is not None else None
 
+    def optimizer_settings(self) -> OptimizerSettings:
+        """The settings of the optimizer, apart from the learning rate."""
+        return OptimizerSettings(**{f.name: getattr(self, f.name) for f in fields(OptimizerSettings)})
+
     def recipe(self) -> Recipe:
         """Steps, learning rates and batch size: as given, else those of the objective, of `init`, or of the preset."""
         if self.model not in RECIPES:
@@ -238,71 +253,3 @@ def _toml(value: bool | int | float | str) -> str:
     if isinstance(value, str):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return repr(value)
-
-
-class _LoadConfig(Action):
-    """`--config FILE`: parse the keys of a file at its position in the command line; later flags override them."""
-
-    def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
-        _parse_file(Path(value), f"--config {value}", namespace)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings in a --config file. Raises UserError if it is not one."""
-    defaults = Namespace(**{setting.name: setting.default for setting in fields(TrainConfig)})
-    return _parse_file(path, str(path), defaults)
-
-
-def _parse_file(path: Path, name: str, namespace: Namespace) -> dict[str, Any]:
-    """Set the keys of a file in `namespace`, whose names are the allowed ones, and return them.
-
-    name: of the file in error messages.
-    """
-    values = read_toml(path, name)
-    keys = Parser(None, name)  # without the flags that the program requires; it names the file in its messages
-    _add_settings(keys, only=vars(namespace))
-    keys.add_verbosity()
-    known = vars(keys.parse_args([]))
-    for key, entry in values.items():
-        if key.replace("-", "_") not in known:
-            raise UserError(f"{name}: unknown key {key}; the keys are the flags of --help")
-        flag = "--" + key.replace("_", "-")
-        off = flag.replace("--", "--no-", 1)
-        check(f"{name}: {key}", entry, AnyText | bool | float)
-        arguments = [flag if entry else off] if isinstance(entry, bool) else [f"{flag}={entry}"]
-        keys.parse_args(arguments, namespace)
-    return {key: getattr(namespace, key) for key in (name.replace("-", "_") for name in values)}
-
-
-def given_flags(config: TrainConfig, without: Collection[str] = ()) -> list[str]:
-    """Flags for the settings that differ from their defaults."""
-    words = []
-    for setting in fields(TrainConfig):
-        value = getattr(config, setting.name)
-        if value != setting.default and setting.name not in without:
-            flag = "--" + setting.name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                words += [flag, str(value)]
-    return words
-
-
-def add_options(parser: ArgumentParser, only: Collection[str] | None = None) -> None:
-    """Add `--config` and a flag for every setting, or for those named in `only`, to a parser."""
-    parser.add_argument("--config", metavar="TOML", action=_LoadConfig, help="a file with these flags as keys")
-    _add_settings(parser, only)
-
-
-def _add_settings(parser: ArgumentParser, only: Collection[str] | None) -> None:
-    for setting in fields(TrainConfig):
-        if only is not None and setting.name not in only:
-            continue
-        flag, text = "--" + setting.name.replace("_", "-"), setting.metadata["help"]
-        if setting.type in (bool, bool | None):
-            parser.add_argument(flag, action=BooleanOptionalAction, default=setting.default, help=text)
-            continue
-        shown = "" if setting.default in (None, "") else " (default: %(default)s)"
-        choices = setting.metadata["choices"]
-        kind = flag_type(setting.type)
-        parser.add_argument(flag, type=kind, default=setting.default, choices=choices, help=text + shown)

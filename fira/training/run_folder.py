@@ -12,7 +12,8 @@ from fira.checkpoint.step_folders import find
 from fira.errors import UserError
 from fira.files import replace
 from fira.metrics.csv_log import LOG_NAME
-from fira.training.config import INHERITED, TrainConfig, read_settings
+from fira.training.config import INHERITED, TrainConfig
+from fira.training.flags import read_settings
 from fira.training.run_lock import RunLock
 
 RUNS = Path("runs")

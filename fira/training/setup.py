@@ -103,7 +103,8 @@ def set_up(
     distributed = parallelize(model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
     if config.compile:
         compile_blocks(distributed.modules(), model_config.seq_len)
-    trainer = Trainer(distributed, mesh, split, schedule, config.weight_decay, config.clip, config.precision == "fp16")
+    optimizer = config.optimizer_settings()
+    trainer = Trainer(distributed, mesh, split, schedule, optimizer, config.clip, config.precision == "fp16")
     if adapted:
         state.load_frozen(adapted.base, distributed)
     elif saved and not resumed:

@@ -18,13 +18,14 @@ from fira.data.tokenizer import TOKENIZER
 from fira.errors import UserError
 from fira.json_reader import array, check, integer, mapping, number, record, scalar
 from fira.models.registry import to_document
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.parallelize import DistributedModel, ParamShard
 from fira.posttraining.chat_corpus import ChatCorpus
 from fira.training.config import TrainConfig
 from fira.training.trainer import Trainer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Muon has the first one only
+EARLIER = {**asdict(OptimizerSettings()), "lr_schedule": "cosine"}  # settings that earlier versions did not store
 
 STATE_SCHEMA = record(
     {
@@ -52,14 +53,17 @@ def run_settings(config: TrainConfig, corpus: Corpus | ChatCorpus) -> dict[str, 
 
     config: with the chosen precision and micro-batch size. `data` is the key of the corpus, the hash of its content.
     """
-    names = ["micro_batch_size", "weight_decay", "clip", "precision", "seed", "objective"]
+    names = ["micro_batch_size", "lr_schedule", "clip", "precision", "seed", "objective"]
+    if config.lr_schedule == "wsd":
+        names.append("lr_decay")
     if config.objective == "dpo":
         names += ["dpo_loss", "dpo_beta"]
     if config.objective == "distill":
         names += ["teacher_top_k", "distill_beta", "distill_temperature", "on_policy", "answer_tokens"]
     if config.objective == "grpo":
         names += ["group_size", "answer_after", "answer_tokens"]
-    return {**asdict(config.recipe()), **{name: getattr(config, name) for name in names}, "data": corpus.folder.name}
+    values = {name: getattr(config, name) for name in names}
+    return {**asdict(config.recipe()), **asdict(config.optimizer_settings()), **values, "data": corpus.folder.name}
 
 
 def check_settings(saved: Checkpoint, settings: dict[str, Any], override: bool) -> None:
@@ -68,6 +72,8 @@ def check_settings(saved: Checkpoint, settings: dict[str, Any], override: bool) 
     The number of steps may change; the learning rate then follows the schedule of the new number, which is logged.
     """
     stored = _read_state(saved).get("settings", {})
+    if stored:
+        stored = EARLIER | stored
     different = {
         name: f"{name} is {stored[name]!s:.12} (here {value!s:.12})"
         for name, value in settings.items()
@@ -105,7 +111,7 @@ def save(
     moments = [
         TensorShard(f"{moment}/{shard.name}", tensor, shard.start, shard.shape)
         for shard in owned
-        for moment, tensor in zip(MOMENTS, optimizer.moments[shard.name], strict=True)
+        for moment, tensor in zip(MOMENTS, optimizer.moments[shard.name], strict=False)
     ]
     state = {
         "step": step,
@@ -136,15 +142,27 @@ def restore(saved: Checkpoint, trainer: Trainer, loader: TrainingBatches, tokeni
     _check_compatible(saved, trainer, tokenizer)
     state = _read_state(saved)
     load_weights(saved, trainer.model)
-    for shard in trainer.model.shards:
-        for moment, tensor in zip(MOMENTS, trainer.optimizer.moments[shard.name], strict=True):
-            tensor.copy_(_read(saved, f"{moment}/{shard.name}", shard))
+    _restore_moments(saved, state, trainer)
     saved.close()
-    trainer.optimizer.updates = state["updates"]
     loader.consumed = state["loader"]["consumed"]
     trainer.scale.load_state_dict(state["loss_scale"])
     trainer.history.load_state_dict(state.get("history", {"losses": [], "rollbacks": []}))
     return saved.step
+
+
+def _restore_moments(saved: Checkpoint, state: dict[str, Any], trainer: Trainer) -> None:
+    """Restore the moments, or set all of them to zero if the checkpoint was written with another optimizer."""
+    optimizer = trainer.optimizer
+    stored, current = (EARLIER | state.get("settings", {}))["optimizer"], optimizer.settings.optimizer
+    for shard in trainer.model.shards:
+        for moment, tensor in zip(MOMENTS, optimizer.moments[shard.name], strict=False):
+            if stored == current:
+                tensor.copy_(_read(saved, f"{moment}/{shard.name}", shard))
+            else:
+                tensor.zero_()
+    optimizer.updates = state["updates"] if stored == current else 0
+    if stored != current and this_rank() == 0:
+        logger.warning("the moments start at zero: %s has those of %s, not of %s", saved.folder, stored, current)
 
 
 def check_documents(saved: Checkpoint) -> None:

@@ -14,8 +14,8 @@ from fira.checkpoint.ranks import gather
 from fira.data.loader import TrainingBatches
 from fira.errors import UserError
 from fira.nn.context import MoEStats, pinned_for
-from fira.optim.adamw import AdamW
 from fira.optim.loss_scale import LossScale
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.cast_weights import cast_weights
 from fira.parallel.forward_pass import ForwardPass, by_number
@@ -24,6 +24,7 @@ from fira.parallel.gradients import NormVector, scale_gradients
 from fira.parallel.kernel_loading import KernelLoading
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import DistributedModel, ParamShard
+from fira.parallel.rank_optimizer import make_optimizer
 from fira.training.numerical_faults import FaultHistory, NumericalFault
 from pipeline.engine import MicroBatch
 from pipeline.mesh import Mesh
@@ -85,7 +86,7 @@ class Trainer:
         mesh: Mesh,
         split: BatchSplit,
         schedule: str,
-        weight_decay: float,
+        optimizer: OptimizerSettings,
         clip: float,
         fp16: bool,
     ) -> None:
@@ -94,12 +95,7 @@ class Trainer:
         self.split = split
         self.schedule = functools.cache(SCHEDULES[schedule].builder)
         self.clip = clip
-        self.optimizer = AdamW(
-            {shard.name: shard.parameter for shard in model.shards},
-            {shard.name for shard in model.shards if shard.is_matrix},
-            weight_decay,
-            stacked={shard.name for shard in model.shards if shard.expert},
-        )
+        self.optimizer = make_optimizer(model, mesh, optimizer)
         self.scale = LossScale(fp16)
         self.history = FaultHistory()
         self.norms = NormVector(model, mesh)

@@ -33,6 +33,7 @@ from fira.nn import cross_entropy, kernels
 from fira.nn.context import Context, DecodingContext
 from fira.nn.kv_cache import KVCache
 from fira.optim.adamw import AdamW
+from fira.optim.settings import OptimizerSettings
 from fira.parallel import parallelize as parallelize_module
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.overlapped_reduction import OverlappedReduction
@@ -172,7 +173,7 @@ def update() -> dict[str, int]:
         for parameter in parameters.values():
             parameter.grad = torch.empty_like(parameter)
         with Recorder() as recorder:
-            AdamW(parameters, {"matrix0", "matrix1"}, weight_decay=0.1).step(lr=1e-3)
+            AdamW(parameters, {"matrix0", "matrix1"}, OptimizerSettings()).step(lr=1e-3)
         assert not recorder.reads
         return dict(recorder.kernels)
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from fira.data.loader import Loader
 from fira.data.text_windows import TextWindows
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
@@ -27,7 +28,7 @@ def make(layout: list[int], fp16: bool) -> tuple[Trainer, Loader]:
     mesh = make_mesh(Layout(*layout), range(layout[0]))
     model = parallelize(meta_model(CONFIG), mesh, 7, [CPU], dtype=torch.float64)
     split = BatchSplit(2, mesh.layout.dp, mesh.dp_rank, CONFIG.d_model)
-    trainer = Trainer(model, mesh, split, "1f1b", weight_decay=0.1, clip=0.5, fp16=fp16)
+    trainer = Trainer(model, mesh, split, "1f1b", OptimizerSettings(), clip=0.5, fp16=fp16)
     return trainer, Loader(TextWindows(Tokens(CONFIG.vocab_size, 301), SEQ_LEN), seed=3)  # type: ignore[arg-type]
 
 

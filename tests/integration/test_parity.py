@@ -26,7 +26,7 @@ def case(layout: list[int], **settings: Any) -> str:
 
 def single_rank(name: str) -> str:
     """The same training on one rank and one device, without recomputation."""
-    kept = ("dropout", "dtype", "microbatch", "layers", "d_ff", "steps")
+    kept = ("dropout", "dtype", "microbatch", "layers", "d_ff", "steps", "optimizer")
     return case(ONE, **{key: value for key, value in json.loads(name).items() if key in kept})
 
 
@@ -79,7 +79,19 @@ EXCHANGED = [  # widths of whole vectors, because on a CPU the rounding of the l
         ([2, 2, 2], {"schedule": "zb-v"}),
     ]
 ]
-ALL = [LONG, *PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED, *EXCHANGED, *map(in_line, EXCHANGED)]
+MUON = [
+    case(layout, dropout=0.1, optimizer={"optimizer": "muon", "cautious_decay": cautious}, **settings)
+    for layout, cautious, settings in [
+        ([2, 1, 1], False, {}),
+        ([1, 2, 1], True, {}),
+        ([1, 2, 2], False, {"d_ff": 19}),  # matrices that do not fill vectors
+        ([2, 2, 2], True, {}),
+        ([1, 4, 2], False, {"d_ff": 19}),
+        ([2, 2, 1], False, {"schedule": "zb-v", "layers": 6}),
+        ([1, 4, 4], False, {"dtype": "float64"}),
+    ]
+]
+ALL = [LONG, *PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED, *EXCHANGED, *map(in_line, EXCHANGED), *MUON]
 
 
 @functools.cache
@@ -167,6 +179,16 @@ def test_torchgpipe_equals_one_device(name):
 @compared(RECOMPUTED)
 def test_recompute_is_bitwise_identical(name):
     assert result(name) == reference(name)
+
+
+@compared(MUON)
+def test_muon_is_bitwise_identical_to_one_rank(name):
+    assert result(name) == reference(name)
+
+
+def test_muon_differs_from_adamw():
+    """The comparison above would fail if the optimizer were not used."""
+    assert distance(result(MUON[0]), result(RECOMPUTED[0])) > 1e-3
 
 
 def test_compared_numbers_depend_on_dropout():

@@ -11,6 +11,7 @@ from torch import Tensor
 from fira.data.loader import Loader, ValidationSequences
 from fira.data.text_windows import TextWindows
 from fira.models.registry import from_document
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.gradients import gradient_of
 from fira.parallel.parallelize import parallelize
@@ -39,7 +40,7 @@ def train(
     mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), local_devices)
     built = parallelize(meta_model(config), mesh, 7, local_devices, schedule, autocast=dtype, recompute=recompute)
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
-    trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=dtype is torch.float16)
+    trainer = Trainer(built, mesh, split, schedule, OptimizerSettings(), clip=1.0, fp16=dtype is torch.float16)
     loader = Loader(TextWindows(Tokens(config.vocab_size), config.seq_len), seed=3)  # type: ignore[arg-type]
     unseen = ValidationSequences(TextWindows(Tokens(config.vocab_size, 60), config.seq_len, complete=False))  # type: ignore[arg-type]
     numbers, skipped = [], []

@@ -8,6 +8,7 @@ from fira.data.derived_batches import DerivedBatches
 from fira.data.loader import Loader
 from fira.data.text_windows import TextWindows
 from fira.models.registry import from_document
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.forward_pass import ForwardPass
 from fira.parallel.gradients import gradient_of
@@ -54,7 +55,7 @@ def train(
     windows = TextWindows(Tokens(config.vocab_size), config.seq_len)  # type: ignore[arg-type]
     teacher_model = Teacher(forward, splits[0].objective, config.vocab_size)  # type: ignore[arg-type]
     loader = DerivedBatches(Loader(windows, ORDER), teacher_model.taught)
-    trainer = Trainer(models[1], mesh, splits[1], schedule, weight_decay=0.1, clip=0.0, fp16=False)
+    trainer = Trainer(models[1], mesh, splits[1], schedule, OptimizerSettings(), clip=0.0, fp16=False)
     result = trainer.step(loader, batch, lr=0.0, seed=11)
     return {
         "step": [result.loss, result.aux_loss, result.grad_norm, *result.metrics.values()],

@@ -8,6 +8,7 @@ import torch
 from fira.checkpoint.pretrained import open_saved
 from fira.data.loader import Loader
 from fira.models.registry import from_document
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.gradients import gradient_of
 from fira.parallel.parallelize import DistributedModel, parallelize
@@ -54,7 +55,7 @@ def train(
         built = parallelize(meta_model(config), mesh, 7 + index, [CPU], schedule, kind)
         if weights:
             load_weights(open_saved(weights[index]), built)
-        return Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=0.0, fp16=False)
+        return Trainer(built, mesh, split, schedule, OptimizerSettings(), clip=0.0, fp16=False)
 
     packed, reference, trained = PackedExamples(Path(folder), "train-0", config.seq_len), trainer(0), trainer(1)
     logs = answer_logs(reference.forward, packed, batch, lambda _: None)

@@ -12,6 +12,7 @@ from fira.checkpoint.writer import CheckpointWriter
 from fira.data.loader import Loader
 from fira.data.text_windows import TextWindows
 from fira.models.registry import from_document
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
 from fira.training import state
@@ -29,7 +30,7 @@ class Training:
         model = parity_ranks.meta_model(config)
         built = parallelize(model, mesh, 7, [torch.device("cpu")], dtype=torch.float64)
         split = BatchSplit(2, mesh.layout.dp, mesh.dp_rank, config.d_model)
-        self.trainer = Trainer(built, mesh, split, "1f1b", weight_decay=0.1, clip=1.0, fp16=False)
+        self.trainer = Trainer(built, mesh, split, "1f1b", OptimizerSettings(), clip=1.0, fp16=False)
         self.loader = Loader(TextWindows(parity_ranks.Tokens(config.vocab_size), config.seq_len), seed=3)  # type: ignore[arg-type]
 
     def steps(self, count: int) -> list[list[float]]:

@@ -9,6 +9,7 @@ from torch import nn
 from fira.data.loader import Loader
 from fira.data.text_windows import TextWindows
 from fira.models.fira import FiraConfig
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.gradients import NormVector
 from fira.parallel.parallelize import parallelize
@@ -49,7 +50,7 @@ def clipped(mesh: Mesh, clip: float) -> list[float]:
     """Return the gradient norm that a step reports, and the norm of the gradients after clipping."""
     model = parallelize(meta_model(CONFIG), mesh, 7, [CPU], dtype=torch.float64)
     split = BatchSplit(2, 1, 0, CONFIG.d_model)
-    trainer = Trainer(model, mesh, split, "1f1b", weight_decay=0.1, clip=clip, fp16=False)
+    trainer = Trainer(model, mesh, split, "1f1b", OptimizerSettings(), clip=clip, fp16=False)
     loader = Loader(TextWindows(Tokens(CONFIG.vocab_size), SEQ_LEN), seed=3)  # type: ignore[arg-type]
     grad_norm = trainer.step(loader, 4, 1e-3, seed=11).grad_norm
     return [grad_norm, float(torch.cat([s.parameter.grad.flatten() for s in model.shards]).norm())]

@@ -10,6 +10,7 @@ from fira.data.derived_batches import DerivedBatches
 from fira.data.loader import Loader
 from fira.data.rows import Rows
 from fira.models.registry import from_document
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.gradients import gradient_of
 from fira.parallel.parallelize import parallelize
@@ -76,7 +77,7 @@ def train(
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model, None, kind, PolicyGradient())
     answers = RewardedAnswers(AnswerSampler(built, mesh, EOS, 0, seed=5), reward, group)
     loader = DerivedBatches(Loader(Prompts(config.seq_len, config.vocab_size), 3), answers, group)
-    trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=0.0, fp16=False)
+    trainer = Trainer(built, mesh, split, schedule, OptimizerSettings(), clip=0.0, fp16=False)
     result = trainer.step(loader, batch, lr=0.0, seed=11)
     rows = loader.batch(0, batch)
     return {

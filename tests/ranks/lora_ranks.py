@@ -12,6 +12,7 @@ from fira.models.adapters import add_adapters
 from fira.models.registry import from_document
 from fira.nn.lora import Lora
 from fira.optim.lr_schedule import learning_rate
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import ParamShard, parallelize
 from fira.training.trainer import Trainer
@@ -49,7 +50,7 @@ def train(
         if torch.count_nonzero(shard.parameter) == 0:
             _fill(shard)
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model, CPU, getattr(torch, dtype))
-    trainer = Trainer(built, mesh, split, schedule, s.weight_decay, s.clip, fp16=False)
+    trainer = Trainer(built, mesh, split, schedule, OptimizerSettings(weight_decay=s.weight_decay), s.clip, fp16=False)
     ids = token_ids(config.vocab_size, s.windows * config.seq_len + 1)
     loader = Loader(TextWindows(Tokens(ids), config.seq_len), s.loader_seed)  # type: ignore[arg-type]
     base, initial, gradients = _values(built.frozen), _values(built.shards), {}

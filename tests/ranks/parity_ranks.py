@@ -13,6 +13,7 @@ from fira.models.fira import FiraConfig
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, from_document
 from fira.optim.lr_schedule import learning_rate
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.compile_blocks import compile_blocks
 from fira.parallel.expert_parallel import AllToAllDispatcher
@@ -64,13 +65,14 @@ def train(
     parts: int = 1,
     reduction: str = "tree",
     documents: str = "",
+    optimizer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train a model on one layout.
 
     model: the document of a config; by default a small fira. observe: also evaluate after each step, and trace all
     steps. parts: of the experts' exchange. reduction: of gradients, "tree", or as on GPUs "plain" (after the backward)
     or "overlapped" (during it, where kernels are loaded first). documents: instead of windows of a text, train and
-    validate on documents that are "packed" into sequences, or "single" ones.
+    validate on documents that are "packed" into sequences, or "single" ones. optimizer: its settings.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the SHA-256 of
     this rank's weights and moments, for experts of each one; with `observe`, the validation losses and the numbers of
@@ -101,7 +103,7 @@ def train(
         if isinstance(module.dispatcher, AllToAllDispatcher):
             module.dispatcher.parts = parts
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
-    trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=False)
+    trainer = Trainer(built, mesh, split, schedule, OptimizerSettings(**(optimizer or {})), clip=1.0, fp16=False)
     if reduction != "tree":
         trainer.reduction = {"plain": PlainReduction, "overlapped": OverlappedReduction}[reduction](built, mesh)
         trainer.kernels.needed = reduction == "overlapped"

@@ -14,6 +14,7 @@ from fira.data.text_windows import TextWindows
 from fira.models.blues import BluesConfig
 from fira.models.fira import FiraConfig
 from fira.models.microrwkv import MicroRWKVConfig
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.parallelize import ParamShard, parallelize
@@ -128,7 +129,7 @@ def make_trainer(
         meta_model(config), mesh, 7, [CPU] * devices, schedule, dtype, autocast=autocast, recompute=recompute
     )
     split = BatchSplit(devices, mesh.layout.dp, mesh.dp_rank, config.d_model)
-    return Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=1.0, fp16=fp16)
+    return Trainer(built, mesh, split, schedule, OptimizerSettings(), clip=1.0, fp16=fp16)
 
 
 def late_gradient() -> str:

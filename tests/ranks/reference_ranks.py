@@ -9,6 +9,7 @@ from fira.data.loader import Loader, ValidationSequences
 from fira.data.text_windows import TextWindows
 from fira.models.registry import from_document
 from fira.optim.lr_schedule import learning_rate
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import DistributedModel, parallelize
 from fira.training.trainer import Trainer
@@ -42,7 +43,7 @@ def train(
     mesh = make_mesh(Layout(*layout), range(layout[0]))
     built = parallelize(meta_model(config), mesh, 7, [CPU], "1f1b", getattr(torch, dtype))
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
-    trainer = Trainer(built, mesh, split, "1f1b", s.weight_decay, s.clip, fp16=False)
+    trainer = Trainer(built, mesh, split, "1f1b", OptimizerSettings(weight_decay=s.weight_decay), s.clip, fp16=False)
     ids = token_ids(config.vocab_size, s.windows * config.seq_len + 1)
     loader = Loader(TextWindows(Tokens(ids), config.seq_len), s.loader_seed)  # type: ignore[arg-type]
     initial, steps = _weights(built), []

@@ -31,7 +31,8 @@ from fira.devices import choose_devices, choose_precision
 from fira.errors import UserError
 from fira.models.registry import PRESETS, build
 from fira.training import run_folder
-from fira.training.config import TrainConfig, add_options
+from fira.training.config import TrainConfig
+from fira.training.flags import add_options
 from fira.training.setup import choose_candidate, choose_model
 from pipeline.schedule import SCHEDULES
 

@@ -9,6 +9,7 @@ import torch
 from fira.checkpoint.pretrained import open_saved
 from fira.data.loader import Loader
 from fira.models.registry import from_document
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.gradients import gradient_of
 from fira.parallel.parallelize import parallelize
@@ -49,7 +50,7 @@ def train(
     if weights:
         load_weights(open_saved(weights), built)
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model, dtype=kind)
-    trainer = Trainer(built, mesh, split, schedule, weight_decay=0.1, clip=0.0, fp16=False)
+    trainer = Trainer(built, mesh, split, schedule, OptimizerSettings(), clip=0.0, fp16=False)
     loader: Any = Loader(PackedExamples(Path(folder), "train-0", config.seq_len), SEED)
     initial = {shard.name: (shard.start, shard.parameter.tolist()) for shard in built.shards}
     results, gradients = [], []

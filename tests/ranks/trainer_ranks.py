@@ -16,6 +16,7 @@ from fira.models.blues import BluesConfig
 from fira.models.fira import FiraConfig
 from fira.models.registry import build
 from fira.nn.context import Context, TrainingContext
+from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.parallelize import parallelize
 from fira.training import trainer as module
@@ -56,7 +57,7 @@ def make(clip: float = 0.5, fp16: bool = False, pp: int = 1, config: Any = CONFI
     mesh = make_mesh(Layout(pp, torch.distributed.get_world_size() // pp, 1), range(pp))
     model = parallelize(meta_model(config), mesh, 7, [CPU], dtype=torch.float64)
     split = BatchSplit(2, mesh.layout.dp, mesh.dp_rank, CONFIG.d_model)
-    trainer = Trainer(model, mesh, split, "1f1b", weight_decay=0.1, clip=clip, fp16=fp16)
+    trainer = Trainer(model, mesh, split, "1f1b", OptimizerSettings(), clip=clip, fp16=fp16)
     return trainer, Loader(TextWindows(Tokens(CONFIG.vocab_size, 301), SEQ_LEN), seed=3)  # type: ignore[arg-type]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from fira.cli import Parser
 from fira.errors import UserError
-from fira.training.config import add_options
+from fira.training.flags import add_options
 from tests.fira.training.small_runs import cache
 from tests.launch import run_function
 
@@ -29,6 +29,11 @@ INVALID_FLAGS = {
     "--clip inf": "--clip: give a number of at least 0, not 'inf'",
     "--warmup -5": "--warmup: give an integer of at least 0, not '-5'",
     "--weight-decay -0.1": "--weight-decay: give a number of at least 0, not '-0.1'",
+    "--optimizer sgd": "invalid choice: 'sgd' (choose from adamw, muon)",
+    "--beta1 1": "--beta1: give a number of at least 0 and less than 1, not '1'",
+    "--eps 0": "--eps: give a number greater than 0, not '0'",
+    "--lr-schedule step": "invalid choice: 'step' (choose from cosine, linear, wsd)",
+    "--lr-decay 0": "--lr-decay: give a number greater than 0 and at most 1, not '0'",
     "--seed -1": "--seed: give an integer from 0 to 9,223,372,036,854,775,807, not '-1'",
     "--timeout 0": "--timeout: give a number greater than 0 and at most 1,000,000,000, not '0'",
     "--timeout nan": "--timeout: give a number greater than 0",

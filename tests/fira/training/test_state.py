@@ -55,6 +55,15 @@ def test_number_of_steps_may_change_and_is_reported(tmp_path: Path, caplog: pyte
     ]
 
 
+def test_settings_that_earlier_versions_did_not_store_had_their_defaults(tmp_path: Path) -> None:
+    """The settings above have neither an optimizer nor a schedule."""
+    checkpoint = saved(tmp_path)
+    defaults = {"optimizer": "adamw", "beta1": 0.9, "eps": 1e-8, "cautious_decay": False, "lr_schedule": "cosine"}
+    check_settings(checkpoint, SETTINGS | defaults, override=False)
+    with pytest.raises(UserError, match=r"optimizer is adamw \(here muon\), lr_schedule is cosine \(here wsd\);"):
+        check_settings(checkpoint, SETTINGS | defaults | {"optimizer": "muon", "lr_schedule": "wsd"}, override=False)
+
+
 def test_checkpoint_without_settings_is_accepted(tmp_path: Path) -> None:
     check_settings(saved(tmp_path, settings=None), SETTINGS, override=False)
 

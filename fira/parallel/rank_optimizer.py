@@ -1,0 +1,37 @@
+"""The optimizer of a rank's parameters."""
+
+import torch
+
+from fira.optim.adamw import AdamW
+from fira.optim.muon import Muon, Replicated
+from fira.optim.settings import OptimizerSettings
+from fira.parallel.parallelize import DistributedModel, ParamShard
+from pipeline.mesh import Mesh
+
+
+def make_optimizer(model: DistributedModel, mesh: Mesh, settings: OptimizerSettings) -> AdamW:
+    """The optimizer of the trained parameters; its `step` is collective over the ranks of a stage."""
+    parameters = {shard.name: shard.parameter for shard in model.shards}
+    matrices = {shard.name for shard in model.shards if shard.is_matrix}
+    experts = {shard.name for shard in model.shards if shard.expert}
+    if settings.optimizer == "adamw":
+        return AdamW(parameters, matrices, settings, experts)
+    hidden = hidden_matrices(model)
+    replicated = [
+        Replicated([shard.name for shard in hidden if shard.expert == expert], mesh.groups[axis])
+        for expert, axis in ((False, "dp"), (True, "edp"))
+    ]
+    # The products of the steps have this dtype on the same device, so that it has instructions for it.
+    in_bf16 = model.device.type == "cuda" and model.engine.message_dtype is torch.bfloat16
+    return Muon(parameters, matrices, settings, experts, replicated, torch.bfloat16 if in_bf16 else None)
+
+
+def hidden_matrices(model: DistributedModel) -> list[ParamShard]:
+    """The matrices of the blocks, without those of routers. Embedding and head are the first and the last layer."""
+    routers = {id(parameter) for moe in model.moe for parameter in moe.router.parameters()}
+    blocks = range(1, model.stages[-1].stop - 1)
+    return [
+        shard
+        for shard in model.shards
+        if shard.is_matrix and int(shard.name.split(".")[1]) in blocks and id(shard.parameter) not in routers
+    ]

@@ -27,11 +27,11 @@ def divide(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 class DividedWork:
-    """Computes tensors of the shapes and dtype of `like`, each on one rank of the group."""
+    """Computes tensors of the shapes and dtype of `like`, each on one rank of the group. None: all on this rank."""
 
-    def __init__(self, like: Sequence[Tensor], costs: Sequence[float], group: dist.ProcessGroup) -> None:
+    def __init__(self, like: Sequence[Tensor], costs: Sequence[float], group: dist.ProcessGroup | None) -> None:
         self._like, self._group = like, group
-        self._division = divide(costs, dist.get_world_size(group))
+        self._division = divide(costs, 1 if group is None else dist.get_world_size(group))
 
     def results(self, compute: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Yield the index and the result of every computation, in any order (collective).

@@ -95,16 +95,27 @@ def all_reduce(sums: Sequence[Tensor], leaves: int, result: Tensor, group: dist.
     sums: of this rank's nodes in the order of `nodes_by_rank`, each of the shape of `result`: [n], where the size of
     the group divides n.
     """
+    ranks = dist.get_world_size(group)
+    part = len(result) // ranks
+    own = reduce_scatter(sums, leaves, [part] * ranks, group)
+    dist.all_gather(list(result.split(part)), own, group=group)
+
+
+def reduce_scatter(sums: Sequence[Tensor], leaves: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Complete a tree over the ranks of a group, and return this rank's part of its sum (collective).
+
+    sums: of this rank's nodes in the order of `nodes_by_rank`, each [n]. sizes: of the parts of all ranks, one after
+    another, with the sum n.
+    """
     nodes, rank = nodes_by_rank(dist.get_world_size(group), leaves), dist.get_rank(group)
-    part = len(result) // len(nodes)
     tree = TreeSum(leaves)
     for i in range(max(map(len, nodes))):  # one node of each rank at a time
         senders = [own[i] for own in nodes if i < len(own)]
-        received = result.new_empty(len(senders), part)
-        send = sums[i] if i < len(nodes[rank]) else result.new_empty(0)
-        receive_sizes = [part if i < len(own) else 0 for own in nodes]
-        send_sizes = [len(send) // len(nodes)] * len(nodes)
+        received = sums[0].new_empty(len(senders), sizes[rank])
+        sends = i < len(nodes[rank])
+        receive_sizes = [sizes[rank] if i < len(own) else 0 for own in nodes]
+        send, send_sizes = (sums[i], list(sizes)) if sends else (sums[0].new_empty(0), [0] * len(nodes))
         dist.all_to_all_single(received.view(-1), send, receive_sizes, send_sizes, group=group)
         for node, row in zip(senders, received, strict=True):
             tree.add(node, [row])
-    dist.all_gather(list(result.split(part)), tree.sums[range(leaves)][0], group=group)
+    return tree.sums[range(leaves)][0]

@@ -26,7 +26,7 @@ from fira.training.flags import add_options, given_flags
 from fira.value_types import PathName, Size
 from pipeline.mpi.world import launched_rank
 
-PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute")
+PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute", "shard")
 KEYS = ("model", "model_set", "vocab_size", "seq_len", "batch_size", "precision", *PLANNED)
 
 logger = logging.getLogger(__name__)

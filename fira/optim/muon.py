@@ -29,10 +29,10 @@ RMS = 0.2  # of the elements of an update by AdamW
 
 
 class Replicated(NamedTuple):
-    """The names of matrices, or of stacks of matrices, that are held by all ranks of a group."""
+    """The names of matrices, or of stacks of matrices, that are updated by all ranks of a group; None: by this rank."""
 
     names: list[str]
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
 
 
 class Muon(AdamW):

@@ -18,19 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fira.parallel.owners import Owners
 from fira.parallel.parallelize import DistributedModel
 from pipeline.mesh import Mesh
 from pipeline.schedule import Action, ActionKind
-from pipeline.tree_sum import TreeSum, all_reduce, leaves_of, nodes_by_rank
+from pipeline.tree_sum import TreeSum, all_reduce, leaves_of, nodes_by_rank, reduce_scatter
 
 BUCKET = 2**22  # bytes of a bucket of smaller gradients, small enough to stay in the CPU cache
 
 
 class GradientSum:
-    """Sums the gradients of one step: `begin`, then the backward within `around_backward`, then `finish`."""
+    """Sums the gradients of one step: `begin`, then the backward within `around_backward`, then `finish`.
 
-    def __init__(self, model: DistributedModel, mesh: Mesh) -> None:
-        self._mesh = mesh
+    If the owners are sharded, only the owner of a parameter gets its gradient.
+    """
+
+    def __init__(self, model: DistributedModel, mesh: Mesh, owners: Owners) -> None:
+        self._mesh, self._owners = mesh, owners
         self._tied = model.tied
         self._parameters: dict[bool, list[Tensor]] = {False: [], True: []}  # dense, experts, in the order of the stages
         self._stages: dict[int, dict[bool, list[Tensor]]] = {}  # their autograd leaves
@@ -84,7 +88,7 @@ class GradientSum:
             parameters = self._parameters[expert]
             for parameter, gradient in zip(parameters, self._reduce(parameters, own, group), strict=True):
                 parameter.grad = gradient
-        if self._tied:
+        if self._tied and (not self._owners.sharded or self._mesh.dp_rank == 0):  # the owner, see `Owners`
             self._tied.sum_gradients()
 
     def _add(self, action: Action, dense: list[Tensor], experts: list[Tensor]) -> None:
@@ -104,11 +108,13 @@ class GradientSum:
 
     def _reduce(
         self, parameters: Sequence[Tensor], own: Sequence[Sequence[Tensor]], group: dist.ProcessGroup
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor | None]:
         """The sums over all ranks of a group, for each parameter. own: the sums of this rank's nodes."""
         ranks = dist.get_world_size(group)
         if ranks == 1:
             return list(own[0])
+        if self._owners.sharded:
+            return self._reduce_to_owners(parameters, own, group)
         reduced: list[Tensor] = []
         for bucket in _buckets(parameters):
             length = sum(parameter.numel() for parameter in parameters[bucket])
@@ -118,6 +124,24 @@ class GradientSum:
             sizes = [parameter.numel() for parameter in parameters[bucket]]
             for parameter, part in zip(parameters[bucket], result[:length].split(sizes), strict=True):
                 reduced.append(part.view_as(parameter))
+        return reduced
+
+    def _reduce_to_owners(
+        self, parameters: Sequence[Tensor], own: Sequence[Sequence[Tensor]], group: dist.ProcessGroup
+    ) -> list[Tensor | None]:
+        """The same for the parameters that this rank owns, and None for others."""
+        rank = dist.get_rank(group)
+        reduced: list[Tensor | None] = [None] * len(parameters)
+        owners = [self._owners.owner(parameter) for parameter in parameters]
+        for bucket in _buckets(parameters):
+            order = sorted(range(bucket.start, bucket.stop), key=owners.__getitem__)
+            sizes = [0] * dist.get_world_size(group)
+            for i in order:
+                sizes[owners[i]] += parameters[i].numel()
+            sums = [torch.cat([gradients[i].flatten() for i in order]) for gradients in own]
+            part, mine = reduce_scatter(sums, self._microbatches, sizes, group), [i for i in order if owners[i] == rank]
+            for i, values in zip(mine, part.split([parameters[i].numel() for i in mine]), strict=True):
+                reduced[i] = values.view_as(parameters[i])
         return reduced
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fira.parallel.owners import Owners
 from fira.parallel.parallelize import DistributedModel, ParamShard
-from pipeline.mesh import Mesh
 
 
 def gradient_of(shard: ParamShard) -> Tensor:
@@ -23,14 +23,14 @@ class NormVector:
     of all entries, is therefore bitwise identical for all layouts in which the gradients are bitwise identical.
     """
 
-    def __init__(self, model: DistributedModel, mesh: Mesh) -> None:
+    def __init__(self, model: DistributedModel, owners: Owners) -> None:
         self.names: list[str] = []  # of the entries
         self._owned: list[tuple[ParamShard, int]] = []  # with the number of entries of each shard
         indices: list[int] = []  # of this rank's entries
         shards = {shard.name: shard for shard in model.shards}
         for name, shape, expert in model.parameters:
             shard = shards.get(name)
-            if shard is not None and (mesh.edp_rank if expert else mesh.dp_rank) == 0:
+            if shard is not None and owners.owns(shard):
                 rows = len(shard.parameter) if expert else 1
                 self._owned.append((shard, rows))
                 indices += range(len(self.names) + shard.start, len(self.names) + shard.start + rows)

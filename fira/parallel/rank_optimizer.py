@@ -5,21 +5,22 @@ import torch
 from fira.optim.adamw import AdamW
 from fira.optim.muon import Muon, Replicated
 from fira.optim.settings import OptimizerSettings
+from fira.parallel.owners import Owners
 from fira.parallel.parallelize import DistributedModel, ParamShard
-from pipeline.mesh import Mesh
 
 
-def make_optimizer(model: DistributedModel, mesh: Mesh, settings: OptimizerSettings) -> AdamW:
-    """The optimizer of the trained parameters; its `step` is collective over the ranks of a stage."""
-    parameters = {shard.name: shard.parameter for shard in model.shards}
-    matrices = {shard.name for shard in model.shards if shard.is_matrix}
-    experts = {shard.name for shard in model.shards if shard.expert}
+def make_optimizer(model: DistributedModel, owners: Owners, settings: OptimizerSettings) -> AdamW:
+    """The optimizer of the parameters that this rank updates; its `step` is collective over the ranks of a stage."""
+    shards = owners.updated
+    parameters = {shard.name: shard.parameter for shard in shards}
+    matrices = {shard.name for shard in shards if shard.is_matrix}
+    experts = {shard.name for shard in shards if shard.expert}
     if settings.optimizer == "adamw":
         return AdamW(parameters, matrices, settings, experts)
-    hidden = hidden_matrices(model)
+    hidden = [shard for shard in hidden_matrices(model) if shard.name in parameters]
     replicated = [
-        Replicated([shard.name for shard in hidden if shard.expert == expert], mesh.groups[axis])
-        for expert, axis in ((False, "dp"), (True, "edp"))
+        Replicated([shard.name for shard in hidden if shard.expert == expert], None if owners.sharded else group)
+        for expert, group in owners.groups.items()
     ]
     # The products of the steps have this dtype on the same device, so that it has instructions for it.
     in_bf16 = model.device.type == "cuda" and model.engine.message_dtype is torch.bfloat16

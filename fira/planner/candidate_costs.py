@@ -61,6 +61,10 @@ class CandidateCosts:
         """The same candidate with `blocks` blocks of every stage recomputed."""
         return type(self)(self.inputs, replace(self.candidate, recompute=blocks))
 
+    def with_sharding(self) -> Self:
+        """The same candidate with the moments of the optimizer divided over the replicas."""
+        return type(self)(self.inputs, replace(self.candidate, sharded=True))
+
     def blocks(self, stage: int) -> list[int]:
         """The layers of a stage that can be recomputed: those between embedding and head."""
         return [i for i in self.stages[stage] if 0 < i < len(self.profile.layers) - 1]

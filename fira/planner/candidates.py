@@ -20,6 +20,7 @@ class Constraints:
     schedule: str | None = None
     microbatch: int | None = None
     recompute: int | None = None
+    sharded: bool = False  # False: where a candidate does not fit otherwise
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Candidate:
     microbatch: int
     count: int
     recompute: int  # blocks of every stage
+    sharded: bool = False  # whether the replicas divide the moments of the optimizer
 
 
 def candidates(profile: ModelProfile, ranks: int, constraints: Constraints) -> Iterator[Candidate]:
@@ -57,7 +59,8 @@ def candidates(profile: ModelProfile, ranks: int, constraints: Constraints) -> I
                     continue
                 for size in sorted(sizes) if constraints.microbatch is None else [constraints.microbatch]:
                     count = -(-constraints.batch // (size * dp))
-                    yield Candidate(Layout(pp, dp, ep), name, size, count, constraints.recompute or 0)
+                    layout, recompute = Layout(pp, dp, ep), constraints.recompute or 0
+                    yield Candidate(layout, name, size, count, recompute, constraints.sharded)
 
 
 @cache

@@ -1,6 +1,6 @@
 """The memory of a candidate.
 
-memory of a rank = weights + AdamW's two moments of the trained ones
+memory of a rank = weights + AdamW's two moments of the trained ones, or its share of them with --shard optimizer
                  + gradients: one of each trained weight, or the partial sums of a tree (pipeline/tree_sum.py)
                  + max(activations at the schedule's peak + temporary tensors of a backward
                        + copies of matrices in the dtype of autocast (fira/parallel/cast_weights.py), reduction bucket)
@@ -13,7 +13,7 @@ from fira.planner.candidate_costs import CandidateCosts
 from fira.planner.candidates import schedule_of
 from pipeline.simulate import peak_memory
 
-TENSORS_PER_WEIGHT = 3  # the weight and AdamW's two moments
+MOMENTS = 2  # of AdamW for each trained weight
 
 
 def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
@@ -22,6 +22,7 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
     result = []
     for rank, layers in enumerate(costs.rank_layers):
         weights = costs.element_size * sum(costs.parameters(rank))
+        moments = MOMENTS * costs.element_size * _updated(costs, rank)
         frozen = costs.element_size * costs.frozen_parameters(rank)
         recomputed = [i for stage in costs.rank_stages[rank] for i in costs.recomputed(stage)]
         recompute = max((costs.layer_costs[i].saved_for_backward for i in recomputed), default=0)
@@ -32,7 +33,7 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
         reduction = min(weights, 3 * BUCKET) if costs.layout.dp > 1 else 0  # sent, received and reduced
         copies = costs.copy_size * costs.cast_parameters(rank)
         temporary = max(activations[rank] + backward + copies, reduction)
-        result.append(TENSORS_PER_WEIGHT * weights + frozen + gradients + temporary)
+        result.append(weights + moments + frozen + gradients + temporary)
     return tuple(result)
 
 
@@ -44,6 +45,14 @@ def with_least_recompute(costs: CandidateCosts) -> CandidateCosts:
         return max(rank_memory(costs.with_recompute(blocks))) <= costs.hardware.memory
 
     return costs.with_recompute(min(limit, 1 + bisect_left(range(1, limit + 1), True, key=fits)))
+
+
+def _updated(costs: CandidateCosts, rank: int) -> float:
+    """The number of parameters that a rank updates."""
+    replicated, experts = costs.parameters(rank)
+    if not costs.candidate.sharded:
+        return replicated + experts
+    return replicated / costs.layout.dp + experts * costs.layout.ep / costs.layout.dp
 
 
 def _gradients(costs: CandidateCosts, rank: int) -> float:

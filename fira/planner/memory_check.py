@@ -26,7 +26,7 @@ from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate
 from fira.planner.costs import LayerCost, copy_size, element_size, roofline_costs
 from fira.planner.measure import device_memory
-from fira.planner.memory import TENSORS_PER_WEIGHT, rank_memory
+from fira.planner.memory import MOMENTS, rank_memory
 from fira.planner.model_profile import LayerKind, ModelProfile, logits_bytes, profile_of
 
 LEAST, MOST = 0.5, 2.25  # activations of a block in units of its features; 0.9 to 2.0 by the planner's estimates
@@ -132,7 +132,7 @@ def _needs(costs: CandidateCosts, device: str) -> list[float]:
 def _saved_copy(costs: CandidateCosts, rank: int) -> float:
     """Bytes of the copy from which a checkpoint is written in the background. Replicas save different rows."""
     replicated, experts = costs.parameters(rank)
-    return TENSORS_PER_WEIGHT * costs.element_size * (replicated + costs.layout.ep * experts) / costs.layout.dp
+    return (1 + MOMENTS) * costs.element_size * (replicated + costs.layout.ep * experts) / costs.layout.dp
 
 
 def _features(kind: LayerKind) -> float:
@@ -152,6 +152,8 @@ def _remedy(candidate: Candidate, fits: Callable[[Candidate], bool], machines: f
         count = -(-batch // (microbatch * dp))
         return replace(candidate, microbatch=microbatch, count=count, recompute=recompute)
 
+    if dp > 1 and fits(replace(candidate, sharded=True)):
+        return "--shard optimizer"
     for recompute, flag in ((candidate.recompute, ""), (EVERY_BLOCK, " --recompute full")):
         for size in _powers_of_two(candidate.microbatch):
             if fits(changed(size, batch, recompute)):

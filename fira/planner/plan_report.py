@@ -72,6 +72,8 @@ def flags(candidate: Candidate) -> list[str]:
         "schedule": candidate.schedule,
         "micro-batch-size": candidate.microbatch,
     }
+    if candidate.sharded:
+        values["shard"] = "optimizer"
     if candidate.recompute:
         values["recompute"] = recompute_flag(candidate)
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
@@ -87,7 +89,9 @@ def _row(number: int, estimate: Estimate, tokens: int) -> tuple[str, ...]:
     return (
         str(number),
         f"{candidate.layout.pp} × {candidate.layout.dp} ({candidate.layout.ep})",
-        candidate.schedule + (f" recompute {recompute_flag(candidate)}" if candidate.recompute else ""),
+        candidate.schedule
+        + (" sharded" if candidate.sharded else "")
+        + (f" recompute {recompute_flag(candidate)}" if candidate.recompute else ""),
         f"{candidate.count} of {candidate.microbatch}",
         _seconds(estimate.seconds),
         f"{tokens / estimate.seconds:,.0f}",

@@ -15,7 +15,14 @@ from pipeline.mpi import World
 def constraints_of(config: TrainConfig, batch: int) -> Constraints:
     """The given settings as constraints of the planner."""
     return Constraints(
-        batch, config.pp, config.dp, config.ep, config.schedule, config.micro_batch_size, config.recomputed()
+        batch,
+        config.pp,
+        config.dp,
+        config.ep,
+        config.schedule,
+        config.micro_batch_size,
+        config.recomputed(),
+        config.shard is not None,
     )
 
 
@@ -32,4 +39,5 @@ def with_plan(config: TrainConfig, model: LanguageModel, batch: int, device: tor
         schedule=candidate.schedule,
         micro_batch_size=candidate.microbatch,
         recompute=recompute_flag(candidate),
+        shard="optimizer" if candidate.sharded else config.shard,
     )

@@ -116,6 +116,11 @@ class TrainConfig:
     pp: Size | None = _option(None, "pipeline stages")
     dp: Size | None = _option(None, "data-parallel replicas")
     ep: Size | None = _option(None, "ranks that the experts are split over; divides dp")
+    shard: str | None = _option(
+        None,
+        "optimizer: each replica has the moments of a part of the parameters, and updates them (ZeRO-1)",
+        ("optimizer",),
+    )
     schedule: str | None = _option(None, "pipeline schedule; default: 1f1b", tuple(SCHEDULES))
     plan: str | None = _option(
         None, "auto: measure, then choose the layout, schedule and micro-batch size not given", ("auto",)

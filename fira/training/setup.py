@@ -104,7 +104,8 @@ def set_up(
     if config.compile:
         compile_blocks(distributed.modules(), model_config.seq_len)
     optimizer = config.optimizer_settings()
-    trainer = Trainer(distributed, mesh, split, schedule, optimizer, config.clip, config.precision == "fp16")
+    fp16, sharded = config.precision == "fp16", config.shard == "optimizer"
+    trainer = Trainer(distributed, mesh, split, schedule, optimizer, config.clip, fp16, sharded)
     if adapted:
         state.load_frozen(adapted.base, distributed)
     elif saved and not resumed:
@@ -205,7 +206,7 @@ def choose_candidate(
     )
     microbatch = choose_microbatch(config, batch_size, layout)
     count = BatchSplit(microbatch, layout.dp, 0, model.config.d_model).count(batch_size)
-    candidate = Candidate(layout, schedule, microbatch, count, recompute=0)
+    candidate = Candidate(layout, schedule, microbatch, count, 0, sharded=config.shard is not None)
     candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
     check_memory(config.name(), model, candidate, config.precision, devices)
     return config, candidate

@@ -106,7 +106,7 @@ def save(
     the seed and the sequence number, so there is no random state to save.
     """
     mesh, optimizer = trainer.mesh, trainer.optimizer
-    owned = [shard for shard in trainer.model.shards if (mesh.edp_rank if shard.expert else mesh.dp_rank) == 0]
+    owned = [shard for shard in trainer.model.shards if trainer.owners.owns(shard)]
     buffers = trainer.model.buffers if mesh.dp_rank == 0 else []
     moments = [
         TensorShard(f"{moment}/{shard.name}", tensor, shard.start, shard.shape)
@@ -154,7 +154,7 @@ def _restore_moments(saved: Checkpoint, state: dict[str, Any], trainer: Trainer)
     """Restore the moments, or set all of them to zero if the checkpoint was written with another optimizer."""
     optimizer = trainer.optimizer
     stored, current = (EARLIER | state.get("settings", {}))["optimizer"], optimizer.settings.optimizer
-    for shard in trainer.model.shards:
+    for shard in trainer.owners.updated:
         for moment, tensor in zip(MOMENTS, optimizer.moments[shard.name], strict=False):
             if stored == current:
                 tensor.copy_(_read(saved, f"{moment}/{shard.name}", shard))

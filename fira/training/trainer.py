@@ -23,6 +23,7 @@ from fira.parallel.gradient_sum import GradientSum
 from fira.parallel.gradients import NormVector, scale_gradients
 from fira.parallel.kernel_loading import KernelLoading
 from fira.parallel.overlapped_reduction import OverlappedReduction
+from fira.parallel.owners import Owners
 from fira.parallel.parallelize import DistributedModel, ParamShard
 from fira.parallel.rank_optimizer import make_optimizer
 from fira.training.numerical_faults import FaultHistory, NumericalFault
@@ -89,19 +90,21 @@ class Trainer:
         optimizer: OptimizerSettings,
         clip: float,
         fp16: bool,
+        shard_optimizer: bool = False,
     ) -> None:
         self.model = model
         self.mesh = mesh
         self.split = split
         self.schedule = functools.cache(SCHEDULES[schedule].builder)
         self.clip = clip
-        self.optimizer = make_optimizer(model, mesh, optimizer)
+        self.owners = Owners(model, mesh, shard_optimizer)
+        self.optimizer = make_optimizer(model, self.owners, optimizer)
         self.scale = LossScale(fp16)
         self.history = FaultHistory()
-        self.norms = NormVector(model, mesh)
+        self.norms = NormVector(model, self.owners)
         # Not by the backend: where GPUs use MPI, experts compute the rows of all ranks together as well.
         on_cpu = mesh.device_type == "cpu"
-        self.reduction = GradientSum(model, mesh) if on_cpu else OverlappedReduction(model, mesh)
+        self.reduction = GradientSum(model, mesh, self.owners) if on_cpu else OverlappedReduction(model, mesh)
         self.kernels = KernelLoading(model, mesh)
         self.forward = ForwardPass(model, split, self.kernels)
 
@@ -162,8 +165,9 @@ class Trainer:
     def _update(self, lr: float, norm: float, scale: float, load: Tensor) -> None:
         """Clip and unscale the gradients, update the weights, and rebalance routers by the load of the experts."""
         clipping = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
-        scale_gradients(self.model.shards, clipping / scale)
+        scale_gradients(self.owners.updated, clipping / scale)
         self.optimizer.step(lr)
+        self.owners.share_weights()
         if self.model.tied:
             self.model.tied.share_value()
         for moe in self.model.moe:

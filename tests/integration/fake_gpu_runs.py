@@ -91,7 +91,7 @@ def train(
         model = parallelize(whole, mesh, 7, [device], "1f1b", dtype, autocast, recompute)
         split = BatchSplit(SEQUENCES, mesh.layout.dp, mesh.dp_rank, config.d_model, device)
         stack.enter_context(patch.dict(cross_entropy.LOGITS, {"gpu": logits}))
-        trainer = Trainer(model, mesh, split, "1f1b", 0.1, 1.0, precision == "fp16")
+        trainer = Trainer(model, mesh, split, "1f1b", OptimizerSettings(), 1.0, precision == "fp16")
         trainer.reduction = OverlappedReduction(model, mesh)  # as with NCCL
         rows = SEQUENCES * config.seq_len * _top_k(whole) // getattr(config, "num_experts", 1)  # of each expert
         step, evaluation = Recorder(repeat(rows)), Recorder(repeat(rows))

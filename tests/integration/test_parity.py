@@ -91,7 +91,19 @@ MUON = [
         ([1, 4, 4], False, {"dtype": "float64"}),
     ]
 ]
-ALL = [LONG, *PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED, *EXCHANGED, *map(in_line, EXCHANGED), *MUON]
+SHARDED = [
+    case(layout, dropout=0.1, shard=True, **settings)
+    for layout, settings in [
+        ([1, 2, 1], {"microbatch": 2}),
+        ([1, 2, 2], {"optimizer": {"optimizer": "muon"}}),
+        ([1, 4, 1], {"d_ff": 19}),
+        ([1, 4, 2], {"optimizer": {"optimizer": "muon", "cautious_decay": True}}),
+        ([2, 2, 2], {"schedule": "zb-h1"}),
+        ([2, 2, 1], {"schedule": "zb-v", "layers": 6, "dtype": "float64"}),
+        ([1, 4, 1], {"d_ff": 1500}),  # more than a bucket
+    ]
+]
+ALL = [LONG, *PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED, *EXCHANGED, *map(in_line, EXCHANGED), *MUON, *SHARDED]
 
 
 @functools.cache
@@ -183,6 +195,11 @@ def test_recompute_is_bitwise_identical(name):
 
 @compared(MUON)
 def test_muon_is_bitwise_identical_to_one_rank(name):
+    assert result(name) == reference(name)
+
+
+@compared(SHARDED)
+def test_sharded_optimizer_is_bitwise_identical_to_one_rank(name):
     assert result(name) == reference(name)
 
 

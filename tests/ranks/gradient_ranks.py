@@ -12,6 +12,7 @@ from fira.models.fira import FiraConfig
 from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.gradients import NormVector
+from fira.parallel.owners import Owners
 from fira.parallel.parallelize import parallelize
 from fira.parallel.tied_embedding import TiedWeight
 from fira.training.trainer import Trainer
@@ -40,7 +41,7 @@ def norms(mesh: Mesh) -> dict[str, Any]:
         shard.parameter.grad = shard.parameter.detach() + 0.5
         rows = shard.parameter.grad if shard.expert else [shard.parameter.grad]
         expected += [float(row.square().sum()) for row in rows]
-    vector = NormVector(model, mesh)
+    vector = NormVector(model, Owners(model, mesh, sharded=False))
     entries = vector.local()
     dist.all_reduce(entries)
     return {"names": vector.names, "norms": entries.tolist(), "expected_norms": expected}

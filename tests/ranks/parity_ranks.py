@@ -66,6 +66,7 @@ def train(
     reduction: str = "tree",
     documents: str = "",
     optimizer: dict[str, Any] | None = None,
+    shard: bool = False,
 ) -> dict[str, Any]:
     """Train a model on one layout.
 
@@ -73,6 +74,7 @@ def train(
     steps. parts: of the experts' exchange. reduction: of gradients, "tree", or as on GPUs "plain" (after the backward)
     or "overlapped" (during it, where kernels are loaded first). documents: instead of windows of a text, train and
     validate on documents that are "packed" into sequences, or "single" ones. optimizer: its settings.
+    shard: whether the replicas divide the moments.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the SHA-256 of
     this rank's weights and moments, for experts of each one; with `observe`, the validation losses and the numbers of
@@ -103,7 +105,8 @@ def train(
         if isinstance(module.dispatcher, AllToAllDispatcher):
             module.dispatcher.parts = parts
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
-    trainer = Trainer(built, mesh, split, schedule, OptimizerSettings(**(optimizer or {})), clip=1.0, fp16=False)
+    settings = OptimizerSettings(**(optimizer or {}))
+    trainer = Trainer(built, mesh, split, schedule, settings, clip=1.0, fp16=False, shard_optimizer=shard)
     if reduction != "tree":
         trainer.reduction = {"plain": PlainReduction, "overlapped": OverlappedReduction}[reduction](built, mesh)
         trainer.kernels.needed = reduction == "overlapped"
@@ -122,10 +125,11 @@ def train(
             validation.append(trainer.forward.mean(unseen, batch).loss)
     weights = {}
     for shard in built.shards:
-        for tensor in (shard.parameter.detach(), *trainer.optimizer.moments[shard.name]):
+        moments = trainer.optimizer.moments.get(shard.name, ())  # another rank may have them
+        for number, tensor in enumerate((shard.parameter.detach(), *moments)):
             for i, row in enumerate(tensor if shard.expert else [tensor]):
                 place = f"{shard.name}[{shard.start + i}]" if shard.expert else shard.name
-                weights[place] = weights.get(place, "") + hashlib.sha256(row.numpy()).hexdigest()
+                weights[f"{place}/{number}"] = hashlib.sha256(row.numpy()).hexdigest()
     experts = {"load": result.expert_load, "dropped": result.expert_dropped, "entropy": [result.router_entropy]}
     observed = {"validation": validation, "traced": traced} if observe else {}
     return {"steps": results, "experts": experts, "weights": weights, **observed}

@@ -83,6 +83,18 @@ def test_copies_for_autocast_are_counted_once_per_rank(tiny, hardware, precision
         assert [b - a for a, b in zip(plain, low, strict=True)] == [2 * size for size in by_rank]
 
 
+def test_replicas_divide_the_moments(tiny, hardware):
+    """Two tensors of each parameter less those of the share; experts are divided over the replicas of an expert."""
+    for layout in (Layout(1, 4, 1), Layout(1, 4, 2), Layout(2, 4, 4)):
+        inputs = PlanInputs(tiny, hardware, saved_costs, "fp32")
+        costs = CandidateCosts(inputs, Candidate(layout, "1f1b", 1, 1, 0))
+        plain, sharded = rank_memory(costs), rank_memory(costs.with_sharding())
+        for rank, (before, after) in enumerate(zip(plain, sharded, strict=True)):
+            replicated, experts = costs.parameters(rank)
+            saved = replicated * 3 / 4 + experts * (1 - layout.ep / 4)
+            assert before - after == pytest.approx(4 * 2 * saved)
+
+
 def test_frozen_weights_have_neither_gradients_nor_moments(hardware):
     """Adapters of experts: one tensor of every frozen weight, four of every adapter with one micro-batch."""
     with torch.device("meta"):

@@ -97,24 +97,26 @@ def all_reduce(sums: Sequence[Tensor], leaves: int, result: Tensor, group: dist.
     """
     ranks = dist.get_world_size(group)
     part = len(result) // ranks
-    own = reduce_scatter(sums, leaves, [part] * ranks, group)
+    own = reduce_scatter(sums, leaves, [part] * ranks, result, group)
     dist.all_gather(list(result.split(part)), own, group=group)
 
 
-def reduce_scatter(sums: Sequence[Tensor], leaves: int, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter(
+    sums: Sequence[Tensor], leaves: int, sizes: Sequence[int], like: Tensor, group: dist.ProcessGroup
+) -> Tensor:
     """Complete a tree over the ranks of a group, and return this rank's part of its sum (collective).
 
     sums: of this rank's nodes in the order of `nodes_by_rank`, each [n]. sizes: of the parts of all ranks, one after
-    another, with the sum n.
+    another, with the sum n. like: has the dtype and the device of the sums, of which a rank may have none.
     """
     nodes, rank = nodes_by_rank(dist.get_world_size(group), leaves), dist.get_rank(group)
     tree = TreeSum(leaves)
     for i in range(max(map(len, nodes))):  # one node of each rank at a time
         senders = [own[i] for own in nodes if i < len(own)]
-        received = sums[0].new_empty(len(senders), sizes[rank])
+        received = like.new_empty(len(senders), sizes[rank])
         sends = i < len(nodes[rank])
         receive_sizes = [sizes[rank] if i < len(own) else 0 for own in nodes]
-        send, send_sizes = (sums[i], list(sizes)) if sends else (sums[0].new_empty(0), [0] * len(nodes))
+        send, send_sizes = (sums[i], list(sizes)) if sends else (like.new_empty(0), [0] * len(nodes))
         dist.all_to_all_single(received.view(-1), send, receive_sizes, send_sizes, group=group)
         for node, row in zip(senders, received, strict=True):
             tree.add(node, [row])

@@ -139,7 +139,8 @@ class GradientSum:
             for i in order:
                 sizes[owners[i]] += parameters[i].numel()
             sums = [torch.cat([gradients[i].flatten() for i in order]) for gradients in own]
-            part, mine = reduce_scatter(sums, self._microbatches, sizes, group), [i for i in order if owners[i] == rank]
+            part = reduce_scatter(sums, self._microbatches, sizes, parameters[order[0]], group)
+            mine = [i for i in order if owners[i] == rank]
             for i, values in zip(mine, part.split([parameters[i].numel() for i in mine]), strict=True):
                 reduced[i] = values.view_as(parameters[i])
         return reduced

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fira.models.mooshak import MooshakConfig
+from fira.models.registry import to_document
 from fira.parallel.parallelize import EVERY_BLOCK
 from tests.launch import run_function
 
@@ -26,7 +28,7 @@ def case(layout: list[int], **settings: Any) -> str:
 
 def single_rank(name: str) -> str:
     """The same training on one rank and one device, without recomputation."""
-    kept = ("dropout", "dtype", "microbatch", "layers", "d_ff", "steps", "optimizer")
+    kept = ("dropout", "dtype", "microbatch", "layers", "d_ff", "steps", "optimizer", "model")
     return case(ONE, **{key: value for key, value in json.loads(name).items() if key in kept})
 
 
@@ -91,6 +93,7 @@ MUON = [
         ([1, 4, 4], False, {"dtype": "float64"}),
     ]
 ]
+TIED = MooshakConfig(vocab_size=61, seq_len=13, d_model=12, num_layers=4, n_head=3, n_kv_head=3, d_ff=10, tied=True)
 SHARDED = [
     case(layout, dropout=0.1, shard=True, **settings)
     for layout, settings in [
@@ -101,6 +104,7 @@ SHARDED = [
         ([2, 2, 2], {"schedule": "zb-h1"}),
         ([2, 2, 1], {"schedule": "zb-v", "layers": 6, "dtype": "float64"}),
         ([1, 4, 1], {"d_ff": 1500}),  # more than a bucket
+        *((layout, {"model": to_document(TIED)}) for layout in ([1, 2, 1], [2, 2, 1])),
     ]
 ]
 ALL = [LONG, *PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED, *EXCHANGED, *map(in_line, EXCHANGED), *MUON, *SHARDED]

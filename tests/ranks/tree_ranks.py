@@ -3,7 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from pipeline.tree_sum import TreeSum, all_reduce, leaves_of, nodes_by_rank
+from pipeline.owned_tensors import share_owned
+from pipeline.tree_sum import TreeSum, all_reduce, leaves_of, nodes_by_rank, reduce_scatter
 
 
 def sums(cases: list[tuple[int, int]]) -> list[list[float]]:
@@ -21,4 +22,22 @@ def sums(cases: list[tuple[int, int]]) -> list[list[float]]:
         own = [tree.sums[node][0] for node in nodes_by_rank(ranks, leaves)[rank]]
         all_reduce(own, leaves, result, group)
         results.append(result[:size].tolist())
+        sizes = [0] * ranks
+        sizes[rank_of_rest := leaves % ranks] = padded.shape[1]
+        sizes[(rank_of_rest + 1) % ranks] = taken = padded.shape[1] // 3
+        sizes[rank_of_rest] -= taken
+        part = reduce_scatter(own, leaves, sizes, result, group)
+        assert torch.equal(part, result.split(sizes)[rank])
     return results
+
+
+def shared(sizes: list[int], owners: list[int]) -> list[list[float]]:
+    """Tensors of these sizes, which have the values 0, 1, 2, … on their owners and −1 elsewhere, after the exchange."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    assert group is not None
+    tensors = [
+        torch.arange(size, dtype=torch.float64) if owner == rank else torch.full((size,), -1.0, dtype=torch.float64)
+        for size, owner in zip(sizes, owners, strict=True)
+    ]
+    share_owned(tensors, owners, group)
+    return [tensor.tolist() for tensor in tensors]

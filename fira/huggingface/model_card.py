@@ -21,7 +21,10 @@ from fira.nn.moe.layer import MoE
 
 MODEL_CARD = "MODEL_CARD.md"  # file name in exports
 PICTURE = "training_progress.png"
-SETTINGS = ("objective", "steps", "batch_size", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision")
+SETTINGS = (
+    *("objective", "steps", "batch_size", "optimizer", "lr", "min_lr", "warmup", "lr_schedule", "weight_decay"),
+    *("clip", "precision"),
+)
 PREFERENCE_SETTINGS = ("dpo_loss", "dpo_beta")  # with the objective dpo
 COUNTS = {
     "train_tokens": "training tokens",

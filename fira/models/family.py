@@ -12,7 +12,7 @@ class Recipe:
     """Default training settings of a preset.
 
     steps: number of optimizer steps. lr: peak learning rate, reached after `warmup` steps. min_lr: learning rate at the
-    end of the cosine decay. batch_size: number of sequences in the global batch.
+    end of the decay. batch_size: number of sequences in the global batch.
     """
 
     steps: int

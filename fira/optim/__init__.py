@@ -1,1 +1,1 @@
-"""Optimizer: AdamW, learning-rate schedule, and loss scale."""
+"""Optimizers AdamW and Muon, learning-rate schedules, and loss scale."""

@@ -30,6 +30,8 @@ from fira.cli import Parser
 from fira.devices import choose_devices, choose_precision
 from fira.errors import UserError
 from fira.models.registry import PRESETS, build
+from fira.optim.lr_schedule import LR_SCHEDULES
+from fira.optim.settings import OPTIMIZERS
 from fira.training import run_folder
 from fira.training.config import TrainConfig
 from fira.training.flags import add_options
@@ -59,6 +61,8 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "device": st.sampled_from(["auto", "cpu", "cuda"]),
     "local_devices": st.sampled_from(["cpu", "cpu,cpu", "cuda:0", "meta", "cpu,cuda:0", ",", "mps", "cpu:7", "cpu:-1"]),
     "recompute": st.sampled_from(["none", "full", "auto", "3"]),
+    "lr_schedule": st.sampled_from(LR_SCHEDULES),
+    "optimizer": st.sampled_from(OPTIMIZERS),
     "pp": st.integers(1, 2),
     "dp": st.just(1),
     "ep": st.just(1),

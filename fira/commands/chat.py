@@ -6,12 +6,14 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from fira import cli, load_model
-from fira.devices import choose_devices
-from fira.generation.conversation import Conversation
+from fira import cli
 from fira.generation.options import add_sampling, sampling
 from fira.value_types import PathName
+
+if TYPE_CHECKING:
+    from fira.generation.conversation import Conversation
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -22,11 +24,15 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
     add_sampling(parser)
     options = parser.start(arguments)
+    from fira import load_model
+    from fira.devices import choose_devices
+    from fira.generation.conversation import Conversation
+
     model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0], options.tokenizer)
     answer_questions(Conversation(model), options)
 
 
-def answer_questions(conversation: Conversation, options: Namespace) -> None:
+def answer_questions(conversation: "Conversation", options: Namespace) -> None:
     """Read questions from a terminal, or one per line from a pipe, and print each answer while it is generated."""
     terminal = sys.stdin.isatty()
     if terminal and not options.quiet:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from fira import cli
-from fira.huggingface.export_model import FORMATS, export
 from fira.value_types import PathName
 
+FORMATS = ("fira", "llama", "flexolmo", "peft")
 FORMAT_HELP = """fira: with the code of the model (trust_remote_code=True); llama (for mooshak) and flexolmo (for
 rish): as a class of transformers; peft: the adapters of a LoRA run (default: %(default)s)"""
 
@@ -17,6 +17,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--out", type=PathName, required=True, help="a new folder")
     parser.add_argument("--format", choices=FORMATS, default="fira", help=FORMAT_HELP)
     options = parser.start(arguments)
+    from fira.huggingface.export_model import export
+
     out = export(options.checkpoint, options.out, options.format)
     if not options.quiet and options.format == "peft":
         print(f'next: PeftModel.from_pretrained(exported_base_model, "{out}")')

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from fira import cli
 from fira.errors import UserError
-from fira.metrics.expert_plots import plot_experts
-from fira.metrics.run_plots import plot_files
 from fira.value_types import PathName
 
 OUT = """default: training_progress.png or experts.png next to the log; for several runs, comparison.png in the current
@@ -20,6 +18,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--out", type=PathName, metavar="PNG", help=OUT)
     parser.add_argument("--experts", action="store_true", help="load, drops and router entropy of each expert")
     options = parser.start(arguments)
+    from fira.metrics.expert_plots import plot_experts
+    from fira.metrics.run_plots import plot_files
+
     runs, out = [Path(run) for run in options.runs], Path(options.out) if options.out else None
     if not options.experts:
         print(plot_files(runs, out))

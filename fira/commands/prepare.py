@@ -5,7 +5,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from fira import cli
-from fira.data.corpus import prepare
 from fira.value_types import PathName, Tokens
 
 DATA = """text file, folder, CSV, JSONL, Parquet, folder of *_train_*.npy and *_val_*.npy shards, or the name of a
@@ -22,6 +21,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     )
     parser.add_argument("--cache", type=PathName, help="folder for results; default: $FIRA_CACHE or ~/.cache/fira")
     options = parser.start(arguments)
+    from fira.data.corpus import prepare
+
     settings = (options.data, options.text_column, options.tokenizer, options.vocab_size, options.cache)
     corpus = prepare(*settings, progress=not options.quiet)
     summary = dict(corpus.summary)

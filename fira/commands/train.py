@@ -8,30 +8,18 @@ import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pipeline
 from fira import cli
 from fira.errors import UserError
+from fira.training.config import SUPERVISED, TrainConfig
+from fira.training.flags import add_options
 from fira.training.signals import Signals
 from pipeline.mpi.world import launched_rank
-
-if TYPE_CHECKING:
-    from fira.training.config import TrainConfig
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     signals = Signals()  # before torch and MPI are imported, which takes seconds
-    gc.disable()  # searching the imported modules for garbage would take a tenth of that time
-    import torch
-
-    import pipeline
-    from fira.training.config import SUPERVISED, TrainConfig
-    from fira.training.flags import add_options
-    from fira.training.loop import train
-    from fira.training.run_folder import resumed_settings
-
-    gc.freeze()
-    gc.enable()
     parser = cli.Parser(__doc__, prog)
     add_options(parser)
     parser.add_verbosity()
@@ -43,6 +31,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         return TrainConfig(**values), quiet, verbose
 
     config, quiet, verbose = settings()
+    gc.disable()  # searching the imported modules for garbage would take a tenth of the time of their import
+    import torch
+
+    from fira.training.loop import train
+    from fira.training.run_folder import resumed_settings
+
+    gc.freeze()
+    gc.enable()
     supervised = any(getattr(config, name) is not None for name in SUPERVISED)
     world = None if supervised else pipeline.init(config.timeout, cuda=config.device != "cpu")
     cli.start_logging(quiet, verbose, world.rank if world else 0)
@@ -57,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         supervise(config, quiet, verbose)
 
 
-def supervise(config: "TrainConfig", quiet: bool, verbose: bool) -> None:
+def supervise(config: TrainConfig, quiet: bool, verbose: bool) -> None:
     """Start this command on the ranks of a launcher until the run has ended."""
     if launched_rank() is not None:
         raise UserError("--elastic and --max-restarts start the ranks themselves; run the command without mpirun")

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fira.decoding.sampling import Sampler, Sampling, draw
+from fira.decoding.sampler import Sampler, draw, make_generators
+from fira.decoding.sampling import Sampling
 from fira.errors import UserError
 from fira.nn.context import Context, DecodingContext
 from fira.nn.kv_cache import KVCache
@@ -86,7 +87,7 @@ def continuation(
     for prompt in prompts:
         check_prompt(model, prompt)
     device = next(model.parameters()).device
-    sampler, generators = Sampler(sampling), sampling.generators(len(prompts), device)
+    sampler, generators = Sampler(sampling), make_generators(sampling, len(prompts), device)
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
     tokens = pad_sequence(rows, batch_first=True) if rows else torch.empty(0, 0)
     running = list(range(len(rows))) if max_new_tokens > 0 else []

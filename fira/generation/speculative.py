@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fira.decoding.decoding import Reader, check_prompt
-from fira.decoding.sampling import Sampler, Sampling, draw
+from fira.decoding.sampler import Sampler, draw, make_generators
+from fira.decoding.sampling import Sampling
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 
@@ -43,7 +44,7 @@ def speculate(
     check_prompt(model, prompt)
     target, proposer = Reader(model), Reader(draft)
     device = next(model.parameters()).device
-    sampler, generators = Sampler(sampling), sampling.generators(1, device)
+    sampler, generators = Sampler(sampling), make_generators(sampling, 1, device)
     text, end = list(prompt), len(prompt) + max_new_tokens
     while len(text) < end:
         room = min(end - 1, target.seq_len, proposer.seq_len) - len(text)  # positions that remain in the caches

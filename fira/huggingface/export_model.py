@@ -22,7 +22,6 @@ from fira.huggingface.peft_export import save_adapters
 from fira.models.language_model import LanguageModel
 from fira.models.registry import family_of, to_document
 
-FORMATS = ("fira", *TRANSFORMERS, "peft")
 SHARD = "5GB"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # left to the tokenizer
 

@@ -5,7 +5,8 @@ from torch import nn
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 from fira.models.registry import family_of
-from fira.nn.lora import Lora, LoraLinear
+from fira.nn.lora import Lora
+from fira.nn.lora_linear import LoraLinear
 from fira.nn.moe.experts import ExpertBank
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fira.models.language_model import LanguageModel
+if TYPE_CHECKING:  # the language model imports torch, which flags are parsed without
+    from fira.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Family:
     """
 
     name: str
-    model: Callable[[Any], LanguageModel]
+    model: "Callable[[Any], LanguageModel]"
     config: type
     presets: Mapping[str, Any]
     recipes: Mapping[str, Recipe]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from fira.nn.base_layer import Layer
 from fira.nn.context import Context
 from fira.nn.dropout import Dropout
-from fira.nn.lora import LoraLinear
+from fira.nn.lora_linear import LoraLinear
 
 
 class TokenTable(nn.Embedding):

@@ -23,7 +23,6 @@ from fira.nn.cross_entropy import IGNORE_INDEX
 from fira.nn.linear_losses import linear_losses
 from fira.nn.objective import Stored, log_probabilities
 
-LOSSES = ("sigmoid", "ipo", "sigmoid-norm")
 METRICS: tuple[str, ...] = (
     *("reward_chosen", "reward_rejected", "reward_accuracy", "reward_margin"),
     *("logp_chosen", "logp_rejected"),
@@ -33,9 +32,9 @@ METRICS: tuple[str, ...] = (
 class PreferenceLoss:
     """The mean loss over the pairs of the global batch.
 
-    loss: one of LOSSES. beta: β. Arguments in `stored`, see `preference_pairs`: documents int64 [B, T], the number of
-    each token's document; and reference float64 [B, P, 2], log π of the reference for chosen and rejected.
-    A reward is β r, for every loss. All sums over tokens are in float64.
+    loss: sigmoid, sigmoid-norm or ipo. beta: β. Arguments in `stored`, see `preference_pairs`: documents int64 [B, T],
+    the number of each token's document; and reference float64 [B, P, 2], log π of the reference for chosen and
+    rejected. A reward is β r, for every loss. All sums over tokens are in float64.
     """
 
     metrics = METRICS

@@ -1,4 +1,7 @@
-"""The settings of a training run: a dataclass that defines the flags and the keys of a --config file."""
+"""The settings of a training run: a dataclass that defines the flags and the keys of a --config file.
+
+Modules that import torch are imported by the methods that need them, so that flags are parsed without it.
+"""
 
 from argparse import ArgumentTypeError
 from contextlib import suppress
@@ -8,12 +11,9 @@ from typing import Any
 
 from fira.errors import UserError
 from fira.models.family import Recipe
-from fira.models.registry import PRESETS, RECIPES
 from fira.nn.lora import FORM, Lora
 from fira.optim.lr_schedule import LR_SCHEDULES
 from fira.optim.settings import OPTIMIZERS, OptimizerSettings
-from fira.parallel.parallelize import EVERY_BLOCK
-from fira.posttraining.dpo import LOSSES
 from fira.training.save_interval import SaveInterval
 from fira.value_types import (
     AnyText,
@@ -46,7 +46,11 @@ INHERITED = [
     *("on_policy", "group_size", "answer_after", "answer_tokens", "init", "lora", "threads"),
     *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
 ]
+PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute", "shard")  # settings that the planner chooses
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
+
+PRESET_FAMILIES = "fira, rish, mooshak, blues or microrwkv"
+DPO_LOSSES = ("sigmoid", "ipo", "sigmoid-norm")
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
 PREFERENCES = Recipe(steps=200, lr=2e-5, min_lr=2e-6, warmup=20)  # used with --objective dpo and grpo
@@ -60,7 +64,7 @@ def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> 
 class TrainConfig:
     """Settings, named like their flags. If layout or micro-batch size is None, it is chosen for the number of ranks."""
 
-    model: str = _option("fira-tiny", f"preset: {', '.join(PRESETS)}")
+    model: str = _option("fira-tiny", f"preset: FAMILY-tiny or FAMILY-base, where FAMILY is {PRESET_FAMILIES}")
     model_set: AnyText = _option("", "changes to the preset, such as d_model=256,num_layers=6")
     data: str | None = _option(
         None, "text file or folder, .csv, .jsonl, .parquet, folder of .npy shards, or dataset name; A=0.7,B=0.3 mixes"
@@ -72,7 +76,7 @@ class TrainConfig:
         "--teacher, on text or chats; grpo: the final answers of chats, by sampled answers",
         ("pretrain", "sft", "dpo", "distill", "grpo"),
     )
-    dpo_loss: str = _option("sigmoid", "loss of a pair; ipo and sigmoid-norm average over the tokens", LOSSES)
+    dpo_loss: str = _option("sigmoid", "loss of a pair; ipo and sigmoid-norm average over the tokens", DPO_LOSSES)
     dpo_beta: Positive = _option(0.1, "β of --objective dpo; larger: closer to the initial model")
     teacher: PathName | None = _option(
         None, "teacher of --objective distill: a run, a checkpoint or an export of any family, with the same tokenizer"
@@ -194,8 +198,12 @@ class TrainConfig:
         """Number of blocks recomputed in every stage; None: automatic, or not given."""
         if self.recompute in (None, "auto"):
             return None
-        if self.recompute in ("none", "full"):
-            return 0 if self.recompute == "none" else EVERY_BLOCK
+        if self.recompute == "none":
+            return 0
+        if self.recompute == "full":
+            from fira.parallel.parallelize import EVERY_BLOCK
+
+            return EVERY_BLOCK
         with suppress(ArgumentTypeError):
             return int(flag_type(Steps)(str(self.recompute)))
         raise UserError(f"--recompute {self.recompute}: give none, full, auto, or a number of blocks per stage")
@@ -210,6 +218,8 @@ class TrainConfig:
 
     def recipe(self) -> Recipe:
         """Steps, learning rates and batch size: as given, else those of the objective, of `init`, or of the preset."""
+        from fira.models.registry import PRESETS, RECIPES
+
         if self.model not in RECIPES:
             raise UserError(f"--model {self.model}: no such preset; choose from {', '.join(PRESETS)}")
         given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Recipe)}

@@ -20,8 +20,8 @@ from fira.data.loader import Loader
 from fira.data.tokenizer import TOKENIZER, train_tokenizer
 from fira.models.registry import to_document
 from fira.posttraining.chat_corpus import prepare_chats
-from fira.posttraining.dpo import LOSSES
 from fira.posttraining.packed_examples import PackedExamples
+from fira.training.config import DPO_LOSSES
 from pipeline.schedule import SCHEDULES
 from tests.integration.test_reference_training import assembled
 from tests.launch import run_function
@@ -49,11 +49,11 @@ def cases() -> list[Case]:
         ("fira", (2, 2, 2), "interleaved", 1, "float32"),
     ]
     single = [("fira", ONE, "1f1b", size, dtype) for size, dtype in ((1, "float64"), (2, "float64"), (1, "float32"))]
-    others = [(name, ONE, "1f1b", 1, "float64", loss) for name, loss in zip(MODELS, cycle(LOSSES), strict=False)]
+    others = [(name, ONE, "1f1b", 1, "float64", loss) for name, loss in zip(MODELS, cycle(DPO_LOSSES), strict=False)]
     return [
-        *((*case, loss) for case, loss in product(single, LOSSES)),
+        *((*case, loss) for case, loss in product(single, DPO_LOSSES)),
         *others[1:],
-        *((*case, loss) for case, loss in zip(layouts, cycle(LOSSES), strict=False)),
+        *((*case, loss) for case, loss in zip(layouts, cycle(DPO_LOSSES), strict=False)),
     ]
 
 

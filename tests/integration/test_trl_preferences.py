@@ -13,7 +13,7 @@ from fira.huggingface.export_model import export
 from fira.models.mooshak import MooshakConfig
 from fira.models.registry import build, to_document
 from fira.posttraining.chat_corpus import prepare_chats
-from fira.posttraining.dpo import LOSSES
+from fira.posttraining.dpo import DPO_LOSSES
 from tests.fira.small_model import perturbed, save
 from tests.integration.test_reference_training import assembled
 from tests.launch import run_function
@@ -91,7 +91,7 @@ def step_of_trl(
     return numbers, gradients
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", DPO_LOSSES)
 def test_step_equals_that_of_trl(loss: str, exported: list[Path], tmp_path: Path) -> None:
     tokenizer, preferences = load_tokenizer(exported[0] / TOKENIZER), make_preferences(16)
     data = write_preferences(tmp_path / "data.jsonl", preferences)

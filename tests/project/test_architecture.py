@@ -45,7 +45,7 @@ FILES = {
 NOT_DISTRIBUTED = ("fira.data", "fira.models", "fira.decoding", "fira.nn")
 MODULE = re.compile(r"(?:fira|pipeline|scripts)(?:\.\w+)+")
 BY_NAME = {"import_module", "resolve_name", "run_module", "run_path", "__import__", "exec", "eval"}
-IMPORTS_BY_NAME = {"fira", "fira.commands.entry_point", "fira.doctor.gpu_check", "fira.decoding.sampling"}
+IMPORTS_BY_NAME = {"fira", "fira.commands.entry_point", "fira.doctor.gpu_check", "fira.decoding.sampler"}
 
 
 def folder_of(module: str) -> str:

@@ -43,6 +43,26 @@ def test_unknown_command_ends_with_status_2_and_imports_no_torch():
     assert done.stderr.count("\n") == 1
 
 
+def test_help_and_invalid_arguments_import_no_large_package():
+    code = (
+        "import sys\n"
+        "from fira.commands.entry_point import COMMANDS, run_command\n"
+        "from fira.errors import UserError\n"
+        "for command in COMMANDS:\n"
+        "    for argument in ('--help', '--tpyo'):\n"
+        "        try:\n            run_command(command, [argument])\n"
+        "        except (SystemExit, UserError) as ended:\n            end = ended\n"
+        "        assert isinstance(end, SystemExit if argument == '--help' else UserError), command\n"
+        "        assert not set(sys.argv[1:]) & sys.modules.keys(), command"
+    )
+    large = ["torch", "numpy", "mpi4py", "pandas", "matplotlib", "tokenizers", "pyarrow", "transformers"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *large], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: fira ") == len(COMMANDS)
+
+
 def test_missing_mpi_library_is_a_one_line_error():
     code = "import sys; sys.modules['mpi4py.MPI'] = None; from fira.commands.entry_point import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "train"], cwd=ROOT, capture_output=True, text=True, check=False)

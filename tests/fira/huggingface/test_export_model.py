@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, FlexOlmoConfig, FlexOlmoForCausal
 
 from fira import load_model
 from fira.checkpoint.shard_index import TensorShard
+from fira.checkpoint.transformers_mapping import TRANSFORMERS
+from fira.commands.export import FORMATS
 from fira.data.tokenizer import train_tokenizer
 from fira.errors import UserError
 from fira.huggingface.export_model import export
@@ -200,3 +202,7 @@ def test_llama_is_trained_further_and_exported_again(tokenizer: Tokenizer, tmp_p
     model = load_model(tmp_path / "run")
     torch.testing.assert_close(model(IDS, Context()), exported(IDS).logits, rtol=0, atol=1e-5)
     assert model.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_command_offers_every_format() -> None:
+    assert set(FORMATS) == {"fira", *TRANSFORMERS, "peft"}

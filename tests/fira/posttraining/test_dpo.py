@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fira.posttraining.dpo import LOSSES, METRICS, PreferenceLoss
+from fira.posttraining.dpo import METRICS, PreferenceLoss
+from fira.training.config import DPO_LOSSES
 
 IGNORED, PAIRS, T = -100, 3, 14
 # Two sequences: one pair, and two pairs with padding; the third one is padding of the batch, whose documents are 0.
@@ -53,7 +54,7 @@ def plain(loss: str, beta: float, logs: Tensor, reference: Tensor) -> list[float
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.5])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", DPO_LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_sums_over_pairs_equal_those_of_a_loop(loss: str, beta: float, dtype: torch.dtype) -> None:
     logs, targets, stored = arguments(dtype)
@@ -69,7 +70,7 @@ def test_sums_over_pairs_equal_those_of_a_loop(loss: str, beta: float, dtype: to
     assert gradient[targets != IGNORED].all()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", DPO_LOSSES)
 def test_gradients_are_those_of_finite_differences(loss: str) -> None:
     logs, targets, stored = arguments()
     assert torch.autograd.gradcheck(

@@ -6,6 +6,8 @@ import pytest
 
 from fira.cli import Parser
 from fira.errors import UserError
+from fira.models.registry import PRESETS
+from fira.training.config import PRESET_FAMILIES
 from fira.training.flags import add_options
 from tests.fira.training.small_runs import cache
 from tests.launch import run_function
@@ -125,3 +127,8 @@ def test_config_files_set_flags_that_later_flags_override(tmp_path):
 def test_errors_in_a_config_file_name_the_file(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         parse(tmp_path, text, "--ranks", "2")
+
+
+def test_help_names_the_families_of_all_presets():
+    families = PRESET_FAMILIES.replace(" or ", ", ").split(", ")
+    assert {f"{family}-{size}" for family in families for size in ("base", "tiny")} == set(PRESETS)

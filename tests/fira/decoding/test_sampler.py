@@ -17,7 +17,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from fira.decoding.sampling import Sampler, Sampling, draw
+from fira.decoding.sampler import Sampler, draw
+from fira.decoding.sampling import Sampling
 from fira.errors import UserError
 from tests.fira.decoding.small_models import chi_square
 

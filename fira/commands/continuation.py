@@ -1,0 +1,65 @@
+"""The continuation of a prompt and the perplexity of a text, as `fira generate` prints them."""
+
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from fira import cli, encode, load_model
+from fira.checkpoint.load_model import own_tokenizer
+from fira.data.tokenizer import eos_id
+from fira.devices import choose_devices
+from fira.errors import UserError
+from fira.generation.conversation import own_template
+from fira.generation.options import sampling
+from fira.generation.perplexity import perplexity
+from fira.generation.text import continue_text, text_or_content
+from fira.models.language_model import LanguageModel
+
+
+def continue_or_evaluate(options: Namespace) -> None:
+    """Print the perplexity of `--eval-text` if it is given, and the continuation of `--prompt`."""
+    device = choose_devices("auto", None, 0)[0]
+    model = load_model(options.checkpoint or find_in_out(options.model_name), device, options.tokenizer)
+    if options.eval_text is not None:
+        tokenizer, text = own_tokenizer(model), text_or_content(options.eval_text)
+        ids = [eos_id(tokenizer), *encode(text, tokenizer)]  # in training, EOS precedes every document
+        print(perplexity(model, ids).describe(len(text.encode())))
+    if options.eval_text is None or options.prompt is not None:
+        generate(model, load_model(options.draft, device) if options.draft else None, options)
+
+
+def find_in_out(name: str) -> Path:
+    """Return out/NAME if it is a folder, otherwise the folder of the file out/NAME or out/NAME.safetensors."""
+    for path in (Path("out", name), Path("out", name).with_suffix(""), Path("out", f"{name}.safetensors")):
+        if path.exists():
+            return path if path.is_dir() else path.parent
+    raise UserError(f"--model-name {name}: neither a folder nor a file of this name in out/; give --checkpoint")
+
+
+def generate(model: LanguageModel, draft: LanguageModel | None, options: Namespace) -> None:
+    """Print the prompt and its continuation while it is generated, then its length and the speed or time.
+
+    With `--model-name` the values have headings and are all printed on stdout.
+    """
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
+    tokenizer = own_tokenizer(model)
+    if options.chat:
+        prompt = own_template(model).prompt([{"role": "user", "content": text}])
+    else:
+        prompt = encode(text, tokenizer)
+    started = time.perf_counter()
+    if options.beams:
+        from fira.generation.beams import beam_pieces  # imports transformers
+
+        pieces = beam_pieces(model, prompt, options.max_new_tokens, options.beams)
+    else:
+        pieces = continue_text(model, prompt, options.max_new_tokens, draft=draft, **sampling(options))
+    shown = "" if options.chat else text
+    print(f"Prompt: {text}\nGenerated text: " if options.model_name else shown, end="", flush=True)
+    generated = cli.print_pieces(pieces)
+    seconds = time.perf_counter() - started
+    if options.model_name:
+        print(f"Generated text length: {len(''.join(generated))} characters\nInference time: {seconds:.2f} s")
+    elif not options.quiet:
+        print(f"{len(generated)} tokens, {len(generated) / seconds:.1f} tokens/s", file=sys.stderr)

@@ -1,0 +1,78 @@
+"""The losses and task scores of a model, as `fira evaluate` prints them."""
+
+from argparse import Namespace
+from itertools import chain
+from pathlib import Path
+
+from fira import encode, load_model
+from fira.checkpoint.load_model import own_config, own_tokenizer
+from fira.checkpoint.step_folders import run_of
+from fira.data.sources import documents
+from fira.data.tokenizer import eos_id
+from fira.devices import choose_devices
+from fira.evaluation.local_model import LocalModel
+from fira.evaluation.request_encoding import RequestEncoder
+from fira.evaluation.score_chart import plot_scores
+from fira.evaluation.task_evaluation import encode_task
+from fira.evaluation.task_files import SUFFIX, read_tasks
+from fira.evaluation.task_scores import RESULTS, Score, TaskScores, table, write_scores
+from fira.generation.perplexity import TextLoss, perplexity
+from fira.generation.utilisation import counting_experts, shares
+from fira.models.language_model import LanguageModel
+
+
+def report(options: Namespace) -> None:
+    """Load the model of `--checkpoint`, and report its losses on `--data` and its scores in `--tasks`."""
+    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0], options.tokenizer)
+    if options.data:
+        print_losses(model, options)
+    if options.tasks:
+        report_task_scores(model, options)
+
+
+def print_losses(model: LanguageModel, options: Namespace) -> None:
+    """Print the loss on each file, the loss on all files if there are several, and the load of each expert."""
+    tokenizer = own_tokenizer(model)
+    losses, sizes = [], []
+    with counting_experts(model) as counts:
+        for file in options.data:
+            texts = list(documents(file, options.text_column))
+            ids = list(chain.from_iterable([eos_id(tokenizer), *encode(text, tokenizer)] for text in texts))
+            losses.append(perplexity(model, ids, progress=not options.quiet))
+            sizes.append(sum(len(text.encode()) for text in texts))
+            print(f"{file}: {losses[-1].describe(sizes[-1])}")
+    if len(losses) > 1:
+        print(f"together: {TextLoss.mean(losses).describe(sum(sizes))}")
+    if counts:
+        print("tokens of each expert, in percent:")
+    for layer, fractions in shares(counts).items():
+        print(f"  layer {layer}: " + " ".join(f"{100 * fraction:.1f}" for fraction in fractions))
+
+
+def report_task_scores(model: LanguageModel, options: Namespace) -> None:
+    """Print the scores of the model in tasks, and write evaluation.json and the bar chart."""
+    results = task_scores(model, options)
+    print(table(results))
+    checkpoint = Path(options.checkpoint).resolve()
+    write_scores(run_of(checkpoint) / RESULTS, str(checkpoint), results)
+    if options.plot:
+        plot_scores(results, f"Scores of {checkpoint.name}", Path(options.plot))
+
+
+def task_scores(model: LanguageModel, options: Namespace) -> list[TaskScores]:
+    """The scores in all tasks, those in files first. The files are checked before the first evaluation."""
+    given = [name.strip() for name in options.tasks.split(",")]
+    paths = [name for name in given if name.lower().endswith(SUFFIX)]
+    results = []
+    if paths:
+        encoder = RequestEncoder(own_tokenizer(model), own_config(model), model.config.seq_len)
+        local = LocalModel(model, options.batch_size)
+        tasks = [encode_task(task, encoder) for task in read_tasks(paths, options.limit)]
+        results = [task.scores(local) for task in tasks]
+    if names := [name for name in given if name not in paths]:
+        from fira.huggingface.tasks import evaluate_tasks  # imports transformers
+
+        for task, found in evaluate_tasks(model, names, options.tasks_path, options.limit, options.batch_size).items():
+            scores = {metric: Score(*score) for metric, score in found.scores.items()}
+            results.append(TaskScores(task, found.examples, scores))
+    return results

@@ -120,12 +120,12 @@ class WindowStore:
 
     def _map(self, column: str) -> np.memmap:
         with errors_naming(self._paths[column]):
-            mode = "r+" if this_rank() == 0 else "r"
             try:
-                mapped: np.memmap = np.load(self._paths[column], mmap_mode=mode)  # type: ignore[arg-type]
+                mapped: np.memmap = np.load(self._paths[column], mmap_mode="r")
             except (ValueError, EOFError) as error:
                 raise UserError(f"{self._paths[column]} is damaged ({one_line(error)}); remove it") from None
-            return mapped
+            # Opened to write only now, because numpy then extends a file that is too short with zeros.
+            return np.load(self._paths[column], mmap_mode="r+") if this_rank() == 0 else mapped
 
 
 class StoredWindows:

@@ -16,7 +16,8 @@ from fira import files
 from fira.checkpoint.ranks import collective_errors, gather, this_rank
 from fira.data.loader import Windows
 from fira.data.rows import Rows
-from fira.files import errors_naming
+from fira.errors import UserError
+from fira.files import errors_naming, one_line
 from fira.progress_bar import progress_bar
 
 WRITTEN = "written"
@@ -33,8 +34,8 @@ class Column(NamedTuple):
 class WindowStore:
     """Arrays with one row per window (collective).
 
-    The files are kept if they have the same key, and replaced otherwise. A process that is killed loses at most the
-    rows that were computed last.
+    The files are kept if they have the same key and the same shapes, and replaced otherwise. A process that is killed
+    loses at most the rows that were computed last.
     """
 
     def __init__(self, folder: Path, name: str, count: int, columns: Mapping[str, Column], key: Mapping[str, Any]):
@@ -42,7 +43,8 @@ class WindowStore:
         self._columns = {**columns, WRITTEN: Column((), np.uint8)}
         with collective_errors():
             if this_rank() == 0:
-                self._create(folder / f"{name}.json", count, dict(key))
+                arrays = {column: [[count, *shape], np.dtype(dtype).name] for column, (shape, dtype) in columns.items()}
+                self._create(folder / f"{name}.json", count, {**key, "arrays": arrays})
         self._open()
 
     def missing(self, numbers: Sequence[int]) -> list[int]:
@@ -118,9 +120,12 @@ class WindowStore:
 
     def _map(self, column: str) -> np.memmap:
         with errors_naming(self._paths[column]):
-            mode = "r+" if this_rank() == 0 else "r"
-            mapped: np.memmap = np.load(self._paths[column], mmap_mode=mode)  # type: ignore[arg-type]
-            return mapped
+            try:
+                mapped: np.memmap = np.load(self._paths[column], mmap_mode="r")
+            except (ValueError, EOFError) as error:
+                raise UserError(f"{self._paths[column]} is damaged ({one_line(error)}); remove it") from None
+            # Opened to write only now, because numpy then extends a file that is too short with zeros.
+            return np.load(self._paths[column], mmap_mode="r+") if this_rank() == 0 else mapped
 
 
 class StoredWindows:

@@ -59,6 +59,27 @@ def test_another_key_begins_again(tmp_path: Path) -> None:
     assert open_store(tmp_path, key=1).missing(range(4)) == [0, 1, 2, 3]
 
 
+def test_arrays_of_another_shape_begin_again(tmp_path: Path) -> None:
+    """As with another number of tokens of a teacher, after a start that was interrupted."""
+    open_store(tmp_path).fill(Numbers(), [1, 2], 2, compute)
+    narrow = WindowStore(tmp_path, "train-0", 9, {**COLUMNS, "a": Column((2,), np.float32)}, {"key": 0})
+    assert narrow.missing([1, 2]) == [1, 2]
+    narrow.fill(Numbers(), [8], 1, lambda rows: {"a": rows.tokens[:, :2], "b": rows.tokens[:, 0]})
+    np.testing.assert_array_equal(narrow.rows([8], 1)["a"], [[8, 8]])
+    assert WindowStore(tmp_path, "train-0", 10, COLUMNS, {"key": 0}).missing([8, 9]) == [8, 9]
+
+
+@pytest.mark.parametrize("size", [0, 50, 140])
+def test_damaged_array_is_named(tmp_path: Path, size: int) -> None:
+    open_store(tmp_path)
+    with open(path := tmp_path / "train-0-a.npy", "r+b") as file:
+        file.truncate(size)
+    with pytest.raises(UserError, match=r"train-0-a\.npy is damaged .*; remove it"):
+        open_store(tmp_path)
+    path.unlink()
+    assert open_store(tmp_path).missing([1]) == [1]
+
+
 def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"train-0\.json"):

@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported, here a
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which transformers may do
 
 
+@pytest.hookimpl(optionalhook=True)  # also without pytest-xdist
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return the number of processes: two for all tests, and none for those of an argument, so that -s and --pdb work.
 

@@ -19,12 +19,13 @@ RESULT = "result of the check:"  # the line before the result, which separates i
 class Target:
     """What is tested. device: "cuda"; "cpu" tests the checks themselves. folder: for files, shared by all checks.
 
-    train: the words that start training, without `mpirun`.
+    train: the words that start training, without `mpirun`. steps: of each training.
     """
 
     device: str
     folder: str
     train: Sequence[str]
+    steps: int = 20
 
     @property
     def path(self) -> Path:

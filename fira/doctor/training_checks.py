@@ -12,9 +12,7 @@ from fira.devices import AUTOCAST_DTYPES, auto_precision, measure_peak
 from fira.doctor.gpu_check import Target, mpirun, run_program
 from pipeline.mpi import init
 
-STEPS = 20
 MODEL = ("--model", "fira-tiny", "--vocab-size", "512", "--seq-len", "64", "--batch-size", "8", "--eval-sequences", "8")
-RUN = ("--steps", str(STEPS), "--warmup", "5", "--save-every", str(STEPS // 2))
 # Largest relative differences of the loss in the first step, and in any step, in which rounding has been amplified.
 FIRST_STEP = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 ANY_STEP = {"fp32": 2e-2, "bf16": 5e-2, "fp16": 5e-2}
@@ -60,9 +58,10 @@ def resume(target: Target) -> str:
     """A run resumed in the middle by `--resume auto` continues as the uninterrupted run."""
     expected = baseline(target)
     folder = target.path / "resumed"
-    shutil.copytree(target.path / "baseline", folder, ignore=shutil.ignore_patterns(f"step-*{STEPS}", "latest"))
+    last = f"step-{target.steps:06d}"
+    shutil.copytree(target.path / "baseline", folder, ignore=shutil.ignore_patterns(last, "latest"))
     output = train(target, folder, "--resume", "auto")
-    assert f"resumed after step {STEPS // 2}" in output, f"{output}\nthe run was not resumed"
+    assert f"resumed after step {target.steps // 2}" in output, f"{output}\nthe run was not resumed"
     return compare(read_log(folder), expected)
 
 
@@ -128,7 +127,8 @@ def train(target: Target, folder: Path, *flags: str, ranks: int = 1, status: int
         text.write_text("\n\n".join(source.read_text(encoding="utf-8") for source in sources)[:200_000])
     default = ["--precision", "fp32"] if "--precision" not in flags else []
     default += ["--device", target.device] if "--local-devices" not in flags else []
-    words = [*target.train, *MODEL, *RUN, "--data", str(text), *default, *flags, "--out", str(folder)]
+    steps = ["--steps", str(target.steps), "--warmup", "5", "--save-every", str(target.steps // 2)]
+    words = [*target.train, *MODEL, *steps, "--data", str(text), *default, *flags, "--out", str(folder)]
     return run_program([*mpirun(ranks), *words], status)
 
 

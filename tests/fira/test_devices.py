@@ -43,6 +43,10 @@ def test_cpu_does_not_touch_cuda(monkeypatch, device, local_devices):
     assert {d.type for d in devices.choose_devices(device, local_devices, 1)} == {"cpu"}
 
 
+def choose_on_machines(cases: list[tuple[list[list[str]], str]]) -> list[list[str]]:
+    return [choose_on_machine(*case) for case in cases]
+
+
 def choose_on_machine(visible: list[list[str]], names: str) -> list[str]:
     """The physical devices that a rank uses and makes current, or its error. visible: of each rank, by index."""
     own = visible[dist.get_rank()]
@@ -63,26 +67,30 @@ THREE = "cuda:0,cuda:1,cuda:2"
 CANNOT = "--local-devices {}: the 2 ranks that see these devices cannot share {} equally; give a multiple of the"
 
 
-@pytest.mark.parametrize(
-    ("visible", "names", "expected"),
-    [
-        ([FOUR[:2]], "cuda:0,cuda:1", [["GPU-a", "GPU-b"]]),
-        ([FOUR], "cuda:2,cuda:3", [["GPU-c", "GPU-d"]]),
-        # all ranks see all devices, and divide them
-        ([FOUR, FOUR], "cuda,cuda:1,cuda:2,cuda:3", [["GPU-a", "GPU-b"], ["GPU-c", "GPU-d"]]),
-        ([FOUR[:2]] * 2, "cuda:0,cuda:1", [["GPU-a"], ["GPU-b"]]),
-        # Slurm's --gpus-per-task: each rank has its own
-        ([FOUR[:2], FOUR[2:]], "cuda:0,cuda:1", [["GPU-a", "GPU-b"], ["GPU-c", "GPU-d"]]),
-        ([FOUR[:1], FOUR[1:2]], "cuda:0", [["GPU-a"], ["GPU-b"]]),
-        # too few
-        ([FOUR[:1]], "cuda:0,cuda:1", [["--local-devices cuda:0,cuda:1: torch sees 1 CUDA device"]]),
-        ([[]], "cuda:0", [["--local-devices cuda:0: torch sees 0 CUDA devices"]]),
-        ([FOUR[:1]] * 2, "cuda:0", [[CANNOT.format("cuda:0", 1) + " number of ranks"]] * 2),
-        ([FOUR] * 2, THREE, [[CANNOT.format(THREE, 3) + " number of ranks"]] * 2),
-    ],
-)
-def test_local_devices_of_ranks_that_see_the_same_or_their_own_devices(visible, names, expected):
-    assert run_function(len(visible), __name__, "choose_on_machine", visible=visible, names=names) == expected
+# The devices that each rank sees, the names that are given, and the devices that each rank uses
+MACHINES = [
+    ([FOUR[:2]], "cuda:0,cuda:1", [["GPU-a", "GPU-b"]]),
+    ([FOUR], "cuda:2,cuda:3", [["GPU-c", "GPU-d"]]),
+    # all ranks see all devices, and divide them
+    ([FOUR, FOUR], "cuda,cuda:1,cuda:2,cuda:3", [["GPU-a", "GPU-b"], ["GPU-c", "GPU-d"]]),
+    ([FOUR[:2]] * 2, "cuda:0,cuda:1", [["GPU-a"], ["GPU-b"]]),
+    # Slurm's --gpus-per-task: each rank has its own
+    ([FOUR[:2], FOUR[2:]], "cuda:0,cuda:1", [["GPU-a", "GPU-b"], ["GPU-c", "GPU-d"]]),
+    ([FOUR[:1], FOUR[1:2]], "cuda:0", [["GPU-a"], ["GPU-b"]]),
+    # too few
+    ([FOUR[:1]], "cuda:0,cuda:1", [["--local-devices cuda:0,cuda:1: torch sees 1 CUDA device"]]),
+    ([[]], "cuda:0", [["--local-devices cuda:0: torch sees 0 CUDA devices"]]),
+    ([FOUR[:1]] * 2, "cuda:0", [[CANNOT.format("cuda:0", 1) + " number of ranks"]] * 2),
+    ([FOUR] * 2, THREE, [[CANNOT.format(THREE, 3) + " number of ranks"]] * 2),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_local_devices_of_ranks_that_see_the_same_or_their_own_devices(ranks):
+    cases = [(visible, names) for visible, names, _ in MACHINES if len(visible) == ranks]
+    expected = [used for visible, _, used in MACHINES if len(visible) == ranks]
+    by_rank = run_function(ranks, __name__, "choose_on_machines", cases=cases)
+    assert [list(used) for used in zip(*by_rank, strict=True)] == expected
 
 
 def simulate_capability(monkeypatch, capability: tuple[int, int]) -> None:

@@ -50,7 +50,7 @@ class SupervisedRun:
         self.hosts.write_text("localhost:2\n")
         self.output = (folder / "output.txt").open("w+")
         self.mark = f"FIRA_TEST={folder}"
-        command = [sys.executable, ROOT / "scripts" / "train.py", "--config", folder / "settings.toml"]
+        command = [sys.executable, ROOT / "tests" / "ranks" / "train.py", "--config", folder / "settings.toml"]
         command += ["--elastic", "1:2", "--out", self.out, "--hosts", self.hosts, "--max-restarts", 10, *flags]
         self.process = subprocess.Popen(
             [str(word) for word in command],

@@ -4,6 +4,7 @@ import functools
 import json
 import subprocess
 import sys
+from itertools import product
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ TOKENS, CONTEXT = "pipeline/engine.py: _input", "fira/nn/context.py: apply"
 DOCUMENTS = "fira/nn/context.py: _map"
 EXTRA = "fira/training/trainer.py: _step_sums"
 EXPERTS = {"layout": [1, 2, 2]}  # dp × ep = 2 × 2
+PRECISIONS = ("bf16", "fp16", "fp32")
 LONG = {"changes": {"seq_len": 512}}  # 1,024 tokens per micro-batch, in blocks of at least 256
 
 QUICK: dict[str, Any] = {
@@ -57,26 +59,23 @@ QUICK: dict[str, Any] = {
 }
 
 
+def plain_step(family: str, size: str, precision: str) -> dict[str, Any]:
+    """A training step. Dropout alternates, so that it is on and off with each size and with each precision."""
+    dropout = hasattr(PRESETS[f"{family}-base"], "dropout") and (size == "tiny") == (precision == "fp16")
+    return {"preset": f"{family}-{size}", "precision": precision, "dropout": dropout}
+
+
 def grid(family: str) -> dict[str, Any]:
-    """All training steps and decodings of a family, by a name for messages."""
-    dropouts = (True, False) if hasattr(PRESETS[f"{family}-base"], "dropout") else (False,)
-    tiny, precisions = f"{family}-tiny", ("bf16", "fp16", "fp32")
-    arguments = [
-        {"preset": f"{family}-{size}", "precision": precision, "dropout": dropout}
-        for size in ("tiny", "base")
-        for precision in precisions
-        for dropout in dropouts
-    ]
-    for dropout in dropouts:
-        recompute = {"recompute": 1, "dropout": dropout}
-        arguments += [{"preset": tiny, "precision": precision, **recompute} for precision in precisions]
-    arguments += [{"preset": tiny, "precision": p, **LONG, "logits": n} for p in precisions for n in (1, 2**27)]
-    if hasattr(PRESETS[tiny], "num_experts"):
-        arguments += [{"preset": tiny, "precision": precision, **EXPERTS} for precision in precisions]
-        arguments += [{"preset": tiny, **EXPERTS, "recompute": 1}]
+    """Training steps and decodings of a family with each pair of options, by a name for messages."""
+    arguments = [plain_step(family, size, precision) for size, precision in product(("tiny", "base"), PRECISIONS)]
+    for step in [plain_step(family, "tiny", precision) for precision in PRECISIONS]:
+        arguments += [step | {"recompute": 1}, step | LONG | {"logits": 1}]
+        if hasattr(PRESETS[step["preset"]], "num_experts"):
+            arguments += [step | EXPERTS | ({"recompute": 1} if step["precision"] == "bf16" else {})]
+    arguments += [plain_step(family, "tiny", "fp32") | LONG]
     cases = [["train", values] for values in arguments]
-    cases += [["decode", {"preset": f"{family}-{s}", "precision": p}] for s in ("tiny", "base") for p in precisions]
-    cases += [["generate", {"preset": tiny, "rows": rows}] for rows in (1, 2)]
+    cases += [["decode", {"preset": f"{family}-{s}", "precision": p}] for s in ("tiny", "base") for p in PRECISIONS]
+    cases += [["generate", {"preset": f"{family}-tiny", "rows": rows}] for rows in (1, 2)]
     return {json.dumps(case): case for case in cases}
 
 
@@ -181,19 +180,15 @@ def test_grid(family):
     results = run(cases)
     for name, (function, arguments) in cases.items():
         check_waits(function, arguments, results[name])
-    for precision in ("bf16", "fp16", "fp32"):  # the step computes the loss of each micro-batch in four blocks or one
-        arguments = {"preset": f"{family}-tiny", "precision": precision, **LONG}
-        blocks, whole = (
-            results[json.dumps(["train", {**arguments, "logits": n}])]["step"]["kernels"]["_log_softmax"]
-            for n in (1, 2**27)
+    for precision in PRECISIONS:
+        step = plain_step(family, "tiny", precision)
+        plain, blocks, recomputed = (
+            results[json.dumps(["train", step | option])]["step"]["kernels"]
+            for option in ({}, LONG | {"logits": 1}, {"recompute": 1})
         )
-        assert blocks - whole == 3 * MICROBATCHES, precision
-        step = {"preset": f"{family}-tiny", "precision": precision}
-        plain, recomputed = (
-            sum(results[json.dumps(["train", step | option])]["step"]["kernels"].values())
-            for option in ({"dropout": False}, {"recompute": 1, "dropout": False})
-        )
-        assert recomputed > plain, precision
+        # The loss of each micro-batch in four blocks or one
+        assert blocks["_log_softmax"] - plain["_log_softmax"] == 3 * MICROBATCHES, precision
+        assert sum(recomputed.values()) > sum(plain.values()), precision
 
 
 @pytest.mark.slow

@@ -50,12 +50,26 @@ CASES = {
     ],
     4: [case("fira", [2, 2, 2]), case("rish", [2, 2, 2], schedule="zb-h1")],
 }
+# In fp32, with the same micro-batch size: compared with one rank instead of the loop
+SINGLE = {"settings": asdict(replace(SETTINGS, batch=4)), "microbatch": 1, "dtype": "float32"}
+LAYOUTS: list[dict[str, Any]] = [
+    {"layout": [1, 4, 4]},
+    {"layout": [2, 2, 2], "schedule": "zb-h1"},
+    {"layout": [4, 1, 1], "recompute": 1},
+]
+FAMILIES = ("fira", "rish")
+SINGLES: dict[int, list[dict[str, Any]]] = {
+    1: [case(name, **{"layout": [1, 1, 1], **SINGLE}) for name in FAMILIES],
+    2: [],
+    4: [case(name, **{**layout, **SINGLE}) for name in FAMILIES for layout in LAYOUTS],
+}
 
 
 @functools.cache
 def job(ranks: int) -> list[list[dict[str, Any]]]:
-    """All cases of one number of ranks: [rank][case]."""
-    return run_function(ranks, "tests.ranks.lora_ranks", "train_all", timeout=170, cases=CASES[ranks])
+    """All cases of one number of ranks, and then the cases in fp32, in one job: [rank][case]."""
+    cases = CASES[ranks] + SINGLES[ranks]
+    return run_function(ranks, "tests.ranks.lora_ranks", "train_all", timeout=170, cases=cases)
 
 
 @pytest.mark.parametrize(
@@ -89,22 +103,12 @@ def test_only_adapters_have_gradients_norms_and_moments(ranks: int, number: int)
         assert not [name for name in result["base"] if ".lora" in name]
 
 
-SINGLE = {"settings": asdict(replace(SETTINGS, batch=4)), "microbatch": 1, "dtype": "float32"}
-LAYOUTS: list[dict[str, Any]] = [
-    {"layout": [1, 4, 4]},
-    {"layout": [2, 2, 2], "schedule": "zb-h1"},
-    {"layout": [4, 1, 1], "recompute": 1},
-]
-
-
 def test_results_are_bitwise_identical_on_all_layouts() -> None:
-    """In fp32, with the same micro-batch size: losses, norms and adapters."""
-    names = ("fira", "rish")
-    alone = [case(name, **{"layout": [1, 1, 1], **SINGLE}) for name in names]
-    spread = [case(name, **{**layout, **SINGLE}) for name in names for layout in LAYOUTS]
-    (expected,) = run_function(1, "tests.ranks.lora_ranks", "train_all", timeout=100, cases=alone)
-    ranks = run_function(4, "tests.ranks.lora_ranks", "train_all", timeout=170, cases=spread)
-    for number, results in enumerate(zip(*ranks, strict=True)):
+    """Losses, norms and adapters."""
+    alone, spread = ([rank[len(CASES[ranks]) :] for rank in job(ranks)] for ranks in (1, 4))
+    (expected,) = alone
+    assert len(spread[0]) == len(FAMILIES) * len(LAYOUTS)
+    for number, results in enumerate(zip(*spread, strict=True)):
         single = expected[number // len(LAYOUTS)]
         weights = assembled([single], "weights")
         assert all(rank["steps"] == single["steps"] for rank in results)

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -12,9 +13,10 @@ import torch.distributed as dist
 from fira.commands.train import main
 from fira.data.mixture import Mixture
 from fira.errors import UserError
-from fira.training import numerical_faults
+from fira.training import numerical_faults, run_report
 from fira.training.trainer import StepSums, Trainer
 from tests.fira.checkpoint.checkpoint_files import edit_document, hashes
+from tests.ranks.train import write_empty_picture
 
 BATCH = 6
 
@@ -40,7 +42,8 @@ def train(flags: list[str], run: str, faults: dict[int, float] | None = None, ex
     Trainer.step, StepSums.all_reduce = recording_step, faulty_sums  # type: ignore[method-assign]
     numerical_faults.WINDOW = 6
     try:
-        main([*flags, "--out", run, *(extra or [])], prog="train.py")
+        with patch.object(run_report, "plot_files", write_empty_picture):
+            main([*flags, "--out", run, *(extra or [])], prog="train.py")
     except UserError as error:
         return str(error)
     finally:

@@ -50,7 +50,7 @@ def meta_model(config: Any) -> LanguageModel:
 def train(
     layout: list[int],
     schedule: str = "1f1b",
-    steps: int = 6,
+    steps: int = 4,
     batch: int = 5,
     microbatch: int = 1,
     dropout: float = 0.0,

@@ -18,14 +18,14 @@ from pipeline.schedule import SCHEDULES
 from tests.fira.doctor.example_checks import crashing, ended, good, hanging, leaving, wrong
 from tests.launch import ROOT
 
-TRAIN = (sys.executable, str(ROOT / "scripts" / "train.py"))
+TRAIN = (sys.executable, str(ROOT / "tests" / "ranks" / "train.py"))
 
 
 @pytest.fixture
 def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(limited_process, "EXIT_S", 0.5)
-    return Target("cpu", str(tmp_path), TRAIN)
+    return Target("cpu", str(tmp_path), TRAIN, steps=8)
 
 
 def test_a_check_that_hangs_fails_or_crashes_does_not_end_the_others(target, tmp_path):

@@ -46,7 +46,7 @@ def test_a_program_with_another_exit_status_fails(capsys):
 @pytest.mark.slow
 def test_a_run_that_trains_differently_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    target = Target("cpu", str(tmp_path), (sys.executable, str(ROOT / "scripts" / "train.py")))
+    target = Target("cpu", str(tmp_path), (sys.executable, str(ROOT / "tests" / "ranks" / "train.py")), steps=8)
     assert "loss" in two_ranks(target, "--pp", "2")
     with pytest.raises(AssertionError, match="differs by"):
         two_ranks(target, "--pp", "2", "--seed", "7")

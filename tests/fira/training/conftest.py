@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fira.training.small_runs import PP4, SETTINGS, kill_all, start, train, wait_for
+from tests.launch import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +22,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 steps on four stages without interruption."""
+    """20 steps on four stages without interruption, by the program that users start."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    result = train(settings, 4, *PP4, "--out", out, "--trace", out.parent / "trace.json")
+    program = ROOT / "scripts" / "train.py"
+    result = train(settings, 4, *PP4, "--out", out, "--trace", out.parent / "trace.json", program=program)
     assert "next: python scripts/generate.py --checkpoint" in result.stdout
     return out
 

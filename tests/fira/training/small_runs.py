@@ -1,4 +1,4 @@
-"""Runs of scripts/train.py that take seconds: started, killed, and compared by their losses."""
+"""Runs of the train command that take seconds: started, killed, and compared by their losses."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 from fira.metrics.csv_log import read_log
 from tests.launch import ROOT, inherited, mpirun, run_ranks
 
-TRAIN = ROOT / "scripts" / "train.py"
+TRAIN = ROOT / "tests" / "ranks" / "train.py"
 SETTINGS = """
 model_set = "d_model=16,num_layers=4,d_ff=16,n_head=2,dropout=0.1"
 vocab_size = 300
@@ -32,9 +32,11 @@ def cache(settings: Path) -> dict[str, str]:
     return {"FIRA_CACHE": str(settings.parent / "cache")}
 
 
-def train(settings: Path, ranks: int, *flags: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run scripts/train.py to its end and check its exit status."""
-    result = run_ranks(ranks, TRAIN, "--config", settings, *flags, timeout=120, env=cache(settings))
+def train(
+    settings: Path, ranks: int, *flags: object, status: int = 0, program: Path = TRAIN
+) -> subprocess.CompletedProcess[str]:
+    """Run the train command to its end and check its exit status."""
+    result = run_ranks(ranks, program, "--config", settings, *flags, timeout=120, env=cache(settings))
     assert result.returncode == status, result.stdout + result.stderr
     return result
 

@@ -31,7 +31,7 @@ INVALID_FLAGS = {
     "--clip inf": "--clip: give a number of at least 0, not 'inf'",
     "--warmup -5": "--warmup: give an integer of at least 0, not '-5'",
     "--weight-decay -0.1": "--weight-decay: give a number of at least 0, not '-0.1'",
-    "--optimizer sgd": "invalid choice: 'sgd' (choose from adamw, muon)",
+    "--optimizer sgd": "invalid choice: 'sgd'",
     "--beta1 1": "--beta1: give a number of at least 0 and less than 1, not '1'",
     "--eps 0": "--eps: give a number greater than 0, not '0'",
     "--lr-schedule step": "invalid choice: 'step' (choose from cosine, linear, wsd)",

@@ -86,7 +86,7 @@ def test_resumed_run_takes_its_settings_but_neither_layout_nor_folder(run: Path,
 
 def test_every_setting_is_kept_by_a_resumed_run_or_belongs_to_machine_layout_or_output() -> None:
     """A new setting must be added to INHERITED or here."""
-    layout = {"pp", "dp", "ep", "schedule", "plan", "recompute", "local_devices"}
+    layout = {"pp", "dp", "ep", "schedule", "plan", "recompute", "local_devices", "shard"}
     machine, output = {"device", "compile", "timeout", *SUPERVISED}, {"out", "resume", "override", "trace"}
     assert {field.name for field in fields(TrainConfig)} - set(INHERITED) == layout | machine | output
 

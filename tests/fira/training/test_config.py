@@ -34,7 +34,7 @@ INVALID_FLAGS = {
     "--optimizer sgd": "invalid choice: 'sgd'",
     "--beta1 1": "--beta1: give a number of at least 0 and less than 1, not '1'",
     "--eps 0": "--eps: give a number greater than 0, not '0'",
-    "--lr-schedule step": "invalid choice: 'step' (choose from cosine, linear, wsd)",
+    "--lr-schedule step": "invalid choice: 'step'",
     "--lr-decay 0": "--lr-decay: give a number greater than 0 and at most 1, not '0'",
     "--seed -1": "--seed: give an integer from 0 to 9,223,372,036,854,775,807, not '-1'",
     "--timeout 0": "--timeout: give a number greater than 0 and at most 1,000,000,000, not '0'",

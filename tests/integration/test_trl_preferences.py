@@ -13,7 +13,7 @@ from fira.huggingface.export_model import export
 from fira.models.mooshak import MooshakConfig
 from fira.models.registry import build, to_document
 from fira.posttraining.chat_corpus import prepare_chats
-from fira.posttraining.dpo import DPO_LOSSES
+from fira.training.config import DPO_LOSSES
 from tests.fira.small_model import perturbed, save
 from tests.integration.test_reference_training import assembled
 from tests.launch import run_function

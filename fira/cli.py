@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from fira.errors import UserError
 from fira.value_types import FLAG_TYPES, FlagType
+from fira.wait_policy import share_cores
 from pipeline.mpi.failure import abort_on_failure, fail
 from pipeline.mpi.world import MissingMPIError, init, launched_rank
 
@@ -126,6 +127,7 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
 
 
 def _run(main: Callable[[], None], rank: int | None, parallel: bool) -> None:
+    share_cores()
     try:
         main()
     except UserError as error:

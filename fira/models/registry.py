@@ -1,6 +1,7 @@
 """The model families by name, with the presets, recipes and models that follow from them.
 
-To add a family, write its file in this folder and add its record to FAMILIES. No other file lists the families.
+To add a family, write its file in this folder and add its record to FAMILIES. Only the help text of `--model` lists the
+families as well, in fira/training/config.py.
 """
 
 from collections.abc import Mapping

@@ -1,20 +1,24 @@
 """Restoring the training state of a checkpoint: another model, other settings, forged or older documents."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fira.checkpoint.manifest import read_index, read_manifest
 from fira.checkpoint.shard_index import TensorShard
 from fira.checkpoint.shards import Checkpoint, newest_valid
 from fira.errors import UserError
 from fira.models.registry import make_config, to_document
 from fira.training.state import check_documents, check_settings
 from tests.fira.checkpoint.checkpoint_files import write_document
-from tests.fira.training.small_runs import train
+from tests.fira.training.small_runs import losses, train
 from tests.saving import save_checkpoint
 
+LAST = "checkpoints/step-000020"
+QUERY, EXPERTS, GATE = "layers.1.attention.q.weight", "layers.1.moe.experts.w1", "layers.1.moe.router.gate.weight"
 SETTINGS = {"steps": 200, "lr": 0.006, "batch_size": 32, "seed": 42, "micro_batch_size": 8, "data": "a" * 64}
 STATE: dict[str, Any] = {
     "step": 7,
@@ -117,3 +121,40 @@ def test_checkpoint_of_another_family_is_refused_without_a_list_of_its_fields(se
     flags = ["--model", "mooshak-tiny", "--model-set", "num_layers=2", "--resume", uninterrupted, "--steps", 21]
     result = train(settings, 1, "--out", tmp_path / "run", *flags, status=2)
     assert "is of another model: its family is fira (here mooshak); give the flags" in result.stderr
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights and moments of a checkpoint."""
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read(name) for name in read_index(folder, read_manifest(folder))}
+
+
+@pytest.mark.slow
+def test_muon_resumes_on_another_layout_bitwise_identical(settings, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--optimizer", "muon", "--cautious-decay", "--lr-schedule", "wsd", "--warmup", 10, "--threads", 1]
+    train(settings, 2, "--dp", 2, "--ep", 2, "--out", run, *flags)
+    resumed = shutil.copytree(run, tmp_path / "resumed")
+    train(settings, 1, "--out", resumed, "--resume", resumed / "checkpoints" / "step-000010")
+    assert (losses(resumed) == losses(run)).all()
+    first, second = tensors(run / LAST), tensors(resumed / LAST)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {f"exp_avg/{name}" for name in (QUERY, EXPERTS, GATE)} | {f"exp_avg_sq/{GATE}"} <= first.keys()
+    assert not {f"exp_avg_sq/{name}" for name in (QUERY, EXPERTS)} & first.keys()
+
+
+@pytest.mark.slow
+def test_another_optimizer_needs_override_and_starts_with_moments_of_zero(settings, uninterrupted, tmp_path):
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    flags = ["--out", run, "--resume", "auto", "--steps", 21, "--optimizer", "muon", "--beta2", 0.9]
+    refused = train(settings, 1, *flags, status=2)
+    shown = "optimizer is adamw (here muon), beta2 is 0.95 (here 0.9); give the same values, or add --override\n"
+    assert refused.stderr.endswith(shown)
+    result = train(settings, 1, *flags, "--override")
+    assert "the moments start at zero" in result.stderr
+    saved = Checkpoint.open(run / "checkpoints" / "step-000021")
+    assert saved.document("state")["updates"] == 1
+    # After one update both moments of a parameter have the same gradient: (1 − β1) g, and (1 − β2) g².
+    average, squared = (saved.read(f"{moment}/{GATE}") for moment in ("exp_avg", "exp_avg_sq"))
+    torch.testing.assert_close(squared, 0.1 * (average / 0.1).square(), rtol=1e-4, atol=0)

@@ -1,4 +1,4 @@
-"""Restoring the training state of a checkpoint: another model, other settings, forged or older documents."""
+"""Restoring the training state of a checkpoint: another model, layout or optimizer, other settings, forged files."""
 
 import shutil
 from pathlib import Path

@@ -31,7 +31,7 @@ from fira.posttraining.packed_examples import Example, PackedExamples, tokens_of
 from fira.posttraining.preference_pairs import PreferencePairs
 from fira.progress_bar import progress_bar
 
-CHAT_FORMAT = 2  # part of the cache key; increment it when the same input yields another result
+CHAT_FORMAT = 3  # part of the cache key; increment it when the same input yields another result
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@
 | instruction, input, output      | instruction and input, separated by a new line; output | output              |
 | prompt (optional), chosen, rejected | two chats: prompt + chosen, prompt + rejected     | chosen and rejected |
 
-An answer is a message of the assistant. A list may also be given as JSON text, for CSV.
+An answer is a message of the assistant. A list may also be given as JSON text, for CSV: in a field that may be a text
+as well, JSON is a list of messages if each of its entries has a role.
 """
 
 import json
@@ -57,20 +58,23 @@ def to_chat(record: Record, where: str) -> Chat:
     """Return a record as a chat. where: its place, for messages. Raises UserError unless it is one, with an answer."""
     fields = _present(record)
     forms = [form for form in FORMS if set(form) <= fields.keys()]
+    if len(forms) > 1:  # as in a table with the columns of several forms, of which a row fills one
+        forms = [form for form in forms if any(fields[name] != "" for name in form)] or forms[:1]
     if len(forms) > 1:
         raise UserError(f"{where}: has {' as well as '.join(map(' and '.join, forms))}; keep one of them")
-    tools = _parsed(fields.get("tools"), f"{where}: tools")
-    context = 0
-    if "messages" in fields:
+    tools = _parsed(fields.get("tools") or None, f"{where}: tools")
+    form, context = (forms or [()])[0], 0
+    if "messages" in form:
         messages = _messages(_parsed(fields["messages"], f"{where}: messages"), "", f"{where}: messages")
-    elif {"prompt", "completion"} <= fields.keys():
+    elif "completion" in form:
         prompt = _messages(fields["prompt"], "user", f"{where}: prompt")
         completion = _messages(fields["completion"], "assistant", f"{where}: completion")
         messages, context = prompt + completion, _answers(prompt)
-    elif {"instruction", "output"} <= fields.keys():
+    elif "instruction" in form:
         texts = [_text(fields, name, where) for name in ("instruction", "input") if name in fields]
-        messages = _messages("\n".join(filter(None, texts)), "user", where)
-        messages += _messages(_text(fields, "output", where), "assistant", f"{where}: output")
+        messages = _messages([{"role": "user", "content": "\n".join(filter(None, texts))}], "", where)
+        answer = {"role": "assistant", "content": _text(fields, "output", where)}
+        messages += _messages([answer], "", f"{where}: output")
     elif {"chosen", "rejected"} <= fields.keys():
         raise UserError(f"{where}: preference data, with chosen and rejected; give records with {FORMATS}")
     else:
@@ -86,7 +90,7 @@ def to_preference(record: Record, where: str) -> tuple[Chat, Chat]:
     fields = _present(record)
     if not {"chosen", "rejected"} <= fields.keys():
         raise UserError(f"{where}: has {_listed(fields)}; give records with prompt, chosen and rejected")
-    tools = _parsed(fields.get("tools"), f"{where}: tools")
+    tools = _parsed(fields.get("tools") or None, f"{where}: tools")
     prompt = _messages(fields["prompt"], "user", f"{where}: prompt") if "prompt" in fields else []
     chosen = _messages(fields["chosen"], "assistant", f"{where}: chosen")
     rejected = _messages(fields["rejected"], "assistant", f"{where}: rejected")
@@ -130,12 +134,23 @@ def _parsed(value: Any, where: str) -> Any:
 def _messages(value: Any, role: str, where: str) -> list[Message]:
     """Return messages in the form that templates expect: a list, or the text of one message of this role."""
     if isinstance(value, str) and role:
-        value = [{"role": role, "content": value}]
+        value = _listed_messages(value) or [{"role": role, "content": value}]
     if not isinstance(value, list):
         raise UserError(f"{where}: {type(value).__name__}, not a list of messages; give a role and content each")
     if not value:
         raise UserError(f"{where}: no message; give at least one")
     return [_message(entry, f"{where}, message {number}") for number, entry in enumerate(value, 1)]
+
+
+def _listed_messages(text: str) -> list[Any] | None:
+    """Return the messages that a text denotes as JSON; None if it is any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if all(isinstance(entry, dict) and "role" in entry for entry in value) else None
 
 
 def _message(entry: Any, where: str) -> Message:

@@ -12,6 +12,7 @@ as well, JSON is a list of messages if each of its entries has a role.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fira.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
+PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(role|content)'\s*:")  # as the to_csv of pandas and datasets writes them
 FORMATS = "messages, prompt and completion, or instruction and output"
 
 
@@ -133,6 +135,8 @@ def _parsed(value: Any, where: str) -> Any:
 
 def _messages(value: Any, role: str, where: str) -> list[Message]:
     """Return messages in the form that templates expect: a list, or the text of one message of this role."""
+    if isinstance(value, str) and PYTHON_MESSAGES.match(value):
+        raise UserError(f"{where}: messages in Python's notation, not JSON; write them with json.dumps")
     if isinstance(value, str) and role:
         value = _listed_messages(value) or [{"role": role, "content": value}]
     if not isinstance(value, list):

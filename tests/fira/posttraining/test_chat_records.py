@@ -65,6 +65,12 @@ def test_other_json_is_the_text_of_an_answer(answer: str) -> None:
     assert to_chat({"instruction": listed, "output": listed}, "x").messages[-1]["content"] == listed
 
 
+def test_messages_in_python_notation_are_refused() -> None:
+    for record in ({"prompt": str([USER]), "completion": "Yes"}, {"prompt": "Hi", "completion": str([ASSISTANT])}):
+        with pytest.raises(UserError, match=r"x: (prompt|completion): messages in Python's notation, not JSON"):
+            to_chat(record, "x")
+
+
 def test_rows_of_a_table_fill_the_columns_of_one_form(tmp_path: Path) -> None:
     path = tmp_path / "chats.csv"
     messages = json.dumps(PAIR).replace('"', '""')

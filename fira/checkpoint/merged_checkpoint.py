@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from fira.checkpoint.manifest import combined_hash
 from fira.checkpoint.shards import Checkpoint
 from fira.errors import UserError
 from fira.json_reader import array, check, integer, number, record, text
@@ -62,7 +63,11 @@ class AdapterRecord:
 
     @classmethod
     def of(cls, lora: Lora, base: SavedModel) -> Self:
-        """Return the record of new adapters (collective)."""
+        """Return the record of new adapters (collective). Raises UserError if the base model has adapters itself."""
+        if isinstance(base, MergedCheckpoint):
+            raise UserError(
+                f"{base.folder} has adapters of its own; export the model, and give the exported folder as --init"
+            )
         return cls(lora, str(base.folder.resolve()), base.weights_hash())
 
     @classmethod
@@ -124,6 +129,6 @@ class MergedCheckpoint:
         return a, self.adapters.read(b_name, start, stop)
 
     def weights_hash(self) -> str:
-        raise UserError(
-            f"{self.folder} has adapters of its own; export the model, and give the exported folder as --init"
-        )
+        """Return a hash of the base model, the adapters and their settings."""
+        hashes = {"adapters": self.adapters.weights_hash(), "base": self.record.sha256}
+        return combined_hash(hashes | {"settings": str(self.record.lora)})

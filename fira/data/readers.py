@@ -50,7 +50,7 @@ def read_file(path: Path, column: str, advance: Advance) -> Iterator[str]:
 def read_records(path: Path, advance: Advance) -> Iterator[tuple[str, Record]]:
     """Yield each record of a table with its place, the file and the row. Raises UserError as `read_file` does."""
     if not has_reader(path):
-        raise UserError(f"{path}: not a table; give a file {', '.join(TABLES)}")
+        raise UserError(f"{path}: not a table; give a file {', '.join(TABLES)} (.jsonl: one JSON object per line)")
     with _errors(path):
         yield from _table(path)(path, None, advance)
 

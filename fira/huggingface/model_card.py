@@ -25,7 +25,12 @@ SETTINGS = (
     *("objective", "steps", "batch_size", "optimizer", "lr", "min_lr", "warmup", "lr_schedule", "weight_decay"),
     *("clip", "precision"),
 )
-PREFERENCE_SETTINGS = ("dpo_loss", "dpo_beta")  # with the objective dpo
+OBJECTIVE_SETTINGS = {
+    "dpo": ("dpo_loss", "dpo_beta"),
+    "distill": ("distill_beta", "distill_temperature", "teacher_top_k", "on_policy"),
+    "grpo": ("group_size", "answer_after"),
+}
+MODELS = {"init": "starts from", "teacher": "teacher"}
 COUNTS = {
     "train_tokens": "training tokens",
     "val_tokens": "validation tokens",
@@ -50,7 +55,7 @@ def model_card(model: LanguageModel, name: str, run: Path) -> str:
     name: of the export. run: the folder with the files of the run, all of which may be missing.
     """
     config = _settings(run / "config.toml")
-    settings = (*SETTINGS, *PREFERENCE_SETTINGS) if config.get("objective") == "dpo" else SETTINGS
+    settings = (*SETTINGS, *OBJECTIVE_SETTINGS.get(str(config.get("objective")), ()), "lora")
     sections = [
         _header(model),
         f"# {name}\n\n{_summary(model)}",
@@ -101,8 +106,7 @@ def _data(config: Mapping[str, Any], counts: Path) -> str:
         names = [("source", f"{Path(str(source)).name} ({share:.0%})") for source, share in sources]
     if config and not names:
         names = [("source", "the Python standard library")]
-    if "init" in config:
-        names.append(("starts from", Path(str(config["init"])).name))
+    names += [(text, Path(str(config[key])).name) for key, text in MODELS.items() if key in config]
     summary: Mapping[str, Any] = {}
     with suppress(UserError):
         summary = read(counts, mapping(anything))

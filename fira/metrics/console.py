@@ -33,8 +33,13 @@ def loss_change(
     )
 
 
-def next_command(run: Path, has_tokenizer: bool) -> str:
-    """The command that generates text with the trained model. A corpus of token ids comes without a tokenizer."""
+def next_command(run: Path, has_tokenizer: bool, chats: bool) -> str:
+    """The command that uses the trained model: a chat, if it was trained on `chats`, or the continuation of a text.
+
+    A corpus of token ids comes without a tokenizer.
+    """
+    if chats:
+        return f"next: {' '.join(command_words('chat'))} --checkpoint {run}"
     tokenizer = "" if has_tokenizer else " --tokenizer TOKENIZER.json"
     return f'next: {" ".join(command_words("generate"))} --checkpoint {run}{tokenizer} --prompt "def "'
 

@@ -32,7 +32,7 @@ from fira.posttraining.preference_pairs import PreferencePairs
 from fira.posttraining.prompted_answers import runs
 from fira.progress_bar import progress_bar
 
-CHAT_FORMAT = 2  # part of the cache key; increment it when the same input yields another result
+CHAT_FORMAT = 3  # part of the cache key; increment it when the same input yields another result
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@
 | instruction, input, output      | instruction and input, separated by a new line; output | output              |
 | prompt (optional), chosen, rejected | two chats: prompt + chosen, prompt + rejected     | chosen and rejected |
 
-An answer is a message of the assistant. A list may also be given as JSON text, for CSV.
+An answer is a message of the assistant. A list may also be given as JSON text, for CSV: in a field that may be a text
+as well, JSON is a list of messages if each of its entries has a role.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from fira.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 FORMS = (("messages",), ("prompt", "completion"), ("instruction", "output"))
+PYTHON_MESSAGES = re.compile(r"\s*\[\s*\{\s*'(role|content)'\s*:")  # as the to_csv of pandas and datasets writes them
 FORMATS = "messages, prompt and completion, or instruction and output"
 
 
@@ -57,20 +60,24 @@ def to_chat(record: Record, where: str) -> Chat:
     """Return a record as a chat. where: its place, for messages. Raises UserError unless it is one, with an answer."""
     fields = _present(record)
     forms = [form for form in FORMS if set(form) <= fields.keys()]
+    if len(forms) > 1:  # as in a table with the columns of several forms, of which a row fills one
+        forms = [form for form in forms if any(fields[name] != "" for name in form)] or forms[:1]
     if len(forms) > 1:
         raise UserError(f"{where}: has {' as well as '.join(map(' and '.join, forms))}; keep one of them")
-    tools = _parsed(fields.get("tools"), f"{where}: tools")
+    tools = _parsed(fields.get("tools") or None, f"{where}: tools")
+    form: tuple[str, ...] = forms[0] if forms else ()
     context = 0
-    if "messages" in fields:
+    if "messages" in form:
         messages = to_messages(_parsed(fields["messages"], f"{where}: messages"), "", f"{where}: messages")
-    elif {"prompt", "completion"} <= fields.keys():
+    elif "completion" in form:
         prompt = to_messages(fields["prompt"], "user", f"{where}: prompt")
         completion = to_messages(fields["completion"], "assistant", f"{where}: completion")
         messages, context = prompt + completion, _answers(prompt)
-    elif {"instruction", "output"} <= fields.keys():
+    elif "instruction" in form:
         texts = [_text(fields, name, where) for name in ("instruction", "input") if name in fields]
-        messages = to_messages("\n".join(filter(None, texts)), "user", where)
-        messages += to_messages(_text(fields, "output", where), "assistant", f"{where}: output")
+        messages = to_messages([{"role": "user", "content": "\n".join(filter(None, texts))}], "", where)
+        answer = {"role": "assistant", "content": _text(fields, "output", where)}
+        messages += to_messages([answer], "", f"{where}: output")
     elif {"chosen", "rejected"} <= fields.keys():
         raise UserError(f"{where}: preference data, with chosen and rejected; give records with {FORMATS}")
     else:
@@ -86,7 +93,7 @@ def to_preference(record: Record, where: str) -> tuple[Chat, Chat]:
     fields = _present(record)
     if not {"chosen", "rejected"} <= fields.keys():
         raise UserError(f"{where}: has {_listed(fields)}; give records with prompt, chosen and rejected")
-    tools = _parsed(fields.get("tools"), f"{where}: tools")
+    tools = _parsed(fields.get("tools") or None, f"{where}: tools")
     prompt = to_messages(fields["prompt"], "user", f"{where}: prompt") if "prompt" in fields else []
     chosen = to_messages(fields["chosen"], "assistant", f"{where}: chosen")
     rejected = to_messages(fields["rejected"], "assistant", f"{where}: rejected")
@@ -132,13 +139,26 @@ def to_messages(value: Any, role: str, where: str) -> list[Message]:
 
     role: "" allows a list only. Raises UserError, which begins with `where`, for anything else.
     """
+    if isinstance(value, str) and PYTHON_MESSAGES.match(value):
+        raise UserError(f"{where}: messages in Python's notation, not JSON; write them with json.dumps")
     if isinstance(value, str) and role:
-        value = [{"role": role, "content": value}]
+        value = _listed_messages(value) or [{"role": role, "content": value}]
     if not isinstance(value, list):
         raise UserError(f"{where}: {type(value).__name__}, not a list of messages; give a role and content each")
     if not value:
         raise UserError(f"{where}: no message; give at least one")
     return [_message(entry, f"{where}, message {number}") for number, entry in enumerate(value, 1)]
+
+
+def _listed_messages(text: str) -> list[Any] | None:
+    """Return the messages that a text denotes as JSON; None if it is any other text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if all(isinstance(entry, dict) and "role" in entry for entry in value) else None
 
 
 def _message(entry: Any, where: str) -> Message:

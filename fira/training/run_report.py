@@ -9,6 +9,7 @@ from fira.metrics import console
 from fira.metrics.csv_log import LOG_NAME, Row, TrainingLog
 from fira.metrics.run_plots import plot_files
 from fira.parallel.forward_pass import Mean
+from fira.posttraining.chat_corpus import ChatCorpus
 from fira.training import run_folder
 from fira.training.run_lock import RunLock
 from fira.training.setup import Run
@@ -102,7 +103,8 @@ class RunReport:
             logger.info(
                 "stopped by a signal after step %d; the same command with --resume auto continues", self.last.iter
             )
-        self._show(console.next_command(self.out, has_tokenizer=bool(self.run.tokenizer)))
+        chats = isinstance(self.run.corpus, ChatCorpus)
+        self._show(console.next_command(self.out, has_tokenizer=bool(self.run.tokenizer), chats=chats))
 
     def _show(self, text: str) -> None:
         if not self.quiet:

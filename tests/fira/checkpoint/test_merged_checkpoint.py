@@ -71,6 +71,21 @@ def test_rows_are_merged_as_the_whole_tensor_is(tmp_path: Path) -> None:
         assert saved.shape(name) == tuple(whole.shape)
 
 
+def test_hash_of_a_merged_model_depends_on_adapters_and_their_settings(tmp_path: Path) -> None:
+    """A teacher of a distillation may have adapters."""
+    model, folder = adapted(tmp_path, "mooshak")
+    base, first = open_saved(tmp_path / "base"), open_saved(folder).weights_hash()
+    assert first == open_saved(folder).weights_hash() != base.weights_hash()
+    weights = {name: value for name, value in model.named_parameters() if ".lora" in name}
+    other = AdapterRecord.of(replace(ALL, alpha=ALL.alpha + 1), base)
+    changed = {name: value + 1 for name, value in weights.items()}
+    found = [
+        open_saved(step_folder(tmp_path / f"run-{number}", values, model.config, record)).weights_hash()
+        for number, (values, record) in enumerate([(weights, other), (changed, AdapterRecord.of(ALL, base))])
+    ]
+    assert len({first, *found}) == 3
+
+
 def test_base_in_lower_precision_is_read_in_that_of_the_adapters(tmp_path: Path) -> None:
     model, _ = adapted(tmp_path, "mooshak", torch.float32)
     half = {name: value.to(torch.bfloat16) for name, value in make_model(MODELS["mooshak"]).weights().items()}

@@ -47,6 +47,16 @@ def test_card_of_preference_training_has_its_loss_and_accuracy(tmp_path: Path) -
     assert ["validation accuracy", "0.75"] in rows
 
 
+def test_card_of_a_distilled_model_with_adapters_names_its_teacher_and_settings(tmp_path: Path) -> None:
+    lora = "rank=2,alpha=4,targets=attention"
+    config = TrainConfig(objective="distill", init="/a/base", teacher="/a/large", distill_beta=0.5, lora=lora)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    rows = rows_of(model_card(make_model(MOOSHAK), "student", tmp_path))
+    for row in (["starts from", "base"], ["teacher", "large"], ["distill_beta", "0.5"], ["lora", lora]):
+        assert row in rows
+    assert not any("dpo" in cell for row in rows for cell in row)
+
+
 def header_of(card: str) -> dict[str, object]:
     empty, header, _ = card.split("---\n", 2)
     assert empty == ""

@@ -1,8 +1,10 @@
 """The lines of the console, with a clock that the test controls."""
 
+from pathlib import Path
+
 import pytest
 
-from fira.metrics.console import ConsoleProgress
+from fira.metrics.console import ConsoleProgress, next_command
 from tests.fira.metrics.test_csv_log import row
 
 
@@ -64,3 +66,10 @@ def test_accuracy_of_preferences_is_in_the_line_of_a_validation(capsys: pytest.C
     first, last = capsys.readouterr().out.splitlines()
     assert "accuracy" not in first
     assert " · val 3.301 · accuracy 91.2% · lr " in last
+
+
+def test_next_command_is_a_chat_after_training_on_chats() -> None:
+    run = Path("runs/x")
+    assert next_command(run, True, chats=True).endswith("chat.py --checkpoint runs/x")
+    assert next_command(run, True, chats=False).endswith('generate.py --checkpoint runs/x --prompt "def "')
+    assert "--tokenizer" in next_command(run, False, chats=False)

@@ -49,6 +49,39 @@ def test_messages_are_read_from_every_format(tmp_path: Path, suffix: str) -> Non
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_lists_of_messages_are_read_from_every_format(tmp_path: Path, suffix: str) -> None:
+    records = [{"prompt": [USER], "completion": [ASSISTANT]}]
+    (chat,) = read(write(tmp_path / f"chats{suffix}", records))
+    assert chat.messages == PAIR
+    pairs = [{"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{**ASSISTANT, "content": "No"}]}]
+    ((chosen, rejected),) = read_preferences([write(tmp_path / f"pairs{suffix}", pairs)], lambda _: None)
+    assert (chosen.messages, rejected.messages) == (PAIR, [USER, {**ASSISTANT, "content": "No"}])
+
+
+@pytest.mark.parametrize("answer", ["[1, 2]", '[{"name": "f"}]', "[sic]", '[{"role": "user"'])
+def test_other_json_is_the_text_of_an_answer(answer: str) -> None:
+    assert to_chat({"prompt": "Hi", "completion": answer}, "x").messages[-1]["content"] == answer
+    listed = json.dumps(PAIR)  # the fields of Alpaca are texts
+    assert to_chat({"instruction": listed, "output": listed}, "x").messages[-1]["content"] == listed
+
+
+def test_messages_in_python_notation_are_refused() -> None:
+    for record in ({"prompt": str([USER]), "completion": "Yes"}, {"prompt": "Hi", "completion": str([ASSISTANT])}):
+        with pytest.raises(UserError, match=r"x: (prompt|completion): messages in Python's notation, not JSON"):
+            to_chat(record, "x")
+
+
+def test_rows_of_a_table_fill_the_columns_of_one_form(tmp_path: Path) -> None:
+    path = tmp_path / "chats.csv"
+    messages = json.dumps(PAIR).replace('"', '""')
+    path.write_text(f'messages,prompt,completion,tools\n"{messages}",,,\n,Hi,"Yes, ä",\n', encoding="utf-8")
+    assert [chat.messages for chat in read(path)] == [PAIR, PAIR]
+    path.write_text("messages,prompt,completion\n,,\n")
+    with pytest.raises(UserError, match=r"line 2: messages: invalid JSON"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_texts_are_read_from_every_format(tmp_path: Path, suffix: str) -> None:
     alpaca = [
         {"instruction": "Add", "input": "1 2", "output": "3"},

@@ -1,4 +1,4 @@
-"""The picture of the results: losses on both texts, and the accuracy in the questions, of each method."""
+"""The picture of the results: the losses of each method on both texts, and on the answers to questions."""
 
 from pathlib import Path
 
@@ -8,20 +8,19 @@ from matplotlib.figure import Figure
 
 from fira.metrics.plot_style import GREY, INK, RUN_COLOURS, save_png, style_axes
 
-CHANCE = 0.25  # of four choices
 STAGES = {"text": "after training on text", "questions": "and then on questions"}
 
 
 def draw(results: pd.DataFrame, out: Path) -> None:
     """Draw the means over seeds to a PNG, with the standard deviations as bars. results: as in results.csv."""
     figure = Figure(figsize=(12, 5), layout="constrained")
-    losses, scores = figure.subplots(1, 2, width_ratios=[3, 2])
-    groups = results.groupby(["method", "trained_on"])[["domain_loss", "general_loss", "accuracy"]]
+    losses, answers = figure.subplots(1, 2, width_ratios=[3, 2])
+    groups = results.groupby(["method", "trained_on"])[["domain_loss", "general_loss", "answer_loss"]]
     means, deviations = groups.mean(), groups.std().fillna(0)
     methods = results["method"].unique()
     colours = dict(zip(methods, [INK, *RUN_COLOURS], strict=False))
     draw_losses(losses, means, deviations, colours)
-    draw_scores(scores, means["accuracy"], deviations["accuracy"], colours)
+    draw_answers(answers, means["answer_loss"], deviations["answer_loss"], colours)
     save_png(figure, out)
 
 
@@ -60,21 +59,16 @@ def draw_losses(axes: Axes, means: pd.DataFrame, deviations: pd.DataFrame, colou
     axes.legend(frameon=False)
 
 
-def draw_scores(axes: Axes, means: pd.Series, deviations: pd.Series, colours: dict[str, str]) -> None:
-    """Two bars per method."""
-    style_axes(axes, "Accuracy in test questions", "")
-    axes.set_xlabel("share of correct answers; dashed: chance", color=INK)
+def draw_answers(axes: Axes, means: pd.Series, deviations: pd.Series, colours: dict[str, str]) -> None:
+    """A point per method, with its value."""
+    style_axes(axes, "Loss of the answers to validation questions", "")
+    axes.set_xlabel("nats per token, after training on questions", color=INK)
     for number, (method, colour) in enumerate(colours.items()):
-        for place, stage in enumerate(STAGES):
-            value, error = means[(method, stage)], deviations[(method, stage)]
-            filled = colour if stage == "text" else "white"
-            position = number + 0.36 * place
-            axes.barh(position, value, 0.32, xerr=error, color=filled, edgecolor=colour, error_kw={"ecolor": GREY})
-            axes.text(value + error + 0.01, position, f"{value:.2f}", va="center", fontsize=9, color=INK)
-    axes.set_yticks([number + 0.18 for number in range(len(colours))], list(colours))
-    axes.invert_yaxis()
+        value, error = means[(method, "questions")], deviations[(method, "questions")]
+        style = {"marker": "o", "markersize": 8, "markerfacecolor": "white", "color": colour, "linestyle": "none"}
+        axes.errorbar(value, number, xerr=error, **style)
+        axes.text(value, number - 0.15, f"{value:.2f}", ha="center", va="bottom", fontsize=9, color=INK)
+    axes.set_yticks(range(len(colours)), list(colours))
+    axes.set_ylim(len(colours) - 0.5, -0.5)
     axes.locator_params(axis="x", integer=False)
-    axes.axvline(CHANCE, color=INK, linestyle=(0, (2, 1.5)), linewidth=1.2)
-    for stage, colour in zip(STAGES, (INK, "white"), strict=True):
-        axes.barh(0, 0, color=colour, edgecolor=INK, label=STAGES[stage])
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    axes.margins(x=0.12)

@@ -30,6 +30,9 @@ def make_checkout(folder: Path) -> Path:
     (folder / "README.md").write_text(text)
     (folder / "texts").mkdir()
     (folder / "texts" / "one.txt").write_text(text * 3)
+    for name in ("domain", "general"):
+        (folder / f"{name}.txt").write_text(text)
+        (folder / f"{name}_test.txt").write_text(text[:2000])
     chats = [{"prompt": f"What is {n} + 1?", "completion": f"{n + 1}"} for n in range(40)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     pairs = [{"prompt": f"What is {n} + 1?", "chosen": f"{n + 1}", "rejected": "No idea"} for n in range(40)]

@@ -68,3 +68,8 @@ def compare(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
             plain = train(**case)
         results.append([train(**case), plain])
     return results
+
+
+def compare_all(cases: dict[str, list[dict[str, Any]]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """Run several comparisons in one job, because starting ranks takes longer than training."""
+    return {name: compare(trainings) for name, trainings in cases.items()}

@@ -169,18 +169,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def trained(ranks: int, compiler: str | None) -> dict[str, Any]:
-    """Loss, auxiliary loss and gradient norm of three steps in all layouts for this number of ranks."""
-    names = [name for name, case in LAYOUTS.items() if np.prod(case["layout"][:2]) == ranks]
+def trained(ranks: int) -> dict[tuple[str, str | None], Any]:
+    """Loss, auxiliary loss and gradient norm of three steps in all layouts for this number of ranks, by compiler."""
+    keys = [
+        (name, compiler)
+        for compiler in (None, "aot_eager")
+        for name, case in LAYOUTS.items()
+        if np.prod(case["layout"][:2]) == ranks
+    ]
     common = {"model": to_document(CONFIGS["fira"]), "microbatch": 2, "dtype": "float64", "steps": 3}
-    cases = [{**common, **LAYOUTS[name], "compiler": compiler} for name in names]
+    cases = [{**common, **LAYOUTS[name], "compiler": compiler} for name, compiler in keys]
     results = run_function(ranks, "tests.ranks.parity_ranks", "train_all", timeout=250, cases=cases)[0]
-    return {name: result["steps"] for name, result in zip(names, results, strict=True)}
+    return {key: result["steps"] for key, result in zip(keys, results, strict=True)}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts(name: str) -> None:
-    ranks = int(np.prod(LAYOUTS[name]["layout"][:2]))
-    np.testing.assert_allclose(trained(ranks, "aot_eager")[name], trained(ranks, None)[name], rtol=1e-12)
+    results = trained(int(np.prod(LAYOUTS[name]["layout"][:2])))
+    np.testing.assert_allclose(results[name, "aot_eager"], results[name, None], rtol=1e-12)

@@ -3,13 +3,13 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fira.metrics.csv_log import read_log
-from tests.launch import ROOT, inherited, mpirun, run_ranks
+from tests.launch import ROOT, inherited, mpirun, run_function, run_ranks
 
 TRAIN = ROOT / "tests" / "ranks" / "train.py"
 SETTINGS = """
@@ -39,6 +39,19 @@ def train(
     result = run_ranks(ranks, program, "--config", settings, *flags, timeout=120, env=cache(settings))
     assert result.returncode == status, result.stdout + result.stderr
     return result
+
+
+def errors(settings: Path, ranks: int, commands: Sequence[Sequence[object]]) -> list[str]:
+    """Run the train command with each list of flags, all in one job, and return the one-line errors that end it.
+
+    An error must be the same on all ranks; it is empty where there is none.
+    """
+    flags = [["--config", str(settings), *map(str, command)] for command in commands]
+    module, environment = "tests.ranks.train_ranks", cache(settings)
+    first, *others = run_function(ranks, module, "messages", timeout=170, env=environment, flags=flags)
+    assert all(messages == first for messages in others)
+    assert "\n" not in "".join(first)
+    return first
 
 
 def start(settings: Path, *flags: object) -> subprocess.Popen[str]:

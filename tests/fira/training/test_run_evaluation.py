@@ -16,7 +16,7 @@ from fira.evaluation.task_evaluation import encode_task
 from fira.evaluation.task_files import read_tasks
 from fira.evaluation.task_forms import ExactAnswer
 from tests.fira.evaluation.evaluation_examples import WORDS, write_jsonl, write_tasks
-from tests.fira.training.small_runs import TRAIN, cache, train
+from tests.fira.training.small_runs import TRAIN, cache, errors, train
 from tests.launch import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -106,21 +106,18 @@ def test_resumed_run_repeats_the_evaluation(settings: Path, evaluated: Path, tmp
     assert (run / "evaluation.csv").read_bytes() == (evaluated / "evaluation.csv").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("record", "flags", "message"),
-    [
-        ({"query": "a", "choices": ["b", "c"], "answer": 2}, [], "a.jsonl, line 2: answer is 2, not the number"),
-        ({"query": "a", "choices": ["b", "c " * 99], "answer": 1}, [], "line 2: a continuation of"),
-        ({}, ["--eval-tasks", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
-    ],
-)
-def test_invalid_tasks_end_all_ranks_before_training(
-    settings: Path, tmp_path: Path, record: dict[str, Any], flags: list[str], message: str
-) -> None:
-    valid = {"query": "a", "choices": ["b", "c"], "answer": 0}
-    path = write_jsonl(tmp_path / "a.jsonl", [valid, record])
-    run = [*FLAGS, "--eval-tasks", path, *flags, "--out", tmp_path / "run"]
-    result = train(settings, 2, *run, status=2)
+def test_invalid_tasks_end_all_ranks_before_training(settings: Path, tmp_path: Path) -> None:
+    question = {"query": "a", "choices": ["b", "c"], "answer": 0}
+    long = write_jsonl(tmp_path / "long.jsonl", [question, {"query": "a", "choices": ["b", "c " * 99], "answer": 1}])
+    cases = {
+        "line 2: a continuation of": [*FLAGS, "--eval-tasks", long, "--out", tmp_path / "run"],
+        "nowhere.jsonl: No such file": [*FLAGS, "--eval-tasks", "nowhere.jsonl", "--out", tmp_path / "run"],
+    }
+    for expected, message in zip(cases, errors(settings, 2, list(cases.values())), strict=True):
+        assert expected in message
+
+    invalid = write_jsonl(tmp_path / "invalid.jsonl", [question, question | {"answer": 2}])
+    result = train(settings, 2, *FLAGS, "--eval-tasks", invalid, "--out", tmp_path / "run", status=2)
     (line,) = filter(None, result.stderr.splitlines())
-    assert message in line
+    assert "invalid.jsonl, line 2: answer is 2, not the number" in line
     assert not (tmp_path / "run" / "training_log.csv").exists()

@@ -77,7 +77,8 @@ def jobs(ranks: int) -> Iterator[dict[str, Future[Job]]]:
     pool.shutdown(cancel_futures=True)
 
 
-numbers_of_ranks = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)], scope="module")
+# With three, one rank neither fails nor prints the report.
+numbers_of_ranks = pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)], scope="module")
 
 
 @numbers_of_ranks

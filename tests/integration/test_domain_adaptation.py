@@ -111,7 +111,7 @@ draw(results, folder / "results.png")
 def test_tiny_benchmark(tmp_path: Path) -> None:
     variables = inherited() | {"FIRA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", TINY, tmp_path]
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
     results = pd.read_csv(tmp_path / "results.csv", index_col=0)
     assert results[["method", "trained_on"]].to_numpy().tolist() == [

@@ -25,7 +25,11 @@ SETTINGS = (
     *("objective", "steps", "batch_size", "optimizer", "lr", "min_lr", "warmup", "lr_schedule", "weight_decay"),
     *("clip", "precision"),
 )
-PREFERENCE_SETTINGS = ("dpo_loss", "dpo_beta")  # with the objective dpo
+OBJECTIVE_SETTINGS = {  # by objective, in addition to the others
+    "dpo": ("dpo_loss", "dpo_beta"),
+    "grpo": ("group_size", "answer_after", "answer_tokens"),
+}
+UNITS = {"reward_margin": "mean over pairs", "answer_tokens": "share of wrong answers"}  # by a column of the log
 COUNTS = {
     "train_tokens": "training tokens",
     "val_tokens": "validation tokens",
@@ -50,7 +54,7 @@ def model_card(model: LanguageModel, name: str, run: Path) -> str:
     name: of the export. run: the folder with the files of the run, all of which may be missing.
     """
     config = _settings(run / "config.toml")
-    settings = (*SETTINGS, *PREFERENCE_SETTINGS) if config.get("objective") == "dpo" else SETTINGS
+    settings = (*SETTINGS, *OBJECTIVE_SETTINGS.get(str(config.get("objective")), ()))
     sections = [
         _header(model),
         f"# {name}\n\n{_summary(model)}",
@@ -122,7 +126,7 @@ def _results(run: Path) -> str:
                 rows += [("best validation loss", float(validation.min()))]
             if "val_reward_accuracy" in log and len(validation):
                 rows += [("validation accuracy", float(log["val_reward_accuracy"].dropna().iloc[-1]))]
-            unit = "mean over pairs" if "reward_margin" in log else "nats per token"
+            unit = next((unit for column, unit in UNITS.items() if column in log), "nats per token")
             parts.append(_table(("last step", f"losses, {unit}"), rows))
     if (run / PICTURE).is_file():
         parts.append(f"![Losses, learning rate, throughput and expert load]({PICTURE})")

@@ -145,7 +145,7 @@ def test_data_without_final_answers_are_found_before_training(tokenizer: Tokeniz
     windows = sequences_of(tmp_path, tokenizer).sources[0].train
     ExactReward(tokenizer, None).check(windows)
     ExactReward(tokenizer, ".").check(windows)  # the end of each answer
-    with pytest.raises(UserError, match="--answer-after 'a': the answer '[^a]*' of the data does not contain it"):
+    with pytest.raises(UserError, match=r"--answer-after 'a': the answer '[^a]*' of the data does not contain it"):
         ExactReward(tokenizer, "a").check(windows)
 
 

@@ -25,12 +25,13 @@ SETTINGS = (
     *("objective", "steps", "batch_size", "optimizer", "lr", "min_lr", "warmup", "lr_schedule", "weight_decay"),
     *("clip", "precision"),
 )
-OBJECTIVE_SETTINGS = {
+OBJECTIVE_SETTINGS = {  # by objective, in addition to the others
     "dpo": ("dpo_loss", "dpo_beta"),
     "distill": ("distill_beta", "distill_temperature", "teacher_top_k", "on_policy"),
-    "grpo": ("group_size", "answer_after"),
+    "grpo": ("group_size", "answer_after", "answer_tokens"),
 }
 MODELS = {"init": "starts from", "teacher": "teacher"}
+UNITS = {"reward_margin": "mean over pairs", "answer_tokens": "share of wrong answers"}  # by a column of the log
 COUNTS = {
     "train_tokens": "training tokens",
     "val_tokens": "validation tokens",
@@ -126,7 +127,7 @@ def _results(run: Path) -> str:
                 rows += [("best validation loss", float(validation.min()))]
             if "val_reward_accuracy" in log and len(validation):
                 rows += [("validation accuracy", float(log["val_reward_accuracy"].dropna().iloc[-1]))]
-            unit = "mean over pairs" if "reward_margin" in log else "nats per token"
+            unit = next((unit for column, unit in UNITS.items() if column in log), "nats per token")
             parts.append(_table(("last step", f"losses, {unit}"), rows))
     if (run / PICTURE).is_file():
         parts.append(f"![Losses, learning rate, throughput and expert load]({PICTURE})")

@@ -48,11 +48,15 @@ def with_least_recompute(costs: CandidateCosts) -> CandidateCosts:
 
 
 def _updated(costs: CandidateCosts, rank: int) -> float:
-    """The number of parameters that a rank updates."""
+    """The largest number of parameters that one of the replicas of a rank updates."""
     replicated, experts = costs.parameters(rank)
     if not costs.candidate.sharded:
         return replicated + experts
-    return replicated / costs.layout.dp + experts * costs.layout.ep / costs.layout.dp
+    # A parameter has one owner. The largest ones are embedding and head, which is a copy if they are tied.
+    copy = len(costs.layer_kinds) - 1 if costs.profile.tied else None
+    kinds = [costs.layer_kinds[i] for i in costs.rank_layers[rank] if i != copy]
+    largest = max((kind.largest for kind in kinds if not kind.expert_parameters), default=0)
+    return max(replicated / costs.layout.dp, largest) + experts * costs.layout.ep / costs.layout.dp
 
 
 def _gradients(costs: CandidateCosts, rank: int) -> float:

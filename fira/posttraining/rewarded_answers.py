@@ -5,10 +5,12 @@ sequence of the data      0  0  0  0  1  1  1  1
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from fira.data.loader import Windows
 from fira.data.rows import Rows
 from fira.errors import UserError
 from fira.nn.cross_entropy import IGNORE_INDEX
@@ -17,6 +19,7 @@ from fira.posttraining.exact_answer import final_answer, same_answer
 from fira.posttraining.grpo import advantages
 from fira.posttraining.prompted_answers import packed, prompted_answers
 
+CHECKED = 1024  # sequences that are read at a time by `ExactReward.check`
 Reward = Callable[[list[int], list[int]], float]  # (a sampled answer, that of the data) → its reward
 
 
@@ -27,13 +30,23 @@ class ExactReward:
         self._tokenizer, self._after = tokenizer, after
 
     def __call__(self, answer: list[int], reference: list[int]) -> float:
-        """The reward of an answer; both are tokens. Raises UserError if the reference has no final answer."""
-        generated, expected = self._tokenizer.decode_batch([answer, reference], skip_special_tokens=True)
-        if final_answer(expected, self._after) is None:
-            raise UserError(
-                f"--answer-after {self._after!r}: the answer {expected!r:.80} of the data does not contain it"
-            )
+        """The reward of an answer; both are tokens."""
+        generated, expected = self._texts([answer, reference])
         return float(same_answer(generated, expected, self._after))
+
+    def check(self, chats: Windows) -> None:
+        """Raise UserError if an answer in packed chats has no final answer."""
+        for first in range(0, len(chats), CHECKED):
+            numbers = range(first, min(first + CHECKED, len(chats)))
+            documents = chain.from_iterable(prompted_answers(chats.rows(numbers, len(numbers))))
+            for text in self._texts([document.answer for document in documents]):
+                if final_answer(text, self._after) is None:
+                    raise UserError(
+                        f"--answer-after {self._after!r}: the answer {text!r:.80} of the data does not contain it"
+                    )
+
+    def _texts(self, answers: list[list[int]]) -> list[str]:
+        return self._tokenizer.decode_batch(answers, skip_special_tokens=True)
 
 
 class RewardedAnswers:

@@ -192,7 +192,16 @@ class TrainConfig:
             raise UserError("--lora: no model to adapt; give a run, a checkpoint or an exported folder as --init")
         if self.on_policy and not (self.objective == "distill" and self.teacher_online):
             raise UserError("--on-policy: the teacher reads what the student samples; add --teacher-online")
+        if self.objective == "grpo" and self.group_size == 1:
+            raise UserError("--group-size 1: an answer is compared with others to the same prompt; give at least 2")
+        if self.answer_after == "":
+            raise UserError("--answer-after: the text is empty; omit the flag to compare whole answers")
         SaveInterval(self.save_every)
+
+    @property
+    def samples_answers(self) -> bool:
+        """Whether the model samples answers in training."""
+        return self.objective == "grpo" or self.on_policy > 0
 
     def recomputed(self) -> int | None:
         """Number of blocks recomputed in every stage; None: automatic, or not given."""

@@ -96,7 +96,8 @@ def _run_steps(
     """
     config, recipe = run.config, run.config.recipe()
     interval, stragglers = SaveInterval(config.save_every), Stragglers(world, run.trainer.mesh.layout)
-    run.trainer.history.find_spikes = config.on_spike == "rollback"
+    # The loss of GRPO is a share of few answers, of which a solved task has an outlier at every wrong one.
+    run.trainer.history.find_spikes = config.on_spike == "rollback" and config.objective != "grpo"
     step, end, validation = first - 1, False, None
     while step < recipe.steps and not end:
         step += 1

@@ -72,7 +72,7 @@ def chats(config: TrainConfig, tokenizer: str | None, model: Any, progress: bool
         )
     if tokenizer is None:
         raise UserError(f"{flag}: no tokenizer; give the model to start from as --init, or a --tokenizer")
-    pairs, room = config.objective == "dpo", config.answer_tokens
+    pairs, room = config.objective == "dpo", config.answer_tokens if config.samples_answers else 0
     return prepare_chats(config.data, tokenizer, model.vocab_size, model.seq_len, None, progress, verified, pairs, room)
 
 

@@ -15,16 +15,18 @@ from fira.posttraining.rewarded_answers import ExactReward, RewardedAnswers
 from fira.training.run_evaluation import check_whole_model
 from fira.training.setup import Run
 from pipeline.mpi import World
+from pipeline.mpi.activity import doing
 
 
 def with_samples(run: Run, world: World) -> Run:
     """Return the run with data whose answers are sampled, if its objective needs them (collective).
 
     Validation of a distillation is on the answers of the data. Raises UserError for texts, which have no prompts; for
-    a batch that is not divisible by the group; and if the whole model does not fit into the memory of each process.
+    a batch that is not divisible by the group; for data without final answers; and if the whole model does not fit into
+    the memory of each process.
     """
     config = run.config
-    if config.objective != "grpo" and not config.on_policy:
+    if not config.samples_answers:
         return run
     flag = "--objective grpo" if config.objective == "grpo" else f"--on-policy {config.on_policy}"
     if not isinstance(run.corpus, ChatCorpus):
@@ -44,6 +46,10 @@ def with_samples(run: Run, world: World) -> Run:
             f"--group-size {group}: does not divide the batch of {size} sequences; give another --batch-size"
         )
     reward = ExactReward(tokenizer, config.answer_after)
+    with doing("check of the answers", long=True), collective_errors():
+        for source in run.corpus.sources if world.rank == 0 else ():
+            reward.check(source.train)
+            reward.check(source.val)
     return replace(
         run,
         loader=DerivedBatches(run.loader, RewardedAnswers(sampler, reward, group), group),

@@ -57,6 +57,19 @@ def test_card_of_a_distilled_model_with_adapters_names_its_teacher_and_settings(
     assert not any("dpo" in cell for row in rows for cell in row)
 
 
+def test_card_of_grpo_has_its_settings_and_the_unit_of_its_loss(tmp_path: Path) -> None:
+    config = TrainConfig(objective="grpo", group_size=4, answer_after="so ", answer_tokens=9)
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    log = TrainingLog(tmp_path / "training_log.csv", metrics=["entropy", "answer_tokens"])
+    metrics = {"entropy": 0.5, "answer_tokens": 3.0}
+    log.write(Row(iter=1, train_loss=0.7, lr=0.1, tokens_per_s=1.0, grad_norm=1.0, metrics=metrics))
+    log.close()
+    rows = rows_of(model_card(make_model(MOOSHAK), "solver", tmp_path))
+    assert ["last step", "losses, share of wrong answers"] in rows
+    for row in (["group_size", "4"], ["answer_after", "so"], ["answer_tokens", "9"]):
+        assert row in rows
+
+
 def header_of(card: str) -> dict[str, object]:
     empty, header, _ = card.split("---\n", 2)
     assert empty == ""

@@ -139,8 +139,14 @@ def test_rewards_of_final_answers(tokenizer: Tokenizer) -> None:
     for answer, expected in (("3+4=7 so 7", 1), ("so 8 so  7 ", 1), ("7", 0), ("3+4=8 so 8", 0), ("so 7.", 0)):
         ids = [*tokenizer.encode(answer).ids, tokenizer.token_to_id("</s>")]
         assert reward(ids, tokenizer.encode("4+3=7 so 7").ids) == expected
-    with pytest.raises(UserError, match="--answer-after 'so ': the answer '7' of the data does not contain it"):
-        reward(tokenizer.encode("so 7").ids, tokenizer.encode("7").ids)
+
+
+def test_data_without_final_answers_are_found_before_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    windows = sequences_of(tmp_path, tokenizer).sources[0].train
+    ExactReward(tokenizer, None).check(windows)
+    ExactReward(tokenizer, ".").check(windows)  # the end of each answer
+    with pytest.raises(UserError, match=r"--answer-after 'a': the answer '[^a]*' of the data does not contain it"):
+        ExactReward(tokenizer, "a").check(windows)
 
 
 def test_rewards_are_stored_at_the_tokens_of_the_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ INVALID_FLAGS = {
     "--eps 0": "--eps: give a number greater than 0, not '0'",
     "--lr-schedule step": "invalid choice: 'step'",
     "--lr-decay 0": "--lr-decay: give a number greater than 0 and at most 1, not '0'",
+    "--objective grpo --group-size 1": "--group-size 1: an answer is compared with others",
+    "--answer-after=": "--answer-after: the text is empty",
     "--seed -1": "--seed: give an integer from 0 to 9,223,372,036,854,775,807, not '-1'",
     "--timeout 0": "--timeout: give a number greater than 0 and at most 1,000,000,000, not '0'",
     "--timeout nan": "--timeout: give a number greater than 0",

@@ -65,7 +65,8 @@ def to_chat(record: Record, where: str) -> Chat:
     if len(forms) > 1:
         raise UserError(f"{where}: has {' as well as '.join(map(' and '.join, forms))}; keep one of them")
     tools = _parsed(fields.get("tools") or None, f"{where}: tools")
-    form, context = (forms or [()])[0], 0
+    form: tuple[str, ...] = forms[0] if forms else ()
+    context = 0
     if "messages" in form:
         messages = _messages(_parsed(fields["messages"], f"{where}: messages"), "", f"{where}: messages")
     elif "completion" in form:

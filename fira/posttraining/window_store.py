@@ -124,8 +124,9 @@ class WindowStore:
                 mapped: np.memmap = np.load(self._paths[column], mmap_mode="r")
             except (ValueError, EOFError) as error:
                 raise UserError(f"{self._paths[column]} is damaged ({one_line(error)}); remove it") from None
-            # Opened to write only now, because numpy then extends a file that is too short with zeros.
-            return np.load(self._paths[column], mmap_mode="r+") if this_rank() == 0 else mapped
+            if this_rank() == 0:  # only now, because numpy then extends a file that is too short with zeros
+                mapped = np.load(self._paths[column], mmap_mode="r+")
+            return mapped
 
 
 class StoredWindows:

@@ -63,6 +63,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "recompute": st.sampled_from(["none", "full", "auto", "3"]),
     "lr_schedule": st.sampled_from(LR_SCHEDULES),
     "optimizer": st.sampled_from(OPTIMIZERS),
+    "shard": st.just("optimizer"),
     "pp": st.integers(1, 2),
     "dp": st.just(1),
     "ep": st.just(1),
@@ -201,8 +202,12 @@ def peak_memory() -> int:
 
 
 def prepare_process(folder: str) -> list[str]:
-    """Enter a folder, limit the time of examples, and return a list to which writes to other folders are added."""
-    os.chdir(folder)
+    """Enter a subfolder, limit the time of examples, and return a list to which writes outside the folder are added.
+
+    A subfolder, because `..` is a valid folder for output.
+    """
+    os.makedirs(os.path.join(folder, "work"))
+    os.chdir(os.path.join(folder, "work"))
     set_hypothesis_home_dir(folder)
     sys.dont_write_bytecode = True
     written: list[str] = []

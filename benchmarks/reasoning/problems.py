@@ -1,11 +1,11 @@
 """Multi-step problems with worked solutions. The number of steps is the difficulty; here it is 2.
 
     addition     47 + 85 = ?                                          7+5=12 4+8+1=13 so 132
-    comparison   Eve is taller than Bob. Ann is taller than Eve.
-                 Who is shortest?                                     Ann > Eve > Bob so Bob
-    boolean      not ((3 < 5) and 7 < 2) = ?                          3 < 5 is true; 7 < 2 is false;
+    comparison   Eve is 31. Bob is 47. Ann is 25. Who is youngest?    Eve 31<47 Bob; Eve 31>25 Ann so Ann
+    boolean      (3<5 and 7<2) or not 8<6 = ?                         3<5 is true; 7<2 is false;
                                                                       true and false is false;
-                                                                      not false is true so true
+                                                                      not 8<6 is true;
+                                                                      false or true is true so true
     words        Tom has 3 pens. Ann has 9 cups. Tom buys 4 pens.
                  Tom loses 2 pens. How many pens has Tom?             3+4=7 7-2=5 so 5
 
@@ -15,7 +15,6 @@ A problem belongs to the test set by the hash of its text, so that no problem is
 import hashlib
 import random
 from collections.abc import Callable
-from itertools import pairwise
 from typing import NamedTuple
 
 NAMES = ("Ann", "Bob", "Eve", "Ida", "Kim", "Leo", "Max", "Sam", "Tom", "Zoe")
@@ -25,9 +24,10 @@ TEST_SHARE = 0.1
 
 
 class Problem(NamedTuple):
-    """The text of a problem, the steps of its solution, and its answer."""
+    """The text of a problem, its solution with a number of steps, and its answer."""
 
     kind: str
+    steps: int
     question: str
     solution: str
     answer: str
@@ -46,39 +46,34 @@ def addition(steps: int, chooser: random.Random) -> Problem:
         digits = [a // 10**place % 10, b // 10**place % 10] + [1] * carry
         lines.append(f"{'+'.join(map(str, digits))}={sum(digits)}")
         carry = sum(digits) // 10
-    return Problem("addition", f"{a} + {b} = ?", " ".join(lines), str(a + b))
+    return Problem("addition", steps, f"{a} + {b} = ?", " ".join(lines), str(a + b))
 
 
 def comparison(steps: int, chooser: random.Random) -> Problem:
-    """`steps` statements about the height of neighbours in an order, shuffled; the tallest or the shortest is asked."""
-    order = chooser.sample(NAMES, steps + 1)
-    facts = [
-        f"{a} is taller than {b}." if chooser.random() < 0.5 else f"{b} is shorter than {a}."
-        for a, b in pairwise(order)
-    ]
-    chooser.shuffle(facts)
-    asked = chooser.choice(("tallest", "shortest"))
-    answer = order[0] if asked == "tallest" else order[-1]
-    return Problem("comparison", f"{' '.join(facts)} Who is {asked}?", " > ".join(order), answer)
+    """The oldest or the youngest of `steps` + 1 people of different age, by one comparison after the other."""
+    people = [*zip(chooser.sample(NAMES, steps + 1), chooser.sample(range(10, 100), steps + 1), strict=True)]
+    oldest = chooser.random() < 0.5
+    best, lines = people[0], []
+    for other in people[1:]:
+        sign = "<" if best[1] < other[1] else ">"
+        lines.append(f"{best[0]} {best[1]}{sign}{other[1]} {other[0]}")
+        best = other if (sign == "<") == oldest else best
+    facts = " ".join(f"{name} is {age}." for name, age in people)
+    question = f"{facts} Who is {'oldest' if oldest else 'youngest'}?"
+    return Problem("comparison", steps, question, "; ".join(lines), best[0])
 
 
 def boolean(steps: int, chooser: random.Random) -> Problem:
-    """An expression with `steps` operators, each applied to the result of the one before, of comparisons of digits."""
-    text, value = _digits(chooser)
+    """An expression of `steps` operators with comparisons of digits, evaluated from left to right."""
+    text, value = _operand(chooser)
     lines = [f"{text} is {_word(value)}"]
     for step in range(steps):
-        inner = f"({text})"
-        operator = chooser.choice(("and", "or", "not")) if step else chooser.choice(("and", "or"))
-        before = _word(value)
-        if operator == "not":
-            text, line, value = f"not {inner}", f"not {before}", not value
-        else:
-            other, holds = _digits(chooser)
-            text, line = f"{inner} {operator} {other}", f"{before} {operator} {_word(holds)}"
-            lines.append(f"{other} is {_word(holds)}")
-            value = (value and holds) if operator == "and" else (value or holds)
-        lines.append(f"{line} is {_word(value)}")
-    return Problem("boolean", f"{text} = ?", "; ".join(lines), _word(value))
+        other, holds = _operand(chooser)
+        operator, before = chooser.choice(("and", "or")), _word(value)
+        value = (value and holds) if operator == "and" else (value or holds)
+        text = f"{f'({text})' if step else text} {operator} {other}"
+        lines += [f"{other} is {_word(holds)}", f"{before} {operator} {_word(holds)} is {_word(value)}"]
+    return Problem("boolean", steps, f"{text} = ?", "; ".join(lines), _word(value))
 
 
 def words(steps: int, chooser: random.Random) -> Problem:
@@ -97,7 +92,7 @@ def words(steps: int, chooser: random.Random) -> Problem:
     distractors = ((other, thing), (other, unrelated), (who, unrelated))
     for subject, owned in chooser.sample(distractors, chooser.randint(1, 2)):
         sentences.insert(chooser.randint(1, len(sentences)), f"{subject} has {chooser.randint(1, 9)} {owned}.")
-    return Problem("words", f"{' '.join(sentences)} How many {thing} has {who}?", " ".join(lines), str(count))
+    return Problem("words", steps, f"{' '.join(sentences)} How many {thing} has {who}?", " ".join(lines), str(count))
 
 
 KINDS: tuple[Callable[[int, random.Random], Problem], ...] = (addition, comparison, boolean, words)
@@ -122,10 +117,11 @@ def is_test(problem: Problem) -> bool:
     return int.from_bytes(digest[:4], "little") < TEST_SHARE * 2**32
 
 
-def _digits(chooser: random.Random) -> tuple[str, bool]:
-    """A comparison of two different digits, and whether it holds."""
+def _operand(chooser: random.Random) -> tuple[str, bool]:
+    """A comparison of two different digits, perhaps negated, and whether it holds."""
     a, b = chooser.sample(range(10), 2)
-    return f"{a} < {b}", a < b
+    negated = chooser.random() < 0.25
+    return f"{'not ' * negated}{a}<{b}", (a < b) != negated
 
 
 def _word(value: bool) -> str:

@@ -1,7 +1,8 @@
 """Multi-step problems with worked solutions. The number of steps is the difficulty; here it is 2.
 
     addition     47 + 85 = ?                                          7+5=12 4+8+1=13 so 132
-    comparison   Eve is 31. Bob is 47. Ann is 25. Who is youngest?    Eve 31<47 Bob; Eve 31>25 Ann so Ann
+    comparison   Eve is 3. Bob is 7. Ann is 5. Who is oldest?         Eve 3 or Bob 7 is Bob;
+                                                                      Bob 7 or Ann 5 is Bob so Bob
     boolean      (3<5 and 7<2) or not 8<6 = ?                         3<5 is true; 7<2 is false;
                                                                       true and false is false;
                                                                       not 8<6 is true;
@@ -50,17 +51,15 @@ def addition(steps: int, chooser: random.Random) -> Problem:
 
 
 def comparison(steps: int, chooser: random.Random) -> Problem:
-    """The oldest or the youngest of `steps` + 1 people of different age, by one comparison after the other."""
-    people = [*zip(chooser.sample(NAMES, steps + 1), chooser.sample(range(10, 100), steps + 1), strict=True)]
-    oldest = chooser.random() < 0.5
+    """The oldest of `steps` + 1 people of different age, by one comparison after the other."""
+    people = [*zip(chooser.sample(NAMES, steps + 1), chooser.sample(range(1, 10), steps + 1), strict=True)]
     best, lines = people[0], []
     for other in people[1:]:
-        sign = "<" if best[1] < other[1] else ">"
-        lines.append(f"{best[0]} {best[1]}{sign}{other[1]} {other[0]}")
-        best = other if (sign == "<") == oldest else best
+        older = max(best, other, key=lambda person: person[1])
+        lines.append(f"{best[0]} {best[1]} or {other[0]} {other[1]} is {older[0]}")
+        best = older
     facts = " ".join(f"{name} is {age}." for name, age in people)
-    question = f"{facts} Who is {'oldest' if oldest else 'youngest'}?"
-    return Problem("comparison", steps, question, "; ".join(lines), best[0])
+    return Problem("comparison", steps, f"{facts} Who is oldest?", "; ".join(lines), best[0])
 
 
 def boolean(steps: int, chooser: random.Random) -> Problem:

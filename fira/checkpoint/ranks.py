@@ -1,6 +1,6 @@
 """The ranks that save or load a checkpoint together: one rank where `torch.distributed` is not initialised."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -56,3 +56,19 @@ def gather_results(function: Callable[[], T]) -> list[T]:
     if failures := [message for _, message in results if message]:
         raise UserError(failures[0]) from failure
     return [cast(T, value) for value, _ in results]
+
+
+def share_groups(groups: Sequence[list[int]], function: Callable[[list[int]], Sequence[T]]) -> list[T]:
+    """Call a function for each group of indices on one of the ranks; return all its results by index, on every rank.
+
+    function: returns one result per index of a group. Each index is in one group. Errors are those of `gather_results`.
+    """
+
+    def own() -> dict[int, T]:
+        found: dict[int, T] = {}
+        for group in groups[this_rank() :: world_size()]:
+            found |= zip(group, function(group), strict=True)
+        return found
+
+    results = {index: result for found in gather_results(own) for index, result in found.items()}
+    return [results[index] for index in range(len(results))]

@@ -32,6 +32,12 @@ class Rows(NamedTuple):
         trained = self.targets != IGNORE_INDEX
         return np.where(trained.any(1), trained.shape[1] - trained[:, ::-1].argmax(1), 0)
 
+    def repeated(self, times: int) -> "Rows":
+        """Each sequence this many times, one after another."""
+        stored = {name: array.repeat(times, 0) for name, array in self.stored.items()}
+        documents = None if self.documents is None else self.documents.repeat(times, 0)
+        return Rows(self.tokens.repeat(times, 0), self.targets.repeat(times, 0), documents, stored)
+
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """The sequences of all parts, in order."""

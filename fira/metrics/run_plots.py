@@ -95,8 +95,7 @@ def plot_runs(logs: dict[str, DataFrame], out: Path, baselines: dict[str, float]
 
 
 def _plot_loss(axes: Axes, logs: dict[str, DataFrame], baselines: dict[str, float]) -> None:
-    per_pair = all("reward_margin" in log for log in logs.values())
-    style_axes(axes, "Loss", "mean over pairs" if per_pair else "nats per token")
+    style_axes(axes, "Loss", _loss_unit(logs))
     single = len(logs) == 1
     if any("cross_entropy" in log for log in logs.values()):
         baselines = {}  # the loss is a divergence, which is not comparable
@@ -122,6 +121,14 @@ def _plot_loss(axes: Axes, logs: dict[str, DataFrame], baselines: dict[str, floa
     if not single:
         axes.plot([], [], color=INK, linestyle="dotted", marker="o", markersize=4, label="validation")
     axes.legend(frameon=False, loc="best")
+
+
+def _loss_unit(logs: dict[str, DataFrame]) -> str:
+    """The label of the losses, from a column that logs of the objective have."""
+    for column, label in (("reward_margin", "mean over pairs"), ("answer_tokens", "share of wrong answers")):
+        if all(column in log for log in logs.values()):
+            return label
+    return "nats per token"
 
 
 def _plot_rewards(axes: Axes, log: DataFrame) -> None:

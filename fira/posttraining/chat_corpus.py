@@ -29,6 +29,7 @@ from fira.errors import UserError
 from fira.posttraining.chat_records import read_chats, read_preferences
 from fira.posttraining.packed_examples import Example, PackedExamples, tokens_of, write_examples
 from fira.posttraining.preference_pairs import PreferencePairs
+from fira.posttraining.prompted_answers import runs
 from fira.progress_bar import progress_bar
 
 CHAT_FORMAT = 2  # part of the cache key; increment it when the same input yields another result
@@ -45,12 +46,13 @@ class ChatSource:
 
 @dataclass(frozen=True)
 class ChatInput:
-    """A source of `data`. pairs: its records are preferences."""
+    """A source of `data`. pairs: its records are preferences. answer_tokens: see `write_examples`."""
 
     data: str | None
     weight: float
     files: list[Path]
     pairs: bool
+    answer_tokens: int
 
     def write(
         self, folder: Path, number: int, template: ChatTemplate, seq_len: int, progress: bool
@@ -61,7 +63,7 @@ class ChatInput:
         short = [shortened(example, seq_len) for example in examples]
         counts: dict[str, int | float] = {"shortened": sum(a is not b for a, b in zip(examples, short, strict=True))}
         for split, part in zip(("train", "val"), _split(short, str(self.data)), strict=True):
-            written = write_examples(folder, f"{split}-{number}", part, seq_len)
+            written = write_examples(folder, f"{split}-{number}", part, seq_len, self.answer_tokens)
             counts |= {f"{split}_{name}": value for name, value in written.items()}
         return counts
 
@@ -101,18 +103,22 @@ def prepare_chats(
     progress: bool = True,
     verified: Path | None = None,
     pairs: bool = False,
+    answer_tokens: int = 0,
 ) -> ChatCorpus:
     """Return the chats of `data`, from the cache where they have been prepared before; see `corpus.prepare`.
 
     data: a table, a folder of tables, or several with weights, with records of `chat_records`. tokenizer_path: a
     tokenizer.json; the chat template is next to it. Tokens of the roles are added to a tokenizer without a template.
-    pairs: the records are preferences. An example longer than `seq_len` tokens is `shortened`. Raises UserError, which
-    names file and row, if a record is not a chat or a preference, or if an answer does not fit into a sequence, and if
-    the tokenizer has more than `vocab_size` tokens.
+    pairs: the records are preferences. answer_tokens: see `write_examples`. An example longer than `seq_len` tokens is
+    `shortened`. Raises UserError, which names file and row, if a record is not a chat or a preference, or if an answer
+    does not fit into a sequence, and if the tokenizer has more than `vocab_size` tokens.
     """
     cache = Path(cache_dir or cache_folder())
     try:
-        inputs = [ChatInput(source, weight, input_files(source), pairs) for source, weight in parse_mixture(data)]
+        inputs = [
+            ChatInput(source, weight, input_files(source), pairs, answer_tokens)
+            for source, weight in parse_mixture(data)
+        ]
         folder = verified or _prepared(cache, inputs, Path(tokenizer_path), vocab_size, seq_len, progress)
         return ChatCorpus(
             sources=[entry.source(folder, number, seq_len) for number, entry in enumerate(inputs)],
@@ -160,6 +166,7 @@ def _prepared(
     layout = [[entry.weight, len(entry.files), entry.pairs] for entry in inputs]
     # Not the content of tokenizer.json, because a resumed run reads the one in its checkpoint, with the new tokens.
     settings = ["chats", CHAT_FORMAT, VALIDATION, seq_len, tokenizer.to_str(), asdict(config), layout]
+    settings += sorted({entry.answer_tokens for entry in inputs} - {0})  # absent from the keys of older versions
     return cached(cache, content_key(cache, files, settings, progress), progress, write)
 
 
@@ -173,7 +180,7 @@ def shortened(example: Example, limit: int) -> Example:
     if excess <= 0:
         return example
     least = -(-excess // len(example))
-    ends = reduce(np.intersect1d, [_bounds(chat.answers)[1] for chat in example])  # of turns that all its chats have
+    ends = reduce(np.intersect1d, [runs(chat.answers)[1] for chat in example])  # of turns that all its chats have
     after_turns = ends[(ends >= least) & (ends < most)]
     start = int(after_turns[0]) if len(after_turns) else least
     if start >= most:
@@ -194,7 +201,7 @@ def _droppable(example: Example) -> int:
     These are the tokens before the last answer of a chat, and those of the common prompt of a pair. Raises UserError if
     the template yields no common prompt.
     """
-    begins = [_bounds(chat.trained)[0] for chat in example]
+    begins = [runs(chat.trained)[0] for chat in example]
     if len(example) == 1:
         return int(begins[0][-1])
     prompt = min(int(first) for first, *_ in begins)
@@ -205,12 +212,6 @@ def _droppable(example: Example) -> int:
             f"{example[0].where}: the chat template yields no prompt that chosen and rejected have in common"
         )
     return common
-
-
-def _bounds(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first index of each run of true values in a mask, and the index after its last one."""
-    change = np.diff(mask.astype(np.int8), prepend=0, append=0)
-    return np.flatnonzero(change == 1), np.flatnonzero(change == -1)
 
 
 def _split(examples: Sequence[Example], source: str) -> tuple[list[Example], list[Example]]:

@@ -23,6 +23,7 @@ from fira.data.packed import PackedTokens
 from fira.data.rows import Rows
 from fira.nn.cross_entropy import IGNORE_INDEX
 from fira.posttraining.packing import pack
+from fira.posttraining.prompted_answers import runs
 
 ARRAYS = ("ids", "trained", "documents", "sequences")
 
@@ -60,13 +61,16 @@ class PackedExamples:
         return Rows(tokens, targets, documents)
 
 
-def write_examples(folder: Path, split: str, examples: Sequence[Example], seq_len: int) -> dict[str, int | float]:
+def write_examples(
+    folder: Path, split: str, examples: Sequence[Example], seq_len: int, answer_tokens: int = 0
+) -> dict[str, int | float]:
     """Pack examples of at most `seq_len` tokens, write them for `PackedExamples`, and return their counts.
 
-    All documents of an example are in the same sequence. The counts are examples, tokens, trained_tokens (targets),
+    All documents of an example are in the same sequence. answer_tokens: each sequence has room for last answers of so
+    many tokens, see `prompted_answers.room`. The counts are examples, tokens, trained_tokens (targets),
     sequences, and fill, the share of the sequences' tokens that is not padding.
     """
-    sequences = pack([tokens_of(example) for example in examples], seq_len)
+    sequences = pack([min(seq_len, _tokens_with_room(example, answer_tokens)) for example in examples], seq_len)
     packed = [[chat for index in sequence for chat in examples[index]] for sequence in sequences]
     documents = [*chain.from_iterable(packed)]
     starts = _starts(len(chat.ids) for chat in documents)
@@ -92,6 +96,14 @@ def write_examples(folder: Path, split: str, examples: Sequence[Example], seq_le
 
 def tokens_of(example: Example) -> int:
     return sum(len(chat.ids) for chat in example)
+
+
+def _tokens_with_room(example: Example, answer_tokens: int) -> int:
+    """The number of tokens of an example if its last answer had at least `answer_tokens`."""
+    if not answer_tokens:
+        return tokens_of(example)
+    begins, _ = runs(example[-1].trained)
+    return max(tokens_of(example), int(begins[-1]) + answer_tokens)
 
 
 def _starts(lengths: Iterable[int]) -> np.ndarray:

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fira.data.loader import TrainingBatches
-from fira.data.mixture import CountedBatches
 from fira.data.rows import Rows
 from fira.parallel.forward_pass import ForwardPass
 from fira.posttraining.distillation import IDS, LOGS, TeacherTokens
@@ -29,34 +27,10 @@ class Teacher:
         k = self._tokens.k
         return {IDS: report[..., :k].astype(self._id_dtype), LOGS: report[..., k:].astype(np.float32)}
 
+    def taught(self, rows: Rows, first: int) -> Rows:
+        """The sequences with the tokens of the teacher (collective), see `derived_batches.Change`."""
+        return rows._replace(stored=self.stored(rows))
+
 
 def _id_dtype(vocab_size: int) -> type[np.signedinteger]:
     return np.int16 if vocab_size <= 2**15 else np.int32
-
-
-class TaughtLoader:
-    """Training batches of which the teacher's tokens are computed when they are read (collective)."""
-
-    def __init__(self, batches: TrainingBatches, teacher: Teacher) -> None:
-        self.consumed = 0
-        self._batches, self._teacher = batches, teacher
-
-    def batch(self, first: int, count: int) -> Rows:
-        """Return sequences first … first + count − 1."""
-        rows = self._batches.batch(first, count)
-        return rows._replace(stored=self._teacher.stored(rows))
-
-
-class TaughtValidation:
-    """The same for validation sequences."""
-
-    def __init__(self, batches: CountedBatches, teacher: Teacher) -> None:
-        self._batches, self._teacher = batches, teacher
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def batch(self, first: int, count: int) -> Rows:
-        """Return sequences first … first + count − 1."""
-        rows = self._batches.batch(first, count)
-        return rows._replace(stored=self._teacher.stored(rows))

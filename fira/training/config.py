@@ -41,13 +41,13 @@ INHERITED = [
     *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
     *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "weight_decay", "clip", "precision", "seed"),
     *("dpo_loss", "dpo_beta", "teacher", "teacher_top_k", "teacher_online", "distill_beta", "distill_temperature"),
-    *("init", "lora", "threads"),
+    *("on_policy", "group_size", "answer_after", "answer_tokens", "init", "lora", "threads"),
     *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
 ]
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
-PREFERENCES = Recipe(steps=200, lr=2e-5, min_lr=2e-6, warmup=20)  # used with --objective dpo
+PREFERENCES = Recipe(steps=200, lr=2e-5, min_lr=2e-6, warmup=20)  # used with --objective dpo and grpo
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -67,8 +67,8 @@ class TrainConfig:
         "pretrain",
         "pretrain: the next token of text; sft: the answers in chats, one per row of --data; "
         "dpo: preferences, a chosen and a rejected answer per row; distill: the distribution of "
-        "--teacher, on text or chats",
-        ("pretrain", "sft", "dpo", "distill"),
+        "--teacher, on text or chats; grpo: the final answers of chats, by sampled answers",
+        ("pretrain", "sft", "dpo", "distill", "grpo"),
     )
     dpo_loss: str = _option("sigmoid", "loss of a pair; ipo and sigmoid-norm average over the tokens", LOSSES)
     dpo_beta: Positive = _option(0.1, "β of --objective dpo; larger: closer to the initial model")
@@ -79,6 +79,17 @@ class TrainConfig:
     teacher_online: bool = _option(False, "run the teacher in every step instead of storing its tokens before training")
     distill_beta: ClosedShare = _option(0.0, "0: forward KL; 1: reverse KL; between: generalised Jensen–Shannon")
     distill_temperature: Positive = _option(1.0, "temperature of both distributions in --objective distill")
+    on_policy: ClosedShare = _option(
+        0.0, "with --teacher-online: share of the sequences of chats whose answers the student samples"
+    )
+    group_size: Size = _option(8, "answers to each prompt in --objective grpo; divides --batch-size")
+    answer_after: AnyText | None = _option(
+        None,
+        'text after which the final answer is, as in "so 42", for --objective grpo; default: the answer is the whole',
+    )
+    answer_tokens: Steps = _option(
+        0, "largest number of tokens of a sampled answer; it may always be as long as the answer in the data"
+    )
     text_column: str = _option("text", "column or key that holds the text")
     tokenizer: PathName | None = _option(None, "a tokenizer.json; default: one is trained on the data")
     vocab_size: Tokens | None = _option(None, "vocabulary; default: the preset's")
@@ -159,6 +170,8 @@ class TrainConfig:
         self.recomputed()  # raises UserError if `recompute` is invalid
         if self.adapters() and not self.init:
             raise UserError("--lora: no model to adapt; give a run, a checkpoint or an exported folder as --init")
+        if self.on_policy and not (self.objective == "distill" and self.teacher_online):
+            raise UserError("--on-policy: the teacher reads what the student samples; add --teacher-online")
         SaveInterval(self.save_every)
 
     def recomputed(self) -> int | None:
@@ -181,7 +194,7 @@ class TrainConfig:
             raise UserError(f"--model {self.model}: no such preset; choose from {', '.join(PRESETS)}")
         given: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Recipe)}
         recipe = FINE_TUNING if self.init else RECIPES[self.model]
-        if self.objective == "dpo":
+        if self.objective in ("dpo", "grpo"):
             recipe = PREFERENCES
         return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 

@@ -21,6 +21,7 @@ from fira.training.reference import with_reference
 from fira.training.rollback import roll_back, settle
 from fira.training.run_lock import RunLock
 from fira.training.run_report import RunReport
+from fira.training.sampled import with_samples
 from fira.training.save_interval import SaveInterval
 from fira.training.setup import Run, set_up
 from fira.training.signals import Signals
@@ -64,6 +65,7 @@ def _train(
     writer, first = CheckpointWriter(out / "checkpoints", config.keep), 1
     with doing("start"):
         run = with_reference(set_up(config, devices, world, saved, quiet), out, saved, quiet)
+        run = with_samples(run, world)
         run = with_teacher(run, out, saved.step * config.recipe().batch_size if saved else 0, quiet)
         if saved:
             state.check_settings(saved, run.settings, config.override)

@@ -20,10 +20,12 @@ from fira.posttraining.chat_corpus import ChatCorpus, ChatSource, prepare_chats
 from fira.posttraining.chat_records import contains_chats
 from fira.posttraining.distillation import Distillation
 from fira.posttraining.dpo import PreferenceLoss
+from fira.posttraining.grpo import PolicyGradient
 from fira.training.config import TrainConfig
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
 
+CHATS = ("sft", "dpo", "grpo")  # objectives whose data are chats
 RECORDS = {"dpo": "prompt, chosen and rejected"}  # of a row, by objective; by default one chat
 
 
@@ -31,6 +33,8 @@ def objective_of(config: TrainConfig) -> Objective:
     """What the run minimises."""
     if config.objective == "distill":
         return Distillation(config.distill_beta, config.distill_temperature)
+    if config.objective == "grpo":
+        return PolicyGradient()
     return PreferenceLoss(config.dpo_loss, config.dpo_beta) if config.objective == "dpo" else CrossEntropy()
 
 
@@ -43,7 +47,7 @@ def load_corpus(
     """
 
     def corpus(progress: bool, verified: Path | None = None) -> Corpus | ChatCorpus:
-        if config.objective in ("sft", "dpo") or (config.objective == "distill" and _are_chats(config.data)):
+        if config.objective in CHATS or (config.objective == "distill" and _are_chats(config.data)):
             return chats(config, tokenizer, model, progress, verified)
         return prepare(config.data, config.text_column, tokenizer, model.vocab_size, None, progress, verified)
 
@@ -60,7 +64,7 @@ def _are_chats(data: str | None) -> bool:
 
 
 def chats(config: TrainConfig, tokenizer: str | None, model: Any, progress: bool, verified: Path | None) -> ChatCorpus:
-    """The packed chats of `--objective sft`, or the pairs of dpo. Raises UserError without data or tokenizer."""
+    """The packed chats, or the pairs of `--objective dpo`. Raises UserError without data or tokenizer."""
     flag = f"--objective {config.objective}"
     if config.data is None:
         raise UserError(
@@ -68,8 +72,8 @@ def chats(config: TrainConfig, tokenizer: str | None, model: Any, progress: bool
         )
     if tokenizer is None:
         raise UserError(f"{flag}: no tokenizer; give the model to start from as --init, or a --tokenizer")
-    pairs = config.objective == "dpo"
-    return prepare_chats(config.data, tokenizer, model.vocab_size, model.seq_len, None, progress, verified, pairs)
+    pairs, room = config.objective == "dpo", config.answer_tokens
+    return prepare_chats(config.data, tokenizer, model.vocab_size, model.seq_len, None, progress, verified, pairs, room)
 
 
 def tokenizer_files(corpus: Corpus | ChatCorpus, given: str | None) -> dict[str, bytes]:

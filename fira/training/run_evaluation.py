@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fira.checkpoint.ranks import collective_errors, gather, gather_results, this_rank, world_size
+from fira.checkpoint.ranks import collective_errors, gather, share_groups, this_rank
 from fira.data.mixture import CountedBatches
 from fira.data.tokenizer import TOKENIZER, parse_tokenizer
 from fira.data.tokenizer_config import TokenizerConfig, read_config
@@ -48,18 +48,11 @@ class RunModel:
         """Decode with the whole model in each process; groups of prompts are distributed over the ranks."""
         assert self.decoder is not None
         decoder, model = self.decoder, whole_model(self.trainer.model, self.trainer.mesh)
-        groups = [*prompt_groups(prompts)]
-
-        def own() -> dict[int, str]:
-            found: dict[int, str] = {}
-            for group in groups[this_rank() :: world_size()]:
-                found |= zip(group, decoder.answers(model, [prompts[index] for index in group]), strict=True)
-            return found
-
         with doing("generation of answers", long=True):  # no messages until all ranks have finished
-            by_rank = gather_results(own)
-        answers = {index: answer for found in by_rank for index, answer in found.items()}
-        return [answers[index] for index in range(len(prompts))]
+            return share_groups(
+                [*prompt_groups(prompts)],
+                lambda group: decoder.answers(model, [prompts[index] for index in group]),
+            )
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ def prepare_evaluation(
     tasks = gather(tasks)[0]
     if any(isinstance(task, GenerationTask) for task in tasks):
         with collective_errors():
-            _check_memory(trainer, world)
+            check_whole_model(trainer, world, "--eval-tasks", "evaluate them with evaluate.py after training")
     return RunEvaluation(tasks, replace(model, decoder=GreedyDecoder(parsed, special)), config.eval_tasks_every)
 
 
@@ -111,10 +104,14 @@ def _tokenizer(files: dict[str, bytes]) -> tuple[Tokenizer, TokenizerConfig]:
     return tokenizer, read_config(tokenizer, Path(), files.get)
 
 
-def _check_memory(trainer: Trainer, world: World) -> None:
+def check_whole_model(trainer: Trainer, world: World, flag: str, remedy: str) -> None:
+    """Raise UserError if the whole model does not fit into the memory of this process.
+
+    flag: what generates answers. remedy: what to do.
+    """
     size = whole_size(trainer.model)
     if size > (available := device_memory(trainer.model.device, world.local_size)):
         raise UserError(
-            f"--eval-tasks: generated answers need the whole model in each process, {size / 1e9:,.1f} GB, and "
-            f"{available / 1e9:,.1f} GB are available; evaluate them with evaluate.py after training"
+            f"{flag}: generated answers need the whole model in each process, {size / 1e9:,.1f} GB, and "
+            f"{available / 1e9:,.1f} GB are available; {remedy}"
         )

@@ -33,7 +33,7 @@ from fira.training import state
 from fira.training.auto_layout import with_plan
 from fira.training.base_model import open_base
 from fira.training.config import TrainConfig
-from fira.training.run_data import load_corpus, objective_of, open_data, tokenizer_files
+from fira.training.run_data import CHATS, load_corpus, objective_of, open_data, tokenizer_files
 from fira.training.run_evaluation import RunEvaluation, prepare_evaluation
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
@@ -148,8 +148,8 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
     """The model's config and the path of its tokenizer.json, or None, from the flags or the saved model of --init.
 
     For chats, the vocabulary includes the tokens of the roles that are added to a tokenizer without a chat template.
-    For preferences, dropout and the router's noise are 0 unless --model-set gives them: the log-probabilities of the
-    reference, with which those of the model are compared, have none.
+    For preferences and GRPO, dropout and the router's noise are 0 unless --model-set gives them: the log-probabilities
+    of the reference, and the model that samples answers, have none.
     """
     changes = config.model_changes()
     if saved:
@@ -159,10 +159,10 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
         if config.tokenizer and config.vocab_size is None:
             changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))
         model, tokenizer = make_config(config.model, changes), config.tokenizer
-    if config.objective in ("sft", "dpo") and tokenizer and vocabulary(load_tokenizer(tokenizer)) <= model.vocab_size:
+    if config.objective in CHATS and tokenizer and vocabulary(load_tokenizer(tokenizer)) <= model.vocab_size:
         with_roles = vocabulary(chat_tokenizer(Path(tokenizer))[0])
         model = change(model, config.name(), {"vocab_size": max(model.vocab_size, with_roles)})
-    if config.objective == "dpo":
+    if config.objective in ("dpo", "grpo"):
         random = {name for name in ("dropout", "noise") if hasattr(model, name)}
         model = change(model, config.name(), dict.fromkeys(random - changes.keys(), 0.0))
     return model, tokenizer

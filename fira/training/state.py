@@ -56,7 +56,9 @@ def run_settings(config: TrainConfig, corpus: Corpus | ChatCorpus) -> dict[str, 
     if config.objective == "dpo":
         names += ["dpo_loss", "dpo_beta"]
     if config.objective == "distill":
-        names += ["teacher_top_k", "distill_beta", "distill_temperature"]
+        names += ["teacher_top_k", "distill_beta", "distill_temperature", "on_policy", "answer_tokens"]
+    if config.objective == "grpo":
+        names += ["group_size", "answer_after", "answer_tokens"]
     return {**asdict(config.recipe()), **{name: getattr(config, name) for name in names}, "data": corpus.folder.name}
 
 

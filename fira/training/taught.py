@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from fira.checkpoint.pretrained import Saved, stored_config
 from fira.checkpoint.ranks import this_rank
+from fira.data.derived_batches import DerivedBatches, DerivedSequences
 from fira.data.loader import Windows
 from fira.data.mixture import Joined, Mixture
 from fira.data.packed import Source
@@ -32,7 +33,7 @@ from fira.parallel.kernel_loading import KernelLoading
 from fira.parallel.parallelize import parallelize
 from fira.posttraining.chat_corpus import ChatSource
 from fira.posttraining.distillation import TeacherTokens
-from fira.posttraining.teacher import TaughtLoader, TaughtValidation, Teacher, columns
+from fira.posttraining.teacher import Teacher, columns
 from fira.posttraining.window_store import StoredWindows, WindowStore
 from fira.training import state
 from fira.training.run_data import open_windows, windows_of
@@ -54,8 +55,10 @@ def with_teacher(run: Run, out: Path, first: int, quiet: bool) -> Run:
     loading = _Loading(run, run.teacher)
     run = replace(run, settings=run.settings | {"teacher": loading.saved.weights_hash()})
     if run.config.teacher_online:
-        batches = TaughtLoader(run.loader, loading.teacher)
-        return replace(run, loader=batches, validation=TaughtValidation(run.validation, loading.teacher))
+        taught = loading.teacher.taught
+        return replace(
+            run, loader=DerivedBatches(run.loader, taught), validation=DerivedSequences(run.validation, taught)
+        )
     windows = _stored_windows(run, out, loading, first, quiet)
     loader, validation = open_windows(windows, run.corpus, run.config)
     return replace(run, loader=loader, validation=validation)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from fira.data.derived_batches import DerivedBatches
 from fira.data.loader import Loader
 from fira.data.text_windows import TextWindows
 from fira.models.registry import from_document
@@ -13,7 +14,7 @@ from fira.parallel.gradients import gradient_of
 from fira.parallel.kernel_loading import KernelLoading
 from fira.parallel.parallelize import parallelize
 from fira.posttraining.distillation import Distillation, TeacherTokens
-from fira.posttraining.teacher import TaughtLoader, Teacher
+from fira.posttraining.teacher import Teacher
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
 from pipeline.schedule import SCHEDULES
@@ -51,7 +52,8 @@ def train(
         )
     forward = ForwardPass(models[0], splits[0], KernelLoading(models[0], mesh))
     windows = TextWindows(Tokens(config.vocab_size), config.seq_len)  # type: ignore[arg-type]
-    loader = TaughtLoader(Loader(windows, ORDER), Teacher(forward, splits[0].objective, config.vocab_size))  # type: ignore[arg-type]
+    teacher_model = Teacher(forward, splits[0].objective, config.vocab_size)  # type: ignore[arg-type]
+    loader = DerivedBatches(Loader(windows, ORDER), teacher_model.taught)
     trainer = Trainer(models[1], mesh, splits[1], schedule, weight_decay=0.1, clip=0.0, fp16=False)
     result = trainer.step(loader, batch, lr=0.0, seed=11)
     return {

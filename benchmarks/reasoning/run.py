@@ -2,8 +2,8 @@
 
     python -m benchmarks.reasoning.run --folder /tmp/reasoning
 
-tokenizer → teacher → for each seed, students of each method. All methods of a seed begin with the same weights and see
-the same problems in the same order for the same number of steps. A run that is finished is not repeated. Writes
+tokenizer → teacher → students of each method and seed. New students of a seed begin with the same weights and read the
+same problems in the same order for the same number of steps. A run that is finished is not repeated. Writes
 results.csv, one row per method, seed, kind and number of steps; summary.csv; results.png.
 """
 
@@ -34,18 +34,38 @@ MARKER = "so "
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of the experiment. Flags of train.py for the teacher and for all students."""
+    """Sizes of the experiment. Flags of train.py for the teacher, for all students, and for the third stage."""
 
     vocab_size: int = 384
     teacher_problems: int = 60_000
-    student_problems: int = 3_000
+    student_problems: int = 1_500
     tests: int = 30  # test problems of each kind and number of steps
-    common: str = "--model mooshak-tiny --seq-len 192 --threads 1 --eval-sequences 64 --save-every 1000000"
-    teacher: str = "--batch-size 16 --steps 1400 --lr 2e-3 --min-lr 1e-4 --warmup 100"
-    teacher_model: str = "d_model=128,n_head=4,n_kv_head=4,num_layers=4,d_ff=384,tied=true"
-    student: str = "--batch-size 8 --steps 1500 --lr 3e-3 --min-lr 1e-4 --warmup 100"
-    student_model: str = "d_model=64,n_head=4,n_kv_head=4,num_layers=2,d_ff=192,tied=true"
-    distill: str = "--distill-temperature 2"
+    common: str = "--seq-len 192 --threads 1 --save-every 1000000"
+    teacher: str = "--model rish-tiny --batch-size 8 --steps 2600 --lr 5e-3 --min-lr 2e-4 --warmup 100"
+    teacher_model: str = "d_model=96,n_head=4,n_kv_head=4,num_layers=3,d_ff=288,num_experts=1,top_k=1,max_position=192"
+    student: str = "--model rish-tiny --batch-size 8 --steps 1200 --lr 4e-3 --min-lr 4e-4 --warmup 50"
+    student_model: str = "d_model=64,n_head=4,n_kv_head=4,num_layers=2,d_ff=192,num_experts=1,top_k=1,max_position=192"
+    third_stage: str = "--batch-size 8 --steps 100 --lr 5e-4 --min-lr 5e-5 --warmup 10"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a student is trained. init: the method of the student that is trained further; None: a new student."""
+
+    flags: tuple[str, ...]
+    teacher: bool = False
+    init: str | None = None
+
+
+DISTILL = ("--objective", "distill")
+GRPO = ("--objective", "grpo", "--answer-after", MARKER, "--group-size", "8")
+METHODS = {
+    "alone": Method(("--objective", "sft")),
+    "distilled": Method(DISTILL, teacher=True),
+    "distilled + on-policy": Method((*DISTILL, "--teacher-online", "--on-policy", "1"), teacher=True, init="distilled"),
+    "distilled + GRPO": Method(GRPO, init="distilled"),
+    "alone + GRPO": Method(GRPO, init="alone"),
+}
 
 
 def prepare(folder: Path, setting: Setting) -> None:
@@ -78,12 +98,14 @@ def train(out: Path, flags: Sequence[str]) -> None:
     if (out / FINISHED).exists():
         return
     tasks = ",".join(map(str, sorted((out.parent / "tasks").iterdir())))
-    resume = ["--resume", "auto"] if out.exists() else []
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--tokenizer", str(out.parent / "tokenizer.json")]
-    print(f"{out.name}", flush=True)
+    if out.exists():
+        flags = [*flags, "--resume", "auto"]
+    if "--init" not in flags:
+        flags = [*flags, "--tokenizer", str(out.parent / "tokenizer.json")]
+    print(out.name, flush=True)
     with open(out.with_suffix(".log"), "w") as log:
         subprocess.run(
-            [*command, "--eval-tasks", tasks, "--out", str(out), *flags, *resume],
+            [sys.executable, str(ROOT / "scripts" / "train.py"), "--eval-tasks", tasks, "--out", str(out), *flags],
             check=True,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -91,25 +113,38 @@ def train(out: Path, flags: Sequence[str]) -> None:
         )
 
 
-def run(folder: Path, setting: Setting, seeds: int) -> pd.DataFrame:
-    """Run everything that is not finished. Return the scores: method, seed, kind, steps, exact_match."""
+def run(folder: Path, setting: Setting, seeds: dict[str, int]) -> pd.DataFrame:
+    """Run everything that is not finished. Return the scores: method, seed, kind, steps, exact_match.
+
+    seeds: number of seeds by method, in the order in which they are trained.
+    """
     if not (folder / "tokenizer.json").exists():
         prepare(folder, setting)
     teacher, common = folder / "teacher", setting.common.split()
-    model, data = ["--model-set", setting.teacher_model], ["--data", str(folder / "teacher.jsonl")]
+    data, model = ["--data", str(folder / "teacher.jsonl")], ["--model-set", setting.teacher_model]
     train(teacher, ["--objective", "sft", *data, *model, *common, *setting.teacher.split()])
-    methods = {
-        "alone": ["--objective", "sft"],
-        "distilled": ["--objective", "distill", "--teacher", str(teacher), *setting.distill.split()],
-    }
-    model, data = ["--model-set", setting.student_model], ["--data", str(folder / "student.jsonl")]
     found = [scores(teacher, "teacher", 0)]
-    for seed in range(seeds):
-        for method, flags in methods.items():
-            out = folder / f"{method}-{seed}"
-            train(out, [*flags, *data, *model, *common, *setting.student.split(), "--seed", str(seed)])
-            found.append(scores(out, method, seed))
+    for name, count in seeds.items():
+        for seed in range(count):
+            out = run_folder(folder, name, seed)
+            train(out, [*student_flags(folder, setting, name, seed), *common])
+            found.append(scores(out, name, seed))
     return pd.concat(found, ignore_index=True)
+
+
+def student_flags(folder: Path, setting: Setting, name: str, seed: int) -> list[str]:
+    method = METHODS[name]
+    flags = [*method.flags, "--data", str(folder / "student.jsonl"), "--seed", str(seed)]
+    if method.teacher:
+        flags += ["--teacher", str(folder / "teacher")]
+    if method.init:
+        return [*flags, "--init", str(run_folder(folder, method.init, seed)), *setting.third_stage.split()]
+    return [*flags, "--model-set", setting.student_model, *setting.student.split()]
+
+
+def run_folder(folder: Path, name: str, seed: int) -> Path:
+    """The folder of a student."""
+    return folder / f"{name.replace(' ', '')}-{seed}"
 
 
 def scores(out: Path, method: str, seed: int) -> pd.DataFrame:
@@ -126,8 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of the data and the runs")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--third-stage-seeds", type=int, default=3)
     options = parser.parse_args()
-    found = run(options.folder.resolve(), Setting(), options.seeds)
+    counts = {name: options.third_stage_seeds if method.init else options.seeds for name, method in METHODS.items()}
+    found = run(options.folder.resolve(), Setting(), counts)
     found.to_csv(HERE / "results.csv", index=False, float_format="%.4f")
     summary = summarise(found)
     summary.to_csv(HERE / "summary.csv", index=False, float_format="%.4f")

@@ -30,6 +30,7 @@ ROOT = HERE.parents[1]
 STEPS = (2, 3, 4, 5, 6)  # of the problems
 NOT_MERGED = re.compile(r"[^A-Za-z .;?]")  # every digit, operator and parenthesis is a token
 MARKER = "so "
+SHAPE = "n_head=4,n_kv_head=4,num_experts=1,top_k=1,rope_theta=10000,max_position=192"  # of all models
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,13 @@ class Setting:
 
     vocab_size: int = 384
     teacher_problems: int = 60_000
-    student_problems: int = 1_500
-    tests: int = 30  # test problems of each kind and number of steps
-    common: str = "--seq-len 192 --threads 1 --save-every 1000000"
-    teacher: str = "--model rish-tiny --batch-size 8 --steps 2600 --lr 5e-3 --min-lr 2e-4 --warmup 100"
-    teacher_model: str = "d_model=96,n_head=4,n_kv_head=4,num_layers=3,d_ff=288,num_experts=1,top_k=1,max_position=192"
-    student: str = "--model rish-tiny --batch-size 8 --steps 1200 --lr 4e-3 --min-lr 4e-4 --warmup 50"
-    student_model: str = "d_model=64,n_head=4,n_kv_head=4,num_layers=2,d_ff=192,num_experts=1,top_k=1,max_position=192"
+    student_problems: int = 3_000
+    tests: int = 25  # test problems of each kind and number of steps
+    common: str = "--seq-len 192 --threads 1 --eval-every 250 --save-every 1000000"
+    teacher: str = "--model rish-tiny --batch-size 8 --steps 3000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
+    teacher_model: str = "d_model=96,num_layers=3,d_ff=288," + SHAPE
+    student: str = "--model rish-tiny --batch-size 8 --steps 2000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
+    student_model: str = "d_model=64,num_layers=2,d_ff=192," + SHAPE
     third_stage: str = "--batch-size 8 --steps 100 --lr 5e-4 --min-lr 5e-5 --warmup 10"
 
 
@@ -57,7 +58,7 @@ class Method:
     init: str | None = None
 
 
-DISTILL = ("--objective", "distill")
+DISTILL = ("--objective", "distill", "--distill-temperature", "2")
 GRPO = ("--objective", "grpo", "--answer-after", MARKER, "--group-size", "8")
 METHODS = {
     "alone": Method(("--objective", "sft")),

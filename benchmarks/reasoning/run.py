@@ -22,7 +22,7 @@ import pandas as pd
 from benchmarks.reasoning.problems import KINDS, Problem, problems
 from benchmarks.reasoning.summary import draw, summarise
 from fira.data.tokenizer import train_tokenizer
-from fira.evaluation.evaluation_log import EVALUATIONS
+from fira.evaluation.task_scores import RESULTS
 from fira.training.finish_marker import FINISHED
 
 HERE = Path(__file__).parent
@@ -42,9 +42,9 @@ class Setting:
     student_problems: int = 3_000
     tests: int = 25  # test problems of each kind and number of steps
     common: str = "--seq-len 192 --threads 1 --eval-every 250 --save-every 1000000"
-    teacher: str = "--model rish-tiny --batch-size 8 --steps 3000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
+    teacher: str = "--model rish-tiny --batch-size 8 --steps 2000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
     teacher_model: str = "d_model=96,num_layers=3,d_ff=288," + SHAPE
-    student: str = "--model rish-tiny --batch-size 8 --steps 2000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
+    student: str = "--model rish-tiny --batch-size 8 --steps 1400 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
     student_model: str = "d_model=64,num_layers=2,d_ff=192," + SHAPE
     third_stage: str = "--batch-size 8 --steps 100 --lr 5e-4 --min-lr 5e-5 --warmup 10"
 
@@ -74,9 +74,10 @@ def prepare(folder: Path, setting: Setting) -> None:
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     taught = problems(setting.teacher_problems, STEPS, seed=1, test=False)
     tests = problems(setting.tests * len(KINDS) * len(STEPS), STEPS, seed=2, test=True)
-    texts = (NOT_MERGED.sub("", f"{problem.question}\n{problem.completion}") for problem in taught[:2000])
+    learnt = taught[: setting.student_problems]
+    texts = (NOT_MERGED.sub("", f"{problem.question}\n{problem.completion}") for problem in learnt)
     train_tokenizer(texts, setting.vocab_size).save(str(folder / "tokenizer.json"))
-    for name, chosen in (("teacher", taught), ("student", taught[: setting.student_problems])):
+    for name, chosen in (("teacher", taught), ("student", learnt)):
         _write(folder / f"{name}.jsonl", ({"prompt": p.question, "completion": p.completion} for p in chosen))
     by_task: dict[str, list[Problem]] = {}
     for problem in tests:
@@ -117,7 +118,7 @@ def train(out: Path, flags: Sequence[str]) -> None:
 def run(folder: Path, setting: Setting, seeds: dict[str, int]) -> pd.DataFrame:
     """Run everything that is not finished. Return the scores: method, seed, kind, steps, exact_match.
 
-    seeds: number of seeds by method, in the order in which they are trained.
+    seeds: number of seeds by method.
     """
     if not (folder / "tokenizer.json").exists():
         prepare(folder, setting)
@@ -125,8 +126,8 @@ def run(folder: Path, setting: Setting, seeds: dict[str, int]) -> pd.DataFrame:
     data, model = ["--data", str(folder / "teacher.jsonl")], ["--model-set", setting.teacher_model]
     train(teacher, ["--objective", "sft", *data, *model, *common, *setting.teacher.split()])
     found = [scores(teacher, "teacher", 0)]
-    for name, count in seeds.items():
-        for seed in range(count):
+    for seed in range(max(seeds.values())):
+        for name in (name for name, count in seeds.items() if seed < count):
             out = run_folder(folder, name, seed)
             train(out, [*student_flags(folder, setting, name, seed), *common])
             found.append(scores(out, name, seed))
@@ -150,12 +151,12 @@ def run_folder(folder: Path, name: str, seed: int) -> Path:
 
 def scores(out: Path, method: str, seed: int) -> pd.DataFrame:
     """The scores of a finished run by kind and number of steps."""
-    table = pd.read_csv(out / EVALUATIONS)
-    last = table[table["iter"] == table["iter"].max()]
-    kinds = last["task"].str.split("-", expand=True)
-    return pd.DataFrame(
-        {"method": method, "seed": seed, "kind": kinds[0], "steps": kinds[1].astype(int), "exact_match": last["score"]}
-    )
+    rows = []
+    for task, found in json.loads((out / RESULTS).read_text())["tasks"].items():
+        kind, steps = task.split("-")
+        score = found["scores"]["exact_match"]["value"]
+        rows.append({"method": method, "seed": seed, "kind": kind, "steps": int(steps), "exact_match": score})
+    return pd.DataFrame(rows)
 
 
 def main() -> None:

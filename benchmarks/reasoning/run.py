@@ -44,7 +44,7 @@ class Setting:
     common: str = "--seq-len 192 --threads 1 --eval-every 250 --save-every 1000000"
     teacher: str = "--model rish-tiny --batch-size 8 --steps 2000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
     teacher_model: str = "d_model=96,num_layers=3,d_ff=288," + SHAPE
-    student: str = "--model rish-tiny --batch-size 8 --steps 1400 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
+    student: str = "--model rish-tiny --batch-size 8 --steps 2000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
     student_model: str = "d_model=64,num_layers=2,d_ff=192," + SHAPE
     third_stage: str = "--batch-size 8 --steps 100 --lr 5e-4 --min-lr 5e-5 --warmup 10"
 
@@ -63,6 +63,7 @@ GRPO = ("--objective", "grpo", "--answer-after", MARKER, "--group-size", "8")
 METHODS = {
     "alone": Method(("--objective", "sft")),
     "distilled": Method(DISTILL, teacher=True),
+    "distilled + distilled": Method(DISTILL, teacher=True, init="distilled"),
     "distilled + on-policy": Method((*DISTILL, "--teacher-online", "--on-policy", "1"), teacher=True, init="distilled"),
     "distilled + GRPO": Method(GRPO, init="distilled"),
     "alone + GRPO": Method(GRPO, init="alone"),

@@ -59,7 +59,7 @@ class Method:
 
 
 DISTILL = ("--objective", "distill", "--distill-temperature", "2")
-GRPO = ("--objective", "grpo", "--answer-after", MARKER, "--group-size", "8")
+GRPO = ("--objective", "grpo", "--answer-after", MARKER, "--group-size", "8", "--batch-size", "32")
 METHODS = {
     "alone": Method(("--objective", "sft")),
     "distilled": Method(DISTILL, teacher=True),
@@ -141,7 +141,7 @@ def student_flags(folder: Path, setting: Setting, name: str, seed: int) -> list[
     if method.teacher:
         flags += ["--teacher", str(folder / "teacher")]
     if method.init:
-        return [*flags, "--init", str(run_folder(folder, method.init, seed)), *setting.third_stage.split()]
+        return ["--init", str(run_folder(folder, method.init, seed)), *setting.third_stage.split(), *flags]
     return [*flags, "--model-set", setting.student_model, *setting.student.split()]
 
 

@@ -20,7 +20,9 @@ def interval(values: pd.Series) -> tuple[float, float]:
 
 
 def summarise(scores: pd.DataFrame) -> pd.DataFrame:
-    """Intervals over seeds of the accuracy, and of its difference from the baseline with the same seed.
+    """Intervals over seeds of the accuracy, and of its difference from another method with the same seed.
+
+    It is the method in `compared_with`: of the stage before, or else the baseline.
 
     One row per method and number of steps, with the mean over the kinds, and rows for all numbers of steps and
     for each kind.
@@ -35,7 +37,9 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
             mean, half = interval(values)
             row = {"method": method, "steps": steps, "kind": kind, "seeds": len(values), "mean": mean, "ci95": half}
             if method not in (BASELINE, TEACHER):
-                row["difference"], row["difference_ci95"] = interval((table[method] - table[BASELINE]).dropna())
+                row["compared_with"] = method.rpartition(" + ")[0] or BASELINE
+                differences = (table[method] - table[row["compared_with"]]).dropna()
+                row["difference"], row["difference_ci95"] = interval(differences)
             rows.append(row)
     return pd.DataFrame(rows)
 

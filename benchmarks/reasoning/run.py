@@ -46,7 +46,7 @@ class Setting:
     teacher_model: str = "d_model=96,num_layers=3,d_ff=288," + SHAPE
     student: str = "--model rish-tiny --batch-size 8 --steps 2000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
     student_model: str = "d_model=64,num_layers=2,d_ff=192," + SHAPE
-    third_stage: str = "--batch-size 8 --steps 100 --lr 5e-4 --min-lr 5e-5 --warmup 10"
+    third_stage: str = "--batch-size 8 --steps 100 --lr 1e-4 --min-lr 1e-5 --warmup 10"
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def scores(out: Path, method: str, seed: int) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of the data and the runs")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--third-stage-seeds", type=int, default=3)
     options = parser.parse_args()
     counts = {name: options.third_stage_seeds if method.init else options.seeds for name, method in METHODS.items()}

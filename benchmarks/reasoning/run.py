@@ -63,7 +63,6 @@ GRPO = ("--objective", "grpo", "--answer-after", MARKER, "--group-size", "8", "-
 METHODS = {
     "alone": Method(("--objective", "sft")),
     "distilled": Method(DISTILL, teacher=True),
-    "distilled + distilled": Method(DISTILL, teacher=True, init="distilled"),
     "distilled + on-policy": Method((*DISTILL, "--teacher-online", "--on-policy", "1"), teacher=True, init="distilled"),
     "distilled + GRPO": Method(GRPO, init="distilled"),
     "alone + GRPO": Method(GRPO, init="alone"),
@@ -164,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of the data and the runs")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--third-stage-seeds", type=int, default=3)
+    parser.add_argument("--third-stage-seeds", type=int, default=0)
     options = parser.parse_args()
     counts = {name: options.third_stage_seeds if method.init else options.seeds for name, method in METHODS.items()}
     found = run(options.folder.resolve(), Setting(), counts)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.reasoning.run --folder /tmp/reasoning
 
-tokenizer → teacher → students of each method and seed. New students of a seed begin with the same weights and read the
-same problems in the same order for the same number of steps. A run that is finished is not repeated. Writes
-results.csv, one row per method, seed, kind and number of steps; summary.csv; results.png.
+tokenizer → teacher → students of each number of training problems, seed and method. New students of a seed begin with
+the same weights and read the same problems in the same order for the same number of steps. A run that is finished is
+not repeated. Writes results.csv, one row per student, kind and number of steps; summary.csv; results.png.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -39,7 +40,7 @@ class Setting:
 
     vocab_size: int = 384
     teacher_problems: int = 60_000
-    student_problems: int = 3_000
+    student_problems: tuple[int, ...] = (1_000, 3_000)  # the first ones of the teacher's
     tests: int = 25  # test problems of each kind and number of steps
     common: str = "--seq-len 192 --threads 1 --eval-every 250 --save-every 1000000"
     teacher: str = "--model rish-tiny --batch-size 8 --steps 2000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
@@ -69,16 +70,28 @@ METHODS = {
 }
 
 
+class Student(NamedTuple):
+    """A student, or the teacher. problems: number of its training problems."""
+
+    problems: int
+    method: str
+    seed: int
+
+    def folder(self, parent: Path) -> Path:
+        """The run folder."""
+        return parent / f"{self.method.replace(' ', '')}-{self.problems}-{self.seed}"
+
+
 def prepare(folder: Path, setting: Setting) -> None:
     """Write the tokenizer, the training problems as chats, and a task for each kind and number of steps."""
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     taught = problems(setting.teacher_problems, STEPS, seed=1, test=False)
     tests = problems(setting.tests * len(KINDS) * len(STEPS), STEPS, seed=2, test=True)
-    learnt = taught[: setting.student_problems]
-    texts = (NOT_MERGED.sub("", f"{problem.question}\n{problem.completion}") for problem in learnt)
+    texts = (NOT_MERGED.sub("", f"{problem.question}\n{problem.completion}") for problem in taught[:3000])
     train_tokenizer(texts, setting.vocab_size).save(str(folder / "tokenizer.json"))
-    for name, chosen in (("teacher", taught), ("student", learnt)):
-        _write(folder / f"{name}.jsonl", ({"prompt": p.question, "completion": p.completion} for p in chosen))
+    for count in (*setting.student_problems, setting.teacher_problems):
+        chats = ({"prompt": problem.question, "completion": problem.completion} for problem in taught[:count])
+        _write(folder / f"problems-{count}.jsonl", chats)
     by_task: dict[str, list[Problem]] = {}
     for problem in tests:
         by_task.setdefault(f"{problem.kind}-{problem.steps}", []).append(problem)
@@ -116,46 +129,46 @@ def train(out: Path, flags: Sequence[str]) -> None:
 
 
 def run(folder: Path, setting: Setting, seeds: dict[str, int]) -> pd.DataFrame:
-    """Run everything that is not finished. Return the scores: method, seed, kind, steps, exact_match.
+    """Run everything that is not finished. Return the scores: problems, method, seed, kind, steps, exact_match.
 
     seeds: number of seeds by method.
     """
     if not (folder / "tokenizer.json").exists():
         prepare(folder, setting)
     teacher, common = folder / "teacher", setting.common.split()
-    data, model = ["--data", str(folder / "teacher.jsonl")], ["--model-set", setting.teacher_model]
-    train(teacher, ["--objective", "sft", *data, *model, *common, *setting.teacher.split()])
-    found = [scores(teacher, "teacher", 0)]
-    for seed in range(max(seeds.values())):
-        for name in (name for name, count in seeds.items() if seed < count):
-            out = run_folder(folder, name, seed)
-            train(out, [*student_flags(folder, setting, name, seed), *common])
-            found.append(scores(out, name, seed))
+    data = ["--data", str(folder / f"problems-{setting.teacher_problems}.jsonl")]
+    train(
+        teacher, ["--objective", "sft", *data, "--model-set", setting.teacher_model, *common, *setting.teacher.split()]
+    )
+    found = [scores(teacher, Student(setting.teacher_problems, "teacher", 0))]
+    for count in setting.student_problems:
+        for seed in range(max(seeds.values())):
+            for student in (Student(count, method, seed) for method in seeds if seed < seeds[method]):
+                train(student.folder(folder), [*student_flags(folder, setting, student), *common])
+                found.append(scores(student.folder(folder), student))
     return pd.concat(found, ignore_index=True)
 
 
-def student_flags(folder: Path, setting: Setting, name: str, seed: int) -> list[str]:
-    method = METHODS[name]
-    flags = [*method.flags, "--data", str(folder / "student.jsonl"), "--seed", str(seed)]
+def student_flags(folder: Path, setting: Setting, student: Student) -> list[str]:
+    """The flags of train.py for a student."""
+    method = METHODS[student.method]
+    data = ["--data", str(folder / f"problems-{student.problems}.jsonl")]
+    flags = [*method.flags, *data, "--seed", str(student.seed)]
     if method.teacher:
         flags += ["--teacher", str(folder / "teacher")]
     if method.init:
-        return ["--init", str(run_folder(folder, method.init, seed)), *setting.third_stage.split(), *flags]
+        before = student._replace(method=method.init).folder(folder)
+        return ["--init", str(before), *setting.third_stage.split(), *flags]
     return [*flags, "--model-set", setting.student_model, *setting.student.split()]
 
 
-def run_folder(folder: Path, name: str, seed: int) -> Path:
-    """The folder of a student."""
-    return folder / f"{name.replace(' ', '')}-{seed}"
-
-
-def scores(out: Path, method: str, seed: int) -> pd.DataFrame:
+def scores(out: Path, student: Student) -> pd.DataFrame:
     """The scores of a finished run by kind and number of steps."""
     rows = []
     for task, found in json.loads((out / RESULTS).read_text())["tasks"].items():
         kind, steps = task.split("-")
         score = found["scores"]["exact_match"]["value"]
-        rows.append({"method": method, "seed": seed, "kind": kind, "steps": int(steps), "exact_match": score})
+        rows.append({**student._asdict(), "kind": kind, "steps": int(steps), "exact_match": score})
     return pd.DataFrame(rows)
 
 

@@ -20,13 +20,22 @@ def interval(values: pd.Series) -> tuple[float, float]:
 
 
 def summarise(scores: pd.DataFrame) -> pd.DataFrame:
-    """Intervals over seeds of the accuracy, and of its difference from another method with the same seed.
+    """Intervals over seeds of the accuracy, and of its difference from that of another method with the same seed.
 
-    It is the method in `compared_with`: of the stage before, or else the baseline.
-
-    One row per method and number of steps, with the mean over the kinds, and rows for all numbers of steps and
-    for each kind.
+    The other method is that of the stage before, or else the baseline. One row per number of training problems, method
+    and number of steps, with the mean over the kinds, and rows for all numbers of steps and for each kind.
     """
+    teacher, students = (part for _, part in scores.groupby(scores["method"] != TEACHER))
+    parts = []
+    for problems, part in students.groupby("problems"):
+        summary = _summary(pd.concat([teacher, part]))
+        summary.insert(0, "problems", problems)
+        parts.append(summary)
+    return pd.concat(parts, ignore_index=True)
+
+
+def _summary(scores: pd.DataFrame) -> pd.DataFrame:
+    """The summary of students with the same number of training problems, and of the teacher."""
     rows = []
     groups = [(str(steps), "all", group) for steps, group in scores.groupby("steps")]
     groups += [(ALL, str(kind), group) for kind, group in scores.groupby("kind")] + [(ALL, "all", scores)]
@@ -45,27 +54,20 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(summary: pd.DataFrame, out: Path) -> None:
-    """Draw accuracy over number of steps, and over kinds, with intervals, as a PNG."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    methods = list(summary["method"].unique())
-    colours = dict(zip([m for m in methods if m != TEACHER], RUN_COLOURS, strict=False)) | {TEACHER: GREY}
-    by_steps = summary[(summary["kind"] == "all") & (summary["steps"] != ALL)]
-    by_kind = summary[summary["kind"] != "all"]
-    for axes, rows, column, title in (
-        (left, by_steps, "steps", "Exact answers by number of steps"),
-        (right, by_kind, "kind", "Exact answers by kind, 2 to 6 steps"),
-    ):
-        style_axes(axes, title, "share of exact answers")
-        labels = list(rows[column].unique())
+    """Draw accuracy over number of steps with intervals as a PNG, one panel per number of training problems."""
+    counts = list(summary["problems"].unique())
+    figure = Figure(figsize=(5.5 * len(counts), 4.5), layout="constrained")
+    for axes, count in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
+        rows = summary[(summary["problems"] == count) & (summary["kind"] == "all") & (summary["steps"] != ALL)]
+        methods = list(rows["method"].unique())
+        colours = dict(zip([m for m in methods if m != TEACHER], RUN_COLOURS, strict=False)) | {TEACHER: GREY}
+        style_axes(axes, f"Students with {count:,} training problems", "share of exact answers")
         for number, method in enumerate(methods):
             own = rows[rows["method"] == method]
-            places = [labels.index(label) + 0.08 * (number - (len(methods) - 1) / 2) for label in own[column]]
+            places = own["steps"].astype(int) + 0.06 * (number - (len(methods) - 1) / 2)
             style = {"color": colours[method], "label": method, "capsize": 3, "marker": "o", "markersize": 5}
-            line = "-" if axes is left else "none"
-            axes.errorbar(places, own["mean"], yerr=own["ci95"].fillna(0), linestyle=line, linewidth=1.5, **style)
-        axes.set_xticks(range(len(labels)), labels)
-        axes.set_xlabel("steps of the problem" if axes is left else "", color=INK)
+            axes.errorbar(places, own["mean"], yerr=own["ci95"].fillna(0), linewidth=1.5, **style)
+        axes.set_xlabel("steps of the problem", color=INK)
         axes.set_ylim(0, 1.02)
-    left.legend(frameon=False, loc="lower left")
+        axes.legend(frameon=False, loc="lower left")
     save_png(figure, out)

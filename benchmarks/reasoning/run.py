@@ -101,7 +101,7 @@ def prepare(folder: Path, setting: Setting) -> None:
 
 def _example(problem: Problem) -> dict[str, object]:
     messages = [{"role": "user", "content": problem.question}]
-    return {"messages": messages, "answer": problem.answer, "after": MARKER, "max_tokens": 110}
+    return {"prompt": messages, "answer": problem.answer, "after": MARKER, "max_tokens": 110}
 
 
 def _write(path: Path, records: Iterable[dict[str, object]]) -> None:

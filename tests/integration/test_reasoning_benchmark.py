@@ -73,7 +73,7 @@ def test_runner_skips_finished_runs(tmp_path: Path) -> None:
     assert len(scores) == 3 * len(KINDS) * len(STEPS)
     assert scores["exact_match"].between(0, 1).all()
     example = json.loads((tmp_path / "tasks" / "words-3.jsonl").read_text())
-    assert example["answer"] == _solved("words", example["messages"][0]["content"])
+    assert example["answer"] == _solved("words", example["prompt"][0]["content"])
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/training_log.csv")}
     assert len(times) == 3
     assert run(tmp_path, TINY, seeds).equals(scores)

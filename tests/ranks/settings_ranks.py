@@ -64,6 +64,8 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "lr_schedule": st.sampled_from(LR_SCHEDULES),
     "optimizer": st.sampled_from(OPTIMIZERS),
     "shard": st.just("optimizer"),
+    **dict.fromkeys(("beta1", "beta2", "lr_decay", "distill_beta", "min_lr", "eps"), st.sampled_from([0.1, 0.5, 0.9])),
+    "on_policy": st.just(0.0),
     "pp": st.integers(1, 2),
     "dp": st.just(1),
     "ep": st.just(1),

@@ -175,7 +175,7 @@ def scores(out: Path, student: Student) -> pd.DataFrame:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of the data and the runs")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, help="of each method (default: %(default)s)")
     parser.add_argument("--third-stage-seeds", type=int, default=0)
     options = parser.parse_args()
     counts = {name: options.third_stage_seeds if method.init else options.seeds for name, method in METHODS.items()}

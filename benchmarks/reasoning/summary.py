@@ -69,5 +69,5 @@ def draw(summary: pd.DataFrame, out: Path) -> None:
             axes.errorbar(places, own["mean"], yerr=own["ci95"].fillna(0), linewidth=1.5, **style)
         axes.set_xlabel("steps of the problem", color=INK)
         axes.set_ylim(0, 1.02)
-        axes.legend(frameon=False, loc="lower left")
+        axes.legend(frameon=False, loc="upper right")
     save_png(figure, out)

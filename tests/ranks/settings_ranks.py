@@ -108,7 +108,7 @@ WORDS = st.lists(st.one_of(*[FLAGS] * 9, st.lists(TEXTS, min_size=1, max_size=1)
 KEYS = st.sampled_from(NAMES).flatmap(lambda name: st.tuples(st.just(name), value_of(name) | NESTED))
 TABLES = st.lists(KEYS | st.tuples(TEXTS, NESTED), max_size=3)
 FILES = st.one_of(
-    *[st.none()] * 4,
+    *[st.none()] * 8,
     TABLES.map(lambda pairs: "".join(f"{toml(key)} = {toml(value)}\n" for key, value in pairs)),
     st.text(),
     st.sampled_from(

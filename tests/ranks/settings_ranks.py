@@ -102,7 +102,7 @@ def flag(name: str, value: Any, joined: bool) -> list[str]:
 
 
 FLAGS = st.sampled_from(NAMES).flatmap(lambda name: st.builds(flag, st.just(name), value_of(name), st.booleans()))
-WORDS = st.lists(st.one_of(*[FLAGS] * 9, st.lists(TEXTS, min_size=1, max_size=1)), max_size=5).map(
+WORDS = st.lists(st.one_of(*[FLAGS] * 9, st.lists(TEXTS, min_size=1, max_size=1)), max_size=3).map(
     lambda flags: [word for words in flags for word in words if word not in ("-h", "--help")]
 )
 KEYS = st.sampled_from(NAMES).flatmap(lambda name: st.tuples(st.just(name), value_of(name) | NESTED))

@@ -130,4 +130,9 @@ def _add_keys_and_aux_weights(context: Context, seed: int, numbers: range, token
 def _key(seed: int, sequence: int, document: int = 0) -> int:
     """A hash of 62 bits, which determines the dropout and noise of one document of one sequence of one run."""
     text = f"{seed}/{sequence}/{document}" if document else f"{seed}/{sequence}"
+    return hashed(text)
+
+
+def hashed(text: str) -> int:
+    """A hash of a text, of 62 bits."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 2

@@ -3,12 +3,12 @@
 Prompts are decoded in groups, each with a seed of its own, so that the answers do not depend on the layout.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 from fira.checkpoint.ranks import share_groups
 from fira.decoding.decoding import CausalModel, continuation
 from fira.decoding.sampling import Sampling
+from fira.parallel.batch_split import hashed
 from fira.parallel.parallelize import DistributedModel
 from fira.parallel.whole_model import whole_model
 from fira.posttraining.prompted_answers import PromptedAnswer, room
@@ -61,8 +61,3 @@ def sample(
         if not running:
             break
     return result
-
-
-def hashed(text: str) -> int:
-    """A hash of a text, of 62 bits."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 2

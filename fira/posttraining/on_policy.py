@@ -1,7 +1,8 @@
 """Distillation on answers of the student (Agarwal et al. 2024, arXiv 2306.13649)."""
 
 from fira.data.rows import Rows
-from fira.posttraining.answer_sampler import AnswerSampler, hashed
+from fira.parallel.batch_split import hashed
+from fira.posttraining.answer_sampler import AnswerSampler
 from fira.posttraining.prompted_answers import packed, prompted_answers
 
 

@@ -11,6 +11,9 @@ def test_owners_have_about_equal_sizes() -> None:
     assert balanced_owners([5, 3, 3, 1], 2) == [0, 1, 1, 0]
     assert balanced_owners([5, 3], 1) == [0, 0]
     assert balanced_owners([], 3) == []
+    assert balanced_owners([2], 3) == [0]
+    assert balanced_owners([1, 5, 3, 3], 2) == [0, 0, 1, 1]
+    assert balanced_owners([7.0] * 5, 3) == [0, 1, 2, 0, 1]
     sizes = [7 * n % 31 + 1 for n in range(100)]
     sums = [sum(s for s, o in zip(sizes, balanced_owners(sizes, 4), strict=True) if o == rank) for rank in range(4)]
     assert max(sums) - min(sums) <= max(sizes)

@@ -17,8 +17,9 @@ import torch.distributed as dist
 import pipeline
 from benchmarks.checkpoints.ranks import LAYOUTS, MODELS
 from fira.checkpoint.writer import CheckpointWriter
+from fira.data.random_tokens import RandomTokens
 from fira.devices import keep_freed_memory
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.doctor.one_step import make_trainer
 from fira.training import state
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU

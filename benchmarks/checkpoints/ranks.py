@@ -11,8 +11,9 @@ import pipeline
 from benchmarks.training.ranks import CONFIG
 from benchmarks.turns import serve
 from fira.checkpoint.writer import CheckpointWriter
+from fira.data.random_tokens import RandomTokens
 from fira.devices import keep_freed_memory
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.doctor.one_step import make_trainer
 from fira.models.registry import PRESETS, RECIPES
 from fira.training import state
 from pipeline.mesh import CPU, Layout

@@ -7,8 +7,8 @@ import torch
 
 import pipeline
 from benchmarks.turns import serve
+from fira.data.random_tokens import RandomTokens
 from fira.devices import keep_freed_memory
-from fira.doctor.one_step import RandomTokens
 from fira.models.fira import FiraConfig
 from fira.models.registry import PRESETS, build
 from fira.optim.settings import OptimizerSettings

@@ -21,8 +21,9 @@ from torch import nn
 
 import pipeline
 from benchmarks.measure import alternate, merge, ratio
+from fira.data.random_tokens import RandomTokens
 from fira.devices import AUTOCAST_DTYPES, auto_precision, choose_devices
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.doctor.one_step import make_trainer
 from fira.models.registry import PRESETS, build
 from fira.nn.context import Context, TrainingContext
 from fira.nn.mlp import GatedMLP

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 import pipeline
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.data.random_tokens import RandomTokens
+from fira.doctor.one_step import make_trainer
 from fira.models.registry import build, make_config
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate

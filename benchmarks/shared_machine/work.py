@@ -4,8 +4,9 @@ import torch
 
 import pipeline
 from benchmarks.turns import serve
+from fira.data.random_tokens import RandomTokens
 from fira.devices import keep_freed_memory
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.doctor.one_step import make_trainer
 from fira.models.registry import PRESETS, RECIPES, build
 from fira.wait_policy import share_cores
 from pipeline.mesh import CPU, Layout

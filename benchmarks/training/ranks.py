@@ -12,8 +12,9 @@ import pipeline
 from benchmarks.measure import products
 from benchmarks.pipeline.ranks import Layers, cross_entropy
 from benchmarks.turns import serve
+from fira.data.random_tokens import RandomTokens
 from fira.devices import keep_freed_memory
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.doctor.one_step import make_trainer
 from fira.models.fira import FIRA, FiraConfig
 from fira.nn.context import Context, TrainingContext
 from fira.parallel.microbatch_loss import microbatch_loss

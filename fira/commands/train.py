@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     import torch
 
     from fira.training.loop import train
+    from fira.training.plan_explanation import explain_plan
     from fira.training.run_folder import resumed_settings
 
     gc.freeze()
@@ -47,7 +48,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         config, quiet, verbose = settings()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if world:
+    if config.plan == "explain":
+        explain_plan(config, world or pipeline.init(cuda=config.device != "cpu"))
+    elif world:
         train(config, world, signals, quiet)
     else:
         supervise(config, quiet, verbose)

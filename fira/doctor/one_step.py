@@ -6,11 +6,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from fira.data.loader import Loader
-from fira.data.rows import Rows
+from fira.data.random_tokens import RandomTokens
 from fira.models.registry import PRESETS, build
 from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
@@ -31,21 +29,6 @@ class StepNumbers:
     loss: float
     grad_norm: float
     seconds: float
-
-
-class RandomTokens(Loader):
-    """A loader of random sequences instead of the windows of a text."""
-
-    def __init__(self, vocab_size: int, seq_len: int) -> None:
-        self.consumed = 0
-        self.shape = vocab_size, seq_len
-
-    def batch(self, first: int, count: int) -> Rows:
-        """Return sequences first … first + count − 1."""
-        vocab_size, seq_len = self.shape
-        numbers = range(first, first + count)
-        rows = np.stack([np.random.default_rng([SEED, n]).integers(vocab_size, size=seq_len + 1) for n in numbers])
-        return Rows(rows[:, :-1], rows[:, 1:])
 
 
 def make_trainer(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from fira.data.random_tokens import RandomTokens
 from fira.devices import AUTOCAST_DTYPES, auto_precision
 from fira.doctor.gpu_check import Target
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.doctor.one_step import make_trainer
 from fira.models.registry import PRESETS
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout

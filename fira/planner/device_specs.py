@@ -44,6 +44,7 @@ class Hardware:
     inside: Links  # between ranks of a node
     between: Links  # between nodes
     overlaps_collectives: bool
+    cores: float = 1.0  # of each rank, if all compute; less than 1 where ranks share the cores of a CPU
 
     def fastest_precision(self) -> str:
         """The first of bf16, fp16 and fp32 with the highest FLOP/s, which is what `--precision auto` selects."""

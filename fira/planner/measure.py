@@ -41,15 +41,14 @@ from fira.planner.costs import CostModel, LayerCost
 from fira.planner.device_specs import OPERATIONS, Hardware, Link
 from fira.planner.measure_machine import measure_machine, median_seconds, synchronize
 from fira.planner.model_profile import ModelProfile, logits_bytes, measure_saved_bytes
-from fira.progress_bar import progress_bar
 from pipeline.mpi import World
 from pipeline.stage import DeviceLayers, Stage
 
 MEASUREMENT_FORMAT = 4  # part of every cache key; increase it when the cached values change
-REPEATS = 5
+REPEATS = 3
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
 PASSES = ("forward", "backward_input", "backward_weight", "backward")  # methods of a stage that are timed
-MAX_SECONDS = 2.0  # of one layer's forward and backward; costs of larger micro-batches are scaled instead of measured
+MAX_SECONDS = 0.03  # of a layer's forward and backward; costs of larger micro-batches are extrapolated
 
 
 def measure(
@@ -63,31 +62,40 @@ def measure(
     keep_freed_memory()  # as in training
     cores = len(os.sched_getaffinity(0))
     simulated = world.size < ranks and device.type == "cpu"
-    threads = max(1, cores // ranks) if simulated else torch.get_num_threads()
+    before = torch.get_num_threads()
+    threads = max(1, cores // ranks) if simulated else before
     slowdown = max(1.0, ranks / cores) if simulated else 1.0
-    identity = [MEASUREMENT_FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 
     lora = [str(profile.lora)] if profile.lora else []
-    machine = _cached([*identity, "links"], partial(measure_machine, device, world), world)
-    table: dict[int, list[LayerCost]] = {}
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with progress_bar(len(sizes), "measuring layers", shown=world.rank == 0) as bar:
-            for size in sorted(sizes):
-                if not table or max(cost.forward + cost.backward for cost in table[max(table)]) < MAX_SECONDS:
-                    key = [*identity, to_document(profile.config), size, precision, *lora]
-                    work = partial(_measure_layers, profile, size, precision, device, world)
-                    table[size] = [LayerCost(**cost) for cost in _cached(key, work, world)]
-                bar.update(1)
+        identity = machine_identity(device, world)
+        machine = cached([*identity, "links"], partial(measure_machine, device, world), world)
+
+        def costs(size: int) -> list[LayerCost]:
+            key = [*identity, to_document(profile.config), size, precision, *lora]
+            work = partial(_measure_layers, profile, size, precision, device, world)
+            return [LayerCost(**cost) for cost in cached(key, work, world)]
+
+        small = min(sizes)
+        low = costs(small)
+        slowest = max(cost.forward + cost.backward for cost in low) / small
+        large = max(size for size in sizes if size == small or slowest * size < MAX_SECONDS)
+        high = costs(large) if large > small else low
     finally:
         torch.set_num_threads(before)
 
     def cost_model(microbatch: int) -> list[LayerCost]:
-        nearest = max((size for size in table if size <= microbatch), default=min(table))
-        return [_scaled(cost, slowdown, microbatch / nearest) for cost in table[nearest]]
+        return [_interpolated(a, b, (small, large), microbatch, slowdown) for a, b in zip(low, high, strict=True)]
 
     return _hardware(machine, device, world.local_size if world.size == ranks else ranks), cost_model
+
+
+def machine_identity(device: torch.device, world: World) -> list[Any]:
+    """What measurements depend on apart from the model: a part of the keys under which they are cached."""
+    cores = len(os.sched_getaffinity(0))
+    threads = torch.get_num_threads()
+    return [MEASUREMENT_FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 
 
 def _hardware(machine: dict[str, Any], device: torch.device, local_ranks: int) -> Hardware:
@@ -105,20 +113,30 @@ def _hardware(machine: dict[str, Any], device: torch.device, local_ranks: int) -
         inside=links,
         between=links,
         overlaps_collectives=device.type != "cpu",
+        cores=min(1.0, len(os.sched_getaffinity(0)) / local_ranks) if device.type == "cpu" else 1.0,
     )
 
 
-def _scaled(cost: LayerCost, slowdown: float, size: float) -> LayerCost:
-    """The cost of a micro-batch that is `size` times as large, on a machine that is `slowdown` times as slow."""
+def _interpolated(small: LayerCost, large: LayerCost, sizes: tuple[int, int], size: int, slowdown: float) -> LayerCost:
+    """The cost of a micro-batch of `size` sequences, linear in the size, from those of two `sizes`, if they differ.
+
+    slowdown: factor of the seconds, for a machine that is so many times as slow.
+    """
+
+    def value(name: str) -> float:
+        a, b = getattr(small, name), getattr(large, name)
+        slope = (b - a) / (sizes[1] - sizes[0]) if sizes[1] > sizes[0] else a / sizes[0]
+        return max(0.0, a + slope * (size - sizes[0]))
+
     return LayerCost(
-        forward=cost.forward * slowdown * size,
-        backward_input=cost.backward_input * slowdown * size,
-        backward_weight=cost.backward_weight * slowdown * size,
-        backward=cost.backward * slowdown * size,
-        saved_for_backward=int(cost.saved_for_backward * size),
-        saved_for_weight_grad=int(cost.saved_for_weight_grad * size),
-        workspace=int(cost.workspace * size),
-        optimizer=cost.optimizer * slowdown,
+        forward=value("forward") * slowdown,
+        backward_input=value("backward_input") * slowdown,
+        backward_weight=value("backward_weight") * slowdown,
+        backward=value("backward") * slowdown,
+        saved_for_backward=int(value("saved_for_backward")),
+        saved_for_weight_grad=int(value("saved_for_weight_grad")),
+        workspace=int(value("workspace")),
+        optimizer=small.optimizer * slowdown,
     )
 
 
@@ -134,7 +152,7 @@ def device_memory(device: torch.device, ranks: int) -> float:
     return available_memory() / ranks
 
 
-def _cached(key: list[Any], measure: Callable[[], Any], world: World) -> Any:
+def cached(key: list[Any], measure: Callable[[], Any], world: World) -> Any:
     """Read a result from the user's cache, or measure it on all ranks and let rank 0 store it (collective)."""
     path = cache_folder() / "planner" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
     box: list[Any] = [None]

@@ -56,10 +56,11 @@ def predict(costs: CandidateCosts) -> Estimate:
         ends = [remaining + max((end for _, _, end in spans), default=0.0) for spans in timeline.spans]
     else:
         ends = _earliest_ends(costs)
+    work = count * sum(costs.work) / pp
+    ends = _with_shared_cores(costs, ends)
     spans = timeline.spans if timeline else [None] * pp
     reduced = max(end + visible_reduction(costs, rank, spans[rank]) for rank, end in enumerate(ends))
     length, mean_work = max(ends), sum(costs.work) / pp
-    work = count * sum(costs.work) / pp
     exchange = count * sum(sum(sum(costs.exchange[i]) for i in layers) for layers in costs.rank_layers) / pp
     uneven = min(length - work, count * (max(costs.work) - mean_work))
     breakdown = {
@@ -75,8 +76,22 @@ def predict(costs: CandidateCosts) -> Estimate:
 
 def least_seconds(costs: CandidateCosts) -> float:
     """A lower bound of the step time, which holds for every schedule with the same stages."""
-    ends = [end + visible_reduction(costs, rank) for rank, end in enumerate(_earliest_ends(costs))]
+    ends = _with_shared_cores(costs, _earliest_ends(costs))
+    ends = [end + visible_reduction(costs, rank) for rank, end in enumerate(ends)]
     return max(ends) + costs.update
+
+
+def _with_shared_cores(costs: CandidateCosts, ends: list[float]) -> list[float]:
+    """[rank] the time at which its part of the pipeline ends if ranks share cores, from that of ranks without a wait.
+
+    Costs are measured while all ranks compute. Where one waits, the others have its core: the pipeline is as long as
+    with a core per rank, but not shorter than the mean work of a rank with its share of the cores.
+    """
+    cores = costs.hardware.cores
+    if cores == 1:
+        return ends
+    work = costs.candidate.count * sum(costs.work) / costs.layout.pp
+    return [max(cores * end, work) for end in ends]
 
 
 def _earliest_ends(costs: CandidateCosts) -> list[float]:

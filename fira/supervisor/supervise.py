@@ -224,7 +224,7 @@ class Supervisor:
         return 128 + signal.SIGINT if self._stop.immediate else 0
 
     def _layout(self, ranks: Ranks) -> str:
-        return "chosen by --plan auto" if self._config.plan else str(self._elastic.layouts[ranks.count])
+        return "chosen by --plan auto" if self._config.plan == "auto" else str(self._elastic.layouts[ranks.count])
 
     def _command(self, before: RunState) -> list[str]:
         resume = self._resume(before)

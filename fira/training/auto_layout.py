@@ -1,15 +1,89 @@
-"""Completion of a training run's settings by the planner."""
+"""The layout, schedule and micro-batch size of a run, where the flags do not give them.
 
-from dataclasses import replace
+candidates ─ search: predicted step time ─ the best SHORTLIST ─ trial_steps: measured step time ─ the fastest
+
+Predictions are from the measured costs of layers. Where trials would take longer than TRIAL_SECONDS, the prediction
+decides. The result is cached by machine, model and flags.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 import torch
 
 from fira.models.language_model import LanguageModel
+from fira.models.registry import to_document
 from fira.planner.best_candidates import plan_here
-from fira.planner.candidates import Constraints
+from fira.planner.candidates import Candidate, Constraints, candidates
+from fira.planner.measure import cached, machine_identity
+from fira.planner.model_profile import profile_of
 from fira.planner.plan_report import recompute_flag
 from fira.training.config import TrainConfig
+from fira.training.trial_steps import STEPS, trial_seconds
+from pipeline.mesh import Layout
 from pipeline.mpi import World
+from pipeline.mpi.activity import doing
+
+CONSIDERED = 200  # candidates whose order is predicted
+SHORTLIST = 6  # layouts, with the predicted best schedule and micro-batch size of each
+TRIAL_SECONDS = 3.0  # of all steps of the trials, by their predictions
+PIPELINE_PREFERENCE = 1.05  # a pipeline is chosen if its step takes at most this times the shortest one
+FORMAT = 1  # part of the cache key
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate of the shortlist. predicted, measured: seconds of a step; measured is None without a trial."""
+
+    candidate: Candidate
+    predicted: float
+    measured: float | None
+
+    @property
+    def seconds(self) -> float:
+        return self.predicted if self.measured is None else self.measured
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> Self:
+        """The trial of `asdict`."""
+        candidate = document["candidate"]
+        layout = Layout(**candidate["layout"])
+        return cls(Candidate(**candidate | {"layout": layout}), document["predicted"], document["measured"])
+
+    def __str__(self) -> str:
+        count, size = self.candidate.count, self.candidate.microbatch
+        batches = f"{count} micro-batches of {size}" if count > 1 else f"one micro-batch of {size}"
+        schedule = f", {self.candidate.schedule}" if self.candidate.layout.pp > 1 else ""
+        return f"{self.candidate.layout}{schedule}, {batches}"
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """Trials, the chosen one first. considered: the number of candidates."""
+
+    trials: list[Trial]
+    considered: int
+
+    def __str__(self) -> str:
+        best = self.trials[0]
+        how = "predicted" if best.measured is None else "measured"
+        text = f"{best}: {best.seconds * 1e3:,.0f} ms per step {how}, best of {self.considered:,} candidates"
+        others = [trial for trial in self.trials if trial.candidate.layout != best.candidate.layout]
+        if others:
+            other = min(others, key=lambda trial: trial.seconds)
+            text += f"; {other}: {other.seconds * 1e3:,.0f} ms"
+        return text
+
+    def table(self) -> str:
+        """The trials as lines of text."""
+        rows = [("candidate", "predicted", "measured")]
+        for trial in self.trials:
+            measured = "" if trial.measured is None else f"{trial.measured * 1e3:,.1f} ms"
+            rows.append((str(trial), f"{trial.predicted * 1e3:,.1f} ms", measured))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            f"{a.ljust(widths[0])}  {b.rjust(widths[1])}  {c.rjust(widths[2])}".rstrip() for a, b, c in rows
+        )
 
 
 def constraints_of(config: TrainConfig, batch: int) -> Constraints:
@@ -26,11 +100,53 @@ def constraints_of(config: TrainConfig, batch: int) -> Constraints:
     )
 
 
-def with_plan(config: TrainConfig, model: LanguageModel, batch: int, device: torch.device, world: World) -> TrainConfig:
-    """The settings, of which missing ones are taken from the best candidate (collective). model: on the meta device."""
+def is_planned(config: TrainConfig, model: LanguageModel, batch: int, devices: list[torch.device], ranks: int) -> bool:
+    """Whether the flags leave a choice. torchgpipe's local devices are not planned for."""
+    possible = candidates(profile_of(model), ranks, constraints_of(config, batch))
+    return len(devices) == 1 and sum(1 for _ in zip(possible, range(2), strict=False)) > 1
+
+
+def plan_layout(
+    config: TrainConfig, model: LanguageModel, batch: int, devices: list[torch.device], world: World
+) -> LayoutPlan:
+    """Find the fastest candidate with the given settings (collective).
+
+    model: on the meta device. batch: sequences. Raises UserError if no candidate satisfies the flags or fits.
+    """
     constraints = constraints_of(config, batch)
-    result, _ = plan_here(model, constraints, config.precision, world.size, device, world, limit=1)
-    candidate = result.best[0].candidate
+    key = [FORMAT, *machine_identity(devices[0], world), to_document(model.config), str(model.lora), config.precision]
+    key += [asdict(constraints), asdict(config.optimizer_settings())]
+
+    def measured_plan() -> dict[str, Any]:
+        result, _ = plan_here(model, constraints, config.precision, world.size, devices[0], world, CONSIDERED)
+        possible = int(TRIAL_SECONDS / ((1 + STEPS) * result.best[0].seconds))
+        trials: list[dict[str, Any]] = []
+        fastest = {estimate.candidate.layout: estimate for estimate in reversed(result.best)}
+        for estimate in sorted(fastest.values(), key=lambda estimate: estimate.seconds)[:SHORTLIST]:
+            is_tried = len(trials) < possible > 1
+            measured = trial_seconds(model, estimate.candidate, batch, config, devices) if is_tried else None
+            trials.append(asdict(Trial(estimate.candidate, estimate.seconds, measured)))
+        return {"trials": trials, "considered": result.candidates}
+
+    with doing("plan of the layout", long=True):
+        found = cached(key, measured_plan, world)
+    return LayoutPlan(_in_order([Trial.of(trial) for trial in found["trials"]]), found["considered"])
+
+
+def _in_order(trials: list[Trial]) -> list[Trial]:
+    """The trials by their seconds, measured ones first, and before them a pipeline that is nearly as fast."""
+    ordered = sorted(trials, key=lambda trial: (trial.measured is None, trial.seconds))
+    limit = PIPELINE_PREFERENCE * ordered[0].seconds
+    for trial in ordered:
+        same_kind = (trial.measured is None) == (ordered[0].measured is None)
+        if trial.candidate.layout.pp > 1 and same_kind and trial.seconds <= limit:
+            return [trial, *(other for other in ordered if other is not trial)]
+    return ordered
+
+
+def with_plan(config: TrainConfig, plan: LayoutPlan) -> TrainConfig:
+    """The settings, of which those of the layout are the ones of the plan."""
+    candidate = plan.trials[0].candidate
     return replace(
         config,
         pp=candidate.layout.pp,
@@ -38,6 +154,6 @@ def with_plan(config: TrainConfig, model: LanguageModel, batch: int, device: tor
         ep=candidate.layout.ep,
         schedule=candidate.schedule,
         micro_batch_size=candidate.microbatch,
-        recompute=recompute_flag(candidate),
+        recompute=recompute_flag(candidate) if candidate.recompute else config.recompute,
         shard="optimizer" if candidate.sharded else config.shard,
     )

@@ -125,9 +125,12 @@ class TrainConfig:
         "optimizer: each replica has the moments of a part of the parameters, and updates them (ZeRO-1)",
         ("optimizer",),
     )
-    schedule: str | None = _option(None, "pipeline schedule; default: 1f1b", tuple(SCHEDULES))
-    plan: str | None = _option(
-        None, "auto: measure, then choose the layout, schedule and micro-batch size not given", ("auto",)
+    schedule: str | None = _option(None, "pipeline schedule; default: the fastest one", tuple(SCHEDULES))
+    plan: str = _option(
+        "auto",
+        "auto: measure, and choose the fastest layout, schedule and micro-batch size where they are not given; "
+        "explain: print the candidates and exit; none: as many stages as possible, without a measurement",
+        ("auto", "explain", "none"),
     )
     device: str = _option("auto", "device type", ("auto", "cpu", "cuda"))
     threads: Threads | None = _option(

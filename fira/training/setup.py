@@ -30,7 +30,7 @@ from fira.planner.candidates import Candidate
 from fira.planner.memory_check import check_memory
 from fira.posttraining.chat_corpus import ChatCorpus, chat_tokenizer
 from fira.training import state
-from fira.training.auto_layout import with_plan
+from fira.training.auto_layout import is_planned, plan_layout, with_plan
 from fira.training.base_model import open_base
 from fira.training.config import TrainConfig
 from fira.training.run_data import CHATS, load_corpus, objective_of, open_data, tokenizer_files
@@ -188,25 +188,22 @@ def with_larger_vocabulary(config: TrainConfig, stored: int, needed: int) -> Tra
 def choose_candidate(
     config: TrainConfig, model: LanguageModel, batch_size: int, devices: list[torch.device], world: World
 ) -> tuple[TrainConfig, Candidate]:
-    """The layout, schedule, micro-batch size and recomputation, and the settings completed by --plan (collective).
+    """The layout, schedule, micro-batch size and recomputation, and the settings completed by the planner (collective).
 
     model: on the meta device. Raises UserError if a setting does not match another or the run does not fit into memory.
     """
-    if config.plan:
-        config = with_plan(config, model, batch_size, devices[0], world)
     schedule = config.schedule or "1f1b"
-    layout = choose_layout(
-        world.size,
-        len(model.layers),
-        getattr(model.config, "num_experts", 1),
-        config.pp,
-        config.dp,
-        config.ep,
-        stages_per_rank=SCHEDULES[schedule].stages_per_rank,
-    )
-    microbatch = choose_microbatch(config, batch_size, layout)
-    count = BatchSplit(microbatch, layout.dp, 0, model.config.d_model).count(batch_size)
-    candidate = Candidate(layout, schedule, microbatch, count, 0, sharded=config.shard is not None)
+    spec, experts = SCHEDULES[schedule], getattr(model.config, "num_experts", 1)
+    flags = (config.pp, config.dp, config.ep)
+    layout = choose_layout(world.size, len(model.layers), experts, *flags, stages_per_rank=spec.stages_per_rank)
+    if config.plan == "auto" and is_planned(config, model, batch_size, devices, world.size):
+        plan = plan_layout(config, model, batch_size, devices, world)
+        logger.info("%s", plan)
+        config, candidate = with_plan(config, plan), plan.trials[0].candidate
+    else:
+        microbatch = choose_microbatch(config, batch_size, layout)
+        count = BatchSplit(microbatch, layout.dp, 0, model.config.d_model).count(batch_size)
+        candidate = Candidate(layout, schedule, microbatch, count, 0, sharded=config.shard is not None)
     candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
     check_memory(config.name(), model, candidate, config.precision, devices)
     return config, candidate

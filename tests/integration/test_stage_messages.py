@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.data.random_tokens import RandomTokens
+from fira.doctor.one_step import make_trainer
 from fira.models.registry import PRESETS
 from pipeline.mesh import Layout
 from tests.launch import run_function

@@ -13,7 +13,7 @@ from fira.planner.device_specs import Hardware
 from fira.planner.measure import device_memory, measure
 from fira.planner.memory import rank_memory, with_least_recompute
 from fira.planner.model_profile import profile_of
-from fira.planner.search import SearchResult, search
+from fira.planner.search import SearchResult, no_candidate, search
 from pipeline.mpi import World
 
 
@@ -29,6 +29,8 @@ def plan_here(
     """Find the best candidates on this machine by measured costs (collective). model: on the meta device."""
     profile = profile_of(model)
     sizes = sorted({candidate.microbatch for candidate in candidates(profile, ranks, constraints)})
+    if not sizes:
+        raise no_candidate(profile, ranks, constraints)
     hardware, cost_model = measure(profile, sizes, precision, device, ranks, world)
     return search(PlanInputs(profile, hardware, cost_model, precision), ranks, constraints, limit), hardware
 

@@ -5,16 +5,12 @@ measure ─ measure_machine  ─ memory bandwidth and links
 """
 
 import copy
-import hashlib
-import json
 import os
 import platform
 import statistics
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -23,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fira.data.cache import cache_folder
 from fira.data.rows import Rows
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, parameter_dtype
 from fira.host_memory import available_memory
@@ -40,11 +35,11 @@ from fira.parallel.parallelize import ParamShard
 from fira.planner.costs import CostModel, LayerCost
 from fira.planner.device_specs import OPERATIONS, Hardware, Link
 from fira.planner.measure_machine import measure_machine, median_seconds, synchronize
+from fira.planner.measurement_cache import cached, machine_identity
 from fira.planner.model_profile import ModelProfile, logits_bytes, measure_saved_bytes
 from pipeline.mpi import World
 from pipeline.stage import DeviceLayers, Stage
 
-MEASUREMENT_FORMAT = 4  # part of every cache key; increase it when the cached values change
 REPEATS = 3
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
 PASSES = ("forward", "backward_input", "backward_weight", "backward")  # methods of a stage that are timed
@@ -89,13 +84,6 @@ def measure(
         return [_interpolated(a, b, (small, large), microbatch, slowdown) for a, b in zip(low, high, strict=True)]
 
     return _hardware(machine, device, world.local_size if world.size == ranks else ranks), cost_model
-
-
-def machine_identity(device: torch.device, world: World) -> list[Any]:
-    """What measurements depend on apart from the model: a part of the keys under which they are cached."""
-    cores = len(os.sched_getaffinity(0))
-    threads = torch.get_num_threads()
-    return [MEASUREMENT_FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 
 
 def _hardware(machine: dict[str, Any], device: torch.device, local_ranks: int) -> Hardware:
@@ -150,26 +138,6 @@ def device_memory(device: torch.device, ranks: int) -> float:
         available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         return available / -(-ranks // torch.cuda.device_count())
     return available_memory() / ranks
-
-
-def cached(key: list[Any], measure: Callable[[], Any], world: World) -> Any:
-    """Read a result from the user's cache, or measure it on all ranks and let rank 0 store it (collective)."""
-    path = cache_folder() / "planner" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
-    box: list[Any] = [None]
-    if world.rank == 0:
-        with suppress(OSError, ValueError):  # no file, or a damaged one
-            box = [json.loads(path.read_text())]
-    dist.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        return box[0]
-    box = [measure()]
-    dist.broadcast_object_list(box, src=0)
-    if world.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps(box[0]))
-        temporary.rename(path)
-    return box[0]
 
 
 def _measure_layers(

@@ -14,6 +14,7 @@ from fira.errors import UserError
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Constraints, candidates
 from fira.planner.memory import rank_memory, with_least_recompute
+from fira.planner.model_profile import ModelProfile
 from fira.planner.step_time import Estimate, least_seconds, predict
 
 
@@ -31,10 +32,7 @@ def search(inputs: PlanInputs, ranks: int, constraints: Constraints, limit: int 
     profile, hardware = inputs.profile, inputs.hardware
     considered = [CandidateCosts(inputs, candidate) for candidate in candidates(profile, ranks, constraints)]
     if not considered:
-        raise UserError(
-            f"no layout of {ranks} ranks for {len(profile.layers)} layers, {profile.num_experts} experts and "
-            f"{constraints.batch} sequences per batch satisfies all flags; omit one, or give a larger --batch-size"
-        )
+        raise no_candidate(profile, ranks, constraints)
     queue = [(least_seconds(costs), number) for number, costs in enumerate(considered)]
     heapq.heapify(queue)
     count = len(considered)
@@ -65,6 +63,14 @@ def search(inputs: PlanInputs, ranks: int, constraints: Constraints, limit: int 
             f"{hardware.name} has {hardware.memory / 1e9:.1f}; use more --ranks or a smaller model"
         )
     return SearchResult(best, count, too_large)
+
+
+def no_candidate(profile: ModelProfile, ranks: int, constraints: Constraints) -> UserError:
+    """The error where no candidate satisfies the constraints."""
+    return UserError(
+        f"no layout of {ranks} ranks for {len(profile.layers)} layers, {profile.num_experts} experts and "
+        f"{constraints.batch} sequences per batch satisfies all flags; omit one, or give a larger --batch-size"
+    )
 
 
 def _order(estimate: Estimate) -> tuple[float, float]:

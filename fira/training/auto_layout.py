@@ -1,34 +1,41 @@
 """The layout, schedule and micro-batch size of a run, where the flags do not give them.
 
-candidates ─ search: predicted step time ─ the best SHORTLIST ─ trial_steps: measured step time ─ the fastest
+    candidates ─ search: predicted step time ─ shortlist ─ trial_steps: measured step time ─ the fastest
 
-Predictions are from the measured costs of layers. Where trials would take longer than TRIAL_SECONDS, the prediction
-decides. The result is cached by machine, model and flags.
+Predictions are from the measured costs of layers. Trials end after TRIAL_SECONDS; the prediction decides where there
+is no time for two of them. The result is cached by machine, model and flags.
 """
 
+import math
+import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import torch
+from tqdm import tqdm
 
 from fira.models.language_model import LanguageModel
 from fira.models.registry import to_document
 from fira.planner.best_candidates import plan_here
 from fira.planner.candidates import Candidate, Constraints, candidates
-from fira.planner.measure import cached, machine_identity
+from fira.planner.measure import device_memory
+from fira.planner.measurement_cache import cached, machine_identity
 from fira.planner.model_profile import profile_of
 from fira.planner.plan_report import recompute_flag
+from fira.planner.step_time import Estimate
+from fira.progress_bar import progress_bar
 from fira.training.config import TrainConfig
-from fira.training.trial_steps import STEPS, trial_seconds
+from fira.training.trial_steps import STEPS, slowest_rank, trial_seconds
 from pipeline.mesh import Layout
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
 
 CONSIDERED = 200  # candidates whose order is predicted
-SHORTLIST = 6  # layouts, with the predicted best schedule and micro-batch size of each
-TRIAL_SECONDS = 3.0  # of all steps of the trials, by their predictions
+PER_LAYOUT = 3  # of these candidates, the predicted fastest of each layout, are tried
+TRIAL_SECONDS = 2.5  # of all trials
+PROMISING = 1.5  # times the shortest predicted step: others are not tried
 PIPELINE_PREFERENCE = 1.05  # a pipeline is chosen if its step takes at most this times the shortest one
-FORMAT = 1  # part of the cache key
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,8 @@ class LayoutPlan:
         best = self.trials[0]
         how = "predicted" if best.measured is None else "measured"
         text = f"{best}: {best.seconds * 1e3:,.0f} ms per step {how}, best of {self.considered:,} candidates"
-        others = [trial for trial in self.trials if trial.candidate.layout != best.candidate.layout]
+        others = [trial for trial in self.trials if (trial.measured is None) == (best.measured is None)]
+        others = [trial for trial in others if trial.candidate.layout != best.candidate.layout]
         if others:
             other = min(others, key=lambda trial: trial.seconds)
             text += f"; {other}: {other.seconds * 1e3:,.0f} ms"
@@ -114,26 +122,56 @@ def plan_layout(
     model: on the meta device. batch: sequences. Raises UserError if no candidate satisfies the flags or fits.
     """
     constraints = constraints_of(config, batch)
-    key = [FORMAT, *machine_identity(devices[0], world), to_document(model.config), str(model.lora), config.precision]
+    key = [*machine_identity(devices[0], world), to_document(model.config), str(model.lora), config.precision]
     key += [asdict(constraints), asdict(config.optimizer_settings())]
+    key.append(round(math.log2(device_memory(devices[0], world.local_size))))  # candidates must fit
 
-    def measured_plan() -> dict[str, Any]:
+    def tried() -> dict[str, Any]:
         result, _ = plan_here(model, constraints, config.precision, world.size, devices[0], world, CONSIDERED)
-        possible = int(TRIAL_SECONDS / ((1 + STEPS) * result.best[0].seconds))
-        trials: list[dict[str, Any]] = []
-        fastest = {estimate.candidate.layout: estimate for estimate in reversed(result.best)}
-        for estimate in sorted(fastest.values(), key=lambda estimate: estimate.seconds)[:SHORTLIST]:
-            is_tried = len(trials) < possible > 1
-            measured = trial_seconds(model, estimate.candidate, batch, config, devices) if is_tried else None
-            trials.append(asdict(Trial(estimate.candidate, estimate.seconds, measured)))
-        return {"trials": trials, "considered": result.candidates}
+        shortlist = shortlist_of(result.best)
+        with progress_bar(len(shortlist), "measuring layouts", shown=world.rank == 0) as bar:
+            trials = _try(shortlist, model, batch, config, devices, bar)
+        return {"trials": [asdict(trial) for trial in trials], "considered": result.candidates}
 
     with doing("plan of the layout", long=True):
-        found = cached(key, measured_plan, world)
-    return LayoutPlan(_in_order([Trial.of(trial) for trial in found["trials"]]), found["considered"])
+        found = cached(key, tried, world)
+    return LayoutPlan(in_order([Trial.of(trial) for trial in found["trials"]]), found["considered"])
 
 
-def _in_order(trials: list[Trial]) -> list[Trial]:
+def shortlist_of(estimates: list[Estimate]) -> list[Estimate]:
+    """The PER_LAYOUT fastest of each layout, all first ones before all second ones. estimates: fastest first."""
+    places: Counter[Layout] = Counter()
+    ranked = []
+    for estimate in estimates:
+        ranked.append((places[estimate.candidate.layout], estimate))
+        places[estimate.candidate.layout] += 1
+    return [estimate for place in range(PER_LAYOUT) for its, estimate in ranked if its == place]
+
+
+def _try(
+    estimates: list[Estimate],
+    model: LanguageModel,
+    batch: int,
+    config: TrainConfig,
+    devices: list[torch.device],
+    progress: tqdm,
+) -> list[Trial]:
+    """Measure the steps of candidates one after the other until the time has ended (collective)."""
+    trials: list[Trial] = []
+    started, spent, best = time.perf_counter(), 0.0, math.inf
+    shortest = min(estimate.seconds for estimate in estimates)
+    enough = 2 * (1 + STEPS) * shortest < TRIAL_SECONDS
+    for estimate in estimates:
+        measured, needed = None, (1 + STEPS) * estimate.seconds
+        if enough and estimate.seconds < PROMISING * shortest and spent + needed < TRIAL_SECONDS:
+            measured = trial_seconds(model, estimate.candidate, batch, config, devices, best)
+            best, spent = min(best, measured), slowest_rank(time.perf_counter() - started)
+        trials.append(Trial(estimate.candidate, estimate.seconds, measured))
+        progress.update(1)
+    return trials
+
+
+def in_order(trials: list[Trial]) -> list[Trial]:
     """The trials by their seconds, measured ones first, and before them a pipeline that is nearly as fast."""
     ordered = sorted(trials, key=lambda trial: (trial.measured is None, trial.seconds))
     limit = PIPELINE_PREFERENCE * ordered[0].seconds

@@ -1,6 +1,7 @@
 """Seconds of a training step with a candidate layout, measured by running steps on random tokens."""
 
 import copy
+import math
 import time
 
 import torch
@@ -18,14 +19,42 @@ from pipeline.mesh import make_mesh
 from pipeline.schedule import SCHEDULES
 
 STEPS = 3  # timed, after one that is not
+HOPELESS = 1.15  # times the fastest candidate: after one such step, no other is timed
 
 
 def trial_seconds(
-    model: LanguageModel, candidate: Candidate, batch: int, config: TrainConfig, devices: list[torch.device]
+    model: LanguageModel,
+    candidate: Candidate,
+    batch: int,
+    config: TrainConfig,
+    devices: list[torch.device],
+    best: float = math.inf,
 ) -> float:
-    """The seconds of a step on the slowest rank, the least of `STEPS` steps (collective).
+    """The seconds of a step, the least of `STEPS` steps (collective).
 
-    model: on the meta device. batch: sequences. config: for the precision and the optimizer.
+    batch: sequences. best: that of the fastest candidate so far; a slower one gets fewer steps. The other arguments are
+    those of `trial_trainer`.
+    """
+    trainer = trial_trainer(model, candidate, config, devices)
+    tokens = RandomTokens(model.config.vocab_size, model.config.seq_len)
+    step_seconds(trainer, tokens, batch)
+    fastest = math.inf
+    for _ in range(STEPS):
+        fastest = min(fastest, step_seconds(trainer, tokens, batch))
+        if fastest > HOPELESS * best:
+            break
+    mesh = trainer.mesh
+    for group in {*mesh.groups.values(), *mesh.ep_groups, *mesh.channels.values()}:
+        dist.destroy_process_group(group)
+    return fastest
+
+
+def trial_trainer(
+    model: LanguageModel, candidate: Candidate, config: TrainConfig, devices: list[torch.device]
+) -> Trainer:
+    """A trainer with the layout of a candidate and new weights (collective).
+
+    model: on the meta device; it is copied. config: for the precision and the optimizer.
     """
     layout, schedule, precision = candidate.layout, candidate.schedule, config.precision
     mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), devices)
@@ -34,14 +63,19 @@ def trial_seconds(
     whole = copy.deepcopy(model)
     built = parallelize(whole, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
     optimizer, fp16 = config.optimizer_settings(), precision == "fp16"
-    trainer = Trainer(built, mesh, split, schedule, optimizer, config.clip, fp16, candidate.sharded)
-    tokens, seconds = RandomTokens(model.config.vocab_size, model.config.seq_len), []
-    for _ in range(1 + STEPS):
-        started = time.perf_counter()
-        trainer.step(tokens, batch, lr=0.0, seed=0)
-        seconds.append(time.perf_counter() - started)
-    for group in {*mesh.groups.values(), *mesh.ep_groups, *mesh.channels.values()}:
-        dist.destroy_process_group(group)
-    slowest = torch.tensor(seconds[1:], dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(slowest.min())
+    return Trainer(built, mesh, split, schedule, optimizer, config.clip, fp16, candidate.sharded)
+
+
+def step_seconds(trainer: Trainer, tokens: RandomTokens, batch: int) -> float:
+    """The seconds of one step of `batch` sequences on the slowest rank; all ranks begin together (collective)."""
+    dist.barrier()
+    started = time.perf_counter()
+    trainer.step(tokens, batch, lr=0.0, seed=0)
+    return slowest_rank(time.perf_counter() - started)
+
+
+def slowest_rank(seconds: float) -> float:
+    """The maximum over all ranks (collective)."""
+    result = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(result, dist.ReduceOp.MAX)
+    return float(result)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fira.planner import measure
 from fira.planner.measure import device_memory
+from fira.planner.measurement_cache import cached
 from pipeline.mpi import World
 
 
@@ -21,9 +21,9 @@ def test_damaged_measurement_is_repeated(monkeypatch, tmp_path):
     monkeypatch.setenv("FIRA_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda *_, **__: None)
     world = World(0, 1, 0, 1)
-    assert measure._cached(["key"], lambda: 1, world) == 1
-    assert measure._cached(["key"], lambda: 2, world) == 1
+    assert cached(["key"], lambda: 1, world) == 1
+    assert cached(["key"], lambda: 2, world) == 1
     (file,) = (tmp_path / "planner").iterdir()
     file.write_text("")
-    assert measure._cached(["key"], lambda: 3, world) == 3
-    assert measure._cached(["key"], lambda: 4, world) == 3
+    assert cached(["key"], lambda: 3, world) == 3
+    assert cached(["key"], lambda: 4, world) == 3

@@ -80,7 +80,7 @@ def test_a_crashed_run_is_resumed_until_it_is_finished(tmp_path: Path):
     found = events(tmp_path)
     assert [event["event"] for event in found] == ["start", "exit", "start", "exit", "start", "end"]
     assert [event["step"] for event in found] == [0, 10, 10, 20, 20, 30]
-    assert found[0]["layout"] == "pp 2 × dp 2 (ep 2)"
+    assert found[0]["layout"] == "chosen by --plan auto"
     assert (found[1]["cause"], found[1]["rank"], found[1]["status"]) == ("rank 3 hangs", 3, 1)
 
 

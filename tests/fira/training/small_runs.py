@@ -23,6 +23,7 @@ eval_every = 10
 eval_sequences = 8
 save_every = 10
 keep = 5
+plan = "none"
 """
 PP4, PP2_DP2_EP2, ONE = ["--pp", 4], ["--pp", 2, "--dp", 2, "--ep", 2], []
 

@@ -9,11 +9,11 @@ from fira.models.language_model import LanguageModel
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate, Constraints, candidates
 from fira.planner.costs import roofline_costs
-from fira.planner.device_specs import Hardware
-from fira.planner.measure import device_memory, measure
+from fira.planner.device_specs import OPERATIONS, Hardware, Link
+from fira.planner.measure import device_memory, least_memory, measure
 from fira.planner.memory import rank_memory, with_least_recompute
 from fira.planner.model_profile import profile_of
-from fira.planner.search import SearchResult, no_candidate, search
+from fira.planner.search import SearchResult, search
 from pipeline.mpi import World
 
 
@@ -26,11 +26,15 @@ def plan_here(
     world: World,
     limit: int = 10,
 ) -> tuple[SearchResult, Hardware]:
-    """Find the best candidates on this machine by measured costs (collective). model: on the meta device."""
-    profile = profile_of(model)
+    """Find the best candidates on this machine by measured costs (collective). model: on the meta device.
+
+    Raises UserError, before anything is measured, if no candidate satisfies the constraints or none fits.
+    """
+    profile, local_ranks = profile_of(model), world.local_size if world.size == ranks else ranks
+    here = memory_only(least_memory(device, local_ranks), precision, local_ranks, device.type)
+    cost_model = roofline_costs(profile, here, precision, device.type)
+    search(PlanInputs(profile, here, cost_model, precision), ranks, constraints, limit=1)
     sizes = sorted({candidate.microbatch for candidate in candidates(profile, ranks, constraints)})
-    if not sizes:
-        raise no_candidate(profile, ranks, constraints)
     hardware, cost_model = measure(profile, sizes, precision, device, ranks, world)
     return search(PlanInputs(profile, hardware, cost_model, precision), ranks, constraints, limit), hardware
 
@@ -53,9 +57,9 @@ def plan_for(
 
 def memory_only(memory: float, precision: str, local_ranks: int, device: str) -> Hardware:
     """A description of this machine for estimates of memory, in which nothing takes time. device: torch's type."""
-    flops = {precision: math.inf}
+    flops, links = {precision: math.inf}, dict.fromkeys(OPERATIONS, Link(0.0, math.inf))
     return Hardware(
-        "this machine", memory, math.inf, flops, 0.0, local_ranks, {}, {}, overlaps_collectives=device != "cpu"
+        "this machine", memory, math.inf, flops, 0.0, local_ranks, links, links, overlaps_collectives=device != "cpu"
     )
 
 

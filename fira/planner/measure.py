@@ -72,10 +72,10 @@ def measure(
             work = partial(_measure_layers, profile, size, precision, device, world)
             return [LayerCost(**cost) for cost in cached(key, work, world)]
 
-        small = min(sizes)
+        small, *larger = sorted(sizes)
         low = costs(small)
         slowest = max(cost.forward + cost.backward for cost in low) / small
-        large = max(size for size in sizes if size == small or slowest * size < MAX_SECONDS)
+        large = max([small, *larger[:1], *(size for size in larger if slowest * size < MAX_SECONDS)])
         high = costs(large) if large > small else low
     finally:
         torch.set_num_threads(before)
@@ -88,12 +88,10 @@ def measure(
 
 def _hardware(machine: dict[str, Any], device: torch.device, local_ranks: int) -> Hardware:
     """The description of this machine, with the least memory of all ranks (collective)."""
-    memory = torch.tensor(device_memory(device, local_ranks), dtype=torch.float64)
-    dist.all_reduce(memory, dist.ReduceOp.MIN)  # every rank must find the same plan
     links = {name: Link(**machine["links"][name]) for name in OPERATIONS}
     return Hardware(
         name=f"this machine ({platform.node()})",
-        memory=float(memory),
+        memory=least_memory(device, local_ranks),
         memory_bandwidth=machine["memory_bandwidth"],
         flops={},
         seconds_per_layer=0.0,
@@ -126,6 +124,13 @@ def _interpolated(small: LayerCost, large: LayerCost, sizes: tuple[int, int], si
         workspace=int(value("workspace")),
         optimizer=small.optimizer * slowdown,
     )
+
+
+def least_memory(device: torch.device, local_ranks: int) -> float:
+    """Bytes of memory available to the rank that has least (collective), so that every rank finds the same plan."""
+    memory = torch.tensor(device_memory(device, local_ranks), dtype=torch.float64)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    return float(memory)
 
 
 def device_memory(device: torch.device, ranks: int) -> float:

@@ -14,7 +14,6 @@ from fira.errors import UserError
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Constraints, candidates
 from fira.planner.memory import rank_memory, with_least_recompute
-from fira.planner.model_profile import ModelProfile
 from fira.planner.step_time import Estimate, least_seconds, predict
 
 
@@ -32,7 +31,10 @@ def search(inputs: PlanInputs, ranks: int, constraints: Constraints, limit: int 
     profile, hardware = inputs.profile, inputs.hardware
     considered = [CandidateCosts(inputs, candidate) for candidate in candidates(profile, ranks, constraints)]
     if not considered:
-        raise no_candidate(profile, ranks, constraints)
+        raise UserError(
+            f"no layout of {ranks} ranks for {len(profile.layers)} layers, {profile.num_experts} experts and "
+            f"{constraints.batch} sequences per batch satisfies all flags; omit one, or give a larger --batch-size"
+        )
     queue = [(least_seconds(costs), number) for number, costs in enumerate(considered)]
     heapq.heapify(queue)
     count = len(considered)
@@ -60,17 +62,9 @@ def search(inputs: PlanInputs, ranks: int, constraints: Constraints, limit: int 
     if not best:
         raise UserError(
             f"the model does not fit: the smallest of {count} candidates needs {smallest / 1e9:.1f} GB on a rank, "
-            f"{hardware.name} has {hardware.memory / 1e9:.1f}; use more --ranks or a smaller model"
+            f"{hardware.name} has {hardware.memory / 1e9:.1f}; use more ranks or a smaller model"
         )
     return SearchResult(best, count, too_large)
-
-
-def no_candidate(profile: ModelProfile, ranks: int, constraints: Constraints) -> UserError:
-    """The error where no candidate satisfies the constraints."""
-    return UserError(
-        f"no layout of {ranks} ranks for {len(profile.layers)} layers, {profile.num_experts} experts and "
-        f"{constraints.batch} sequences per batch satisfies all flags; omit one, or give a larger --batch-size"
-    )
 
 
 def _order(estimate: Estimate) -> tuple[float, float]:

@@ -19,7 +19,8 @@ from fira.models.language_model import LanguageModel
 from fira.models.registry import to_document
 from fira.planner.best_candidates import plan_here
 from fira.planner.candidates import Candidate, Constraints, candidates
-from fira.planner.measure import device_memory
+from fira.planner.costs import element_size
+from fira.planner.measure import device_memory, least_memory
 from fira.planner.measurement_cache import cached, machine_identity
 from fira.planner.model_profile import profile_of
 from fira.planner.plan_report import recompute_flag
@@ -32,6 +33,7 @@ from pipeline.mpi import World
 from pipeline.mpi.activity import doing
 
 CONSIDERED = 200  # candidates whose order is predicted
+COPIES = 5  # of a layer's weights in a measurement: weights, gradients, moments, and temporary tensors
 PER_LAYOUT = 3  # of these candidates, the predicted fastest of each layout, are tried
 TRIAL_SECONDS = 2.5  # of all trials
 PROMISING = 1.5  # times the shortest predicted step: others are not tried
@@ -108,10 +110,19 @@ def constraints_of(config: TrainConfig, batch: int) -> Constraints:
     )
 
 
-def is_planned(config: TrainConfig, model: LanguageModel, batch: int, devices: list[torch.device], ranks: int) -> bool:
-    """Whether the flags leave a choice. torchgpipe's local devices are not planned for."""
-    possible = candidates(profile_of(model), ranks, constraints_of(config, batch))
-    return len(devices) == 1 and sum(1 for _ in zip(possible, range(2), strict=False)) > 1
+def is_planned(
+    config: TrainConfig, model: LanguageModel, batch: int, devices: list[torch.device], world: World
+) -> bool:
+    """Whether the flags leave a choice, and each rank can hold the largest layer to measure it (collective).
+
+    model: on the meta device. batch: sequences. torchgpipe's local devices are not planned for.
+    """
+    profile = profile_of(model)
+    possible = candidates(profile, world.size, constraints_of(config, batch))
+    choices = sum(1 for _ in zip(possible, range(2), strict=False))
+    largest = max(sum(p.numel() for p in kind.layer.parameters()) for kind in profile.kinds)
+    needed = COPIES * element_size(config.precision) * largest
+    return len(devices) == 1 and choices > 1 and needed < least_memory(devices[0], world.local_size)
 
 
 def plan_layout(

@@ -129,7 +129,7 @@ class TrainConfig:
     plan: str = _option(
         "auto",
         "auto: measure, and choose the fastest layout, schedule and micro-batch size where they are not given; "
-        "explain: print the candidates and exit; none: as many stages as possible, without a measurement",
+        "explain: print the candidates and exit; none: a fixed layout, without a measurement",
         ("auto", "explain", "none"),
     )
     device: str = _option("auto", "device type", ("auto", "cpu", "cuda"))

@@ -196,7 +196,7 @@ def choose_candidate(
     spec, experts = SCHEDULES[schedule], getattr(model.config, "num_experts", 1)
     flags = (config.pp, config.dp, config.ep)
     layout = choose_layout(world.size, len(model.layers), experts, *flags, stages_per_rank=spec.stages_per_rank)
-    if config.plan == "auto" and is_planned(config, model, batch_size, devices, world.size):
+    if config.plan == "auto" and is_planned(config, model, batch_size, devices, world):
         plan = plan_layout(config, model, batch_size, devices, world)
         logger.info("%s", plan)
         config, candidate = with_plan(config, plan), plan.trials[0].candidate

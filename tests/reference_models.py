@@ -45,6 +45,19 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
+def relu_squared(x: Tensor) -> Tensor:
+    return x.where(x > 0, 0.0) ** 2
+
+
+def add(x: Tensor, y: Tensor, p: Parameters, number: int) -> Tensor:
+    """A residual connection, with its scalar if there is one."""
+    return p.get(f"residual{number}.scale", 1.0) * x + y
+
+
+def capped(logits: Tensor, c: Any) -> Tensor:
+    return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
+
+
 def rotate(x: Tensor, theta: float) -> Tensor:
     """[T, hd]: rotate the pair (x_i, x_{i + hd/2}) at position t by t · theta^(−2i/hd)."""
     half = x.shape[1] // 2
@@ -61,12 +74,22 @@ def attention(
     kv_heads: int,
     theta: float | None = None,
     window: int | None = None,
-    qk_norm_eps: float | None = None,
+    eps: float = 1e-5,
+    tokens: Tensor | None = None,
 ) -> Tensor:
-    """[T, d] → [T, d]: token t attends to tokens (t − window, t]; query head h uses key head h · kv_heads // heads."""
+    """[T, d] → [T, d]: token t attends to tokens (t − window, t]; query head h uses key head h · kv_heads // heads.
+
+    eps: of the norm of queries and keys, if the parameters have one; each group of channels of its width is normalised.
+    """
+
+    def normalised(y: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat([rms_norm(part, weight, eps) for part in y.split(len(weight), 1)], 1)
+
     q, k, v = (linear(x, p, name) for name in "qkv")
-    if qk_norm_eps is not None:
-        q, k = rms_norm(q, p["q_norm.weight"], qk_norm_eps), rms_norm(k, p["k_norm.weight"], qk_norm_eps)
+    if "q_norm.weight" in p:
+        q, k = normalised(q, p["q_norm.weight"]), normalised(k, p["k_norm.weight"])
+    if "value_embedding.scale" in p:
+        v = v + p["value_embedding.scale"] * p["value_embedding.table.weight"][tokens]
     width = q.shape[1] // heads
     distance = torch.arange(len(x))[:, None] - torch.arange(len(x))[None]
     hidden = (distance < 0) | (distance >= (window or len(x)))
@@ -122,12 +145,14 @@ def gated(x: Tensor, p: Parameters, e: int, activation: Callable[[Tensor], Tenso
     return (activation(g) * a) @ p["experts.w2"][e].T
 
 
-def fira_experts(x: Tensor, p: Parameters, k: int) -> tuple[Tensor, Choices]:
+def fira_experts(
+    x: Tensor, p: Parameters, k: int, activation: Callable[[Tensor], Tensor] = gelu
+) -> tuple[Tensor, Choices]:
     """[T, d] → [T, d] and the choices."""
     choices = route(x, p, k, temperature=0.9, renormalise=True)
 
     def expert(e: int) -> Tensor:
-        hidden = gelu(x @ p["experts.w1"][e].T + p["experts.b1"][e])
+        hidden = activation(x @ p["experts.w1"][e].T + p["experts.b1"][e])
         return hidden @ p["experts.w2"][e].T + p["experts.b2"][e]
 
     return mix(choices, expert), choices
@@ -140,16 +165,16 @@ def fira(tokens: Tensor, p: Parameters, c: Any, length: int | None = None) -> tu
     for layer in range(1, c.num_layers + 1):
         q = below(p, f"layers.{layer}.")
         h = layer_norm(x, q["norm1.weight"], q["norm1.bias"])
-        x = x + attention(h, below(q, "attention."), c.n_head, c.n_head)
+        x = add(x, attention(h, below(q, "attention."), c.n_head, c.n_head, tokens=tokens), q, 1)
         h = layer_norm(x, q["norm2.weight"], q["norm2.bias"])
-        y, choices = fira_experts(h, below(q, "moe."), c.top_k)
-        x = x + layer_norm(y, q["post_norm.weight"], q["post_norm.bias"])
+        y, choices = fira_experts(h, below(q, "moe."), c.top_k, relu_squared if c.relu_squared else gelu)
+        x = add(x, layer_norm(y, q["post_norm.weight"], q["post_norm.bias"]), q, 2)
         logits, weights, chosen = (part[:length] for part in choices)
         choices = logits, weights, chosen
         aux = aux + c.aux_coefficient * even_weights(choices)
         aux = aux + c.switch_coefficient * load_balance(choices) + c.z_coefficient * router_z(choices)
     head = below(p, f"layers.{c.num_layers + 1}.")
-    return layer_norm(x, head["norm.weight"], head["norm.bias"]) @ head["project.weight"].T, aux
+    return capped(layer_norm(x, head["norm.weight"], head["norm.bias"]) @ head["project.weight"].T, c), aux
 
 
 def rish(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
@@ -157,37 +182,42 @@ def rish(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
     aux, width = x.new_zeros(()), c.d_model // c.n_head
     growth = max(1.0, c.rope_factor * len(tokens) / c.max_position - (c.rope_factor - 1))
     theta = c.rope_theta * growth ** (width / (width - 2))
+    activation = relu_squared if c.relu_squared else silu
     for layer in range(1, c.num_layers + 1):
         q = below(p, f"layers.{layer}.")
-        y = attention(x, below(q, "attention."), c.n_head, c.n_kv_head, theta, qk_norm_eps=c.norm_eps)
-        x = x + rms_norm(y, q["norm1.weight"], c.norm_eps)
+        y = attention(x, below(q, "attention."), c.n_head, c.n_kv_head, theta, eps=c.norm_eps, tokens=tokens)
+        x = add(x, rms_norm(y, q["norm1.weight"], c.norm_eps), q, 1)
         moe = below(q, "moe.")
         choices = route(x, moe, c.top_k)
-        y = mix(choices, lambda e, x=x, moe=moe: gated(x, moe, e, silu))
-        x = x + rms_norm(y, q["norm2.weight"], c.norm_eps)
+        y = mix(choices, lambda e, x=x, moe=moe: gated(x, moe, e, activation))
+        x = add(x, rms_norm(y, q["norm2.weight"], c.norm_eps), q, 2)
         aux = aux + c.aux_coefficient / c.num_layers * load_balance(choices)
     head = below(p, f"layers.{c.num_layers + 1}.")
-    return rms_norm(x, head["norm.weight"], c.norm_eps) @ head["project.weight"].T, aux
+    return capped(rms_norm(x, head["norm.weight"], c.norm_eps) @ head["project.weight"].T, c), aux
 
 
 def mooshak(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
     x = p["layers.0.token.weight"][tokens]
     heads = c.n_head, c.n_kv_head or c.n_head
+    activation = relu_squared if c.relu_squared else silu
 
     def mlp(h: Tensor, q: Parameters) -> Tensor:
-        return linear(silu(linear(h, q, "mlp.w1")) * linear(h, q, "mlp.w3"), q, "mlp.w2")
+        return linear(activation(linear(h, q, "mlp.w1")) * linear(h, q, "mlp.w3"), q, "mlp.w2")
 
     for layer in range(1, c.num_layers + 1):
         q = below(p, f"layers.{layer}.")
         if c.norm_order == "pre":
             h = rms_norm(x, q["norm1.weight"], c.norm_eps)
-            x = x + attention(h, below(q, "attention."), *heads, c.rope_theta)
-            x = x + mlp(rms_norm(x, q["norm2.weight"], c.norm_eps), q)
+            h = attention(h, below(q, "attention."), *heads, c.rope_theta, eps=c.norm_eps, tokens=tokens)
+            x = add(x, h, q, 1)
+            x = add(x, mlp(rms_norm(x, q["norm2.weight"], c.norm_eps), q), q, 2)
         else:
-            h = x + attention(x, below(q, "attention."), *heads, c.rope_theta)
-            x = rms_norm(h + mlp(rms_norm(h, q["norm1.weight"], c.norm_eps), q), q["norm2.weight"], c.norm_eps)
+            h = attention(x, below(q, "attention."), *heads, c.rope_theta, eps=c.norm_eps, tokens=tokens)
+            h = add(x, h, q, 1)
+            h = add(h, mlp(rms_norm(h, q["norm1.weight"], c.norm_eps), q), q, 2)
+            x = rms_norm(h, q["norm2.weight"], c.norm_eps)
     head = below(p, f"layers.{c.num_layers + 1}.")
-    return rms_norm(x, head["norm.weight"], c.norm_eps) @ head["project.weight"].T, x.new_zeros(())
+    return capped(rms_norm(x, head["norm.weight"], c.norm_eps) @ head["project.weight"].T, c), x.new_zeros(())
 
 
 def blues(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
@@ -197,20 +227,20 @@ def blues(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
     for layer in range(1, c.num_layers + 1):
         q = below(p, f"layers.{layer}.")
         h = rms_norm(x, q["norm1.weight"], c.norm_eps)
-        h = attention(h, below(q, "attention."), c.n_head, c.n_kv_head, c.rope_theta)
-        x = x + rms_norm(h, q["norm2.weight"], c.norm_eps)
+        h = attention(h, below(q, "attention."), c.n_head, c.n_kv_head, c.rope_theta, eps=c.norm_eps, tokens=tokens)
+        x = add(x, rms_norm(h, q["norm2.weight"], c.norm_eps), q, 1)
         h, moe = rms_norm(x, q["norm3.weight"], c.norm_eps), below(q, "moe.")
         choices = route(h, moe, c.top_k)
 
         def expert(e: int, h: Tensor = h, m: Parameters = moe) -> Tensor:
-            y = gated(h, m, e, gelu)
+            y = gated(h, m, e, relu_squared if c.relu_squared else gelu)
             return y if c.gate_before_norm else rms_norm(y, m["norm.weight"], c.norm_eps)
 
         y = mix(choices, expert)
-        x = x + (rms_norm(y, q["norm4.weight"], c.norm_eps) if c.gate_before_norm else y)
+        x = add(x, rms_norm(y, q["norm4.weight"], c.norm_eps) if c.gate_before_norm else y, q, 2)
         aux = aux + c.aux_coefficient * load_balance(choices)
     head = below(p, f"layers.{c.num_layers + 1}.")
-    return rms_norm(x, head["norm.weight"], c.norm_eps) @ table.T, aux
+    return capped(rms_norm(x, head["norm.weight"], c.norm_eps) @ table.T, c), aux
 
 
 def shift(x: Tensor) -> Tensor:
@@ -241,7 +271,7 @@ def time_mix(x: Tensor, p: Parameters, heads: int) -> Tensor:
 
 
 def channel_mix(x: Tensor, p: Parameters) -> Tensor:
-    k = torch.relu(linear(x + shift(x) * p["maa_k"], p, "k")).pow(2)
+    k = relu_squared(linear(x + shift(x) * p["maa_k"], p, "k"))
     return torch.sigmoid(linear(x + shift(x) * p["maa_r"], p, "r")) * linear(k, p, "v")
 
 
@@ -266,7 +296,7 @@ def microrwkv(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
         aux = aux + c.output_coefficient * means.pow(2).mean() + c.aux_coefficient * load_balance(choices)
         x = x + linear(mix(choices, out.__getitem__), q, "experts.project")
     norm = p[f"layers.{c.num_layers + 1}.norm.weight"]
-    return F.linear(layer_norm(x, norm), table), aux
+    return capped(F.linear(layer_norm(x, norm), table), c), aux
 
 
 FAMILIES = {"fira": fira, "rish": rish, "mooshak": mooshak, "blues": blues, "microrwkv": microrwkv}

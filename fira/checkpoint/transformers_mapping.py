@@ -24,6 +24,9 @@ ROPE_SCALING = {  # Llama 3's
     "original_max_position_embeddings": "rope_original",
 }
 
+WITHOUT_EQUIVALENT = ("softcap", "qk_norm", "value_embeddings", "residual_scalars")  # options that must be off
+ACTIVATIONS = {False: "silu", True: "relu2"}  # by relu_squared
+
 SIZE = integer(1, 2**31)
 # Of the values that `from_transformers` computes with; the fields of a config are checked by `from_document`.
 TRANSFORMERS_SCHEMA = record(
@@ -148,9 +151,16 @@ def to_transformers(config: Any, form: str) -> dict[str, Any]:
     target = TRANSFORMERS[form]
     if not isinstance(config, target.config):
         raise UserError(f"--format {form}: a {family_of(config).name} has no equivalent; export with --format fira")
+    for option in WITHOUT_EQUIVALENT:
+        if value := getattr(config, option, False):
+            name = target.architecture.removesuffix("ForCausalLM")
+            raise UserError(f"{option}={value} has no equivalent in {name}; export with --format fira")
     values = {key: getattr(config, field) for key, field in SHARED.items()}
-    heads = config.n_kv_head or config.n_head
-    return values | {"num_key_value_heads": heads, "hidden_act": "silu"} | target.to_document(config)
+    values |= {
+        "num_key_value_heads": config.n_kv_head or config.n_head,
+        "hidden_act": ACTIVATIONS[config.relu_squared],
+    }
+    return values | target.to_document(config)
 
 
 def from_transformers(document: dict[str, Any]) -> tuple[Any, dict[str, str]]:
@@ -162,11 +172,14 @@ def from_transformers(document: dict[str, Any]) -> tuple[Any, dict[str, str]]:
     if form not in TRANSFORMERS:
         raise UserError(f"model_type {document.get('model_type')}; give an export of Fira, a llama or a flex_olmo")
     source = TRANSFORMERS[form]
-    _require(document, hidden_act="silu")
+    activation = document.get("hidden_act", "silu")
+    if activation not in ACTIVATIONS.values():
+        raise UserError(f"config.json: hidden_act {activation} has no equivalent; silu or relu2 is required")
     try:
         values = {field: document[key] for key, field in SHARED.items()}
         context = document.get("seq_len", document["max_position_embeddings"])
         values |= {"n_kv_head": document.get("num_key_value_heads"), "seq_len": context}
+        values["relu_squared"] = activation == ACTIVATIONS[True]
         values |= source.to_fields(document)
     except KeyError as error:
         raise UserError(f"config.json has no {error.args[0]}; a {form} needs it") from None

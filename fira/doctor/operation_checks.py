@@ -17,6 +17,7 @@ from fira.nn.mlp import gated
 from fira.nn.moe.experts import Experts
 from fira.nn.moe.grouped_linear import RowGroups, grouped_linear
 from fira.nn.moe.permutation import gather_rows, sort_by_expert, weighted_sum
+from fira.nn.projection import Projection
 
 # Largest error relative to the largest element: a few roundings in the dtype, and sums of many products.
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 2**-5, torch.float16: 2**-8}
@@ -88,7 +89,7 @@ def operations(device: torch.device, rows: int, width: int) -> dict[str, Operati
             [normal(2 * rows, width), *(normal(*shape) / shape[-1] ** 0.5 for shape in shapes.values())],
         ),
         "cross-entropy": (
-            lambda x, weight: linear_cross_entropy(x, weight, targets),
+            lambda x, weight: linear_cross_entropy(x, Projection(weight), targets),
             [normal(rows, width), normal(1000, width) / width**0.5],
         ),
     }

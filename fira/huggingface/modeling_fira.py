@@ -169,6 +169,7 @@ class FiraLMModel(FiraLMPreTrainedModel):
         """The context of inputs x. attentions, routers: whether to store attention probabilities and router logits."""
         context = Context.for_tokens(x, self.training)
         context.training.caller_adds_aux = True
+        context.tokens = None if x.is_floating_point() else x
         context.decoding.cache = None if cache is None else cache.kv_cache
         context.decoding.attentions = {} if attentions else None
         if mask is not None:
@@ -225,7 +226,7 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
         kwargs["output_router_logits"] = output_router_logits
         outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.get_output_embeddings()(outputs.last_hidden_state[:, kept])
+        logits = self.model.layers[-1].logits(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -20,27 +20,31 @@ from torch import Tensor, nn
 
 from fira.models.family import Family, Recipe
 from fira.models.language_model import LanguageModel
+from fira.models.options import Options
 from fira.nn.attention import SelfAttention
 from fira.nn.base_layer import Layer
 from fira.nn.context import Context
 from fira.nn.dropout import Dropout
 from fira.nn.embedding import Embedding, Head
 from fira.nn.init import Normal
+from fira.nn.mlp import relu_squared
 from fira.nn.moe.aux_losses import load_balance
 from fira.nn.moe.experts import GatedExperts
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
 from fira.nn.norms import RMSNorm
+from fira.nn.residual import Residual
 from fira.nn.rotary import Rotary
 from fira.value_types import Fraction, Layers, NotNegative, Positive, Share, Size, Tokens
 
 
 @dataclass(frozen=True)
-class BluesConfig:
+class BluesConfig(Options):
     """Hyperparameters of blues. seq_len: longest context. d_ff: width of an expert's hidden layer.
 
     n_kv_head: number of key and value heads. top_k: number k of experts per token, or a fraction of all experts.
     noise: standard deviation of the router's noise in training. aux_coefficient: of the loss `load_balance`.
+    qk_norm: RMS-normalise queries and keys per head.
     """
 
     vocab_size: Tokens = 200019
@@ -58,6 +62,7 @@ class BluesConfig:
     norm_eps: NotNegative = 1e-5
     aux_coefficient: NotNegative = 0.01
     gate_before_norm: bool = False
+    qk_norm: bool = False
 
 
 class Block(Layer):
@@ -71,16 +76,26 @@ class Block(Layer):
         rotary = Rotary(c.d_model // c.n_head, c.rope_theta)
         self.norm1, self.norm2, self.norm3, norm4 = (RMSNorm(c.d_model, c.norm_eps) for _ in range(4))
         self.attention = SelfAttention(
-            c.d_model, c.n_head, f"{name}.attention", Normal, n_kv_head=c.n_kv_head, rotary=rotary
+            c.d_model,
+            c.n_head,
+            f"{name}.attention",
+            Normal,
+            n_kv_head=c.n_kv_head,
+            qk_norm_eps=c.norm_eps if c.qk_norm else None,
+            qk_norm_per_head=True,
+            rotary=rotary,
+            value_vocab=c.vocab_size if c.value_embeddings else None,
         )
         router = Router(
             c.d_model, c.num_experts, c.top_k, bias=False, renormalise=False, noise=c.noise, name=f"{name}.moe.router"
         )
-        experts = GatedExperts(c.num_experts, c.d_model, c.d_ff, F.gelu, std=0.02)
+        activation = relu_squared if c.relu_squared else F.gelu
+        experts = GatedExperts(c.num_experts, c.d_model, c.d_ff, activation, std=0.02)
         losses = [(load_balance, c.aux_coefficient)]
         self.moe = MoE(router, experts, c.num_experts, index, losses, norm=None if c.gate_before_norm else norm4)
         self.norm4 = norm4 if c.gate_before_norm else nn.Identity()
         self.dropout1, self.dropout2 = (Dropout(c.dropout, f"{name}.dropout{i}") for i in (1, 2))
+        self.residual1, self.residual2 = (Residual(c.residual_scalars) for _ in range(2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
@@ -90,12 +105,12 @@ class Block(Layer):
 
     def attend(self, x: Tensor, context: Context, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, T, d] → x + drop1(RMS2(Attn(RMS1 x))), and RMS3 of it."""
-        x = x + self.dropout1(self.norm2(self.attention(self.norm1(x), context)), keys)
+        x = self.residual1(x, self.dropout1(self.norm2(self.attention(self.norm1(x), context)), keys))
         return x, self.norm3(x)
 
     def add_experts(self, x: Tensor, y: Tensor, keys: Tensor | None) -> Tensor:
         """x, y [B, T, d] → x + drop2(y), with RMS4 of y if the config applies it after the weights."""
-        return x + self.dropout2(self.norm4(y), keys)
+        return self.residual2(x, self.dropout2(self.norm4(y), keys))
 
 
 class Blues(LanguageModel):
@@ -108,7 +123,7 @@ class Blues(LanguageModel):
         # With Emb from N(0, 1/d), both √d · Emb and the logits of a normalised vector have unit variance.
         embedding = Embedding(c.vocab_size, c.d_model, scale=c.d_model**0.5, std=c.d_model**-0.5)
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
-        head = Head(RMSNorm(c.d_model, c.norm_eps), nn.Linear(c.d_model, c.vocab_size, bias=False))
+        head = Head(RMSNorm(c.d_model, c.norm_eps), nn.Linear(c.d_model, c.vocab_size, bias=False), c.softcap)
         super().__init__(c, nn.Sequential(embedding, *blocks, head), tied=True)
 
 

@@ -13,30 +13,34 @@ Attn: multi-head attention with biases.
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fira.models.family import Family, Recipe
 from fira.models.language_model import LanguageModel
+from fira.models.options import Options
 from fira.nn.attention import SelfAttention
 from fira.nn.base_layer import Layer
 from fira.nn.context import Context
 from fira.nn.dropout import Dropout
 from fira.nn.embedding import Embedding, Head
 from fira.nn.init import Xavier
+from fira.nn.mlp import relu_squared
 from fira.nn.moe.aux_losses import even_weights, load_balance, router_z
 from fira.nn.moe.experts import Experts
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
+from fira.nn.residual import Residual
 from fira.value_types import Fraction, Layers, NotNegative, Share, Size, Tokens
 
 
 @dataclass(frozen=True)
-class FiraConfig:
+class FiraConfig(Options):
     """Hyperparameters of fira. seq_len: longest context. d_ff: width of an expert's hidden layer.
 
     top_k: number k of experts per token, or a fraction of all experts.
     aux_coefficient, switch_coefficient, z_coefficient: of the losses `even_weights`, `load_balance` and `router_z`.
-    noise, balance_rate: see Router. capacity_factor: see MoE.
+    noise, balance_rate: see Router. capacity_factor: see MoE. qk_norm: RMS-normalise queries and keys per head.
     """
 
     vocab_size: Tokens = 50304
@@ -54,6 +58,7 @@ class FiraConfig:
     noise: NotNegative = 0.0
     balance_rate: NotNegative = 0.0
     capacity_factor: NotNegative = 0.0
+    qk_norm: bool = False
 
 
 class Block(Layer):
@@ -65,7 +70,16 @@ class Block(Layer):
         super().__init__()
         c, name = config, f"layers.{index}"
         self.norm1 = nn.LayerNorm(c.d_model)
-        self.attention = SelfAttention(c.d_model, c.n_head, f"{name}.attention", Xavier, bias=True)
+        self.attention = SelfAttention(
+            c.d_model,
+            c.n_head,
+            f"{name}.attention",
+            Xavier,
+            bias=True,
+            qk_norm_eps=self.norm1.eps if c.qk_norm else None,
+            qk_norm_per_head=True,
+            value_vocab=c.vocab_size if c.value_embeddings else None,
+        )
         self.norm2 = nn.LayerNorm(c.d_model)
         router = Router(
             c.d_model,
@@ -76,11 +90,13 @@ class Block(Layer):
             balance_rate=c.balance_rate,
             name=f"{name}.moe.router",
         )
-        experts = Experts(c.num_experts, c.d_model, c.d_ff, c.dropout, f"{name}.moe.experts")
+        activation = relu_squared if c.relu_squared else F.gelu
+        experts = Experts(c.num_experts, c.d_model, c.d_ff, c.dropout, f"{name}.moe.experts", activation)
         losses = [(even_weights, c.aux_coefficient), (load_balance, c.switch_coefficient), (router_z, c.z_coefficient)]
         self.moe = MoE(router, experts, c.num_experts, index, losses, capacity_factor=c.capacity_factor)
         self.post_norm = nn.LayerNorm(c.d_model)
         self.dropout1, self.dropout2, self.dropout3 = (Dropout(c.dropout, f"{name}.dropout{i}") for i in (1, 2, 3))
+        self.residual1, self.residual2 = (Residual(c.residual_scalars) for _ in range(2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
@@ -90,12 +106,12 @@ class Block(Layer):
 
     def attend(self, x: Tensor, context: Context, keys: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, T, d] → x + drop1(Attn(LN1 x)), and LN2 of it."""
-        x = x + self.dropout1(self.attention(self.norm1(x), context), keys)
+        x = self.residual1(x, self.dropout1(self.attention(self.norm1(x), context), keys))
         return x, self.norm2(x)
 
     def add_experts(self, x: Tensor, y: Tensor, keys: Tensor | None) -> Tensor:
         """x, y [B, T, d] → x + drop3(LN_post(drop2 y))."""
-        return x + self.dropout3(self.post_norm(self.dropout2(y, keys)), keys)
+        return self.residual2(x, self.dropout3(self.post_norm(self.dropout2(y, keys)), keys))
 
 
 class FIRA(LanguageModel):
@@ -107,7 +123,7 @@ class FIRA(LanguageModel):
         c = config or FiraConfig(**arguments)  # type: ignore[arg-type]
         embedding = Embedding(c.vocab_size, c.d_model, positions=c.seq_len, dropout=c.dropout)
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
-        head = Head(nn.LayerNorm(c.d_model), Xavier(c.d_model, c.vocab_size, bias=False))
+        head = Head(nn.LayerNorm(c.d_model), Xavier(c.d_model, c.vocab_size, bias=False), c.softcap)
         super().__init__(c, nn.Sequential(embedding, *blocks, head))
 
 

@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, context: Context | None = None) -> Tensor:
         """tokens [B, T] int64 → logits [B, T, vocab]. Without a context, torch's generator seeds dropout."""
         context = context or Context.for_tokens(tokens, self.training)
-        x = tokens
+        context.tokens = x = tokens
         for layer in self.layers:
             x = layer(x, context)
         if context.decoding.cache is not None:

@@ -42,6 +42,7 @@ class MicroRWKVConfig:
     n_group: number of groups of n_head heads in Grouped. window: number of tokens that Sliding attends to.
     top_k: number k of experts per token, or a fraction of all experts.
     output_coefficient, aux_coefficient: of the losses `small_outputs` and `load_balance`.
+    softcap: limit c of the logits, c · tanh(logits / c); 0: none.
     """
 
     vocab_size: Tokens = 50304
@@ -56,6 +57,7 @@ class MicroRWKVConfig:
     top_k: Size | Share = 4
     output_coefficient: NotNegative = 0.01
     aux_coefficient: NotNegative = 0.0
+    softcap: NotNegative = 0.0
 
 
 class TinyMoE(nn.Module):
@@ -119,7 +121,8 @@ class MicroRWKV(LanguageModel):
     def __init__(self, config: MicroRWKVConfig | None = None, **arguments: int | float) -> None:
         c = config or MicroRWKVConfig(**arguments)  # type: ignore[arg-type]
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
-        head = Head(nn.LayerNorm(c.d_model, bias=False), nn.Linear(c.d_model, c.vocab_size, bias=False))
+        project = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        head = Head(nn.LayerNorm(c.d_model, bias=False), project, c.softcap)
         embedding = Embedding(c.vocab_size, c.d_model, positions=c.seq_len, std=0.02)
         super().__init__(c, nn.Sequential(embedding, *blocks, head), tied=True)
 

@@ -12,28 +12,32 @@ Attn: grouped-query attention with rotary embedding. No biases.
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fira.models.family import Family, Recipe
 from fira.models.language_model import LanguageModel
+from fira.models.options import Options
 from fira.nn.attention import SelfAttention
 from fira.nn.base_layer import Layer
 from fira.nn.context import Context
 from fira.nn.embedding import Embedding, Head
 from fira.nn.init import Normal
-from fira.nn.mlp import GatedMLP
+from fira.nn.mlp import GatedMLP, relu_squared
 from fira.nn.norms import RMSNorm
+from fira.nn.residual import Residual
 from fira.nn.rotary import Rotary, Stretch
 from fira.value_types import Layers, NotNegative, Positive, Size, Tokens
 
 
 @dataclass(frozen=True)
-class MooshakConfig:
+class MooshakConfig(Options):
     """Hyperparameters of mooshak. seq_len: longest context. d_ff: width of the MLP's hidden layer.
 
     n_kv_head: number of key and value heads; None: n_head.
     tied: the head shares the embedding's weight, as in small Llama models.
     rope_factor, rope_low, rope_high, rope_original: frequency scaling of Llama 3.1, see Stretch; factor 1: none.
+    qk_norm: RMS-normalise queries and keys per head.
     """
 
     vocab_size: Tokens = 64128
@@ -51,6 +55,7 @@ class MooshakConfig:
     rope_low: Positive = 1.0
     rope_high: Positive = 4.0
     rope_original: Tokens = 8192
+    qk_norm: bool = False
 
 
 class Block(Layer):
@@ -66,18 +71,28 @@ class Block(Layer):
         self.norm_first = c.norm_order == "pre"
         stretch = Stretch(c.rope_factor, c.rope_low, c.rope_high, c.rope_original) if c.rope_factor != 1 else None
         rotary = Rotary(c.d_model // c.n_head, c.rope_theta, stretch=stretch)
-        name = f"layers.{index}.attention"
-        self.attention = SelfAttention(c.d_model, c.n_head, name, Normal, n_kv_head=c.n_kv_head, rotary=rotary)
-        self.mlp = GatedMLP(c.d_model, c.d_ff, Normal)
+        self.attention = SelfAttention(
+            c.d_model,
+            c.n_head,
+            f"layers.{index}.attention",
+            Normal,
+            n_kv_head=c.n_kv_head,
+            qk_norm_eps=c.norm_eps if c.qk_norm else None,
+            qk_norm_per_head=True,
+            rotary=rotary,
+            value_vocab=c.vocab_size if c.value_embeddings else None,
+        )
+        self.mlp = GatedMLP(c.d_model, c.d_ff, Normal, relu_squared if c.relu_squared else F.silu)
         self.norm1, self.norm2 = (RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
+        self.residual1, self.residual2 = (Residual(c.residual_scalars) for _ in range(2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
         if self.norm_first:
-            h = x + self.attention(self.norm1(x), context)
-            return h + self.mlp(self.norm2(h))
-        h = x + self.attention(x, context)
-        return self.norm2(h + self.mlp(self.norm1(h)))
+            h = self.residual1(x, self.attention(self.norm1(x), context))
+            return self.residual2(h, self.mlp(self.norm2(h)))
+        h = self.residual1(x, self.attention(x, context))
+        return self.norm2(self.residual2(h, self.mlp(self.norm1(h))))
 
 
 class Mooshak(LanguageModel):
@@ -88,7 +103,7 @@ class Mooshak(LanguageModel):
     def __init__(self, config: MooshakConfig | None = None, **arguments: int | float | str) -> None:
         c = config or MooshakConfig(**arguments)  # type: ignore[arg-type]
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
-        head = Head(RMSNorm(c.d_model, c.norm_eps), Normal(c.d_model, c.vocab_size, bias=False))
+        head = Head(RMSNorm(c.d_model, c.norm_eps), Normal(c.d_model, c.vocab_size, bias=False), c.softcap)
         embedding = Embedding(c.vocab_size, c.d_model, std=0.02)
         super().__init__(c, nn.Sequential(embedding, *blocks, head), tied=c.tied)
 

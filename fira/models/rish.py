@@ -18,22 +18,25 @@ from torch import Tensor, nn
 
 from fira.models.family import Family, Recipe
 from fira.models.language_model import LanguageModel
+from fira.models.options import Options
 from fira.nn.attention import SelfAttention
 from fira.nn.base_layer import Layer
 from fira.nn.context import Context
 from fira.nn.embedding import Embedding, Head
 from fira.nn.init import Normal
+from fira.nn.mlp import relu_squared
 from fira.nn.moe.aux_losses import load_balance
 from fira.nn.moe.experts import GatedExperts
 from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
 from fira.nn.norms import RMSNorm
+from fira.nn.residual import Residual
 from fira.nn.rotary import Rotary
 from fira.value_types import Layers, NotNegative, Positive, Share, Size, Tokens
 
 
 @dataclass(frozen=True)
-class RishConfig:
+class RishConfig(Options):
     """Hyperparameters of rish. seq_len: longest context. d_ff: width of an expert's hidden layer.
 
     n_kv_head: number of key and value heads. top_k: number k of experts per token, or a fraction of all experts.
@@ -78,13 +81,16 @@ class Block(Layer):
                 c.max_position if c.max_position < c.seq_len else None,
                 c.rope_factor,
             ),
+            value_vocab=c.vocab_size if c.value_embeddings else None,
         )
         router = Router(c.d_model, c.num_experts, c.top_k, bias=False, renormalise=False)
-        experts = GatedExperts(c.num_experts, c.d_model, c.d_ff, F.silu, std=0.02)
+        activation = relu_squared if c.relu_squared else F.silu
+        experts = GatedExperts(c.num_experts, c.d_model, c.d_ff, activation, std=0.02)
         # as in transformers, whose loss is a mean over layers
         balance = (load_balance, c.aux_coefficient / c.num_layers)
         self.moe = MoE(router, experts, c.num_experts, index, [balance])
         self.norm1, self.norm2 = (RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
+        self.residual1, self.residual2 = (Residual(c.residual_scalars) for _ in range(2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
@@ -93,11 +99,11 @@ class Block(Layer):
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → x + RMS1(Attn(x))."""
-        return x + self.norm1(self.attention(x, context))
+        return self.residual1(x, self.norm1(self.attention(x, context)))
 
     def add_experts(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y [B, T, d] → x + RMS2(y)."""
-        return x + self.norm2(y)
+        return self.residual2(x, self.norm2(y))
 
 
 class Rish(LanguageModel):
@@ -108,7 +114,7 @@ class Rish(LanguageModel):
     def __init__(self, config: RishConfig | None = None, **arguments: int | float) -> None:
         c = config or RishConfig(**arguments)  # type: ignore[arg-type]
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
-        head = Head(RMSNorm(c.d_model, c.norm_eps), Normal(c.d_model, c.vocab_size, bias=False))
+        head = Head(RMSNorm(c.d_model, c.norm_eps), Normal(c.d_model, c.vocab_size, bias=False), c.softcap)
         super().__init__(c, nn.Sequential(Embedding(c.vocab_size, c.d_model, std=0.02), *blocks, head))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fira.nn.context import Context
 from fira.nn.norms import RMSNorm
 from fira.nn.rotary import Rotary
+from fira.nn.value_embedding import ValueEmbedding
 
 
 class SelfAttention(nn.Module):
@@ -17,9 +18,10 @@ class SelfAttention(nn.Module):
     name: the module's global name, the key of its keys and values in a cache.
     linear: constructor of the projections q, k, v, o, called as linear(in, out, bias=).
     n_kv_head: each key and value head serves n_head / n_kv_head query heads (Ainslie et al. 2023, arXiv 2305.13245).
-    qk_norm_eps: RMS-normalise q and k over their full width, before they are split into heads.
+    qk_norm_eps: RMS-normalise q and k, over their full width or with `qk_norm_per_head` over the width of a head.
     window: token t attends to (t − window, t].
     gated: the heads' output is multiplied by a linear function of x before the projection o.
+    value_vocab: size of the vocabulary of a `ValueEmbedding`; None: there is none.
     """
 
     lora_target = "attention"
@@ -34,9 +36,11 @@ class SelfAttention(nn.Module):
         n_kv_head: int | None = None,
         bias: bool = False,
         qk_norm_eps: float | None = None,
+        qk_norm_per_head: bool = False,
         rotary: Rotary | None = None,
         window: int | None = None,
         gated: bool = False,
+        value_vocab: int | None = None,
     ) -> None:
         super().__init__()
         n_kv_head = n_kv_head or n_head
@@ -55,17 +59,19 @@ class SelfAttention(nn.Module):
         self.o = linear(d_model, d_model, bias=bias)
         self.g = linear(d_model, d_model, bias=bias) if gated else None
         self.q_norm, self.k_norm = (
-            nn.Identity() if qk_norm_eps is None else RMSNorm(w, qk_norm_eps) for w in (d_model, width)
+            None if qk_norm_eps is None else RMSNorm(self.head_dim if qk_norm_per_head else w, qk_norm_eps)
+            for w in (d_model, width)
         )
+        self.value_embedding = None if value_vocab is None else ValueEmbedding(value_vocab, width)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: [B, T, d] → [B, T, d]. With a cache, x holds the tokens that follow the cached ones."""
         cache, documents = context.decoding.cache, context.documents
         length = x.shape[1] + (cache.length if cache is not None else 0)
-        q, k, v = (
-            projected.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
-            for projected in (self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x))
-        )
+        v = self.v(x)
+        if self.value_embedding is not None:
+            v = v + self.value_embedding(context).to(v.dtype)
+        q, k, v = self._heads(self.q(x), self.q_norm), self._heads(self.k(x), self.k_norm), self._heads(v)
         if self.rotary is not None:
             if self.rotary.grows:
                 (q,) = self.rotary(length, q, documents=documents)
@@ -86,6 +92,12 @@ class SelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
         y = y.transpose(1, 2).flatten(2)
         return self.o(y if self.g is None else y * self.g(x))
+
+    def _heads(self, y: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """y [B, T, H · hd] → [B, H, T, hd], normalised in groups of channels of the norm's width."""
+        if norm is not None:
+            y = norm(y.unflatten(-1, (-1, len(norm.weight))))
+        return y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def _mask(self, q: Tensor, k: Tensor, length: int, context: Context) -> Tensor | None:
         """Attention mask, [new, seen] or [B, 1, new, seen] bool: whether a query attends to a key.

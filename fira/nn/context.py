@@ -83,6 +83,7 @@ class Context:
     keys: int64, one random number per sequence [B], or per document [B, D], that determines its dropout and routing
     noise; None: neither.
     chunk: index of these sequences among the chunks into which torchgpipe splits a micro-batch.
+    tokens: [B, T] int64, the model's input, for layers that embed tokens again; None: the input are vectors.
     """
 
     lengths: Tensor | None = None
@@ -90,6 +91,7 @@ class Context:
     documents: Documents | None = None
     keys: Tensor | None = None
     chunk: int = 0
+    tokens: Tensor | None = None
     training: TrainingContext = field(default_factory=TrainingContext)
     decoding: DecodingContext = field(default_factory=DecodingContext)
 
@@ -123,6 +125,7 @@ class Context:
             starts=apply(self.starts),
             documents=None if self.documents is None else Documents(*map(change, self.documents)),
             keys=apply(self.keys),
+            tokens=apply(self.tokens),
             training=replace(
                 t,
                 targets=apply(t.targets),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fira.nn.kernels.fused import use_fused
+from fira.nn.projection import Projection
 
 IGNORE_INDEX = -100  # ignored target, as in torch's cross_entropy
 # The gradient of the logits in fp16 is multiplied by this number, because many probabilities are below the smallest
@@ -14,24 +15,23 @@ FP16_SCALE = 2.0**15
 LOGITS = {"cpu": 2**22, "cuda": 2**27}  # logits per block; on a CPU about the size of the cache
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, cast_weight: Tensor | None = None) -> Tensor:
-    """x [N, d], weight [V, d], targets [N] int64 → [], the summed loss of the logits x weightᵀ, in nats, at least fp32.
+def linear_cross_entropy(x: Tensor, projection: Projection, targets: Tensor) -> Tensor:
+    """x [N, d], targets [N] int64 → [], the summed loss of the logits of a projection, in nats, at least fp32.
 
     For each block of tokens the forward computes logits, probabilities and gradients; the gradients are kept for the
     backward, so nothing is recomputed and at most LOGITS logits are in memory. Under autocast products are in its
-    precision and sums in full precision. cast_weight: the weight in this precision, if the caller has it. It may be
-    preceded by other columns [V, d − c], for which no gradient is computed; `weight` is then [V, c].
+    precision and sums in full precision.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        factor = weight.detach().to(dtype) if cast_weight is None else cast_weight
-        return _LinearCrossEntropy.apply(x, weight, factor, targets)
+        factor, softcap = projection.factor(dtype), projection.softcap
+        return _LinearCrossEntropy.apply(x, projection.weight, factor, targets, softcap)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, factor: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, factor: Tensor, targets: Tensor, softcap: float) -> Tensor:
         dtype = factor.dtype
         wide = torch.promote_types(x.dtype, torch.float32)
         ctx.scale = FP16_SCALE if dtype == torch.float16 else 1.0
@@ -42,8 +42,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=_sum_dtype(weight, dtype)) if needs_weight else None
         for span in row_blocks(x, weight):
             block = x[span].to(dtype)
-            loss, grad_logits = _block_loss(block @ factor.T, targets[span], wide, ctx.scale, needs_x or needs_weight)
+            logits = block @ factor.T
+            tanh = logits.to(wide).div_(softcap).tanh_() if softcap else None
+            if tanh is not None:
+                logits = (softcap * tanh).to(dtype)
+            loss, grad_logits = _block_loss(logits, targets[span], wide, ctx.scale, needs_x or needs_weight)
             total += loss
+            if tanh is not None:
+                grad_logits = (grad_logits * tanh.square_().neg_().add_(1)).to(dtype)
             if grad_x is not None:
                 grad_x[span] = product(grad_logits, factor)
             if grad_weight is not None and grad_weight.dtype == dtype:
@@ -54,12 +60,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_x, grad_weight = (
             None if g is None else (g * (grad.to(g.dtype) / ctx.scale)).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None, None, None
 
 
 def row_blocks(x: Tensor, weight: Tensor) -> list[slice]:

@@ -7,6 +7,7 @@ from fira.nn.base_layer import Layer
 from fira.nn.context import Context
 from fira.nn.dropout import Dropout
 from fira.nn.lora_linear import LoraLinear
+from fira.nn.projection import Projection, softcapped
 
 
 class TokenTable(nn.Embedding):
@@ -59,22 +60,31 @@ class Embedding(Layer):
 
 
 class Head(Layer):
-    """Final norm and projection to logits, or with targets in the context to the output of the objective."""
+    """Final norm and projection to logits, or with targets in the context to the output of the objective.
+
+    softcap: of the logits, see `fira.nn.projection.softcapped`; 0: none.
+    """
 
     lora_target = "head"
 
-    def __init__(self, norm: nn.Module, project: nn.Linear) -> None:
+    def __init__(self, norm: nn.Module, project: nn.Linear, softcap: float = 0.0) -> None:
         super().__init__()
         self.norm = norm
         self.project = project
+        self.softcap = softcap
         self.cast_weight: Tensor | None = None  # of `project`, in the dtype of autocast; None: cast in each call
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → logits [B, T or logits_to_keep, vocab]; with targets `Objective.output`."""
         training, kept = context.training, context.decoding.logits_to_keep
         if training.targets is None:
-            return self.project(self.norm(x if kept is None else x[:, -kept:]))
+            return self.logits(self.norm(x if kept is None else x[:, -kept:]))
         x, weight, cast_weight = self.norm(x), self.project.weight, self.cast_weight
         if isinstance(self.project, LoraLinear):
             x, weight, cast_weight = self.project.as_one_product(x, cast_weight)
-        return training.objective.output(x, weight, cast_weight, training.targets, training.stored)
+        projection = Projection(weight, cast_weight, self.softcap)
+        return training.objective.output(x, projection, training.targets, training.stored)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normalised vectors […, d] → logits […, vocab]."""
+        return softcapped(self.project(x), self.softcap)

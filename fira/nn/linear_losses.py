@@ -7,23 +7,28 @@ import torch
 from torch import Tensor
 
 from fira.nn.cross_entropy import FP16_SCALE, product, row_blocks
+from fira.nn.projection import Projection, softcapped
 
 BlockLosses = Callable[[Tensor, slice], Tensor]
 
 
-def linear_losses(x: Tensor, weight: Tensor, losses: BlockLosses, cast_weight: Tensor | None = None) -> Tensor:
-    """x [N, d], weight [V, d] → [N, …] in at least fp32: `losses` of the logits x weightᵀ.
+def linear_losses(x: Tensor, projection: Projection, losses: BlockLosses) -> Tensor:
+    """x [N, d] → [N, …] in at least fp32: `losses` of the logits of a projection.
 
     losses: called for each block as losses(logits [n, V] in at least fp32, the slice of its rows), returns [n, …].
     The backward computes the logits of each block again, because the gradient of each row is known only then;
     `linear_cross_entropy` is faster for a sum with the same factor for all rows. Under autocast products are in its
-    precision. cast_weight: the weight in this precision, if the caller has it, as in `linear_cross_entropy`.
+    precision.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        factor = weight.detach().to(dtype) if cast_weight is None else cast_weight
-        result: Tensor = _LinearLosses.apply(x, weight, factor, losses)
+        factor = projection.factor(dtype)
+
+        def capped(logits: Tensor, rows: slice) -> Tensor:
+            return losses(softcapped(logits, projection.softcap), rows)
+
+        result: Tensor = _LinearLosses.apply(x, projection.weight, factor, capped)
         return result
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fira.nn.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from fira.nn.linear_losses import linear_losses
+from fira.nn.projection import Projection
 
 Stored = Mapping[str, Tensor]  # what was computed before training, by name; dim 0 of each tensor is the sequence
 
@@ -31,11 +32,8 @@ class Objective(Protocol):
     def count(self, targets: np.ndarray, stored: Mapping[str, np.ndarray]) -> int:
         """The number of terms of a global batch with targets [sequences, T]."""
 
-    def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
-        """What the head returns, [n, …], for the logits x weightᵀ and the targets [B, T]; dim 0 is 1 or B.
-
-        cast_weight: the weight in the dtype of autocast, if the caller has it.
-        """
+    def output(self, x: Tensor, projection: Projection, targets: Tensor, stored: Stored) -> Tensor:
+        """What the head returns, [n, …], for the logits of a projection and the targets [B, T]; dim 0 is 1 or B."""
 
     def sums(self, output: Tensor, targets: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
         """Return the loss [], summed over the terms of the micro-batch, and the numbers to report, of `report_shape`.
@@ -59,9 +57,9 @@ class OfTrainedTokens:
 class CrossEntropy(OfTrainedTokens):
     """Next-token cross-entropy in nats per trained token."""
 
-    def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
+    def output(self, x: Tensor, projection: Projection, targets: Tensor, stored: Stored) -> Tensor:
         """[1], the summed loss."""
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), cast_weight)[None]
+        return linear_cross_entropy(x.flatten(0, 1), projection, targets.flatten())[None]
 
     def sums(self, output: Tensor, targets: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
         total = output.sum()
@@ -83,7 +81,7 @@ class TokenScores(OfTrainedTokens):
     The report is [B, T, 2]; both numbers are 0 where the target is ignored.
     """
 
-    def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
+    def output(self, x: Tensor, projection: Projection, targets: Tensor, stored: Stored) -> Tensor:
         """[B, T, 2]."""
         flat = targets.flatten()
 
@@ -91,7 +89,7 @@ class TokenScores(OfTrainedTokens):
             largest = logits.argmax(-1) == flat[rows]
             return torch.stack([log_probabilities(logits, flat[rows]), largest.to(logits.dtype)], 1)
 
-        return linear_losses(x.flatten(0, 1), weight, scores, cast_weight).view(*targets.shape, 2)
+        return linear_losses(x.flatten(0, 1), projection, scores).view(*targets.shape, 2)
 
     def sums(self, output: Tensor, targets: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
         return -output[..., 0].sum(), output.detach()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fira.nn.context import Context
 from fira.nn.init import Normal
+from fira.nn.mlp import relu_squared
 from fira.nn.norms import full_precision
 
 CHUNK = 64
@@ -201,5 +202,5 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, d] → [B, T, d]. The last token is kept in a cache."""
         change = _previous(x, context, self.name) - x
-        k = self.k(x + change * self.maa_k).relu().square()
+        k = relu_squared(self.k(x + change * self.maa_k))
         return self.r(x + change * self.maa_r).sigmoid() * self.v(k)

@@ -82,7 +82,11 @@ class BatchSplit:
             span = slice(j * self.microbatch, (j + 1) * self.microbatch)
             missing = self.microbatch - len(rows.tokens[span])
             following = _padded(rows.targets[span], missing, IGNORE_INDEX)
+            inputs = _padded(rows.tokens[span], missing, 0)
+            if self.device:
+                inputs = pinned_for(self.device, inputs)
             context = Context(
+                tokens=inputs,
                 lengths=_padded(lengths[span], missing, 0),
                 documents=None if documents is None else Documents.of(_padded(documents[span], missing, -1)),
                 training=TrainingContext(
@@ -96,9 +100,6 @@ class BatchSplit:
                 token_weight = torch.tensor(loss_scale / max(1, tokens), dtype=self.dtype)
                 sequence_numbers = range(first + span.start, first + span.stop)
                 _add_keys_and_aux_weights(context, dropout_seed, sequence_numbers, token_weight)
-            inputs = _padded(rows.tokens[span], missing, 0)
-            if self.device:
-                inputs = pinned_for(self.device, inputs)
             result.append(
                 MicroBatch(
                     inputs=inputs,

@@ -25,6 +25,7 @@ from fira.nn.init import initialise
 from fira.nn.lora import Lora
 from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.layer import MoE
+from fira.nn.value_embedding import ValueEmbedding
 from fira.parallel.expert_parallel import AllToAllDispatcher
 from fira.parallel.microbatch_loss import microbatch_loss
 from fira.parallel.tied_embedding import TiedWeight, tie
@@ -102,6 +103,11 @@ class DistributedModel:
         for stage in self.engine.stages.values():
             for segment in stage.segments:
                 yield from segment.modules()
+
+    def value_tables(self) -> set[str]:
+        """The names of the trained tables of value embeddings."""
+        tables = {id(module.table.weight) for module in self.modules() if isinstance(module, ValueEmbedding)}
+        return {shard.name for shard in self.shards if id(shard.parameter) in tables}
 
 
 def layer_flops(model: LanguageModel) -> list[float]:

@@ -35,7 +35,9 @@ class PipelineModel(nn.Module):
         if self.tied:  # torchgpipe rejects a parameter in two partitions, so the head gets a view of it in each forward
             weight = self.layers[0].get_parameter("token.weight")
             self.layers[-1].get_submodule("project").weight = weight.view_as(weight).to(self.devices[-1])
-        return self._pipeline[0](tokens, context or Context.for_tokens(tokens, self.training))
+        context = context or Context.for_tokens(tokens, self.training)
+        context.tokens = tokens
+        return self._pipeline[0](tokens, context)
 
 
 def create_pipeline_model(

@@ -144,7 +144,8 @@ def saved_bytes(
         keys = torch.empty(microbatch, dtype=torch.int64)
         targets = torch.empty(size, dtype=torch.int64)
         training = TrainingContext(targets, aux_weights=torch.empty(microbatch))
-        context = Context(lengths=torch.empty(microbatch), keys=keys, training=training)
+        tokens_of_input = torch.empty(size, dtype=torch.int64)
+        context = Context(lengths=torch.empty(microbatch), keys=keys, tokens=tokens_of_input, training=training)
         wrapped = Autocast(layer, autocast)
         with cast_weights(wrapped.modules()):
             sizes = measure_saved_bytes(wrapped, x, context)

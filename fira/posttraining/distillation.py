@@ -20,6 +20,7 @@ from torch import Tensor
 from fira.nn.cross_entropy import IGNORE_INDEX
 from fira.nn.linear_losses import linear_losses
 from fira.nn.objective import OfTrainedTokens, Stored
+from fira.nn.projection import Projection
 
 IDS, LOGS = "teacher_ids", "teacher_logs"  # names of the stored arrays, [B, T, k] and [B, T, k + 1]
 
@@ -34,7 +35,7 @@ class TeacherTokens(OfTrainedTokens):
     def __init__(self, k: int, temperature: float) -> None:
         self.k, self.temperature = k, temperature
 
-    def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
+    def output(self, x: Tensor, projection: Projection, targets: Tensor, stored: Stored) -> Tensor:
         """[B, T, 2k + 1]."""
         trained = (targets.flatten() != IGNORE_INDEX)[:, None]
 
@@ -44,7 +45,7 @@ class TeacherTokens(OfTrainedTokens):
             found = torch.cat([top.indices.to(logs.dtype), top.values, _tail(logs, top.indices)], 1)
             return found.where(trained[rows], 0)
 
-        return linear_losses(x.flatten(0, 1), weight, tokens, cast_weight).view(*targets.shape, 2 * self.k + 1)
+        return linear_losses(x.flatten(0, 1), projection, tokens).view(*targets.shape, 2 * self.k + 1)
 
     def sums(self, output: Tensor, targets: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
         return output.new_zeros(()), output.detach()
@@ -64,7 +65,7 @@ class Distillation(OfTrainedTokens):
     def __init__(self, beta: float, temperature: float) -> None:
         self.beta, self.temperature = beta, temperature
 
-    def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
+    def output(self, x: Tensor, projection: Projection, targets: Tensor, stored: Stored) -> Tensor:
         """[B, T, 2]: divergence and cross-entropy of each target."""
         chosen = targets.flatten()[:, None]
         ids, teacher = (stored[name].flatten(0, 1) for name in (IDS, LOGS))
@@ -77,7 +78,7 @@ class Distillation(OfTrainedTokens):
             nats = -logits.detach().log_softmax(-1).gather(1, chosen[rows].clamp(min=0))
             return torch.cat([divergence, nats], 1).where(chosen[rows] != IGNORE_INDEX, 0)
 
-        return linear_losses(x.flatten(0, 1), weight, losses, cast_weight).view(*targets.shape, 2)
+        return linear_losses(x.flatten(0, 1), projection, losses).view(*targets.shape, 2)
 
     def sums(self, output: Tensor, targets: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
         totals = output.flatten(0, 1).sum(0)

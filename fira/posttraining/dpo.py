@@ -22,6 +22,7 @@ from torch import Tensor
 from fira.nn.cross_entropy import IGNORE_INDEX
 from fira.nn.linear_losses import linear_losses
 from fira.nn.objective import Stored, log_probabilities
+from fira.nn.projection import Projection
 
 METRICS: tuple[str, ...] = (
     *("reward_chosen", "reward_rejected", "reward_accuracy", "reward_margin"),
@@ -46,14 +47,14 @@ class PreferenceLoss:
         """The number of pairs."""
         return int((stored["documents"].max(1) + 1).sum()) // 2
 
-    def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
+    def output(self, x: Tensor, projection: Projection, targets: Tensor, stored: Stored) -> Tensor:
         """[B, T], the log-probability of each target, 0 where it is ignored."""
         flat = targets.flatten()
 
         def logs(logits: Tensor, rows: slice) -> Tensor:
             return log_probabilities(logits, flat[rows])
 
-        return linear_losses(x.flatten(0, 1), weight, logs, cast_weight).view_as(targets)
+        return linear_losses(x.flatten(0, 1), projection, logs).view_as(targets)
 
     def sums(self, output: Tensor, targets: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
         documents, reference = stored["documents"], stored["reference"]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fira.nn.linear_losses import linear_losses
 from fira.nn.objective import Stored, log_probabilities
+from fira.nn.projection import Projection
 
 EPSILON = 1e-4
 
@@ -37,7 +38,7 @@ class PolicyGradient:
         """The number of answers."""
         return int(stored["answers"].sum())
 
-    def output(self, x: Tensor, weight: Tensor, cast_weight: Tensor | None, targets: Tensor, stored: Stored) -> Tensor:
+    def output(self, x: Tensor, projection: Projection, targets: Tensor, stored: Stored) -> Tensor:
         """[B, T, 2]: log-probability of each target, and entropy of its distribution; both 0 where it is ignored."""
         flat, counted = targets.flatten(), stored["weights"].flatten() > 0
 
@@ -46,7 +47,7 @@ class PolicyGradient:
             entropy = -(logs.exp() * logs).sum(-1) * counted[rows]
             return torch.stack([log_probabilities(logits, flat[rows]), entropy], 1)
 
-        return linear_losses(x.flatten(0, 1), weight, numbers, cast_weight).view(*targets.shape, 2)
+        return linear_losses(x.flatten(0, 1), projection, numbers).view(*targets.shape, 2)
 
     def sums(self, output: Tensor, targets: Tensor, stored: Stored) -> tuple[Tensor, Tensor]:
         logs, entropy = output.unbind(-1)

@@ -184,11 +184,11 @@ def _read_state(saved: Checkpoint) -> dict[str, Any]:
 def load_weights(saved: SavedModel, model: DistributedModel) -> None:
     """Load this rank's shards of the weights that are not frozen, written on any layout (collective).
 
-    Of a vocabulary larger than the stored one, the last rows of embedding and head keep their initial values. Raises
+    Of a vocabulary larger than the stored one, the last rows of embeddings and head keep their initial values. Raises
     UserError if the weights belong to another model.
     """
     tokens = min(stored_config(saved).vocab_size, model.config.vocab_size)
-    tables = ("layers.0.token.weight", f"layers.{model.stages[-1][-1]}.project.weight")
+    tables = {"layers.0.token.weight", f"layers.{model.stages[-1][-1]}.project.weight", *model.value_tables()}
     for shard in [*model.shards, *model.buffers]:
         if shard.name in tables:
             stored = read_weight(saved, shard.name, (tokens, *shard.shape[1:]))

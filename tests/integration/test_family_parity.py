@@ -1,6 +1,6 @@
 """Training of every family is independent of the layout; `test_parity.py` tests fira in more detail.
 
-Here fira has routing noise, a capacity limit and load balancing by a bias.
+Here fira has routing noise, a capacity limit and load balancing by a bias; mooshak and blues have all options.
 """
 
 import functools
@@ -23,16 +23,24 @@ from tests.launch import run_function
 pytestmark = pytest.mark.slow  # the fast tests of parity train fira only
 
 SMALL = {"vocab_size": 61, "seq_len": 13, "d_model": 24, "num_layers": 2}
+OPTIONS: dict[str, Any] = {
+    "softcap": 2.0,
+    "qk_norm": True,
+    "relu_squared": True,
+    "value_embeddings": True,
+    "residual_scalars": True,
+}
 MODELS = {
     "rish": RishConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, num_experts=4, top_k=2, max_position=10),
-    "mooshak": MooshakConfig(**SMALL, n_head=6, d_ff=20, norm_order="post"),
-    "blues": BluesConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, noise=0.5, dropout=0.1),
+    "mooshak": MooshakConfig(**SMALL, n_head=6, d_ff=20, norm_order="post", **OPTIONS),
+    "blues": BluesConfig(**SMALL, n_head=6, n_kv_head=2, d_ff=20, noise=0.5, dropout=0.1, **OPTIONS),
     "fira": FiraConfig(
         **SMALL, n_head=3, d_ff=20, noise=0.3, balance_rate=0.05, capacity_factor=0.9, switch_coefficient=0.1
     ),
     "microrwkv": MicroRWKVConfig(**SMALL, n_head=3, n_group=2, window=5, d_moe=10, top_k=2, aux_coefficient=0.1),
 }
-RESHARDED = ["blues", "fira"]  # saved on one layout and resumed on others: a tied weight, and a router bias
+# Saved on one layout and resumed on others: a tied weight with all options, and a router bias.
+RESHARDED = ["blues", "fira"]
 ONE = [1, 1, 1]
 OTHER_SCHEDULES = ["gpipe", "interleaved", "zb-h1", "zb-v"]
 PADDED = {"microbatch": 2}  # 5 sequences

@@ -93,7 +93,21 @@ MUON = [
         ([1, 4, 4], False, {"dtype": "float64"}),
     ]
 ]
-TIED = MooshakConfig(vocab_size=61, seq_len=13, d_model=12, num_layers=4, n_head=3, n_kv_head=3, d_ff=10, tied=True)
+TIED = MooshakConfig(  # with all options
+    vocab_size=61,
+    seq_len=13,
+    d_model=12,
+    num_layers=4,
+    n_head=3,
+    n_kv_head=3,
+    d_ff=10,
+    tied=True,
+    softcap=2.0,
+    qk_norm=True,
+    relu_squared=True,
+    value_embeddings=True,
+    residual_scalars=True,
+)
 SHARDED = [
     case(layout, dropout=0.1, shard=True, **settings)
     for layout, settings in [

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fira.models.registry import PRESETS
+from fira.models.registry import make_config
 from fira.optim.muon import Muon, Replicated
 from fira.optim.settings import OptimizerSettings
 from fira.parallel.parallelize import parallelize
-from fira.parallel.rank_optimizer import hidden_matrices
+from fira.parallel.rank_optimizer import decayed_matrices, hidden_matrices
 from pipeline.divided_work import DividedWork
 from pipeline.mesh import CPU, Layout, make_mesh
 from tests.ranks.parity_ranks import meta_model
@@ -99,14 +99,19 @@ def cautious_difference() -> float:
 
 
 def hidden(preset: str) -> dict[str, list[str]]:
-    """The names, within a layer, of the matrices that Muon updates, and of those that it does not."""
+    """The names, within a layer, of the matrices that Muon updates, of those that it does not, and of those that decay.
+
+    The model has value embeddings if the family can have them.
+    """
+    changes = {} if preset == "microrwkv-tiny" else {"value_embeddings": True}
     pp = dist.get_world_size()
-    model = parallelize(meta_model(PRESETS[preset]), make_mesh(Layout(pp, 1, 1), range(pp)), 0, [CPU])
+    model = parallelize(meta_model(make_config(preset, changes)), make_mesh(Layout(pp, 1, 1), range(pp)), 0, [CPU])
     updated = {shard.name for shard in hidden_matrices(model)}
     matrices = {shard.name for shard in model.shards if shard.is_matrix}
     return {
         "muon": sorted({name.split(".", 2)[2] for name in updated}),
         "adamw": sorted({name.split(".", 2)[2] for name in matrices - updated}),
+        "decayed": sorted({shard.name.split(".", 2)[2] for shard in decayed_matrices(model)}),
     }
 
 

@@ -60,23 +60,32 @@ class ExpertBank(PerExpertInit, nn.Module):
 
 
 class Experts(ExpertBank):
-    """W2 drop(gelu(W1 x + b1)) + b2."""
+    """W2 drop(activation(W1 x + b1)) + b2."""
 
-    def __init__(self, num_experts: int, d_model: int, d_ff: int, dropout: float, name: str) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        dropout: float,
+        name: str,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
+    ) -> None:
         super().__init__()
         self.w1 = nn.Parameter(torch.empty(num_experts, d_ff, d_model))
         self.b1 = nn.Parameter(torch.empty(num_experts, d_ff))
         self.w2 = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
         self.b2 = nn.Parameter(torch.empty(num_experts, d_model))
         self.dropout = Dropout(dropout, f"{name}.dropout")
+        self.activation = activation
 
     def forward(self, x: Tensor, groups: RowGroups, keys: Tensor | None) -> Tensor:
         """[n, d] → [n, d]."""
-        if use_fused(x):
+        if use_fused(x) and self.activation is F.gelu:
             mask = None if keys is None or self.dropout.p == 0 else (keys, *self.dropout.hash_arguments)
             h = fused_bias_gelu(self.linear(x, groups, "w1"), groups, self.b1, mask)
         else:
-            h = self.dropout(F.gelu(self.linear(x, groups, "w1", self.b1)), keys)
+            h = self.dropout(self.activation(self.linear(x, groups, "w1", self.b1)), keys)
         return self.linear(h, groups, "w2", self.b2)
 
 

@@ -112,7 +112,8 @@ def test_export_can_be_loaded_as_checkpoint(
         ("mooshak", "llama", {}),
         ("mooshak", "llama", {"n_kv_head": 1, "tied": True, "rope_theta": 5e5}),
         ("mooshak", "llama", {"rope_factor": 8.0, "rope_original": 16}),
-        ("rish", "flexolmo", {}),
+        ("mooshak", "llama", {"relu_squared": True}),
+        ("rish", "flexolmo", {"relu_squared": True}),
         ("rish", "flexolmo", {"max_position": 5, "rope_factor": 2.0, "top_k": 0.8}),
     ],
 )
@@ -140,9 +141,16 @@ def test_export_to_class_of_transformers_has_equal_logits(
 
 
 def test_options_without_equivalent_raise(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    step = save(tmp_path / "run", model_for_tokenizer("mooshak", norm_order="post"), tokenizer)
-    with pytest.raises(UserError, match="norm_order=post has no equivalent"):
-        export(step, tmp_path / "out", "llama")
+    for form, family, option, value in (
+        ("llama", "mooshak", "norm_order", "post"),
+        ("llama", "mooshak", "qk_norm", True),
+        ("llama", "mooshak", "softcap", 30.0),
+        ("flexolmo", "rish", "value_embeddings", True),
+        ("flexolmo", "rish", "residual_scalars", True),
+    ):
+        step = save(tmp_path / option, model_for_tokenizer(family, **{option: value}), tokenizer)
+        with pytest.raises(UserError, match=f"{option}={value} has no equivalent"):
+            export(step, tmp_path / "out", form)
     llama = LlamaForCausalLM(LlamaConfig(**LLAMA))
     llama.save_pretrained(tmp_path / "llama")
     path = tmp_path / "llama" / "config.json"

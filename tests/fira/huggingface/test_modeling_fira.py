@@ -22,6 +22,8 @@ IDS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 def small(family: str) -> Any:
     """A small config, with an attention window shorter than the test sequences."""
     config = replace(PRESETS[f"{family}-tiny"], vocab_size=64, seq_len=40, d_model=32, num_layers=2)
+    if family == "blues":
+        return replace(config, softcap=3.0, qk_norm=True, value_embeddings=True, residual_scalars=True)
     return replace(config, window=6) if family == "microrwkv" else config
 
 
@@ -62,7 +64,12 @@ def test_logits_cache_beams_and_padding(family: str) -> None:
     expected = ours(IDS, Context())
     assert torch.equal(model(IDS).logits, expected)
     torch.testing.assert_close(model(IDS, logits_to_keep=1).logits, expected[:, -1:])
-    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(IDS)).logits, expected)
+    vectors = model.get_input_embeddings()(IDS)
+    if getattr(ours.config, "value_embeddings", False):
+        with pytest.raises(ValueError, match="give input_ids"):
+            model(inputs_embeds=vectors)
+    else:
+        assert torch.equal(model(inputs_embeds=vectors).logits, expected)
 
     first = model(IDS[:, :5])
     then = model(IDS[:, 5:], past_key_values=first.past_key_values)

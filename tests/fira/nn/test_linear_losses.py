@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fira.nn.linear_losses import linear_losses
 from fira.nn.objective import TokenScores
+from fira.nn.projection import Projection
 
 N, WIDTH, VOCABULARY = 700, 6, 11  # 700 rows are three blocks of 256
 
@@ -22,18 +23,19 @@ def nats(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def test_losses_and_gradients_equal_those_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_losses_and_gradients_equal_those_of_all_logits(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(linear_losses.__globals__["row_blocks"].__globals__["LOGITS"], "cpu", 1)
     x, weight, targets, factors = tensors()
     results = []
     for blocks in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x, weight)]
         if blocks:
-            losses = linear_losses(
-                *leaves, lambda logits, rows: F.cross_entropy(logits, targets[rows], reduction="none")
-            )
+            projection = Projection(leaves[1], softcap=softcap)
+            losses = linear_losses(leaves[0], projection, lambda logits, rows: nats(logits, targets[rows]))
         else:
-            losses = nats(leaves[0] @ leaves[1].T, targets)
+            logits = leaves[0] @ leaves[1].T
+            losses = nats(softcap * torch.tanh(logits / softcap) if softcap else logits, targets)
         results.append((losses, *torch.autograd.grad(losses, leaves, factors)))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
@@ -44,7 +46,8 @@ def test_columns_that_are_not_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(linear_losses.__globals__["row_blocks"].__globals__["LOGITS"], "cpu", 1)
     x, weight, targets, factors = tensors()
     leaves = x.clone().requires_grad_(), weight[:, 4:].clone().requires_grad_()
-    losses = linear_losses(*leaves, lambda logits, rows: nats(logits, targets[rows]), weight)
+    projection = Projection(leaves[1], weight)
+    losses = linear_losses(leaves[0], projection, lambda logits, rows: nats(logits, targets[rows]))
     gradients = torch.autograd.grad(losses, leaves, factors)
     expected = nats(leaves[0] @ torch.cat([weight[:, :4], leaves[1]], 1).T, targets)
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
@@ -59,9 +62,8 @@ def test_autocast_keeps_small_gradients(dtype: torch.dtype, tolerance: float) ->
     for enabled in (False, True):
         leaves = [t.clone().requires_grad_() for t in (x, weight)]
         with torch.autocast("cpu", dtype, enabled=enabled):
-            losses = linear_losses(
-                *leaves, lambda logits, rows: F.cross_entropy(logits, targets[rows], reduction="none")
-            )
+            projection = Projection(leaves[1])
+            losses = linear_losses(leaves[0], projection, lambda logits, rows: nats(logits, targets[rows]))
         assert losses.dtype == torch.float32
         gradients.append(torch.autograd.grad(losses, leaves, factors * 1e-9))  # below the range of fp16
     for ours, expected in zip(gradients[1], gradients[0], strict=True):
@@ -71,7 +73,7 @@ def test_autocast_keeps_small_gradients(dtype: torch.dtype, tolerance: float) ->
 def test_token_scores_are_log_probabilities_and_whether_the_target_is_largest() -> None:
     x, weight, targets, _ = tensors()
     targets = targets.where(torch.arange(N) % 3 > 0, -100).view(7, 100)
-    output = TokenScores().output(x.view(7, 100, WIDTH), weight, None, targets, {})
+    output = TokenScores().output(x.view(7, 100, WIDTH), Projection(weight), targets, {})
     logs = (x @ weight.T).log_softmax(-1).view(7, 100, VOCABULARY)
     trained = targets >= 0
     chosen = logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]

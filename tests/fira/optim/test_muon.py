@@ -11,6 +11,7 @@ from tests.launch import run_function
 ATTENTION = [f"attention.{name}.weight" for name in "koqv"]
 EXPERTS = ["moe.experts.w1", "moe.experts.w2"]
 ROUTER = "moe.router.gate.weight"
+VALUES = "attention.value_embedding.table.weight"
 
 
 with_ranks = pytest.mark.slow  # a job on two ranks, which imports torch's optimizers
@@ -58,11 +59,16 @@ def test_embeddings_heads_and_routers_are_not_updated_by_muon(results):
     by_rank = [rank["hidden"] for rank in results]
     assert by_rank[0]["fira-tiny"] == {
         "muon": ATTENTION + EXPERTS,
-        "adamw": [ROUTER, "position.weight", "token.weight"],
+        "adamw": [VALUES, ROUTER, "position.weight", "token.weight"],
+        "decayed": [*ATTENTION, *EXPERTS, ROUTER, "position.weight", "token.weight"],
     }
-    assert by_rank[1]["fira-tiny"] == {"muon": ATTENTION + EXPERTS, "adamw": [ROUTER, "project.weight"]}
-    assert by_rank[0]["blues-tiny"]["adamw"] == [ROUTER, "token.weight"]
-    assert by_rank[1]["blues-tiny"]["adamw"] == [ROUTER]
+    assert by_rank[1]["fira-tiny"] == {
+        "muon": ATTENTION + EXPERTS,
+        "adamw": [VALUES, ROUTER, "project.weight"],
+        "decayed": [*ATTENTION, *EXPERTS, ROUTER, "project.weight"],
+    }
+    assert by_rank[0]["blues-tiny"]["adamw"] == [VALUES, ROUTER, "token.weight"]
+    assert by_rank[1]["blues-tiny"]["adamw"] == [VALUES, ROUTER]
     assert "experts.moe.router.gate.weight" in by_rank[1]["microrwkv-tiny"]["adamw"]
     assert {"experts.project.weight", "time_mix.r.weight"} <= {*by_rank[0]["microrwkv-tiny"]["muon"]}
 

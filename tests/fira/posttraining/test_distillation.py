@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fira.nn.projection import Projection
 from fira.posttraining.distillation import IDS, LOGS, Distillation, TeacherTokens
 
 B, T, WIDTH, V = 2, 5, 6, 11
@@ -21,7 +22,8 @@ TARGETS = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(2)).w
 
 
 def taught(k: int, temperature: float) -> dict[str, Tensor]:
-    report = TeacherTokens(k, temperature).output(*tensors(0), None, TARGETS, {})
+    x, weight = tensors(0)
+    report = TeacherTokens(k, temperature).output(x, Projection(weight), TARGETS, {})
     return {IDS: report[..., :k].long(), LOGS: report[..., k:]}
 
 
@@ -45,7 +47,7 @@ def test_losses_and_gradients_equal_those_of_the_events(k: int, beta: float) -> 
         x, weight = (t.requires_grad_() for t in tensors(1))
         if ours:
             objective = Distillation(beta, temperature)
-            loss, report = objective.sums(objective.output(x, weight, None, TARGETS, stored), TARGETS, stored)
+            loss, report = objective.sums(objective.output(x, Projection(weight), TARGETS, stored), TARGETS, stored)
         else:
             trained = TARGETS.flatten() >= 0
             logits: Any = [(a @ b.T).flatten(0, 1)[trained] for a, b in ((x, weight), (teacher_x, teacher_weight))]
@@ -66,6 +68,6 @@ def test_losses_and_gradients_equal_those_of_the_events(k: int, beta: float) -> 
 def test_divergence_of_the_teacher_from_itself_is_zero() -> None:
     x, weight = tensors(0)
     objective = Distillation(0.0, 1.0)
-    loss, _ = objective.sums(objective.output(x, weight, None, TARGETS, taught(4, 1.0)), TARGETS, taught(4, 1.0))
+    loss, _ = objective.sums(objective.output(x, Projection(weight), TARGETS, taught(4, 1.0)), TARGETS, taught(4, 1.0))
     assert abs(loss) < 1e-12
     assert objective.count(TARGETS.numpy(), {}) == B * (T - 1)

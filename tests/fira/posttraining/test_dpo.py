@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fira.nn.projection import Projection
 from fira.posttraining.dpo import METRICS, PreferenceLoss
 from fira.training.config import DPO_LOSSES
 
@@ -106,7 +107,7 @@ def test_output_is_the_log_probability_of_each_target() -> None:
     generator = torch.Generator().manual_seed(1)
     x, weight = torch.randn(2, 6, 4, generator=generator), torch.randn(9, 4, generator=generator)
     targets = torch.tensor([[1, 8, IGNORED, 0, 3, 2], [IGNORED] * 6])
-    output = PreferenceLoss("ipo", 0.1).output(x, weight, None, targets, {})
+    output = PreferenceLoss("ipo", 0.1).output(x, Projection(weight), targets, {})
     logs = (x @ weight.T).log_softmax(-1)
     for row in range(2):
         for t in range(6):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fira.nn.cross_entropy import FP16_SCALE, LOGITS, linear_cross_entropy
+from fira.nn.projection import Projection
 
 
 def inputs(rows: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,8 +22,13 @@ def inputs(rows: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_loss_and_gradients(compare, rows: int, vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOGITS, "cpu", 256 * vocab)  # 300 rows: two blocks
     x, weight, targets = inputs(rows, vocab)
-    launches = compare(lambda x, w: linear_cross_entropy(x, w, targets), x, weight, rtol=1e-5, atol=1e-5)
-    assert launches == ["_softmax_loss"] * (1 + (rows > 256))
+    for softcap in (0.0, 2.0):
+
+        def loss(x: Tensor, weight: Tensor, softcap: float = softcap) -> Tensor:
+            return linear_cross_entropy(x, Projection(weight, softcap=softcap), targets)
+
+        launches = compare(loss, x, weight, rtol=1e-5, atol=1e-5)
+        assert launches == ["_softmax_loss"] * (1 + (rows > 256))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
@@ -31,7 +37,7 @@ def test_under_autocast(compare, dtype: torch.dtype, tolerance: float) -> None:
 
     def loss(x: Tensor, weight: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype):
-            return linear_cross_entropy(x, weight, targets)
+            return linear_cross_entropy(x, Projection(weight), targets)
 
     assert compare(loss, x, weight, rtol=tolerance, atol=tolerance) == ["_softmax_loss"]
 
@@ -39,7 +45,7 @@ def test_under_autocast(compare, dtype: torch.dtype, tolerance: float) -> None:
 def test_without_gradients(interpreted) -> None:
     x, weight, targets = inputs(5, 40)
     expected = F.cross_entropy(x @ weight.T, targets, reduction="sum")
-    torch.testing.assert_close(interpreted(linear_cross_entropy, x, weight, targets), expected)
+    torch.testing.assert_close(interpreted(linear_cross_entropy, x, Projection(weight), targets), expected)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -53,7 +59,7 @@ def test_small_gradients_survive_in_fp16(interpreted, fused: bool) -> None:
 
     def gradients() -> tuple[Tensor, ...]:
         with torch.autocast("cpu", torch.float16):
-            loss = linear_cross_entropy(*leaves, targets)
+            loss = linear_cross_entropy(leaves[0], Projection(leaves[1]), targets)
         return torch.autograd.grad(loss, leaves, torch.tensor(65536 / 64))
 
     found = interpreted(gradients) if fused else gradients()
@@ -75,7 +81,7 @@ def test_sums_beyond_the_range_of_fp16_stay_finite(interpreted, fused: bool) -> 
 
     def gradient() -> tuple[Tensor, ...]:
         with torch.autocast("cpu", torch.float16):
-            return torch.autograd.grad(linear_cross_entropy(x, weight, targets), (weight,))
+            return torch.autograd.grad(linear_cross_entropy(x, Projection(weight), targets), (weight,))
 
     (grad,) = interpreted(gradient) if fused else gradient()
     assert torch.finfo(torch.float16).max < 32 * 0.75 * 3 * FP16_SCALE
@@ -86,7 +92,7 @@ def test_low_precision_weights_get_gradients_of_their_dtype(compare) -> None:
     x, weight, targets = inputs(5, 40)
     for dtype, tolerance in ((torch.float16, 1e-2), (torch.bfloat16, 0.1)):
         compare(
-            lambda x, w: linear_cross_entropy(x, w, targets),
+            lambda x, w: linear_cross_entropy(x, Projection(w), targets),
             x.to(dtype),
             weight.to(dtype),
             rtol=tolerance,

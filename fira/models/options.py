@@ -1,0 +1,21 @@
+"""Options that the families with attention share. Each is off unless a preset says otherwise."""
+
+from dataclasses import dataclass
+
+from fira.value_types import NotNegative
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base class of configs.
+
+    softcap: limit c of the logits, c · tanh(logits / c); 0: none.
+    relu_squared: use max(x, 0)² as the activation of experts or MLP.
+    value_embeddings: add an embedding of the token, times a learnt scalar, to the values of each attention layer.
+    residual_scalars: multiply the residual stream by a learnt scalar at each residual connection.
+    """
+
+    softcap: NotNegative = 0.0
+    relu_squared: bool = False
+    value_embeddings: bool = False
+    residual_scalars: bool = False

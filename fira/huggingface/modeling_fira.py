@@ -74,6 +74,12 @@ class FiraLMPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = {"past_key_values"}  # noqa: RUF012
     _supports_sdpa = True
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As in transformers. Raises ValueError if the model has value embeddings, which are not resized."""
+        if self.config.shape.get("value_embeddings"):
+            raise ValueError("a model with value_embeddings cannot be resized")
+        return super().resize_token_embeddings(*args, **kwargs)
+
 
 class FiraLMModel(FiraLMPreTrainedModel):
     """Embedding, blocks and final norm of a model. It also contains the projection to logits but does not apply it."""

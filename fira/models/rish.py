@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fira.models.family import Family, Recipe
+from fira.models.family_options import Options
 from fira.models.language_model import LanguageModel
-from fira.models.options import Options
 from fira.nn.attention import SelfAttention
 from fira.nn.base_layer import Layer
 from fira.nn.context import Context

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class Residual(nn.Module):
     """x + y, or λ x + y with a learnt scalar λ, initially 1.
 
-    In a model with a norm before the head, the scalars determine how much each branch contributes to the logits. A
-    second scalar of y would only scale x of all later layers.
+    Between layers that normalise their input, the scalars determine the share of each branch in the stream. Another
+    scalar for y would only change the scale of the stream, which has no effect there.
     """
 
     def __init__(self, learnt: bool) -> None:

@@ -34,7 +34,7 @@ FIRA = FiraConfig(**SMALL, vocab_size=261, d_ff=10, dropout=0.0)
 WITHOUT_ROLES = {
     "microrwkv": MicroRWKVConfig(**SMALL, vocab_size=BYTES, n_group=2, window=5, d_moe=10, top_k=2),
     "mooshak": MooshakConfig(**SMALL, vocab_size=BYTES, d_ff=10),
-    "mooshak-tied": MooshakConfig(**SMALL, vocab_size=BYTES, d_ff=10, tied=True),
+    "mooshak-tied": MooshakConfig(**SMALL, vocab_size=BYTES, d_ff=10, tied=True, softcap=2.0, value_embeddings=True),
 }
 TRANSFORMERS: dict[str, Any] = {
     "vocab_size": BYTES,

@@ -68,6 +68,8 @@ def test_logits_cache_beams_and_padding(family: str) -> None:
     if getattr(ours.config, "value_embeddings", False):
         with pytest.raises(ValueError, match="give input_ids"):
             model(inputs_embeds=vectors)
+        with pytest.raises(ValueError, match="cannot be resized"):
+            model.resize_token_embeddings(70)
     else:
         assert torch.equal(model(inputs_embeds=vectors).logits, expected)
 

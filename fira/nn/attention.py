@@ -62,9 +62,10 @@ class SelfAttention(nn.Module):
         """x: [B, T, d] → [B, T, d]. With a cache, x holds the tokens that follow the cached ones."""
         cache, documents = context.decoding.cache, context.documents
         length = x.shape[1] + (cache.length if cache is not None else 0)
+        tokens, shape = x.flatten(0, 1), (*x.shape[:2], -1, self.head_dim)
         q, k, v = (
-            projected.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
-            for projected in (self.q_norm(self.q(x)), self.k_norm(self.k(x)), self.v(x))
+            projected.view(shape).transpose(1, 2)
+            for projected in (self.q_norm(self.q(tokens)), self.k_norm(self.k(tokens)), self.v(tokens))
         )
         if self.rotary is not None:
             if self.rotary.grows:
@@ -84,8 +85,8 @@ class SelfAttention(nn.Module):
             if shared and _lacks_flash_attention(q.device):
                 (k, v), shared = _repeat_heads(q, k, v), False
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
-        y = y.transpose(1, 2).flatten(2)
-        return self.o(y if self.g is None else y * self.g(x))
+        y = y.transpose(1, 2).reshape(tokens.shape)
+        return self.o(y if self.g is None else y * self.g(tokens)).view(x.shape)
 
     def _mask(self, q: Tensor, k: Tensor, length: int, context: Context) -> Tensor | None:
         """Attention mask, [new, seen] or [B, 1, new, seen] bool: whether a query attends to a key.

@@ -1,11 +1,13 @@
 """Measure one operation alternately with the MPI backend, gloo and plain mpi4py. Started by ``run.py``.
 
-Usage: mpirun -np N python ranks.py ROUNDS OPERATION SIZES   (comma-separated sizes in bytes per rank)
+Usage: mpirun -np N python ranks.py MEASUREMENT ROUNDS OPERATION SIZES   (comma-separated sizes in bytes per rank)
 
+MEASUREMENT is "loop" (calls one after another) or "step" (one call after other work, as in a training step).
 Rank 0 prints one JSON line per size and backend: the median over rounds of the slowest rank's time per call.
 """
 
 import json
+import random
 import statistics
 import sys
 import time
@@ -18,9 +20,10 @@ import torch.distributed as dist
 import pipeline
 
 BATCH_S = 0.003  # approximate duration of a batch of calls
+PRODUCTS = 8, 24  # fewest and most matrix products before a call
 
 
-def main(rounds: int, operation: str, sizes: list[int]) -> None:
+def main(measurement: str, rounds: int, operation: str, sizes: list[int]) -> None:
     warnings.simplefilter("ignore", FutureWarning)  # the functions have newer names
     world = pipeline.init()
     gloo = dist.new_group(backend="gloo")
@@ -28,11 +31,11 @@ def main(rounds: int, operation: str, sizes: list[int]) -> None:
     backends["mpi4py"] = mpi4py_call
     for size in sizes:
         calls = {name: make(operation, size // 4) for name, make in backends.items()}
-        seconds = alternate(calls, rounds)
+        seconds = {"loop": alternate, "step": isolated}[measurement](calls, rounds)
         if world.rank == 0:
             for name, value in seconds.items():
-                record = {"ranks": world.size, "operation": operation, "bytes": size, "contender": name}
-                print(json.dumps(record | {"seconds": value}), flush=True)
+                record = {"measurement": measurement, "ranks": world.size, "operation": operation, "bytes": size}
+                print(json.dumps(record | {"contender": name, "seconds": value}), flush=True)
 
 
 def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -51,6 +54,30 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     slowest = torch.tensor(list(samples.values()), dtype=torch.float64)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return {name: statistics.median(row.tolist()) for name, row in zip(samples, slowest, strict=True)}
+
+
+def isolated(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of single calls, each after matrix products whose number differs between ranks.
+
+    The time of a call is from its start on the last rank to its end on the last rank, by the clock of the machine.
+    """
+    torch.set_num_threads(1)
+    matrix, rank = torch.ones(128, 128), dist.get_rank()
+    times = torch.zeros(2, len(calls), rounds, dtype=torch.float64)  # starts and ends
+    for number in range(rounds):
+        generator = random.Random(number)
+        counts = [generator.randint(*PRODUCTS) for _ in range(dist.get_world_size())]
+        for row, call in enumerate(calls.values()):
+            if number == 0:
+                call()
+            dist.barrier()
+            for _ in range(counts[rank]):
+                matrix @ matrix
+            times[0, row, number] = time.perf_counter()
+            call()
+            times[1, row, number] = time.perf_counter()
+    dist.all_reduce(times, dist.ReduceOp.MAX)
+    return {name: statistics.median(row.tolist()) for name, row in zip(calls, times[1] - times[0], strict=True)}
 
 
 def timed(call: Callable[[], object], repeats: int) -> float:
@@ -97,4 +124,4 @@ def mpi4py_call(operation: str, count: int) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], [int(size) for size in sys.argv[3].split(",")])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], [int(size) for size in sys.argv[4].split(",")])

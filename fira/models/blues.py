@@ -94,12 +94,13 @@ class Block(Layer):
         losses = [(load_balance, c.aux_coefficient)]
         self.moe = MoE(router, experts, c.num_experts, index, losses, norm=None if c.gate_before_norm else norm4)
         self.norm4 = norm4 if c.gate_before_norm else nn.Identity()
+        self.random = bool(c.dropout or c.noise)
         self.dropout1, self.dropout2 = (Dropout(c.dropout, f"{name}.dropout{i}") for i in (1, 2))
         self.residual1, self.residual2 = (Residual(c.residual_scalars) for _ in range(2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
-        keys = context.token_keys(x)
+        keys = context.token_keys(x) if self.random else None
         x, tokens = self.attend(x, context, keys)
         return self.add_experts(x, self.moe(tokens, context, keys), keys)
 

@@ -95,12 +95,13 @@ class Block(Layer):
         losses = [(even_weights, c.aux_coefficient), (load_balance, c.switch_coefficient), (router_z, c.z_coefficient)]
         self.moe = MoE(router, experts, c.num_experts, index, losses, capacity_factor=c.capacity_factor)
         self.post_norm = nn.LayerNorm(c.d_model)
+        self.random = bool(c.dropout or c.noise)
         self.dropout1, self.dropout2, self.dropout3 = (Dropout(c.dropout, f"{name}.dropout{i}") for i in (1, 2, 3))
         self.residual1, self.residual2 = (Residual(c.residual_scalars) for _ in range(2))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
-        keys = context.token_keys(x)
+        keys = context.token_keys(x) if self.random else None
         x, tokens = self.attend(x, context, keys)
         return self.add_experts(x, self.moe(tokens, context, keys), keys)
 

@@ -68,10 +68,13 @@ class SelfAttention(nn.Module):
         """x: [B, T, d] → [B, T, d]. With a cache, x holds the tokens that follow the cached ones."""
         cache, documents = context.decoding.cache, context.documents
         length = x.shape[1] + (cache.length if cache is not None else 0)
-        v = self.v(x)
+        tokens, shape = x.flatten(0, 1), (*x.shape[:2], -1, self.head_dim)
+        v = self.v(tokens)
         if self.value_embedding is not None:
-            v = v + self.value_embedding(context).to(v.dtype)
-        q, k, v = self._heads(self.q(x), self.q_norm), self._heads(self.k(x), self.k_norm), self._heads(v)
+            v = v + self.value_embedding(context).flatten(0, 1).to(v.dtype)
+        q = self._heads(self.q(tokens), shape, self.q_norm)
+        k = self._heads(self.k(tokens), shape, self.k_norm)
+        v = self._heads(v, shape)
         if self.rotary is not None:
             if self.rotary.grows:
                 (q,) = self.rotary(length, q, documents=documents)
@@ -90,14 +93,17 @@ class SelfAttention(nn.Module):
             if shared and _lacks_flash_attention(q.device):
                 (k, v), shared = _repeat_heads(q, k, v), False
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
-        y = y.transpose(1, 2).flatten(2)
-        return self.o(y if self.g is None else y * self.g(x))
+        y = y.transpose(1, 2).reshape(tokens.shape)
+        return self.o(y if self.g is None else y * self.g(tokens)).view(x.shape)
 
-    def _heads(self, y: Tensor, norm: RMSNorm | None = None) -> Tensor:
-        """y [B, T, H · hd] → [B, H, T, hd], normalised in groups of channels of the norm's width."""
+    def _heads(self, y: Tensor, shape: tuple[int, ...], norm: RMSNorm | None = None) -> Tensor:
+        """y [B · T, H · hd] → [B, H, T, hd], normalised in groups of channels of the norm's width.
+
+        shape: (B, T, −1, hd).
+        """
         if norm is not None:
             y = norm(y.unflatten(-1, (-1, len(norm.weight))))
-        return y.view(*y.shape[:2], -1, self.head_dim).transpose(1, 2)
+        return y.view(shape).transpose(1, 2)
 
     def _mask(self, q: Tensor, k: Tensor, length: int, context: Context) -> Tensor | None:
         """Attention mask, [new, seen] or [B, 1, new, seen] bool: whether a query attends to a key.

@@ -94,6 +94,7 @@ class Context:
     tokens: Tensor | None = None
     training: TrainingContext = field(default_factory=TrainingContext)
     decoding: DecodingContext = field(default_factory=DecodingContext)
+    _valid: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # last result of `valid`
 
     @classmethod
     def for_tokens(cls, tokens: Tensor, training: bool) -> Self:
@@ -154,7 +155,14 @@ class Context:
         return positions if self.starts is None else positions - self.starts[:, None]
 
     def valid(self, x: Tensor) -> Tensor:
-        """[B, T] bool: which tokens of x [B, T, …] are not padding."""
+        """[B, T] bool: which tokens of x [B, T, …] are not padding. All layers get the same tensor."""
+        if self.decoding.cache is not None:
+            return self._find_valid(x)
+        if self._valid is None or self._valid.shape != x.shape[:2]:
+            self._valid = self._find_valid(x)
+        return self._valid
+
+    def _find_valid(self, x: Tensor) -> Tensor:
         if self.documents is not None:
             return self.documents.numbers >= 0
         positions = self.positions(x)

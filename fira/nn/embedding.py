@@ -56,7 +56,7 @@ class Embedding(Layer):
             if end > self.position.num_embeddings:
                 raise ValueError(f"{end} tokens, the model's context is {self.position.num_embeddings}")
             x = x + self.position(context.positions(tokens).clamp(min=0))
-        return self.dropout(x, context.token_keys(tokens))
+        return self.dropout(x, context.token_keys(tokens) if self.dropout.p else None)
 
 
 class Head(Layer):

@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from fira.optim.settings import OptimizerSettings
 from fira.optim.weight_decay import cautious_decay
@@ -37,29 +36,30 @@ class AdamW:
         # The kernel may round the last elements of a tensor, which do not fill a vector, differently from the others.
         # Rows that fill vectors are updated together.
         self._by_row = {name for name in stacked if parameters[name][0].nbytes % VECTOR}
-        others = [name for name in parameters if name not in decayed]
-        self._groups = [([name for name in parameters if name in decayed], settings.weight_decay), (others, 0.0)]
+        self._groups: dict[tuple[float, torch.device], list[str]] = {}  # names by weight decay and device
+        for name, parameter in parameters.items():
+            decay = settings.weight_decay if name in decayed else 0.0
+            self._groups.setdefault((decay, parameter.device), []).append(name)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter by its `.grad`, which must not be None."""
         settings = self.settings
-        for names, weight_decay in self._groups:
-            if not names:
-                continue
+        self.updates += 1
+        for (weight_decay, device), names in self._groups.items():
             parameters = self._tensors({name: self._parameters[name] for name in names})
             gradients = self._tensors({name: self._parameters[name].grad for name in names})
             averages = self._tensors({name: self.moments[name][0] for name in names})
             is_cautious = settings.cautious_decay and weight_decay > 0
             before = [parameter.clone() for parameter in parameters] if is_cautious else []
-            adamw(
+            # Not torch's function `adamw`: it would need one counter of steps for each tensor.
+            torch._fused_adamw_(
                 parameters,
                 gradients,
                 averages,
                 self._tensors({name: self.moments[name][1] for name in names}),
                 [],
-                [torch.full((), float(self.updates), device=p.device) for p in parameters],
-                fused=True,
+                [torch.full((), float(self.updates), device=device)] * len(parameters),
                 amsgrad=False,
                 beta1=settings.beta1,
                 beta2=settings.beta2,
@@ -71,7 +71,6 @@ class AdamW:
             for parameter, weight, average in zip(parameters, before, averages, strict=False):
                 # The update has the sign of the average.
                 parameter.sub_(cautious_decay(weight, average, lr * weight_decay))
-        self.updates += 1
 
     def _tensors(self, by_name: Mapping[str, Tensor | None]) -> list[Tensor]:
         """The tensors that the kernel updates, which are rows for some of the stacked parameters."""

@@ -25,14 +25,14 @@ class NormVector:
 
     def __init__(self, model: DistributedModel, owners: Owners) -> None:
         self.names: list[str] = []  # of the entries
-        self._owned: list[tuple[ParamShard, int]] = []  # with the number of entries of each shard
+        self._owned: list[ParamShard] = []
         indices: list[int] = []  # of this rank's entries
         shards = {shard.name: shard for shard in model.shards}
         for name, shape, expert in model.parameters:
             shard = shards.get(name)
             if shard is not None and owners.owns(shard):
                 rows = len(shard.parameter) if expert else 1
-                self._owned.append((shard, rows))
+                self._owned.append(shard)
                 indices += range(len(self.names) + shard.start, len(self.names) + shard.start + rows)
             self.names += [f"{name}[{e}]" for e in range(shape[0])] if expert else [name]
         self._indices = torch.tensor(indices, device=model.device)
@@ -40,12 +40,12 @@ class NormVector:
     def local(self) -> Tensor:
         """This rank's entries in a vector of zeros: [len(names)] float64."""
         vector = torch.zeros(len(self.names), dtype=torch.float64, device=self._indices.device)
-        norms = []
-        for shard, rows in self._owned:
-            gradients = gradient_of(shard).reshape(rows, -1)
-            norms.append(torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64).to(vector.device))
-        if norms:
-            vector[self._indices] = torch.cat(norms).square()
+        gradients: list[Tensor] = []
+        for shard in self._owned:
+            gradients += gradient_of(shard).unbind() if shard.expert else [gradient_of(shard)]
+        if gradients:
+            norms = torch._foreach_norm(gradients, dtype=torch.float64)
+            vector[self._indices] = torch.stack([norm.to(vector.device) for norm in norms]).square()
         return vector
 
 

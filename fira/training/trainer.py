@@ -185,14 +185,14 @@ class Trainer:
         layers, device = len(self.model.moe_layers), self.model.device
         load, dropped = torch.zeros(2, layers, self.model.num_experts, dtype=torch.float64, device=device)
         entropy, aux_loss = load.new_zeros(2, layers, self.split.total(sequences))
-        for number, microbatch in zip(self.split.numbers(sequences), microbatches, strict=False):
-            stats: dict[tuple[int, int], MoEStats] = microbatch.context.training.stats
-            for (layer, _), routing in sorted(stats.items()):
+        numbers = self.split.numbers(sequences)
+        stats = [microbatch.context.training.stats for microbatch in microbatches[: len(numbers)]]
+        if stats and stats[0]:
+            span = slice(numbers.start, numbers.stop)
+            for layer, routing in _by_layer(stats, device).items():
                 row = self.model.moe_layers.index(layer)
-                load[row] += routing.load.to(device)
-                dropped[row] += routing.dropped.to(device)
-                entropy[row, number] += routing.entropy.to(device)
-                aux_loss[row, number] += routing.aux.to(device)
+                load[row], dropped[row] = routing.load.sum(0), routing.dropped.sum(0)
+                entropy[row, span], aux_loss[row, span] = routing.entropy, routing.aux
         return StepSums(
             norms=self.norms.local(),
             load=load,
@@ -219,6 +219,23 @@ class Trainer:
         broken = next((f"{name} is not finite since an earlier step" for name in gather(local) if name), None)
         advice = "resume from an earlier checkpoint with a lower --lr or --clip and --override"
         raise NumericalFault(f"{cause}{where}; {broken or 'this step changed no weight'}; {advice}")
+
+
+def _by_layer(stats: Sequence[dict[tuple[int, int], MoEStats]], device: torch.device) -> dict[int, MoEStats]:
+    """The statistics of several micro-batches, which have the same layers and chunks, in float64 [micro-batches, …].
+
+    They are stacked for all layers at once: an operation for each of them would take longer than the statistics.
+    """
+    keys = sorted(stats[0])
+    layers = sorted({layer for layer, _ in keys})
+    shape = len(layers), len(keys) // len(layers), len(stats)
+
+    def stacked(name: str) -> Sequence[Tensor]:
+        values = [getattr(parts[key], name).to(device) for key in keys for parts in stats]
+        return torch.stack(values).double().unflatten(0, shape).sum(1).unbind()
+
+    columns = (stacked(field.name) for field in fields(MoEStats))
+    return {layer: MoEStats(*values) for layer, *values in zip(layers, *columns, strict=True)}
 
 
 def _not_finite(shard: ParamShard) -> str | None:

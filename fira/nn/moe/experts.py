@@ -21,11 +21,13 @@ class ExpertBank(PerExpertInit, nn.Module):
     A subclass is called as `experts(x, groups, keys)`: x [n, d] sorted by expert, `groups` with the number of rows of
     each, keys [n] int32 for dropout or None. Experts without rows are included, so that every parameter has a gradient
     on every rank.
-    lora: adapters of the weights by name; see `add_adapters`.
+    lora: adapters of the weights by name; see `add_adapters`. random: whether there is dropout; otherwise keys are not
+    moved to the experts.
     """
 
     lora_target = "experts"
     std: float | None = None
+    random = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,6 +80,7 @@ class Experts(ExpertBank):
         self.b2 = nn.Parameter(torch.empty(num_experts, d_model))
         self.dropout = Dropout(dropout, f"{name}.dropout")
         self.activation = activation
+        self.random = dropout > 0
 
     def forward(self, x: Tensor, groups: RowGroups, keys: Tensor | None) -> Tensor:
         """[n, d] → [n, d]."""

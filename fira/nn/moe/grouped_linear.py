@@ -24,6 +24,7 @@ elementwise functions differs for the last elements of a contiguous tensor, so t
 """
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -154,33 +155,42 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[int, in
     """y of the shapes above; with grad_y and weightᵀ it is grad_x."""
     width = weight.shape[-2]
     unit = ALIGNMENT // x.element_size()
-    y = x.new_empty(len(x), -(-width // unit) * unit)[:, :width]
+    y = x.new_empty(len(x), -(-width // unit) * unit)
+    if y.shape[1] > width:
+        y = y[:, :width]
     spans = _spans(sizes, len(x))
-    for e, rows, out in zip(sizes, x.split(spans), y.split(spans), strict=False):
-        if not len(rows):
+    rows, outputs = _aligned(x.split_with_sizes(spans)), y.split_with_sizes(spans)
+    factors = _aligned(_by_group(weight.mT, sizes, 2))
+    biases = factors if bias is None else _by_group(bias, sizes, 1)
+    for size, a, factor, added, out in zip(spans, rows, factors, biases, outputs, strict=False):
+        if not size:
             continue
-        factor = _aligned(weight[_index(weight, e)]).T
         if bias is None:
-            torch.mm(_aligned(rows), factor, out=out)
+            torch.mm(a, factor, out=out)
         else:
-            torch.addmm(bias[_index(weight, e)], _aligned(rows), factor, out=out)
+            torch.addmm(added, a, factor, out=out)
     if spans[-1]:
         y[-spans[-1] :] = 0
     return y
 
 
-def _index(weight: Tensor, group: int) -> int | tuple[int, int]:
-    """The index of a group's matrix in weight [(R,) E, out, in]."""
-    return group if weight.dim() == 3 else divmod(group, weight.shape[1])
+def _by_group(stacked: Tensor, sizes: dict[int, int], dims: int) -> Sequence[Tensor]:
+    """The tensors of `dims` dimensions of the groups in `sizes`, in their order, from those of all [(R,) E, …]."""
+    if stacked.dim() == dims + 1 and len(sizes) < len(stacked):  # few of many experts, as in decoding
+        return [stacked[e] for e in sizes]
+    versions = stacked.unbind() if stacked.dim() > dims + 1 else [stacked]
+    parts = [part for version in versions for part in version.unbind()]
+    return [parts[e] for e in sizes]
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy of it at an aligned address. torch's allocations are aligned."""
-    return x if _is_aligned(x) else x.clone()
+def _aligned(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The parts of one tensor, copied where they are not at an aligned address. torch's allocations are aligned."""
+    return parts if _are_aligned(parts) else [part if _are_aligned([part]) else part.clone() for part in parts]
 
 
-def _is_aligned(x: Tensor) -> bool:
-    return x.storage_offset() * x.element_size() % ALIGNMENT == 0
+def _are_aligned(parts: Sequence[Tensor]) -> bool:
+    unit = ALIGNMENT // parts[0].element_size()
+    return not any(part.storage_offset() % unit for part in parts)
 
 
 def _spans(sizes: dict[int, int], rows: int) -> list[int]:
@@ -220,15 +230,17 @@ class _Weights(torch.autograd.Function):
         grad_weight = new(ctx.shape)
         grad_bias = new(ctx.shape[:-1]) if ctx.biased else None
         spans = _spans(ctx.sizes, len(x))
-        for e, grad_rows, rows in zip(ctx.sizes, grad_y.split(spans), x.split(spans), strict=False):
-            index = _index(grad_weight, e)
-            target = grad_weight[index]
-            if _is_aligned(target):
-                torch.mm(_aligned(grad_rows).T, _aligned(rows), out=target)
+        grad_rows = grad_y.split_with_sizes(spans)
+        targets = _by_group(grad_weight, ctx.sizes, 2)
+        aligned = _are_aligned(targets)
+        for target, a, b in zip(targets, _aligned(grad_rows), _aligned(x.split_with_sizes(spans)), strict=False):
+            if aligned:
+                torch.mm(a.T, b, out=target)
             else:
-                target.copy_(torch.mm(_aligned(grad_rows).T, _aligned(rows)))
-            if grad_bias is not None:
-                torch.sum(grad_rows, 0, out=grad_bias[index])
+                target.copy_(torch.mm(a.T, b))
+        if grad_bias is not None:
+            for target, a in zip(_by_group(grad_bias, ctx.sizes, 1), grad_rows, strict=False):
+                torch.sum(a, 0, out=target)
         return grad_weight, grad_bias, None, None
 
 

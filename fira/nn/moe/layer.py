@@ -89,7 +89,9 @@ class MoE(nn.Module):
             experts = experts.where(accepted.flatten(0, 1), self.num_experts)
         # 2. Plan: the order of the assignments by expert, and how many rows each expert gets.
         plan = self.dispatcher.plan(experts, self.num_experts, dropped=accepted is not None)
-        if flat_keys is not None:  # the dropout mask of a token differs between its experts
+        if not self.experts.random:
+            flat_keys = None
+        elif flat_keys is not None:  # the dropout mask of a token differs between its experts
             flat_keys = (flat_keys[:, None] + experts.to(torch.int32)).flatten()
         # 3. Dispatch the rows to the experts, run these, and bring their outputs back. The experts' first product would
         # cast the rows; casting them here halves what the ranks exchange.
@@ -120,8 +122,7 @@ class MoE(nn.Module):
         assigned = valid[..., None].expand_as(routed.experts)
         load = self._count(routed.experts, assigned)
         dropped = torch.zeros_like(load) if accepted is None else self._count(routed.experts, assigned & ~accepted)
-        log_p = routed.logits.detach().log_softmax(dim=-1)
-        entropy = -(log_p.exp() * log_p * valid[..., None]).sum()
+        entropy = (torch.special.entr(routed.logits.detach().softmax(dim=-1)) * valid[..., None]).sum()
         stats = MoEStats(load, dropped, entropy, aux if training.caller_adds_aux else aux.detach())
         training.stats[self.index, context.chunk] = stats
         return y if training.caller_adds_aux else _AddToObjective.apply(y, aux)

@@ -1,5 +1,7 @@
 """Schedules compared with the diagrams of their docstrings and the formulas of their papers."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -165,6 +167,43 @@ def test_zb_v_starts_the_best_action_that_is_ready(ranks, microbatches):
             kept += {F: 1, W: -1}.get(action.kind, 0)
             remaining.remove(action)
             free = ended
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), [(1, 2), (2, 4), (2, 9), (3, 6), (4, 8), (4, 17), (8, 16)])
+def test_bubble_memory_and_pairs_of_dualpipev(ranks, microbatches):
+    """For m ≥ 2p the only bubble is the wait for the first micro-batch, which no schedule with these stages avoids.
+
+    In the steady state every backward follows a forward of the other stage, and so do p − 1 − r later ones.
+    """
+    schedule = SCHEDULES["dualpipev"].builder(ranks, microbatches)
+    assert run(schedule).length == 3 * microbatches + (ranks - 1) / 2
+    assert max(peak_activations(schedule)) == 2 * ranks + 1
+    for r, actions in enumerate(schedule.actions):
+        pairs = [(a, b) for a, b in pairwise(actions) if (a.kind, b.kind) == (F, I) and a.stage != b.stage]
+        assert len(pairs) == 2 * (microbatches - 2 * ranks + r + 1) + ranks - 1 - r
+
+
+def test_dualpipev_on_two_ranks():
+    """The order of DeepSeek's implementation, where B is I with W."""
+    assert text(SCHEDULES["dualpipev"].builder(2, 4)) == [
+        "F0.0 F0.1 F0.2 F3.0 I3.0 W3.0 F3.1 F0.3 I3.1 W3.1 F3.2 I0.0 W0.0 I3.2 W3.2 F3.3 I0.1 W0.1 I3.3 W3.3 I0.2 W0.2 "
+        "I0.3 W0.3",
+        "F1.0 F2.0 F1.1 F2.1 F1.2 I2.0 W2.0 F2.2 I1.0 W1.0 F1.3 I2.1 W2.1 F2.3 I1.1 W1.1 I2.2 W2.2 I1.2 W1.2 I2.3 I1.3 "
+        "W2.3 W1.3",
+    ]
+
+
+@pytest.mark.parametrize(("forward", "split"), [(1.0, 0.5), (1.0, 0.6), (1.0, 0.7), (1.25, 0.6), (1.0, 0.4)])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (4, 8), (4, 16), (8, 16)])
+def test_dualpipev_is_no_slower_than_the_others_from_2p_micro_batches(ranks, microbatches, forward, split):
+    """split: share of I in the backward, which takes 2. The exchange of an MoE layer makes F and I longer than W."""
+    costs = {F: forward, I: 2 * split, W: 2 * (1 - split), B: 2.0}
+    lengths = {}
+    for name, spec in SCHEDULES.items():
+        schedule = spec.builder(ranks, microbatches)
+        per_stage = {kind: [cost / spec.stages_per_rank] * schedule.stages for kind, cost in costs.items()}
+        lengths[name] = simulate(schedule, per_stage).length
+    assert lengths["dualpipev"] == pytest.approx(min(lengths.values()))
 
 
 @pytest.mark.parametrize("placement", [(0,), (0, 1, 2), (0, 1, 0, 1), (0, 1, 1, 0)])

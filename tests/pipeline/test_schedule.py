@@ -1,6 +1,7 @@
 """Schedules compared with the diagrams of their docstrings and the formulas of their papers."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -183,14 +184,23 @@ def test_bubble_memory_and_pairs_of_dualpipev(ranks, microbatches):
         assert len(pairs) == 2 * (microbatches - 2 * ranks + r + 1) + ranks - 1 - r
 
 
-def test_dualpipev_on_two_ranks():
-    """The order of DeepSeek's implementation, where B is I with W."""
-    assert text(SCHEDULES["dualpipev"].builder(2, 4)) == [
-        "F0.0 F0.1 F0.2 F3.0 I3.0 W3.0 F3.1 F0.3 I3.1 W3.1 F3.2 I0.0 W0.0 I3.2 W3.2 F3.3 I0.1 W0.1 I3.3 W3.3 I0.2 W0.2 "
-        "I0.3 W0.3",
-        "F1.0 F2.0 F1.1 F2.1 F1.2 I2.0 W2.0 F2.2 I1.0 W1.0 F1.3 I2.1 W2.1 F2.3 I1.1 W1.1 I2.2 W2.2 I1.2 W1.2 I2.3 I1.3 "
-        "W2.3 W1.3",
-    ]
+@pytest.mark.parametrize(("ranks", "microbatches"), [(1, 2), (2, 4), (3, 6), (4, 8), (4, 17), (8, 16)])
+def test_dualpipev_has_the_order_of_torch(ranks, microbatches):
+    pipelining = pytest.importorskip("torch.distributed.pipelining")
+    if not hasattr(pipelining, "ScheduleDualPipeV"):
+        pytest.skip("this version of PyTorch has no DualPipeV")
+    words = {"FORWARD": "F", "FULL_BACKWARD": "IW", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+
+    def names(operation):
+        if operation.sub_actions:  # a pair
+            return [name for part in operation.sub_actions for name in names(part)]
+        kinds = words[operation.computation_type.name]
+        return [f"{kind}{operation.stage_index}.{operation.microbatch_index}" for kind in kinds]
+
+    sizes = SimpleNamespace(pp_group_size=ranks, _n_microbatches=microbatches)
+    for r, actions in enumerate(SCHEDULES["dualpipev"].builder(ranks, microbatches).actions):
+        operations = pipelining.ScheduleDualPipeV._calculate_single_rank_operations(sizes, r)
+        assert [name for operation in operations for name in names(operation)] == list(map(str, actions))
 
 
 @pytest.mark.parametrize(("forward", "split"), [(1.0, 0.5), (1.0, 0.6), (1.0, 0.7), (1.25, 0.6), (1.0, 0.4)])

@@ -135,7 +135,8 @@ def draw() -> None:
             ax.plot(shares, times, color=f"C{number}", label=name, linewidth=width)
         times = [step("dualpipev", ranks, microbatches, x, overlapped=True) / (3 * microbatches) for x in shares]
         ax.plot(shares, times, color=f"C{len(NAMES) - 1}", linestyle="--", label="dualpipev, pairs overlapped")
-        ax.plot(shares, [1 + 2 / 3 * x / (1 - x) for x in shares], "k:", linewidth=0.8, label="no bubble, not overlapped")
+        ideal = [1 + 2 / 3 * x / (1 - x) for x in shares]
+        ax.plot(shares, ideal, "k:", linewidth=0.8, label="no bubble")
         ax.set_title(f"{ranks} ranks, {microbatches} micro-batches")
         ax.set_xlabel("share of exchange in F and I")
     axes[0].set_ylabel("step / computation of a rank")

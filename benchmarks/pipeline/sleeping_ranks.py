@@ -63,10 +63,8 @@ def contender(name: str, rank: int, ranks: int, microbatches: int, seconds: Seco
     x = torch.ones(1, 1)
     run = partial(engine.run, spec.builder(ranks, microbatches), [MicroBatch(x, x.shape)] * microbatches)
     run()
-    # x enters every stage as the sum of the weights below it, which are zero: each gradient is the number of
-    # micro-batches.
-    for layer in layers.values():
-        assert all(float(p.grad) == microbatches for p in layer.parameters() if p.grad is not None)
+    for layer in layers.values():  # a weight is added to the output of every micro-batch
+        assert all(p.grad is not None and float(p.grad) == microbatches for p in layer.parameters())
     return run
 
 

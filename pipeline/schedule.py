@@ -21,6 +21,7 @@ schedules. In the docstrings, F, B, I and W also denote the duration of an actio
 B = I + W. "Memory" is the number of micro-batches whose activations a rank keeps, "Bubble" its idle time per step.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -227,6 +228,52 @@ def zero_bubble_v(ranks: int, microbatches: int) -> Schedule:
     return Schedule("zb-v", microbatches, placement, tuple(map(tuple, lists)))
 
 
+def dual_pipe_v(ranks: int, microbatches: int) -> Schedule:
+    """DualPipeV: ZB-V's placement in a fixed order (DeepSeek 2025, https://github.com/deepseek-ai/DualPipe).
+
+    In the steady state every backward follows a forward of the rank's other stage, which it does not depend on.
+    DeepSeek's implementation overlaps the two, so that the all-to-all of one is hidden by the computation of the other;
+    the engine executes them one after another. Unlike DeepSeek's, m can be less than 2p.
+
+    Memory: at most 2p + 1 micro-batches of one stage, which has half of a rank's layers.
+    Bubble: (p − 1)F / 2 where F = I = W and m ≥ 2p. It depends less on the durations than that of ZB-V.
+    """
+    placement = v_shape(ranks)
+    lists = []
+    for r in range(ranks):
+        below = ranks - 1 - r  # ranks between this one and the turn of the V
+        # 0 is the rank's first stage, 1 the second one. B is I with its W, and a single W belongs to the earliest I.
+        pattern = "F0 " * 2 * below + "F0 F1 " * (r + 1) + "I1 W F1 " * below  # [1]
+        pattern += "F0 B1 F1 B0 " * (microbatches - 2 * ranks + r + 1) + "B1 F1 B0 " * below  # [2]
+        pattern += "".join(f"{'B' if n <= r else 'I'}{1 - n % 2} " for n in range(2 * r + 2))  # [3]
+        pattern += "W I0 " * below + "W " * 2 * ranks
+        lists.append(_expand(pattern, (r, len(placement) - 1 - r), microbatches))
+    return Schedule("dualpipev", microbatches, placement, tuple(lists))
+
+
+def _expand(pattern: str, stages: tuple[int, int], microbatches: int) -> tuple[Action, ...]:
+    """The actions of a pattern of `dual_pipe_v`. A word is skipped if none of its actions is left."""
+    actions: list[Action] = []
+    pending: deque[Action] = deque()  # W whose I is in the list
+    count = dict.fromkeys(("F0", "F1", "I0", "I1"), 0)
+    for word in pattern.split():
+        if word == "W":
+            actions += [pending.popleft()] if pending else []
+            continue
+        kind = ActionKind.FORWARD if word[0] == "F" else ActionKind.BACKWARD_INPUT
+        number = f"{kind}{word[1]}"
+        stage, i = stages[int(word[1])], count[number]
+        if i == microbatches:
+            continue
+        count[number] += 1
+        actions.append(Action(kind, stage, i))
+        if word[0] == "B":
+            actions.append(Action(ActionKind.BACKWARD_WEIGHT, stage, i))
+        elif word[0] == "I":
+            pending.append(Action(ActionKind.BACKWARD_WEIGHT, stage, i))
+    return tuple(actions)
+
+
 def dependencies(action: Action, stages: int) -> list[Action]:
     """The actions whose results an action needs (see the legend). All backwards of a schedule are split, or none."""
     kind, stage, i = action
@@ -261,5 +308,6 @@ SCHEDULES: dict[str, ScheduleSpec] = {
         ScheduleSpec("zb-h1", 1, True, zero_bubble_h1),
         ScheduleSpec("zb-2p", 1, True, zero_bubble_2p),
         ScheduleSpec("zb-v", 2, True, zero_bubble_v, v_shape),
+        ScheduleSpec("dualpipev", 2, True, dual_pipe_v, v_shape),
     )
 }

@@ -28,7 +28,7 @@ def case(layout: list[int], **settings: Any) -> str:
 
 def single_rank(name: str) -> str:
     """The same training on one rank and one device, without recomputation."""
-    kept = ("dropout", "dtype", "microbatch", "layers", "d_ff", "steps", "optimizer", "model")
+    kept = ("dropout", "dtype", "microbatch", "layers", "d_ff", "steps", "batch", "optimizer", "model")
     return case(ONE, **{key: value for key, value in json.loads(name).items() if key in kept})
 
 
@@ -46,13 +46,17 @@ PIPELINES = [
     case([ranks, 1, 1], schedule=schedule, dropout=0.1, layers=6)  # two stages for each of four ranks
     for ranks, schedule in product([2, 4], ["interleaved", "zb-h1", "zb-2p", "zb-v"])
 ]
+PIPELINES += [
+    case([ranks, 1, 1], schedule="dualpipev", dropout=0.1, layers=6, batch=batch)
+    for ranks, batch in product([2, 4], [3, 5, 8])
+]
 SPREAD = [
     case(layout, dropout=dropout, dtype=dtype, microbatch=microbatch, schedule=schedule)
     for layout, (dropout, dtype, microbatch, schedule) in product(
         [[1, 2, 1], [1, 4, 1], [1, 2, 2], [1, 4, 4], [2, 2, 2]],
         [(0.0, "float32", 1, "1f1b"), (0.1, "float32", 2, "gpipe"), (0.1, "float64", 1, "1f1b")],
     )
-] + [case([2, 2, 2], dropout=0.1, dtype="float64", schedule=s) for s in ("interleaved", "zb-h1", "zb-v")]
+] + [case([2, 2, 2], dropout=0.1, dtype="float64", schedule=s) for s in ("interleaved", "zb-h1", "zb-v", "dualpipev")]
 SPREAD += [case([1, 2, 1], dtype="float64", steps=4, d_ff=1500)]  # experts' gradients of more than a bucket
 SPREAD += [case([1, 2, 2], dropout=0.1, microbatch=m, d_ff=19) for m in (1, 2)]  # widths that do not fill vectors
 LOCAL = [

@@ -1,5 +1,8 @@
 """Schedules compared with the diagrams of their docstrings and the formulas of their papers."""
 
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -165,6 +168,52 @@ def test_zb_v_starts_the_best_action_that_is_ready(ranks, microbatches):
             kept += {F: 1, W: -1}.get(action.kind, 0)
             remaining.remove(action)
             free = ended
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), [(1, 2), (2, 4), (2, 9), (3, 6), (4, 8), (4, 17), (8, 16)])
+def test_bubble_memory_and_pairs_of_dualpipev(ranks, microbatches):
+    """For m ≥ 2p the only bubble is the wait for the first micro-batch, which no schedule with these stages avoids.
+
+    In the steady state every backward follows a forward of the other stage, and so do p − 1 − r later ones.
+    """
+    schedule = SCHEDULES["dualpipev"].builder(ranks, microbatches)
+    assert run(schedule).length == 3 * microbatches + (ranks - 1) / 2
+    assert max(peak_activations(schedule)) == 2 * ranks + 1
+    for r, actions in enumerate(schedule.actions):
+        pairs = [(a, b) for a, b in pairwise(actions) if (a.kind, b.kind) == (F, I) and a.stage != b.stage]
+        assert len(pairs) == 2 * (microbatches - 2 * ranks + r + 1) + ranks - 1 - r
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), [(1, 2), (2, 4), (3, 6), (4, 8), (4, 17), (8, 16)])
+def test_dualpipev_has_the_order_of_torch(ranks, microbatches):
+    pipelining = pytest.importorskip("torch.distributed.pipelining")
+    if not hasattr(pipelining, "ScheduleDualPipeV"):
+        pytest.skip("this version of PyTorch has no DualPipeV")
+    words = {"FORWARD": "F", "FULL_BACKWARD": "IW", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+
+    def names(operation):
+        if operation.sub_actions:  # a pair
+            return [name for part in operation.sub_actions for name in names(part)]
+        kinds = words[operation.computation_type.name]
+        return [f"{kind}{operation.stage_index}.{operation.microbatch_index}" for kind in kinds]
+
+    sizes = SimpleNamespace(pp_group_size=ranks, _n_microbatches=microbatches)
+    for r, actions in enumerate(SCHEDULES["dualpipev"].builder(ranks, microbatches).actions):
+        operations = pipelining.ScheduleDualPipeV._calculate_single_rank_operations(sizes, r)
+        assert [name for operation in operations for name in names(operation)] == list(map(str, actions))
+
+
+@pytest.mark.parametrize(("forward", "split"), [(1.0, 0.5), (1.0, 0.6), (1.0, 0.7), (1.25, 0.6), (1.0, 0.4)])
+@pytest.mark.parametrize(("ranks", "microbatches"), [(2, 4), (4, 8), (4, 16), (8, 16)])
+def test_dualpipev_is_no_slower_than_the_others_from_2p_micro_batches(ranks, microbatches, forward, split):
+    """split: share of I in the backward, which takes 2. The exchange of an MoE layer makes F and I longer than W."""
+    costs = {F: forward, I: 2 * split, W: 2 * (1 - split), B: 2.0}
+    lengths = {}
+    for name, spec in SCHEDULES.items():
+        schedule = spec.builder(ranks, microbatches)
+        per_stage = {kind: [cost / spec.stages_per_rank] * schedule.stages for kind, cost in costs.items()}
+        lengths[name] = simulate(schedule, per_stage).length
+    assert lengths["dualpipev"] == pytest.approx(min(lengths.values()))
 
 
 @pytest.mark.parametrize("placement", [(0,), (0, 1, 2), (0, 1, 0, 1), (0, 1, 1, 0)])

@@ -14,7 +14,7 @@ def test_candidates_equal_brute_force(tiny):
         for dp in range(1, 5):
             for ep in range(1, 5):
                 for name in SCHEDULES if pp > 1 else ["1f1b"]:
-                    stages = pp * (2 if name in ("interleaved", "zb-v") else 1)
+                    stages = pp * (2 if name in ("interleaved", "zb-v", "dualpipev") else 1)
                     if pp * dp == 4 and dp % ep == 0 and 4 % ep == 0 and stages <= 6:
                         expected |= {(pp, dp, ep, name, m) for m in (1, 2, 4, 8) if m <= 8 // dp}
     assert result == expected

@@ -6,7 +6,8 @@ from fira.optim.adamw import AdamW
 from fira.optim.muon import Muon, Replicated
 from fira.optim.settings import OptimizerSettings
 from fira.parallel.owners import Owners
-from fira.parallel.parallelize import DistributedModel, ParamShard
+from fira.parallel.parallelize import DistributedModel
+from fira.parallel.param_shard import ParamShard
 
 
 def make_optimizer(model: DistributedModel, owners: Owners, settings: OptimizerSettings) -> AdamW:
@@ -34,5 +35,5 @@ def hidden_matrices(model: DistributedModel) -> list[ParamShard]:
     return [
         shard
         for shard in model.shards
-        if shard.is_matrix and int(shard.name.split(".")[1]) in blocks and id(shard.parameter) not in routers
+        if shard.is_matrix and shard.layer in blocks and id(shard.parameter) not in routers
     ]

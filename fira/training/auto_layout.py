@@ -22,7 +22,7 @@ def constraints_of(config: TrainConfig, batch: int) -> Constraints:
         config.schedule,
         config.micro_batch_size,
         config.recomputed(),
-        config.shard is not None,
+        config.shard,
     )
 
 
@@ -39,5 +39,5 @@ def with_plan(config: TrainConfig, model: LanguageModel, batch: int, device: tor
         schedule=candidate.schedule,
         micro_batch_size=candidate.microbatch,
         recompute=recompute_flag(candidate),
-        shard="optimizer" if candidate.sharded else config.shard,
+        shard=candidate.shard,
     )

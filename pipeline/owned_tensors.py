@@ -5,6 +5,7 @@ rank 0     a . . d  ─┐
 rank 1     . b c .  ─┴─ all-gather ─▶  a b c d on both
 """
 
+import heapq
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
@@ -20,10 +21,11 @@ def balanced_owners(costs: Sequence[float], ranks: int) -> list[int]:
     Each cost in descending order is assigned to the rank with the smallest sum, and the largest sum is at most 4/3 of
     the optimum (Graham 1969).
     """
-    owners, sums = [0] * len(costs), [0.0] * ranks
+    owners = [0] * len(costs)
+    sums = [(0.0, rank) for rank in range(min(ranks, len(costs)))]  # a heap
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[i] = sums.index(min(sums))
-        sums[owners[i]] += costs[i]
+        total, owners[i] = sums[0]
+        heapq.heapreplace(sums, (total + costs[i], owners[i]))
     return owners
 
 

@@ -9,7 +9,9 @@ A layer is any module called as `layer(x, context)` that returns one tensor. The
 passes to every layer with the input; a stage on one device does not read it.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -76,24 +78,33 @@ class DeviceLayers(nn.Module):
 class Stage:
     """Run the forward and backward of a stage for several micro-batches in flight.
 
-    module: the layers. input_device: the device of the stage's input. before: layers that run before those of module.
-    They form a separate segment if only one of the two can split its backward; the full backward of a segment that
-    cannot is part of `backward_input`.
+    module: the layers. input_device: the device of the stage's input. before: segments that run before module. Layers
+    form a separate segment if only some of them can split their backward; the full backward of a segment that cannot
+    is part of `backward_input`. around(segment): context manager in which the forward, the backward, or each part of
+    the backward of the segment with this number runs.
     """
 
-    def __init__(self, module: Segment, input_device: torch.device, before: Segment | None = None) -> None:
-        self.segments = [module] if before is None else [before, module]
+    def __init__(
+        self,
+        module: Segment,
+        input_device: torch.device,
+        before: Sequence[Segment] = (),
+        around: Callable[[int], AbstractContextManager[None]] = lambda segment: nullcontext(),
+    ) -> None:
+        self.segments = [*before, module]
         self.input_device = input_device
+        self._around = around
         self._saved: dict[int, list[tuple[Tensor, Tensor]]] = {}  # micro-batch → (input, output) of each segment
         self._weight_backwards: dict[int, list[Callable[[], object]]] = {}  # micro-batch → calls of backward_weight
 
     def forward(self, microbatch: int, x: Tensor, context: Any) -> Tensor:
         """Return the output; where gradients are enabled, keep the segments' inputs and outputs for the backward."""
         saved = []
-        for segment in self.segments:
+        for number, segment in enumerate(self.segments):
             if x.is_floating_point():
                 x = x.detach().requires_grad_(torch.is_grad_enabled())
-            y = segment(x, context)
+            with self._around(number):
+                y = segment(x, context)
             saved.append((x, y))
             x = y
         if torch.is_grad_enabled():
@@ -102,25 +113,25 @@ class Stage:
 
     def backward(self, microbatch: int, grad_output: Tensor) -> Tensor | None:
         """Add to the parameters' `.grad` and return the gradient of the stage's input, None for integer inputs."""
-        return _backward(self._saved.pop(microbatch), grad_output)
+        return self._backward(self._saved.pop(microbatch), grad_output)
 
     def backward_input(self, microbatch: int, grad_output: Tensor) -> Tensor | None:
         """The first part of `backward`, with its result. `backward_weight` must follow."""
         saved = self._saved.pop(microbatch)
         if not saved[0][0].requires_grad:  # integer inputs: no other stage waits for a gradient
-            self._weight_backwards[microbatch] = [lambda: _backward(saved, grad_output)]
+            self._weight_backwards[microbatch] = [lambda: self._backward(saved, grad_output)]
             return None
         weight_backwards: list[Callable[[], object]] = []
         grad: Tensor | None = grad_output
-        for segment in reversed(self.segments):
+        for number, segment in reversed([*enumerate(self.segments)]):
             assert grad is not None
-            x, y = saved.pop()
-            if segment.splits_backward:
-                split = SplitBackward(y, x)
+            if not segment.splits_backward:
+                grad = self._segment_backward(number, *saved.pop(), grad)
+                continue
+            split = SplitBackward(*reversed(saved.pop()))
+            with self._around(number):
                 grad = split.backward_input(grad)
-                weight_backwards.append(split.backward_weight)
-            else:
-                grad = _backward([(x, y)], grad)
+            weight_backwards.append(functools.partial(self._weight_backward, number, split))
         self._weight_backwards[microbatch] = weight_backwards
         return grad
 
@@ -134,13 +145,20 @@ class Stage:
         self._saved.clear()
         self._weight_backwards.clear()
 
+    def _backward(self, saved: list[tuple[Tensor, Tensor]], grad: Tensor | None) -> Tensor | None:
+        """Run backward through all segments, freeing each; return the gradient of the first input."""
+        while saved:
+            number = len(saved) - 1
+            grad = self._segment_backward(number, *saved.pop(), grad)
+        return grad
 
-def _backward(saved: list[tuple[Tensor, Tensor]], grad: Tensor | None) -> Tensor | None:
-    """Run backward through segments from last to first, freeing each; return the gradient of the first input."""
-    while saved:
-        x, y = saved.pop()
+    def _segment_backward(self, number: int, x: Tensor, y: Tensor, grad: Tensor | None) -> Tensor | None:
         assert grad is not None
         if y.requires_grad:  # not if all parameters of the first segment are frozen
-            run_backward([y], [grad])
-        grad = x.grad
-    return grad
+            with self._around(number):
+                run_backward([y], [grad])
+        return x.grad
+
+    def _weight_backward(self, number: int, split: SplitBackward) -> None:
+        with self._around(number):
+            split.backward_weight()

@@ -38,12 +38,13 @@ def make_trainer(
     device: torch.device,
     microbatch: int = 1,
     autocast: torch.dtype | None = None,
+    shard: str | None = None,
 ) -> Trainer:
     """This rank's trainer of a new model in a layout (collective)."""
     mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), [device])
     with torch.device("meta"):
         model = build(config)
-    distributed = parallelize(model, mesh, SEED, [device], schedule, autocast=autocast)
+    distributed = parallelize(model, mesh, SEED, [device], schedule, autocast=autocast, shard=shard)
     split = BatchSplit(microbatch, layout.dp, mesh.dp_rank, config.d_model, device)
     return Trainer(distributed, mesh, split, schedule, OptimizerSettings(), 1.0, fp16=autocast is torch.float16)
 

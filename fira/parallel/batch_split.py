@@ -2,7 +2,8 @@
 
 sequences   0 1 | 2 3 | 4 5 | 6 7 | 8 – | – –    microbatch 2, dp 2, "–": padding, a sequence of length zero
 micro-batch   0     1     2     3     4     –
-replica       0     0     0     1     1     1
+replica       0     0     0     1     1     1    consecutive
+replica       0     1     0     1     0     1    alternating
 """
 
 import hashlib
@@ -40,6 +41,9 @@ class Batch(NamedTuple):
 class BatchSplit:
     """Each replica gets consecutive micro-batches of `microbatch` sequences, as `tree_sum.leaves_of` defines them.
 
+    alternating: replica r gets the micro-batches r, r + dp, … instead. The gradients of the replicas can then be summed
+    after each micro-batch, see `ShardedGradientSum`.
+
     Every replica runs the same number of micro-batches of the same size, so that all ranks call the same collectives.
     They are padded with sequences of length zero, whose targets are ignored and whose weight is zero.
     """
@@ -51,6 +55,7 @@ class BatchSplit:
     device: torch.device | None = None  # of the contexts; None: the CPU
     dtype: torch.dtype = torch.float32  # of the weights of auxiliary losses, as of the parameters
     objective: Objective = field(default_factory=CrossEntropy)
+    alternating: bool = False
 
     def total(self, sequences: int) -> int:
         """The number of micro-batches of a global batch of this many sequences, without those that only pad it."""
@@ -58,7 +63,8 @@ class BatchSplit:
 
     def numbers(self, sequences: int) -> range:
         """The numbers of this replica's micro-batches of the global batch; padding follows them."""
-        return leaves_of(self.dp_rank, self.dp, self.total(sequences))
+        total = self.total(sequences)
+        return range(self.dp_rank, total, self.dp) if self.alternating else leaves_of(self.dp_rank, self.dp, total)
 
     def count(self, sequences: int) -> int:
         """The number of micro-batches that each replica runs for a global batch of this many sequences."""
@@ -78,7 +84,7 @@ class BatchSplit:
         result = []
         numbers = self.numbers(sequences)
         for i in range(self.count(sequences)):
-            j = numbers.start + i if i < len(numbers) else self.total(sequences)
+            j = numbers[i] if i < len(numbers) else self.total(sequences)
             span = slice(j * self.microbatch, (j + 1) * self.microbatch)
             missing = self.microbatch - len(rows.tokens[span])
             following = _padded(rows.targets[span], missing, IGNORE_INDEX)

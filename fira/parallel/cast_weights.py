@@ -22,7 +22,7 @@ which the chunks of several micro-batches are summed in fp32.
 The loss sums the gradient of the head's weight in fp32, so the head keeps its parameter and gets the copy in addition.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -36,15 +36,24 @@ from pipeline.stage import Autocast
 
 
 @contextmanager
-def cast_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+def cast_weights(
+    modules: Iterable[nn.Module], divided: Mapping[nn.Module, list["CastCopy"]] | None = None
+) -> Iterator[None]:
     """Cast the matrices of all layers that are wrapped by an `Autocast` with a dtype; without one, do nothing.
 
     modules: all modules of a rank. The parameters must not change within the context; they are restored at its end.
+    divided: of layers whose parameters the replicas divide, lists that get the copies. These have no memory until they
+    are filled.
     """
     with ExitStack() as restore:
         for module in modules:
             if isinstance(module, Autocast) and module.dtype is not None:
-                _cast_layer(module.layer, module.dtype, restore)
+                copies = _cast_layer(module.layer, module.dtype, restore)
+                if divided:
+                    divided[module.layer].extend(copies)
+                    restore.callback(divided[module.layer].clear)
+                for copy in copies:
+                    (copy.free if divided else copy.fill)()
         yield
 
 
@@ -63,12 +72,33 @@ def cast_parameters(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         yield from cast_parameters(child)
 
 
-def _cast_layer(layer: nn.Module, dtype: torch.dtype, restore: ExitStack) -> None:
-    """Cast the matrices of one layer until `restore` is closed."""
+class CastCopy:
+    """A copy of a parameter in another dtype, of experts' weights [R, …] that are expanded without copies as well."""
+
+    def __init__(self, parameter: Tensor, dtype: torch.dtype) -> None:
+        self._parameter = parameter.detach()[0] if parameter.dim() == 4 else parameter.detach()
+        self._memory = torch.empty_like(self._parameter, dtype=dtype)
+        self.tensor = self._memory.expand(parameter.shape)
+
+    def fill(self) -> None:
+        """Cast the parameter [1]."""
+        storage = self._memory.untyped_storage()
+        if not storage.nbytes():
+            storage.resize_(self._memory.nbytes)
+        self._memory.data.copy_(self._parameter)  # .data: autograd may have saved the copy, whose values do not change
+
+    def free(self) -> None:
+        """Free the memory of the copy until it is filled again."""
+        self._memory.untyped_storage().resize_(0)
+
+
+def _cast_layer(layer: nn.Module, dtype: torch.dtype, restore: ExitStack) -> list[CastCopy]:
+    """Replace the matrices of one layer by copies until `restore` is closed, and return these."""
     if isinstance(layer, Head):  # its loss needs the parameter, whose gradient it sums in fp32
-        layer.cast_weight = layer.project.weight.detach().to(dtype)
+        copy = CastCopy(layer.project.weight, dtype)
+        layer.cast_weight = copy.tensor
         restore.callback(setattr, layer, "cast_weight", None)
-        return
+        return [copy]
     weights = []
     for module, name in cast_parameters(layer):
         weights.append(_CastWeight(module, name, dtype))
@@ -81,6 +111,7 @@ def _cast_layer(layer: nn.Module, dtype: torch.dtype, restore: ExitStack) -> Non
                 weight.renew_leaf()
 
     restore.callback(layer.register_forward_pre_hook(renew_leaves).remove)
+    return [weight.copy for weight in weights]
 
 
 class _CastWeight:
@@ -89,11 +120,11 @@ class _CastWeight:
     def __init__(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
         self.module, self.name = module, name
         self.parameter = module.get_parameter(name)
-        self.copy = _cast(self.parameter.detach(), dtype)  # [1]
-        self._replace(self.copy)
+        self.copy = CastCopy(self.parameter, dtype)
+        self._replace(self.copy.tensor)
 
     def renew_leaf(self) -> None:
-        leaf = self.copy.detach().requires_grad_()  # [2]
+        leaf = self.copy.tensor.detach().requires_grad_()  # [2]
         leaf.register_post_accumulate_grad_hook(self._accumulate)
         self._replace(leaf)
 
@@ -112,8 +143,3 @@ class _CastWeight:
 
     def _replace(self, weight: Tensor) -> None:
         self.module._parameters[self.name] = weight  # type: ignore[assignment]  # nn.Module accepts parameters only
-
-
-def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy in another dtype, of experts' weights [R, …] that are expanded without copies as well."""
-    return weight[0].to(dtype).expand_as(weight) if weight.dim() == 4 else weight.to(dtype)

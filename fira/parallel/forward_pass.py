@@ -58,7 +58,7 @@ class ForwardPass:
     def _reports(self, read: Read, first: int, count: int, split: BatchSplit) -> tuple[Tensor, int]:
         """This rank's reports [micro-batches, …] at their numbers in the global batch, and the number of terms."""
         batch = split.batch(read, first, count, dropout_seed=None)
-        with cast_weights(self._model.modules()):
+        with cast_weights(self._model.modules(), self._model.cast_copies):
             self._kernels.load(batch.microbatches[0], training=False)
             schedule = forward_only(self._model.placement, len(batch.microbatches))
             values = self._model.engine.run(schedule, batch.microbatches)
@@ -74,5 +74,5 @@ def by_number(values: list[Tensor], split: BatchSplit, sequences: int, length: i
     result = torch.zeros(split.total(sequences), *shape, dtype=torch.float64, device=device)
     if values:
         numbers = split.numbers(sequences)
-        result[numbers.start : numbers.stop] = torch.stack(values)[: len(numbers)]
+        result[numbers.start : numbers.stop : numbers.step] = torch.stack(values)[: len(numbers)]
     return result

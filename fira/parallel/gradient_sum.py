@@ -40,7 +40,7 @@ class GradientSum:
         self._stages: dict[int, dict[bool, list[Tensor]]] = {}  # their autograd leaves
         for number in model.engine.stages:
             layers = model.stages[number]
-            shards = [shard for shard in model.shards if int(shard.name.split(".")[1]) in layers]
+            shards = [shard for shard in model.shards if shard.layer in layers]
             leaves = {expert: [s.leaf for s in shards if s.expert == expert] for expert in (False, True)}
             for shard in shards:
                 self._parameters[shard.expert].append(shard.parameter)
@@ -71,7 +71,7 @@ class GradientSum:
             self._first_parts[place] = gradients
             return
         if place in self._first_parts:
-            gradients = [_sum(*pair) for pair in zip(self._first_parts.pop(place), gradients, strict=True)]
+            gradients = [sum_parts(*pair) for pair in zip(self._first_parts.pop(place), gradients, strict=True)]
         assert all(gradient is not None for gradient in gradients)
         complete: list[Tensor] = gradients  # type: ignore[assignment]
         dense = len(self._stages[action.stage][False])
@@ -146,7 +146,7 @@ class GradientSum:
         return reduced
 
 
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+def sum_parts(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """The sum of the gradients of both parts of a backward; most parameters have a gradient in one of them only."""
     if first is None or second is None:
         return second if first is None else first

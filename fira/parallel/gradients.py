@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fira.parallel.owners import Owners
-from fira.parallel.parallelize import DistributedModel, ParamShard
+from fira.parallel.parallelize import DistributedModel
+from fira.parallel.param_shard import ParamShard
 
 
 def gradient_of(shard: ParamShard) -> Tensor:

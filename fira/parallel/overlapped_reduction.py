@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fira.parallel.gradients import gradient_of
-from fira.parallel.parallelize import DistributedModel, ParamShard
+from fira.parallel.parallelize import DistributedModel
+from fira.parallel.param_shard import ParamShard
 from pipeline.mesh import Mesh
 from pipeline.schedule import Action
 
@@ -42,7 +43,7 @@ class OverlappedReduction:
         self._tied = model.tied
         self._shards: dict[int, list[ParamShard]] = defaultdict(list)  # by layer
         for shard in model.shards:
-            self._shards[int(shard.name.split(".")[1])].append(shard)
+            self._shards[shard.layer].append(shard)
         self._works: list[dist.Work] = []
 
     def begin(self, microbatches: int) -> None:

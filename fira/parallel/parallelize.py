@@ -4,6 +4,7 @@
         → partition   contiguous layers to stages, stages to the ranks of the pipeline
         → shard       each ExpertBank keeps the experts of this ep rank; MoE layers get an all-to-all dispatcher
         → initialise  memory is allocated; weights are drawn from generators seeded by the parameters' global names
+        → divide      with --shard parameters, each layer keeps the parameters that this rank owns
         → tie         the head's copy of a tied embedding gets the embedding's values
         → Engine      runs the stages by a schedule
 
@@ -14,7 +15,8 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +28,11 @@ from fira.nn.lora import Lora
 from fira.nn.moe.experts import ExpertBank
 from fira.nn.moe.layer import MoE
 from fira.nn.value_embedding import ValueEmbedding
+from fira.parallel.cast_weights import CastCopy
 from fira.parallel.expert_parallel import AllToAllDispatcher
+from fira.parallel.layer_weights import LayerWeights, divide_layer, divide_tied
 from fira.parallel.microbatch_loss import microbatch_loss
+from fira.parallel.param_shard import GlobalTensor, ParamShard, find_owners, replica_rank
 from fira.parallel.tied_embedding import TiedWeight, tie
 from pipeline.engine import Engine
 from pipeline.mesh import Mesh
@@ -37,37 +42,7 @@ from pipeline.stage import DeviceLayers, Stage
 from pipeline.torchgpipe_stage import LocalPipeline
 
 EVERY_BLOCK = sys.maxsize  # as a number of recomputed blocks per stage: all blocks
-
-
-class GlobalTensor(NamedTuple):
-    """A parameter or buffer of the whole model. expert: whether dim 0 counts experts."""
-
-    name: str
-    shape: tuple[int, ...]
-    expert: bool
-
-
-@dataclass(frozen=True)
-class ParamShard:
-    """This rank's shard of a parameter or buffer: the rows from `start` of a tensor of global shape `shape`.
-
-    expert: dim 0 counts experts and is sharded over ep. Any other tensor is replicated on all ranks of a stage, and its
-    shard is the whole tensor.
-    leaf: the tensor for which autograd computes gradients; the parameter itself, or for experts on R ranks its
-    expansion [R, …] with one gradient per sending rank, see `AllToAllDispatcher`.
-    """
-
-    name: str
-    parameter: Tensor
-    start: int
-    shape: tuple[int, ...]
-    expert: bool
-    leaf: Tensor
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether the parameter, or each expert's slice of it, is a matrix; weight decay applies to these only."""
-        return len(self.shape) - self.expert >= 2
+TABLE = "layers.0.token.weight"  # the embedding, which the head of a tied model shares
 
 
 @dataclass(frozen=True)
@@ -86,6 +61,8 @@ class DistributedModel:
     frozen: list[ParamShard]
     moe: list[MoE]  # of this rank's layers
     tied: TiedWeight | None  # if it is trained
+    shard: str | None  # what the replicas divide, see `fira/parallel/param_shard.py`
+    weights: dict[int, LayerWeights]  # by layer; empty unless the replicas divide the parameters
     stages: list[range]  # the layers of each stage
     placement: tuple[int, ...]  # the pp rank of each stage
     parameters: list[GlobalTensor]  # of the whole model, those that are trained
@@ -97,6 +74,11 @@ class DistributedModel:
     def device(self) -> torch.device:
         """The first of this rank's devices, on which results of all its layers are combined."""
         return next(iter(self.engine.stages.values())).input_device
+
+    @property
+    def cast_copies(self) -> dict[nn.Module, list[CastCopy]]:
+        """The copies for autocast of each layer with divided parameters, see `cast_weights`."""
+        return {weights.layer: weights.copies for weights in self.weights.values()}
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules of this rank's layers, and those that wrap them."""
@@ -124,6 +106,7 @@ def parallelize(
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     recompute: int = 0,
+    shard: str | None = None,
 ) -> DistributedModel:
     """Build this rank's stages of a model, with weights that depend on the seed but not on the layout (collective).
 
@@ -131,46 +114,48 @@ def parallelize(
     schedule: determines the number of stages and which rank holds which of them. dtype: of parameters. autocast: of
     matrix products and of messages between ranks; None: no autocast. recompute: number of blocks that each stage
     recomputes in its backward, counted from its first block; embedding and head are not blocks. Stages split by
-    torchgpipe recompute all blocks or none.
+    torchgpipe recompute all blocks or none. shard: what the replicas divide, "optimizer" or "parameters"; the latter
+    with one device only.
     """
     flops = layer_flops(model)
     placement = SCHEDULES[schedule].placement(mesh.layout.pp)
     stages = partition(flops, len(placement))
-    parameters, frozen = _parameters(model, trained=True), _parameters(model, trained=False)
-    buffers = [GlobalTensor(name, tuple(b.shape), False) for name, b in model.named_buffers()]
-    if model.lora:
-        buffers, frozen = [], [*frozen, *buffers]
     moe = [module for module in model.modules() if isinstance(module, MoE)]
 
     layers: dict[int, nn.Module] = {}  # of this rank
     rank_stages: dict[int, Stage] = {}
-    for number in (s for s, rank in enumerate(placement) if rank == mesh.pp_rank):
+    numbers = [number for number, rank in enumerate(placement) if rank == mesh.pp_rank]
+    shards = _RankShards(model, mesh, shard, {i for number in numbers for i in stages[number]})
+    for number in numbers:
         spans = _device_spans(stages[number], flops, len(devices))
-        stage_layers = _initialised_layers(model, spans, devices, mesh, seed, dtype)
+        stage_layers = _initialised_layers(model, spans, devices, mesh, seed, dtype, shards)
         layers |= stage_layers
         if len(devices) > 1:
             rank_stages[number] = _local_pipeline_stage(stage_layers, spans, devices, autocast, recompute > 0)
         else:
             blocks = [place for place, i in enumerate(stage_layers, 1) if 0 < i < len(model.layers) - 1]
             cut = max([0, *blocks[:recompute]])
-            rank_stages[number] = _stage(stage_layers, cut, autocast, devices[0])
+            rank_stages[number] = _stage(stage_layers, cut, autocast, devices[0], shards.weights)
     tied = tie(layers, len(model.layers), mesh.groups["pp"], placement) if model.tied else None
-    frozen_shards = _shards(frozen, layers, mesh)
+    if tied and shards.weights and {0, len(model.layers) - 1} & layers.keys():
+        divide_tied(tied, shards.weights, len(model.layers) - 1, mesh)
     if model.lora and tied:
-        frozen_shards += _frozen_copy(tied)
+        shards.frozen += _frozen_copy(tied)
         tied = None
     return DistributedModel(
         config=model.config,
         lora=model.lora,
         engine=Engine(rank_stages, microbatch_loss, mesh.pp_rank, mesh.channels, dtype, autocast),
-        shards=_shards(parameters, layers, mesh),
-        buffers=_shards(buffers, layers, mesh),
-        frozen=frozen_shards,
+        shards=shards.trained,
+        buffers=shards.buffers,
+        frozen=shards.frozen,
         moe=[module for layer in layers.values() for module in layer.modules() if isinstance(module, MoE)],
         tied=tied,
+        shard=shard,
+        weights=shards.weights,
         stages=stages,
         placement=placement,
-        parameters=parameters,
+        parameters=shards.parameters,
         moe_layers=[module.index for module in moe],
         num_experts=max((module.num_experts for module in moe), default=0),
         flops_per_token=sum(flops),
@@ -201,8 +186,12 @@ def _initialised_layers(
     mesh: Mesh,
     seed: int,
     dtype: torch.dtype,
+    shards: "_RankShards",
 ) -> dict[int, nn.Module]:
-    """Copies of the layers `spans[j]` on `devices[j]`, by index, with this rank's experts and their initial weights."""
+    """Copies of the layers `spans[j]` on `devices[j]`, by index, with this rank's experts and their initial weights.
+
+    shards: gets each of them.
+    """
     layers = {}
     for span, device, group in zip(spans, devices, mesh.ep_groups, strict=False):
         for i in span:
@@ -212,6 +201,7 @@ def _initialised_layers(
             initialise(layers[i], f"layers.{i}", seed, first_expert)
             if mesh.separates_sources:
                 _expand_experts(layers[i], mesh.layout.ep)
+            shards.add(i, layers[i])
     return layers
 
 
@@ -228,14 +218,23 @@ def _local_pipeline_stage(
     return Stage(local, devices[0])
 
 
-def _stage(stage_layers: dict[int, nn.Module], cut: int, autocast: torch.dtype | None, device: torch.device) -> Stage:
-    """A stage that recomputes its first `cut` layers in the backward."""
+def _stage(
+    stage_layers: dict[int, nn.Module],
+    cut: int,
+    autocast: torch.dtype | None,
+    device: torch.device,
+    weights: Mapping[int, LayerWeights],
+) -> Stage:
+    """A stage that recomputes its first `cut` layers in the backward. With `weights`, each layer is a segment."""
     first, layers = min(stage_layers), [*stage_layers.values()]
-    recomputed = DeviceLayers(layers[:cut], autocast, recompute=True, first=first)
-    regular = DeviceLayers(layers[cut:], autocast, first=first + cut)
-    if cut in (0, len(layers)):
-        return Stage(recomputed if cut else regular, device)
-    return Stage(regular, device, before=recomputed)
+    cuts = range(len(layers) + 1) if weights else sorted({0, cut, len(layers)})
+    *before, last = (
+        DeviceLayers(layers[start:stop], autocast, recompute=start < cut, first=first + start)
+        for start, stop in pairwise(cuts)
+    )
+    if not weights:
+        return Stage(last, device, before)
+    return Stage(last, device, before, around=lambda segment: weights[first + segment].used())
 
 
 def _to_empty(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -275,22 +274,52 @@ def _expand_experts(layer: nn.Module, ranks: int) -> None:
                 setattr(module, name, nn.Parameter(expanded, parameter.requires_grad))
 
 
+class _RankShards:
+    """This rank's shards of the tensors of its layers, which are added one after another.
+
+    parameters: of the whole model, those that are trained. The other attributes are those of `DistributedModel`.
+    """
+
+    def __init__(self, model: LanguageModel, mesh: Mesh, shard: str | None, layers: set[int]) -> None:
+        self.parameters, frozen = _parameters(model, trained=True), _parameters(model, trained=False)
+        self.trained: list[ParamShard] = []
+        self.frozen: list[ParamShard] = []
+        self.buffers: list[ParamShard] = []
+        self.weights: dict[int, LayerWeights] = {}
+        buffers = [GlobalTensor(name, tuple(b.shape), False) for name, b in model.named_buffers()]
+        self._lists = [(self.parameters, self.trained), (frozen, self.frozen)]
+        self._lists.append((buffers, self.frozen if model.lora else self.buffers))
+        self._mesh, self._table = mesh, TABLE if model.tied else None
+        self._divides = shard == "parameters" and mesh.layout.dp > 1
+        self._owners: dict[str, int] = {}
+        for tensors in (self.parameters, frozen):
+            own = [tensor for tensor in tensors if tensor.layer in layers]
+            self._owners |= find_owners(own, mesh, shard, self._table)
+
+    def add(self, index: int, layer: nn.Module) -> None:
+        """Add a layer with its initial weights, of which only those that this rank owns may be kept."""
+        own = []
+        for tensors, shards in self._lists:
+            added = [self._shard(tensor, layer) for tensor in tensors if tensor.layer == index]
+            shards += added
+            own += [shard for shard in added if shard.name in self._owners and shard.name != self._table]
+        if self._divides:
+            self.weights[index] = divide_layer(layer, own, self._mesh)
+
+    def _shard(self, tensor: GlobalTensor, layer: nn.Module) -> ParamShard:
+        name, shape, expert = tensor
+        module, _, attribute = name.split(".", 2)[2].rpartition(".")
+        leaf = parameter = getattr(layer.get_submodule(module), attribute)
+        if expert and self._mesh.separates_sources:
+            parameter = nn.Parameter(leaf.detach()[0])
+        start = self._mesh.ep_rank * len(parameter) if expert else 0
+        owner = self._owners.get(name, 0)
+        kept = not self._divides or name not in self._owners or owner == replica_rank(self._mesh, expert)
+        return ParamShard(name, parameter, start, shape, expert, leaf, owner, kept)
+
+
 def _frozen_copy(tied: TiedWeight) -> list[ParamShard]:
     """The head's copy of a frozen embedding as a shard of its own, which is read like the embedding."""
     if tied.copy is None:
         return []
-    return [ParamShard("layers.0.token.weight", tied.copy, 0, tuple(tied.copy.shape), False, tied.copy)]
-
-
-def _shards(tensors: Sequence[GlobalTensor], layers: Mapping[int, nn.Module], mesh: Mesh) -> list[ParamShard]:
-    """This rank's shards of the given tensors, for those that belong to its layers."""
-    shards = []
-    for name, shape, expert in tensors:
-        _, index, path = name.split(".", 2)
-        if int(index) in layers:
-            module, _, attribute = path.rpartition(".")
-            leaf = tensor = getattr(layers[int(index)].get_submodule(module), attribute)
-            if expert and mesh.separates_sources:
-                tensor = nn.Parameter(leaf.detach()[0])
-            shards.append(ParamShard(name, tensor, mesh.ep_rank * len(tensor) if expert else 0, shape, expert, leaf))
-    return shards
+    return [ParamShard(TABLE, tied.copy, 0, tuple(tied.copy.shape), False, tied.copy, kept=tied.kept)]

@@ -6,7 +6,8 @@ from fira.optim.adamw import AdamW
 from fira.optim.muon import Muon, Replicated
 from fira.optim.settings import OptimizerSettings
 from fira.parallel.owners import Owners
-from fira.parallel.parallelize import DistributedModel, ParamShard
+from fira.parallel.parallelize import DistributedModel
+from fira.parallel.param_shard import ParamShard
 
 
 def make_optimizer(model: DistributedModel, owners: Owners, settings: OptimizerSettings) -> AdamW:
@@ -31,11 +32,7 @@ def hidden_matrices(model: DistributedModel) -> list[ParamShard]:
     """The matrices of the blocks, without those of routers. Embedding and head are the first and the last layer."""
     routers = {id(parameter) for moe in model.moe for parameter in moe.router.parameters()}
     blocks = range(1, model.stages[-1].stop - 1)
-    return [
-        shard
-        for shard in decayed_matrices(model)
-        if int(shard.name.split(".")[1]) in blocks and id(shard.parameter) not in routers
-    ]
+    return [shard for shard in decayed_matrices(model) if shard.layer in blocks and id(shard.parameter) not in routers]
 
 
 def decayed_matrices(model: DistributedModel) -> list[ParamShard]:

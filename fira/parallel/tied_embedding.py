@@ -20,6 +20,7 @@ class TiedWeight:
     holds both also keeps two gradients, so that every layout adds the same numbers in the same order; on one device
     the two share their memory.
     group: the ranks of the pipeline. first, last: the ranks within it that hold the original and the copy.
+    kept: whether this rank has the values between uses, see `fira/parallel/layer_weights.py`.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class TiedWeight:
         self.original = original
         self.copy = copy
         self.group = group
+        self.kept = True
         self.first, self.last = (dist.get_global_rank(group, rank) for rank in (first, last))
 
     def sum_gradients(self) -> None:
@@ -46,7 +48,9 @@ class TiedWeight:
 
     @torch.no_grad()
     def share_value(self) -> None:
-        """Copy the original's value to the copy (collective over both ranks)."""
+        """Copy the original's value to the copy (collective over both ranks), where this rank keeps them."""
+        if not self.kept:
+            return
         if self.original is not None and self.copy is not None:
             if self.original.data_ptr() != self.copy.data_ptr():
                 self.copy.copy_(self.original)

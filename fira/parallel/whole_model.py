@@ -6,7 +6,8 @@ import torch.distributed as dist
 from fira.models.adapters import add_adapters
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build
-from fira.parallel.parallelize import DistributedModel, ParamShard
+from fira.parallel.parallelize import DistributedModel
+from fira.parallel.param_shard import ParamShard, replica_rank
 from pipeline.mesh import Mesh
 
 
@@ -53,5 +54,5 @@ def _owned_shards(model: DistributedModel, mesh: Mesh) -> list[ParamShard]:
     return [
         shard
         for shard in [*model.shards, *model.frozen, *model.buffers]
-        if int(shard.name.split(".")[1]) in own and (mesh.edp_rank if shard.expert else mesh.dp_rank) == 0
+        if shard.layer in own and shard.owner == replica_rank(mesh, shard.expert)
     ]

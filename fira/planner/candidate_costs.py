@@ -61,9 +61,9 @@ class CandidateCosts:
         """The same candidate with `blocks` blocks of every stage recomputed."""
         return type(self)(self.inputs, replace(self.candidate, recompute=blocks))
 
-    def with_sharding(self) -> Self:
-        """The same candidate with the moments of the optimizer divided over the replicas."""
-        return type(self)(self.inputs, replace(self.candidate, sharded=True))
+    def with_sharding(self, shard: str) -> Self:
+        """The same candidate with "optimizer" or "parameters" divided over the replicas."""
+        return type(self)(self.inputs, replace(self.candidate, shard=shard))
 
     def blocks(self, stage: int) -> list[int]:
         """The layers of a stage that can be recomputed: those between embedding and head."""
@@ -85,7 +85,31 @@ class CandidateCosts:
 
     @cached_property
     def exchange(self) -> list[tuple[float, float]]:
-        """[layer] seconds that the experts' all-to-all adds to a forward and to a backward of one micro-batch."""
+        """[layer] seconds that communication adds to a forward and to a backward of one micro-batch: the all-to-all of
+        experts, and the exchange of divided parameters."""
+        return [
+            (experts[0] + parameters[0], experts[1] + parameters[1])
+            for experts, parameters in zip(self._expert_exchange, self._parameter_exchange, strict=True)
+        ]
+
+    @cached_property
+    def _parameter_exchange(self) -> list[tuple[float, float]]:
+        """[layer] seconds that gathering divided parameters and sending their gradients to the owners takes."""
+        if self.candidate.shard != "parameters":
+            return [(0.0, 0.0)] * len(self.layer_kinds)
+        result = []
+        for kind in self.layer_kinds:
+            replicated, experts = kind.parameters, kind.expert_parameters
+            frozen = kind.frozen
+            # An all-reduce is a reduce-scatter and an all-gather.
+            reduce = self._over_replicas(replicated, experts / self.layout.ep) / 2
+            gather = self._over_replicas(replicated + frozen[0], (experts + frozen[1]) / self.layout.ep) / 2
+            result.append((gather, (2 if self.splits_backward else 1) * gather + reduce))
+        return result
+
+    @cached_property
+    def _expert_exchange(self) -> list[tuple[float, float]]:
+        """[layer] seconds of the experts' all-to-all."""
         link = self.hardware.links(self.layout.ep, 1)["all_to_all"]
         result = []
         for kind, cost, flops in zip(self.layer_kinds, self.layer_costs, self.profile.flops, strict=True):
@@ -172,9 +196,12 @@ class CandidateCosts:
         return sum(replicated + experts / self.layout.ep for replicated, experts in casts)
 
     def reduction(self, rank: int) -> float:
-        """Seconds to reduce a rank's gradients: over dp, those of experts over edp, of a tied embedding over pp."""
-        seconds = self._over_replicas(*self.parameters(rank))
-        return seconds + (self._tied_messages if rank == 0 else 0.0)
+        """Seconds to reduce a rank's gradients: over dp, those of experts over edp, of a tied embedding over pp.
+
+        Those of divided parameters are sent to their owners in each backward.
+        """
+        tied = self._tied_messages if rank == 0 else 0.0
+        return tied + (0.0 if self.candidate.shard == "parameters" else self._over_replicas(*self.parameters(rank)))
 
     def layer_reduction(self, layer: int) -> float:
         """Seconds to reduce a layer's gradients over dp and edp, without those of a tied embedding."""

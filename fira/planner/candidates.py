@@ -11,7 +11,10 @@ from pipeline.schedule import SCHEDULES, Schedule
 
 @dataclass(frozen=True)
 class Constraints:
-    """The settings that every candidate must have; the planner chooses those that are None."""
+    """The settings that every candidate must have; the planner chooses those that are None.
+
+    It chooses `shard` only for candidates that do not fit otherwise.
+    """
 
     batch: int  # sequences
     pp: int | None = None
@@ -20,7 +23,7 @@ class Constraints:
     schedule: str | None = None
     microbatch: int | None = None
     recompute: int | None = None
-    sharded: bool = False  # False: where a candidate does not fit otherwise
+    shard: str | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Candidate:
     microbatch: int
     count: int
     recompute: int  # blocks of every stage
-    sharded: bool = False  # whether the replicas divide the moments of the optimizer
+    shard: str | None = None  # what the replicas divide: "optimizer" or "parameters"
 
 
 def candidates(profile: ModelProfile, ranks: int, constraints: Constraints) -> Iterator[Candidate]:
@@ -60,7 +63,7 @@ def candidates(profile: ModelProfile, ranks: int, constraints: Constraints) -> I
                 for size in sorted(sizes) if constraints.microbatch is None else [constraints.microbatch]:
                     count = -(-constraints.batch // (size * dp))
                     layout, recompute = Layout(pp, dp, ep), constraints.recompute or 0
-                    yield Candidate(layout, name, size, count, recompute, constraints.sharded)
+                    yield Candidate(layout, name, size, count, recompute, constraints.shard)
 
 
 @cache

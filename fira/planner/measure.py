@@ -31,7 +31,7 @@ from fira.parallel.batch_split import BatchSplit
 from fira.parallel.cast_weights import cast_weights
 from fira.parallel.gradients import gradient_of, scale_gradients
 from fira.parallel.microbatch_loss import microbatch_loss
-from fira.parallel.parallelize import ParamShard
+from fira.parallel.param_shard import ParamShard
 from fira.planner.costs import CostModel, LayerCost
 from fira.planner.device_specs import OPERATIONS, Hardware, Link
 from fira.planner.measure_machine import measure_machine, median_seconds, synchronize

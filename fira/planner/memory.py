@@ -4,13 +4,18 @@ memory of a rank = weights + AdamW's two moments of the trained ones, or its sha
                  + gradients: one of each trained weight, or the partial sums of a tree (pipeline/tree_sum.py)
                  + max(activations at the schedule's peak + temporary tensors of a backward
                        + copies of matrices in the dtype of autocast (fira/parallel/cast_weights.py), reduction bucket)
+
+With --shard parameters, weights and gradients are also those of its share, and temporary tensors are the weights and
+gradients of one layer.
 """
 
 from bisect import bisect_left
+from functools import cache
 
 from fira.parallel.gradient_sum import BUCKET
 from fira.planner.candidate_costs import CandidateCosts
 from fira.planner.candidates import schedule_of
+from pipeline.owned_tensors import balanced_owners
 from pipeline.simulate import peak_memory
 
 MOMENTS = 2  # of AdamW for each trained weight
@@ -21,6 +26,9 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
     activations = _peak_activations(costs)
     result = []
     for rank, layers in enumerate(costs.rank_layers):
+        if costs.candidate.shard == "parameters":
+            result.append(_divided_memory(costs, rank, activations[rank]))
+            continue
         weights = costs.element_size * sum(costs.parameters(rank))
         moments = MOMENTS * costs.element_size * _updated(costs, rank)
         frozen = costs.element_size * costs.frozen_parameters(rank)
@@ -50,13 +58,52 @@ def with_least_recompute(costs: CandidateCosts) -> CandidateCosts:
 def _updated(costs: CandidateCosts, rank: int) -> float:
     """The largest number of parameters that one of the replicas of a rank updates."""
     replicated, experts = costs.parameters(rank)
-    if not costs.candidate.sharded:
+    if not costs.candidate.shard:
         return replicated + experts
-    # A parameter has one owner. The largest ones are embedding and head, which is a copy if they are tied.
-    copy = len(costs.layer_kinds) - 1 if costs.profile.tied else None
-    kinds = [costs.layer_kinds[i] for i in costs.rank_layers[rank] if i != copy]
-    largest = max((kind.largest for kind in kinds if not kind.expert_parameters), default=0)
-    return max(replicated / costs.layout.dp, largest) + experts * costs.layout.ep / costs.layout.dp
+    sizes: tuple[list[int], list[int]] = [], []
+    for i in costs.rank_layers[rank]:
+        for own, of_layer in zip(sizes, costs.layer_kinds[i].sizes, strict=True):
+            own.extend(of_layer)
+    if costs.profile.tied and len(costs.layer_kinds) - 1 in costs.rank_layers[rank]:
+        sizes[0].remove(costs.layer_kinds[0].largest)  # the copy in the head
+    dp, ep = costs.layout.dp, costs.layout.ep
+    dense, of_experts = _owned(tuple(sizes[0]), dp), _owned(tuple(sizes[1]), dp // ep)
+    return max(size + of_experts[replica // ep] / ep for replica, size in enumerate(dense))
+
+
+@cache
+def _owned(sizes: tuple[int, ...], ranks: int) -> list[int]:
+    """[rank] sum of the sizes of the tensors that it owns, see `fira/parallel/param_shard.py`."""
+    owned = [0] * ranks
+    for size, owner in zip(sizes, balanced_owners(sizes, ranks), strict=True):
+        owned[owner] += size
+    return owned
+
+
+def _divided_memory(costs: CandidateCosts, rank: int, activations: float) -> float:
+    """Bytes on the replica of a rank with the most parameters, if the replicas divide them.
+
+    The peak is at the start of the last backward, with all activations, or at its end, with all gradients.
+    """
+    count, owned = costs.candidate.count, costs.element_size * _updated(costs, rank)
+    if costs.profile.tied and rank == costs.placement[-1] != costs.placement[0]:
+        owned += costs.element_size * costs.layer_kinds[0].largest  # the copy of the embedding
+    frozen = costs.element_size * sum(sum(costs.layer_kinds[i].frozen) for i in costs.rank_layers[rank])
+    used, sent = 0.0, 0.0  # of one layer: weights and temporary tensors, gradients in two orders
+    for i in costs.rank_layers[rank]:
+        kind, cost = costs.layer_kinds[i], costs.layer_costs[i]
+        weights = kind.parameters + kind.frozen[0] + (kind.expert_parameters + kind.frozen[1]) / costs.layout.ep
+        gathered = costs.element_size * weights * (1 - 1 / costs.layout.dp)
+        # Experts have gradients for each rank of the ep group.
+        gradients = costs.element_size * (kind.parameters + kind.expert_parameters)
+        copies = costs.copy_size * (kind.cast[0] + kind.cast[1] / costs.layout.ep)
+        is_recomputed = any(i in costs.recomputed(stage) for stage in costs.rank_stages[rank])
+        recompute = cost.saved_for_backward if is_recomputed else 0
+        used = max(used, gathered + copies + max(recompute + gradients, cost.workspace))
+        sent = max(sent, 2 * gradients)
+    start, end = count.bit_length() - 1, (count + 1).bit_length() - 1  # most complete nodes of the tree
+    held = (1 + MOMENTS) * owned + frozen / costs.layout.dp
+    return held + max(start * owned + activations + used, end * owned + sent)
 
 
 def _gradients(costs: CandidateCosts, rank: int) -> float:

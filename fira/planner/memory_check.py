@@ -152,8 +152,9 @@ def _remedy(candidate: Candidate, fits: Callable[[Candidate], bool], machines: f
         count = -(-batch // (microbatch * dp))
         return replace(candidate, microbatch=microbatch, count=count, recompute=recompute)
 
-    if dp > 1 and fits(replace(candidate, sharded=True)):
-        return "--shard optimizer"
+    for shard in ("optimizer", "parameters") if dp > 1 else ():
+        if fits(replace(candidate, shard=shard)):
+            return f"--shard {shard}"
     for recompute, flag in ((candidate.recompute, ""), (EVERY_BLOCK, " --recompute full")):
         for size in _powers_of_two(candidate.microbatch):
             if fits(changed(size, batch, recompute)):

@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -30,17 +30,23 @@ class LayerKind:
     """A group of layers with equal costs.
 
     parameters, expert_parameters: elements of trained parameters that are replicated over dp, and sharded over ep.
-    frozen: the same two numbers for parameters that are not trained. largest: elements of the largest trained one.
+    frozen: the same two numbers for parameters that are not trained. sizes: elements of each trained parameter that is
+    replicated, and of each one of experts.
     """
 
     layer: nn.Module  # one layer of this kind, on the meta device
     parameters: int
     expert_parameters: int
     frozen: tuple[int, int]
-    largest: int
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]
     cast: tuple[int, int]  # elements of the parameters and of the expert parameters that autocast casts
     moe_layers: int  # MoE modules in the layer, each with an all-to-all to the experts and back
     top_k: float  # experts per token
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest trained parameter."""
+        return max(chain(*self.sizes), default=0)
 
     @property
     def trained_share(self) -> float:
@@ -94,16 +100,16 @@ def _kind(layer: nn.Module) -> LayerKind:
     moe = [module for module in layer.modules() if isinstance(module, MoE)]
     banks = [module for module in layer.modules() if isinstance(module, ExpertBank)]
     experts = {p for bank in banks for p in bank.parameters(recurse=False)}
-    sizes = {False: [0, 0], True: [0, 0]}  # by whether they are trained, then as in LayerKind.frozen
+    sizes: dict[bool, tuple[list[int], list[int]]] = {False: ([], []), True: ([], [])}  # by whether they are trained
     for parameter in layer.parameters():
-        sizes[parameter.requires_grad][parameter in experts] += parameter.numel()
-    largest = max((p.numel() for p in layer.parameters() if p.requires_grad), default=0)
+        sizes[parameter.requires_grad][parameter in experts].append(parameter.numel())
+    trained = tuple(sizes[True][0]), tuple(sizes[True][1])
     top_k = max((module.router.top_k for module in moe), default=0)
     cast = [0, 0]
     for module, name in cast_parameters(layer):
         cast[isinstance(module, ExpertBank)] += module.get_parameter(name).numel()
-    frozen = sizes[False][0], sizes[False][1]
-    return LayerKind(layer, sizes[True][0], sizes[True][1], frozen, largest, (cast[0], cast[1]), len(moe), top_k)
+    frozen = sum(sizes[False][0]), sum(sizes[False][1])
+    return LayerKind(layer, sum(trained[0]), sum(trained[1]), frozen, trained, (cast[0], cast[1]), len(moe), top_k)
 
 
 class EvenDispatcher(TokenDispatcher):

@@ -72,8 +72,8 @@ def flags(candidate: Candidate) -> list[str]:
         "schedule": candidate.schedule,
         "micro-batch-size": candidate.microbatch,
     }
-    if candidate.sharded:
-        values["shard"] = "optimizer"
+    if candidate.shard:
+        values["shard"] = candidate.shard
     if candidate.recompute:
         values["recompute"] = recompute_flag(candidate)
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
@@ -90,7 +90,7 @@ def _row(number: int, estimate: Estimate, tokens: int) -> tuple[str, ...]:
         str(number),
         f"{candidate.layout.pp} × {candidate.layout.dp} ({candidate.layout.ep})",
         candidate.schedule
-        + (" sharded" if candidate.sharded else "")
+        + (f" shard {candidate.shard}" if candidate.shard else "")
         + (f" recompute {recompute_flag(candidate)}" if candidate.recompute else ""),
         f"{candidate.count} of {candidate.microbatch}",
         _seconds(estimate.seconds),

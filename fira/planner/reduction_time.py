@@ -27,7 +27,7 @@ def visible_reduction(
     spans: the rank's actions with start and end, from `simulate`. Without them the result is a lower bound for every
     schedule, which counts only the stage that ends last; it is exact on a rank with one stage.
     """
-    if not costs.hardware.overlaps_collectives:
+    if not costs.hardware.overlaps_collectives or costs.candidate.shard == "parameters":
         return costs.reduction(rank)
     if spans is None:
         return min(_reduction_end(costs, {stage: 0.0}) for stage in costs.rank_stages[rank])

@@ -2,8 +2,8 @@
 
 Candidates are evaluated in ascending order of a lower bound of their step time. The search ends when the next bound is
 no less than the step times of the best candidates found; its result equals that of an exhaustive search. A candidate
-that does not fit into memory is replaced by the same candidate with moments that are divided over the replicas, and if
-this is not enough, with the fewest recomputed blocks that make it fit.
+that does not fit into memory is replaced by the same candidate with an optimizer that is divided over the replicas,
+then with divided parameters, and if this is not enough, with the fewest recomputed blocks that make it fit.
 """
 
 import heapq
@@ -46,9 +46,10 @@ def search(inputs: PlanInputs, ranks: int, constraints: Constraints, limit: int 
             break
         costs = considered[number]
         memory = max(rank_memory(costs))
-        if memory > hardware.memory and costs.layout.dp > 1 and not costs.candidate.sharded:
-            considered.append(costs.with_sharding())
-            heapq.heappush(queue, (bound, len(considered) - 1))
+        shard = {None: "optimizer", "optimizer": "parameters"}.get(costs.candidate.shard)
+        if memory > hardware.memory and costs.layout.dp > 1 and constraints.shard is None and shard:
+            considered.append(costs.with_sharding(shard))
+            heapq.heappush(queue, (least_seconds(considered[-1]), len(considered) - 1))
             continue
         if memory > hardware.memory and constraints.recompute is None and not costs.candidate.recompute:
             considered.append(with_least_recompute(costs))

@@ -106,7 +106,7 @@ def constraints_of(config: TrainConfig, batch: int) -> Constraints:
         config.schedule,
         config.micro_batch_size,
         config.recomputed(),
-        config.shard is not None,
+        config.shard,
     )
 
 
@@ -204,5 +204,5 @@ def with_plan(config: TrainConfig, plan: LayoutPlan) -> TrainConfig:
         schedule=candidate.schedule,
         micro_batch_size=candidate.microbatch,
         recompute=recompute_flag(candidate) if candidate.recompute else config.recompute,
-        shard="optimizer" if candidate.sharded else config.shard,
+        shard=candidate.shard,
     )

@@ -100,12 +100,13 @@ def set_up(
     split = BatchSplit(
         candidate.microbatch, layout.dp, mesh.dp_rank, model_config.d_model, devices[0], dtype, objective
     )
-    distributed = parallelize(model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
+    distributed = parallelize(
+        model, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute, candidate.shard
+    )
     if config.compile:
         compile_blocks(distributed.modules(), model_config.seq_len)
     optimizer = config.optimizer_settings()
-    fp16, sharded = config.precision == "fp16", config.shard == "optimizer"
-    trainer = Trainer(distributed, mesh, split, schedule, optimizer, config.clip, fp16, sharded)
+    trainer = Trainer(distributed, mesh, split, schedule, optimizer, config.clip, config.precision == "fp16")
     if adapted:
         state.load_frozen(adapted.base, distributed)
     elif saved and not resumed:
@@ -203,8 +204,13 @@ def choose_candidate(
     else:
         microbatch = choose_microbatch(config, batch_size, layout)
         count = BatchSplit(microbatch, layout.dp, 0, model.config.d_model).count(batch_size)
-        candidate = Candidate(layout, schedule, microbatch, count, 0, sharded=config.shard is not None)
+        candidate = Candidate(layout, schedule, microbatch, count, 0, config.shard)
     candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
+    if config.shard == "parameters" and len(devices) > 1:
+        raise UserError(
+            f"--shard parameters: torchgpipe keeps the weights of its {len(devices)} devices; give --shard optimizer, "
+            "or omit --local-devices"
+        )
     check_memory(config.name(), model, candidate, config.precision, devices)
     return config, candidate
 

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from fira.errors import UserError
 from fira.json_reader import array, check, integer, mapping, number, record, scalar
 from fira.models.registry import to_document
 from fira.optim.settings import OptimizerSettings
-from fira.parallel.parallelize import DistributedModel, ParamShard
+from fira.parallel.parallelize import DistributedModel
+from fira.parallel.param_shard import ParamShard
 from fira.posttraining.chat_corpus import ChatCorpus
 from fira.training.config import TrainConfig
 from fira.training.trainer import Trainer
@@ -189,7 +191,7 @@ def load_weights(saved: SavedModel, model: DistributedModel) -> None:
     """
     tokens = min(stored_config(saved).vocab_size, model.config.vocab_size)
     tables = {"layers.0.token.weight", f"layers.{model.stages[-1][-1]}.project.weight", *model.value_tables()}
-    for shard in [*model.shards, *model.buffers]:
+    for shard in filter(attrgetter("kept"), [*model.shards, *model.buffers]):
         if shard.name in tables:
             stored = read_weight(saved, shard.name, (tokens, *shard.shape[1:]))
             shard.parameter[:tokens].copy_(stored)
@@ -202,7 +204,7 @@ def load_weights(saved: SavedModel, model: DistributedModel) -> None:
 @torch.no_grad()
 def load_frozen(base: SavedModel, model: DistributedModel) -> None:
     """Load this rank's shards of the frozen weights. Raises UserError if they belong to another model."""
-    for shard in model.frozen:
+    for shard in filter(attrgetter("kept"), model.frozen):
         shard.parameter.copy_(_read(base, shard.name, shard))
 
 

@@ -98,7 +98,8 @@ class _Loading:
                 f"--teacher {self.run.config.teacher}: {len(model.layers)} layers and {experts} experts cannot be "
                 f"divided over {mesh.layout}; give a smaller --pp or --ep"
             )
-        parallel = parallelize(model, mesh, 0, [self.run.trainer.model.device], dtype=dtype, autocast=autocast)
+        student = trainer.model
+        parallel = parallelize(model, mesh, 0, [student.device], dtype=dtype, autocast=autocast, shard=student.shard)
         state.load_weights(self.saved, parallel)
         split = replace(trainer.split, width=self.config.d_model, objective=self.tokens)
         return Teacher(ForwardPass(parallel, split, KernelLoading(parallel, mesh)), self.tokens, self.config.vocab_size)

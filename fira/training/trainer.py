@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
@@ -24,8 +24,10 @@ from fira.parallel.gradients import NormVector, scale_gradients
 from fira.parallel.kernel_loading import KernelLoading
 from fira.parallel.overlapped_reduction import OverlappedReduction
 from fira.parallel.owners import Owners
-from fira.parallel.parallelize import DistributedModel, ParamShard
+from fira.parallel.parallelize import DistributedModel
+from fira.parallel.param_shard import ParamShard
 from fira.parallel.rank_optimizer import make_optimizer
+from fira.parallel.sharded_gradient_sum import ShardedGradientSum
 from fira.training.numerical_faults import FaultHistory, NumericalFault
 from pipeline.engine import MicroBatch
 from pipeline.mesh import Mesh
@@ -90,23 +92,27 @@ class Trainer:
         optimizer: OptimizerSettings,
         clip: float,
         fp16: bool,
-        shard_optimizer: bool = False,
     ) -> None:
         self.model = model
         self.mesh = mesh
-        self.split = split
+        self.split = replace(split, alternating=bool(model.weights))
         self.schedule = functools.cache(SCHEDULES[schedule].builder)
         self.clip = clip
-        self.owners = Owners(model, mesh, shard_optimizer)
+        self.owners = Owners(model, mesh)
         self.optimizer = make_optimizer(model, self.owners, optimizer)
         self.scale = LossScale(fp16)
         self.history = FaultHistory()
         self.norms = NormVector(model, self.owners)
-        # Not by the backend: where GPUs use MPI, experts compute the rows of all ranks together as well.
-        on_cpu = mesh.device_type == "cpu"
-        self.reduction = GradientSum(model, mesh, self.owners) if on_cpu else OverlappedReduction(model, mesh)
+        # By the device and not the backend: where GPUs use MPI, experts compute the rows of all ranks together as well.
+        self.reduction: GradientSum | OverlappedReduction | ShardedGradientSum
+        if model.weights:
+            self.reduction = ShardedGradientSum(model, mesh)
+        elif mesh.device_type == "cpu":
+            self.reduction = GradientSum(model, mesh, self.owners)
+        else:
+            self.reduction = OverlappedReduction(model, mesh)
         self.kernels = KernelLoading(model, mesh)
-        self.forward = ForwardPass(model, split, self.kernels)
+        self.forward = ForwardPass(model, self.split, self.kernels)
 
     def step(
         self, loader: TrainingBatches, sequences: int, lr: float, seed: int, extra: Sequence[float] = ()
@@ -155,7 +161,7 @@ class Trainer:
         total: number of micro-batches of the global batch.
         """
         schedule = self.schedule(self.mesh.layout.pp, len(microbatches))
-        with cast_weights(self.model.modules()):
+        with cast_weights(self.model.modules(), self.model.cast_copies):
             self.kernels.load(microbatches[0], training=True)
             self.reduction.begin(total)
             reports = self.model.engine.run(schedule, microbatches, self.reduction.around_backward)
@@ -215,7 +221,8 @@ class Trainer:
         bad = [name for name, norm in zip(self.norms.names, norms.tolist(), strict=True) if not math.isfinite(norm)]
         cause = f"the loss is {loss}" if not math.isfinite(loss) else "a gradient is not finite"
         where = f", first gradient not finite: {bad[0]} ({len(bad)} of {len(norms)})" if bad else ""
-        local = next(filter(None, map(_not_finite, (*self.model.shards, *self.model.buffers))), None)
+        kept = (shard for shard in (*self.model.shards, *self.model.buffers) if shard.kept)
+        local = next(filter(None, map(_not_finite, kept)), None)
         broken = next((f"{name} is not finite since an earlier step" for name in gather(local) if name), None)
         advice = "resume from an earlier checkpoint with a lower --lr or --clip and --override"
         raise NumericalFault(f"{cause}{where}; {broken or 'this step changed no weight'}; {advice}")

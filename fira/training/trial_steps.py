@@ -1,6 +1,5 @@
 """Seconds of a training step with a candidate layout, measured by running steps on random tokens."""
 
-import copy
 import math
 import time
 
@@ -54,16 +53,16 @@ def trial_trainer(
 ) -> Trainer:
     """A trainer with the layout of a candidate and new weights (collective).
 
-    model: on the meta device; it is copied. config: for the precision and the optimizer.
+    model: on the meta device. config: for the precision and the optimizer.
     """
     layout, schedule, precision = candidate.layout, candidate.schedule, config.precision
     mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), devices)
     dtype, autocast = parameter_dtype(precision), AUTOCAST_DTYPES.get(precision)
     split = BatchSplit(candidate.microbatch, layout.dp, mesh.dp_rank, model.config.d_model, devices[0], dtype)
-    whole = copy.deepcopy(model)
-    built = parallelize(whole, mesh, config.seed, devices, schedule, dtype, autocast, candidate.recompute)
+    recompute, shard = candidate.recompute, candidate.shard
+    built = parallelize(model, mesh, config.seed, devices, schedule, dtype, autocast, recompute, shard)
     optimizer, fp16 = config.optimizer_settings(), precision == "fp16"
-    return Trainer(built, mesh, split, schedule, optimizer, config.clip, fp16, candidate.sharded)
+    return Trainer(built, mesh, split, schedule, optimizer, config.clip, fp16)
 
 
 def step_seconds(trainer: Trainer, tokens: RandomTokens, batch: int) -> float:

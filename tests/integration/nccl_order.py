@@ -28,7 +28,7 @@ from torch import Tensor
 import pipeline.engine as pipeline_engine
 from fira.parallel import overlapped_reduction
 from fira.parallel.overlapped_reduction import OverlappedReduction
-from fira.parallel.parallelize import ParamShard
+from fira.parallel.param_shard import ParamShard
 from pipeline.clock import HostClock
 from pipeline.engine import Engine, MicroBatch
 from pipeline.mesh import Layout

@@ -32,6 +32,7 @@ SCHEDULES: list[dict[str, Any]] = [
     *({"schedule": schedule} for schedule in ("interleaved", "zb-2p", "zb-v")),
     {"schedule": "zb-h1", "recompute": 1},
 ]
+DIVIDED = [("blues", "bfloat16"), ("fira", "float16")]  # tied embeddings, and a sparse mixture
 # By the name of a test: the number of ranks and the trainings
 CASES = {
     "scaling": (1, [case(name, [1, 1, 1], "float16", steps=6) for name in MODELS]),
@@ -42,6 +43,7 @@ CASES = {
     ),
     "pipeline": (2, [case(name, [2, 1, 1], autocast) for name, autocast in product(MODELS, DTYPES)]),
     "schedules": (2, [case(name, [2, 1, 1], "bfloat16", **option) for name, option in product(MODELS, SCHEDULES)]),
+    "parameters": (2, [case(name, [1, 2, 1], autocast, shard="parameters") for name, autocast in DIVIDED]),
     "experts": (2, [case(name, sharded(name, 1, 2), autocast) for name, autocast in product(MODELS, DTYPES)]),
 }
 
@@ -79,6 +81,6 @@ def test_one_rank() -> None:
     compare("one rank")
 
 
-@pytest.mark.parametrize("name", ["pipeline", "schedules", "experts"])
+@pytest.mark.parametrize("name", ["pipeline", "schedules", "parameters", "experts"])
 def test_two_ranks(name: str) -> None:
     compare(name)

@@ -42,13 +42,15 @@ CASES = {
         case("fira", [2, 1, 1]),
         case("fira", [1, 2, 1]),
         case("fira", [1, 2, 2]),
+        case("fira", [1, 2, 1], shard="parameters"),
+        case("blues", [1, 2, 1], UNTIED, shard="parameters", recompute=1),
         case("fira", [2, 1, 1], schedule="zb-h1"),
         case("rish", [2, 1, 1], schedule="zb-v"),
         case("blues", [2, 1, 1], UNTIED),
         case("microrwkv", [2, 1, 1], UNTIED, schedule="interleaved"),
         case("fira", [2, 1, 1], "rank=1,alpha=2,targets=head", schedule="zb-h1"),
     ],
-    4: [case("fira", [2, 2, 2]), case("rish", [2, 2, 2], schedule="zb-h1")],
+    4: [case("fira", [2, 2, 2]), case("rish", [2, 2, 2], schedule="zb-h1", shard="parameters")],
 }
 # In fp32, with the same micro-batch size: compared with one rank instead of the loop
 SINGLE = {"settings": asdict(replace(SETTINGS, batch=4)), "microbatch": 1, "dtype": "float32"}

@@ -113,7 +113,7 @@ TIED = MooshakConfig(  # with all options
     residual_scalars=True,
 )
 SHARDED = [
-    case(layout, dropout=0.1, shard=True, **settings)
+    case(layout, dropout=0.1, shard=shard, **settings)
     for layout, settings in [
         ([1, 2, 1], {"microbatch": 2}),
         ([1, 2, 2], {"optimizer": {"optimizer": "muon"}}),
@@ -124,6 +124,7 @@ SHARDED = [
         ([1, 4, 1], {"d_ff": 1500}),  # more than a bucket
         *((layout, {"model": to_document(TIED)}) for layout in ([1, 2, 1], [2, 2, 1])),
     ]
+    for shard in ("optimizer", "parameters")
 ]
 ALL = [LONG, *PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED, *EXCHANGED, *map(in_line, EXCHANGED), *MUON, *SHARDED]
 
@@ -221,7 +222,7 @@ def test_muon_is_bitwise_identical_to_one_rank(name):
 
 
 @compared(SHARDED)
-def test_sharded_optimizer_is_bitwise_identical_to_one_rank(name):
+def test_replicas_that_divide_optimizer_or_parameters_are_bitwise_identical_to_one_rank(name):
     assert result(name) == reference(name)
 
 

@@ -1,5 +1,7 @@
 """A stage: forwards and full or split backwards of several micro-batches, with mixed segments and recomputation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -35,7 +37,31 @@ def make_stage(layers: list[ToyLayer], recomputed: int) -> Stage:
     if recomputed in (0, LAYERS):
         return Stage(DeviceLayers(layers, recompute=recomputed > 0), CPU)
     before = DeviceLayers(layers[:recomputed], recompute=True)
-    return Stage(DeviceLayers(layers[recomputed:]), CPU, before)
+    return Stage(DeviceLayers(layers[recomputed:]), CPU, [before])
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_each_use_of_a_segment_is_surrounded(split: bool) -> None:
+    layers, (batch, *_) = make()
+    uses = []
+
+    @contextmanager
+    def around(segment: int) -> Iterator[None]:
+        before = layers[segment].linear.weight.grad
+        yield
+        uses.append((segment, before is None and layers[segment].linear.weight.grad is not None))
+
+    segments = [DeviceLayers([layer], recompute=i == 0) for i, layer in enumerate(layers)]
+    stage = Stage(segments[-1], CPU, segments[:-1], around)
+    y = stage.forward(0, batch.inputs, batch.context)
+    assert uses == [(i, False) for i in range(LAYERS)]
+    uses.clear()
+    (stage.backward_input if split else stage.backward)(0, torch.ones_like(y))
+    assert uses == [(i, not split or i == 0) for i in reversed(range(LAYERS))]
+    uses.clear()
+    if split:
+        stage.backward_weight(0)
+        assert uses == [(i, True) for i in reversed(range(1, LAYERS))]
 
 
 @pytest.mark.parametrize("recomputed", [0, 2, LAYERS])
@@ -101,7 +127,7 @@ def test_integer_inputs_have_no_gradient(split, segments):
             return 2 * x
 
     layers = [Embed(), Double()]
-    before = DeviceLayers(layers[:1], recompute=True) if segments == 2 else None
+    before = [DeviceLayers(layers[:1], recompute=True)] if segments == 2 else []
     stage = Stage(DeviceLayers(layers[segments - 1 : segments]), CPU, before)  # the embedding, and a factor of 2
     y = stage.forward(3, torch.tensor([1, 1, 2]), None)
     assert (stage.backward_input if split else stage.backward)(3, torch.ones_like(y)) is None

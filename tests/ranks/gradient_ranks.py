@@ -41,7 +41,7 @@ def norms(mesh: Mesh) -> dict[str, Any]:
         shard.parameter.grad = shard.parameter.detach() + 0.5
         rows = shard.parameter.grad if shard.expert else [shard.parameter.grad]
         expected += [float(row.square().sum()) for row in rows]
-    vector = NormVector(model, Owners(model, mesh, sharded=False))
+    vector = NormVector(model, Owners(model, mesh))
     entries = vector.local()
     dist.all_reduce(entries)
     return {"names": vector.names, "norms": entries.tolist(), "expected_norms": expected}

@@ -14,7 +14,8 @@ from fira.nn.lora import Lora
 from fira.optim.lr_schedule import learning_rate
 from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
-from fira.parallel.parallelize import ParamShard, parallelize
+from fira.parallel.parallelize import parallelize
+from fira.parallel.param_shard import ParamShard
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
 from pipeline.schedule import SCHEDULES
@@ -33,6 +34,7 @@ def train(
     schedule: str = "1f1b",
     recompute: int = 0,
     devices: int = 1,
+    shard: str | None = None,
 ) -> dict[str, Any]:
     """Train the adapters of a new model, whose matrices B are not zero, and return this rank's numbers.
 
@@ -45,11 +47,12 @@ def train(
     mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]), [CPU] * devices)
     whole = meta_model(config)
     add_adapters(whole, Lora.parse(lora))
-    built = parallelize(whole, mesh, 7, [CPU] * devices, schedule, getattr(torch, dtype), recompute=recompute)
-    for shard in built.shards:
-        if torch.count_nonzero(shard.parameter) == 0:
-            _fill(shard)
-    split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model, CPU, getattr(torch, dtype))
+    parameters = getattr(torch, dtype)
+    built = parallelize(whole, mesh, 7, [CPU] * devices, schedule, parameters, recompute=recompute, shard=shard)
+    for part in built.shards:
+        if part.kept and torch.count_nonzero(part.parameter) == 0:
+            _fill(part)
+    split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model, CPU, parameters)
     trainer = Trainer(built, mesh, split, schedule, OptimizerSettings(weight_decay=s.weight_decay), s.clip, fp16=False)
     ids = token_ids(config.vocab_size, s.windows * config.seq_len + 1)
     loader = Loader(TextWindows(Tokens(ids), config.seq_len), s.loader_seed)  # type: ignore[arg-type]
@@ -82,7 +85,7 @@ def _fill(shard: ParamShard) -> None:
 
 
 def _values(shards: list[ParamShard]) -> dict[str, Any]:
-    return {shard.name: (shard.start, shard.parameter.tolist()) for shard in shards}
+    return {shard.name: (shard.start, shard.parameter.tolist()) for shard in shards if shard.kept}
 
 
 def _gradients(shards: list[ParamShard]) -> list[tuple[str, int, torch.Tensor]]:

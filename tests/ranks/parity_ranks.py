@@ -66,7 +66,7 @@ def train(
     reduction: str = "tree",
     documents: str = "",
     optimizer: dict[str, Any] | None = None,
-    shard: bool = False,
+    shard: str | None = None,
 ) -> dict[str, Any]:
     """Train a model on one layout.
 
@@ -74,7 +74,7 @@ def train(
     steps. parts: of the experts' exchange. reduction: of gradients, "tree", or as on GPUs "plain" (after the backward)
     or "overlapped" (during it, where kernels are loaded first). documents: instead of windows of a text, train and
     validate on documents that are "packed" into sequences, or "single" ones. optimizer: its settings.
-    shard: whether the replicas divide the moments.
+    shard: what the replicas divide.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the SHA-256 of
     this rank's weights and moments, for experts of each one; with `observe`, the validation losses and the numbers of
@@ -98,7 +98,9 @@ def train(
     if reduction != "tree":  # experts do not separate the rows of sending ranks
         mesh = dataclasses.replace(mesh, device_type="cuda")
     parameter_dtype = getattr(torch, dtype)
-    built = parallelize(meta_model(config), mesh, 7, local_devices, schedule, parameter_dtype, recompute=recompute)
+    built = parallelize(
+        meta_model(config), mesh, 7, local_devices, schedule, parameter_dtype, recompute=recompute, shard=shard
+    )
     if compiler:
         compile_blocks(built.modules(), config.seq_len, compiler)
     for module in built.moe:
@@ -106,7 +108,7 @@ def train(
             module.dispatcher.parts = parts
     split = BatchSplit(microbatch, mesh.layout.dp, mesh.dp_rank, config.d_model)
     settings = OptimizerSettings(**(optimizer or {}))
-    trainer = Trainer(built, mesh, split, schedule, settings, clip=1.0, fp16=False, shard_optimizer=shard)
+    trainer = Trainer(built, mesh, split, schedule, settings, clip=1.0, fp16=False)
     if reduction != "tree":
         trainer.reduction = {"plain": PlainReduction, "overlapped": OverlappedReduction}[reduction](built, mesh)
         trainer.kernels.needed = reduction == "overlapped"
@@ -124,11 +126,11 @@ def train(
             traced.append(len(built.engine.stop_trace()))
             validation.append(trainer.forward.mean(unseen, batch).loss)
     weights = {}
-    for shard in built.shards:
-        moments = trainer.optimizer.moments.get(shard.name, ())  # another rank may have them
-        for number, tensor in enumerate((shard.parameter.detach(), *moments)):
-            for i, row in enumerate(tensor if shard.expert else [tensor]):
-                place = f"{shard.name}[{shard.start + i}]" if shard.expert else shard.name
+    for part in built.shards:
+        moments = trainer.optimizer.moments.get(part.name, ())  # another rank may have them
+        for number, tensor in enumerate((part.parameter.detach(), *moments) if part.kept else ()):
+            for i, row in enumerate(tensor if part.expert else [tensor]):
+                place = f"{part.name}[{part.start + i}]" if part.expert else part.name
                 weights[f"{place}/{number}"] = hashlib.sha256(row.numpy()).hexdigest()
     experts = {"load": result.expert_load, "dropped": result.expert_dropped, "entropy": [result.router_entropy]}
     observed = {"validation": validation, "traced": traced} if observe else {}

@@ -17,7 +17,8 @@ from fira.models.microrwkv import MicroRWKVConfig
 from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.overlapped_reduction import OverlappedReduction
-from fira.parallel.parallelize import ParamShard, parallelize
+from fira.parallel.parallelize import parallelize
+from fira.parallel.param_shard import ParamShard
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, Mesh, make_mesh
 from pipeline.schedule import SCHEDULES, Action

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from pipeline.gathered_tensors import GatheredTensors
 from pipeline.owned_tensors import share_owned
 from pipeline.tree_sum import TreeSum, all_reduce, leaves_of, nodes_by_rank, reduce_scatter
 
@@ -41,3 +42,33 @@ def shared(sizes: list[int], owners: list[int]) -> list[list[float]]:
     ]
     share_owned(tensors, owners, group)
     return [tensor.tolist() for tensor in tensors]
+
+
+def gathered(sizes: list[int], owners: list[int]) -> tuple[list[list[bool]], list[float]]:
+    """Products with tensors of these sizes, gathered for the forward and again for the backward.
+
+    Returns for each phase which tensors have memory, and the gradients of their factors.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    weights = [torch.nn.Parameter(torch.arange(1.0, size + 1)) for size in sizes]
+    expanded = torch.nn.Parameter(weights[0].detach().expand(2, sizes[0]))
+    tensors = GatheredTensors([[weights[0], expanded], *([weight] for weight in weights[1:])], owners, group)
+    phases = [_have_memory(weights)]
+    factor = torch.ones((), requires_grad=True)
+    tensors.gather()
+    tensors.gather()  # by another layer
+    tensors.release()
+    phases.append(_have_memory(weights))
+    loss = sum(((factor * weight * weight).sum() for weight in weights), start=(factor * expanded).sum())
+    tensors.release()
+    phases.append(_have_memory(weights))
+    tensors.gather()
+    loss.backward()
+    tensors.release()
+    assert expanded.grad is not None
+    return phases, [float(factor.grad), *(float(w.grad.sum()) for w in weights), float(expanded.grad.sum())]
+
+
+def _have_memory(tensors: list[torch.nn.Parameter]) -> list[bool]:
+    return [tensor.untyped_storage().nbytes() > 0 for tensor in tensors]

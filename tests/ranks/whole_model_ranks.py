@@ -16,7 +16,9 @@ from pipeline.mesh import CPU, Layout, make_mesh
 from pipeline.schedule import SCHEDULES
 
 
-def differences(cases: list[tuple[dict[str, Any], str | None]], layouts: list[tuple[str, list[int]]]) -> list[str]:
+def differences(
+    cases: list[tuple[dict[str, Any], str | None]], layouts: list[tuple[str, list[int], str | None]]
+) -> list[str]:
     """Return the weights that differ from those of a model in one process, and the models that compute other logits.
 
     cases: documents of models, and their adapters if they have any.
@@ -24,11 +26,12 @@ def differences(cases: list[tuple[dict[str, Any], str | None]], layouts: list[tu
     found = []
     for document, lora in cases:
         expected = in_one_process(document, lora)
-        for schedule, layout in layouts:
+        for schedule, layout, shard in layouts:
             mesh = make_mesh(Layout(*layout), SCHEDULES[schedule].placement(layout[0]))
             model = on_meta_device(document, lora)
-            whole = whole_model(parallelize(model, mesh, 3, [CPU], schedule, torch.float64), mesh)
-            place = f"{document['family']} {lora} {layout}: "
+            parallel = parallelize(model, mesh, 3, [CPU], schedule, torch.float64, shard=shard)
+            whole = whole_model(parallel, mesh)
+            place = f"{document['family']} {lora} {layout} {shard}: "
             weights, wanted = whole.weights(), expected.weights()
             assert weights.keys() == wanted.keys()
             found += [place + name for name, value in wanted.items() if not torch.equal(weights[name], value)]

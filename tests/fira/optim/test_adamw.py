@@ -9,7 +9,7 @@ from torch import nn
 
 from fira.optim.adamw import AdamW
 from fira.optim.settings import OptimizerSettings
-from fira.parallel.parallelize import ParamShard
+from fira.parallel.param_shard import ParamShard
 from tests.launch import ROOT
 
 

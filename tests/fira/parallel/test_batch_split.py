@@ -33,6 +33,15 @@ def test_each_sequence_is_in_one_microbatch_and_the_rest_is_padding():
     assert all(m.boundary == (2, 3, 5) for m in ordered)
 
 
+def test_micro_batches_of_the_replicas_alternate():
+    splits = [BatchSplit(2, 2, rank, 5, alternating=True) for rank in range(2)]
+    assert [list(split.numbers(5)) for split in splits] == [[0, 2], [1]]
+    first, second = (split.batch(read, 7, 5, dropout_seed=3).microbatches for split in splits)
+    ordered = [first[0], second[0], first[1], second[1]]
+    assert torch.cat([m.inputs for m in ordered])[:5].tolist() == read(7, 5).tokens.tolist()
+    assert torch.cat([m.context.lengths for m in ordered]).tolist() == [2, 3, 2, 3, 2, 0, 0, 0]
+
+
 def test_weights_make_a_mean_over_the_targets_of_the_global_batch():
     (microbatch, *_) = BatchSplit(2, 2, 0, 5).batch(read, 7, 5, dropout_seed=3, loss_scale=8.0).microbatches
     assert microbatch.context.training.loss_weight == 8 / 12

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fira.parallel import gradients
-from fira.parallel.parallelize import ParamShard
+from fira.parallel.param_shard import ParamShard
 from tests.launch import run_function
 
 

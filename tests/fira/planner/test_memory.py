@@ -86,14 +86,33 @@ def test_copies_for_autocast_are_counted_once_per_rank(tiny, hardware, precision
 def test_replicas_divide_the_moments(tiny, hardware):
     """Two tensors of each parameter less those of the share; experts are divided over the replicas of an expert."""
     table = tiny.config.vocab_size * tiny.config.d_model  # has one owner as a whole
+    matrix = max(tiny.kinds[1].sizes[1])  # of all experts
     for layout in (Layout(1, 2, 1), Layout(1, 4, 2), Layout(2, 4, 4), Layout(2, 64, 4)):
         inputs = PlanInputs(tiny, hardware, saved_costs, "fp32")
         costs = CandidateCosts(inputs, Candidate(layout, "1f1b", 1, 1, 0))
-        plain, sharded = rank_memory(costs), rank_memory(costs.with_sharding())
+        plain, sharded = rank_memory(costs), rank_memory(costs.with_sharding("optimizer"))
         for rank, (before, after) in enumerate(zip(plain, sharded, strict=True)):
             replicated, experts = costs.parameters(rank)
             share = max(replicated / layout.dp, table)
-            assert before - after == pytest.approx(4 * 2 * (replicated - share + experts * (1 - layout.ep / layout.dp)))
+            of_experts = max(experts * layout.ep / layout.dp, matrix / layout.ep)
+            assert before - after == pytest.approx(4 * 2 * (replicated + experts - share - of_experts), rel=0.02)
+
+
+@pytest.mark.parametrize(("count", "sums"), [(1, 0), (2, 1), (3, 1), (7, 2), (8, 3)])
+@pytest.mark.parametrize("layout", [Layout(1, 4, 1), Layout(2, 4, 2)])
+def test_replicas_divide_the_parameters(tiny, hardware, layout, count, sums):
+    """A share of weights, moments and earlier sums of gradients; weights and gradients of one layer."""
+    inputs = PlanInputs(tiny, hardware, saved_costs, "fp32")
+    costs = CandidateCosts(inputs, Candidate(layout, "1f1b", 1, count, 0, "parameters"))
+    table, block = tiny.config.vocab_size * tiny.config.d_model, tiny.kinds[1]
+    for rank, memory in enumerate(rank_memory(costs)):
+        replicated, experts = costs.parameters(rank)
+        share = max(replicated / 4, table) + experts * layout.ep / 4
+        gathered = 0.75 * (block.parameters + block.expert_parameters / layout.ep)
+        layer = max(gathered + block.parameters + block.expert_parameters, 1.75 * table)
+        held = [3 * 10**8 + 10**6 + BOUNDARY, 10**8] if layout.pp == 2 else [4 * 10**8 + 10**6]
+        in_flight = min(count, layout.pp - rank)
+        assert memory - in_flight * held[rank] == pytest.approx(4 * (share * (3 + sums) + layer), rel=0.02)
 
 
 def test_frozen_weights_have_neither_gradients_nor_moments(hardware):

@@ -18,7 +18,7 @@ from fira.planner.step_time import least_seconds, predict
 @settings(max_examples=5, deadline=None)
 @given(
     flops=st.sampled_from([1e11, 1e12, 1e13]),
-    memory=st.sampled_from([4e7, 6e7, 1e9]),
+    memory=st.sampled_from([2e7, 4e7, 6e7, 1e9]),
     bandwidth=st.sampled_from([1e8, 1e10]),
     overlaps=st.booleans(),
 )
@@ -32,7 +32,8 @@ def test_search_equals_exhaustive_search(tiny, hardware, flops, memory, bandwidt
 
     inputs = PlanInputs(tiny, hardware, cost_model, "fp32")
     every = [CandidateCosts(inputs, candidate) for candidate in candidates(tiny, 4, Constraints(16))]
-    every = [c if max(rank_memory(c)) <= memory or c.layout.dp == 1 else c.with_sharding() for c in every]
+    for shard in ("optimizer", "parameters"):
+        every = [c if max(rank_memory(c)) <= memory or c.layout.dp == 1 else c.with_sharding(shard) for c in every]
     every = [c if max(rank_memory(c)) <= memory else with_least_recompute(c) for c in every]
     assert all(least_seconds(c) <= predict(c).seconds * (1 + 1e-9) for c in every)
     fitting = sorted(predict(c).seconds for c in every if max(rank_memory(c)) <= memory)

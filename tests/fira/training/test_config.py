@@ -63,6 +63,7 @@ INVALID_FLAGS = {
     "--trace fira": "fira: Is a directory; choose a path that can be written",
     "--recompute some": "--recompute some: give none, full, auto, or a number",
     "--recompute 1 --local-devices cpu,cpu": "torchgpipe recomputes all or nothing",
+    "--shard parameters --local-devices cpu,cpu": "torchgpipe keeps the weights of its 2 devices",
     "--init runs --lora rank=0,alpha=16,targets=head": "targets=head: give an integer from 1 to 262,144, not '0'",
     "--init runs --lora rank=8,alpha=16,targets=mlp": "no target 'mlp'; the targets are attention, experts, head",
     "--init runs --lora rank=8,targets=head": "give rank, alpha and targets once each, as in rank=8,alpha=16,targets=",

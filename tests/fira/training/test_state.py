@@ -130,12 +130,20 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_muon_resumes_on_another_layout_bitwise_identical(settings: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ((2, "--dp", 2, "--ep", 2, "--shard", "optimizer"), (1,)),
+        ((1,), (2, "--dp", 2, "--ep", 1, "--shard", "parameters")),
+        ((2, "--dp", 2, "--ep", 2, "--shard", "parameters"), (2, "--pp", 2)),
+    ],
+)
+def test_muon_resumes_on_another_layout_bitwise_identical(settings: Path, tmp_path: Path, layouts: Any) -> None:
     run = tmp_path / "run"
     flags = ["--optimizer", "muon", "--cautious-decay", "--lr-schedule", "wsd", "--warmup", 10, "--threads", 1]
-    train(settings, 2, "--dp", 2, "--ep", 2, "--shard", "optimizer", "--out", run, *flags)
+    train(settings, *layouts[0], "--out", run, *flags)
     resumed = shutil.copytree(run, tmp_path / "resumed")
-    train(settings, 1, "--out", resumed, "--resume", resumed / "checkpoints" / "step-000010")
+    train(settings, *layouts[1], "--out", resumed, "--resume", resumed / "checkpoints" / "step-000010")
     assert (losses(resumed) == losses(run)).all()
     first, second = tensors(run / LAST), tensors(resumed / LAST)
     assert first.keys() == second.keys()

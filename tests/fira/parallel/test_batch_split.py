@@ -93,7 +93,7 @@ def test_tensors_for_a_gpu_are_copied_from_pinned_memory_without_waiting(monkeyp
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "to", to)
     (batch,) = BatchSplit(2, 1, 0, 5, torch.device("cuda", 0)).batch(read, 0, 2, dropout_seed=3).microbatches
-    assert copied == [(True, True)] * 4  # lengths, keys, targets, weights of the auxiliary loss
+    assert copied == [(True, True)] * 5  # tokens, lengths, keys, targets, weights of the auxiliary loss
     assert any(batch.inputs is x for x in pinned)  # the engine copies it on the rank of the first stage
     pinned.clear()
     BatchSplit(2, 1, 0, 5, torch.device("cpu")).batch(read, 0, 2, dropout_seed=3)

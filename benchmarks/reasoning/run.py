@@ -69,7 +69,10 @@ class Method:
 
 
 DISTILL = ("--objective", "distill")
-GRPO = ("--objective", "grpo", "--answer-after", MARKER, "--group-size", "8", "--batch-size", "32")
+GRPO = (
+    *"--objective grpo --group-size 8 --batch-size 32 --answer-tokens 110 --answer-after".split(),
+    MARKER,
+)
 METHODS = {
     "alone": Method(("--objective", "sft")),
     "distilled": Method(DISTILL, teacher=True),
@@ -195,10 +198,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="of the data and the runs")
     parser.add_argument("--seeds", type=int, default=10, help="of each method (default: %(default)s)")
     parser.add_argument("--third-stage-seeds", type=int, default=3, help="of GRPO and on-policy (default: %(default)s)")
+    parser.add_argument(
+        "--errors", type=float, default=Setting.errors, help="share of wrong steps (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
     options = parser.parse_args()
     counts = {name: options.third_stage_seeds if method.init else options.seeds for name, method in METHODS.items()}
-    found = run(options.folder.resolve(), Setting(), counts, options.jobs)
+    found = run(options.folder.resolve(), Setting(errors=options.errors), counts, options.jobs)
     found.to_csv(HERE / "results.csv", index=False, float_format="%.4f")
     summary = summarise(found)
     summary.to_csv(HERE / "summary.csv", index=False, float_format="%.4f")

@@ -43,12 +43,12 @@ def summarise(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(summary: pd.DataFrame, out: Path) -> None:
-    """Draw accuracy over number of steps with intervals as a PNG."""
+    """Draw accuracy over number of steps with intervals as a PNG, without third stages, which have few seeds."""
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
     style_axes(axes, "Exact answers to problems of the test set", "share of exact answers")
     rows = summary[(summary["kind"] == "all") & (summary["steps"] != ALL)]
-    methods = list(rows["method"].unique())
+    methods = [method for method in rows["method"].unique() if " + " not in method]
     colours = dict(zip([m for m in methods if m != TEACHER], RUN_COLOURS, strict=False)) | {TEACHER: GREY}
     for number, method in enumerate(methods):
         own = rows[rows["method"] == method]

@@ -2,9 +2,9 @@
 
     python -m benchmarks.reasoning.run --folder /tmp/reasoning
 
-tokenizer → teacher → students of each number of training problems, seed and method. New students of a seed begin with
-the same weights and read the same problems in the same order for the same number of steps. A run that is finished is
-not repeated. Writes results.csv, one row per student, kind and number of steps; summary.csv; results.png.
+tokenizer → teacher and students without one → students with it → third stages. New students of a seed begin with the
+same weights and read the same problems in the same order for the same number of steps. A run that is finished is not
+repeated. Writes results.csv, one row per student, kind and number of steps; summary.csv; results.png.
 """
 
 import argparse
@@ -14,13 +14,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
-from benchmarks.reasoning.problems import KINDS, Problem, problems
+from benchmarks.reasoning.problems import KINDS, TEST, TRAINING, Problem, problems
 from benchmarks.reasoning.summary import draw, summarise
 from fira.data.tokenizer import train_tokenizer
 from fira.evaluation.task_scores import RESULTS
@@ -32,6 +33,7 @@ STEPS = (2, 3, 4, 5, 6)  # of the problems
 NOT_MERGED = re.compile(r"[^A-Za-z .;?]")  # every digit, operator and parenthesis is a token
 MARKER = "so "
 SHAPE = "n_head=4,n_kv_head=4,num_experts=1,top_k=1,rope_theta=10000,max_position=192"  # of all models
+RECIPE = "--model rish-tiny --batch-size 8 --optimizer muon --lr 5e-3 --min-lr 2e-4 --warmup 50"
 
 
 @dataclass(frozen=True)
@@ -39,59 +41,74 @@ class Setting:
     """Sizes of the experiment. Flags of train.py for the teacher, for all students, and for the third stage."""
 
     vocab_size: int = 384
-    teacher_problems: int = 60_000
-    student_problems: tuple[int, ...] = (1_000, 3_000)  # the first ones of the teacher's
+    part: str = TEST  # scored
+    errors: float = 0.15  # share of the steps of the solutions that are wrong
+    teacher_problems: int = 80_000
+    student_problems: int = 2_000  # the first ones of the teacher's
     tests: int = 25  # test problems of each kind and number of steps
     common: str = "--seq-len 192 --threads 1 --eval-every 250 --save-every 1000000"
-    teacher: str = "--model rish-tiny --batch-size 8 --steps 2000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
-    teacher_model: str = "d_model=96,num_layers=3,d_ff=288," + SHAPE
-    student: str = "--model rish-tiny --batch-size 8 --steps 2000 --lr 2.5e-3 --min-lr 2e-4 --warmup 50"
+    teacher: str = f"{RECIPE} --steps 3000"
+    teacher_model: str = "d_model=128,num_layers=3,d_ff=384," + SHAPE
+    student: str = f"{RECIPE} --steps 2000"
     student_model: str = "d_model=64,num_layers=2,d_ff=192," + SHAPE
     third_stage: str = "--batch-size 8 --steps 100 --lr 1e-4 --min-lr 1e-5 --warmup 10"
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a student is trained. init: the method of the student that is trained further; None: a new student."""
+    """How a student is trained.
+
+    init: the method of the student that is trained further; None: a new student. data: "problems" with solutions, or
+    "answers", the same problems with the right answers alone.
+    """
 
     flags: tuple[str, ...]
     teacher: bool = False
     init: str | None = None
+    data: str = "problems"
 
 
-DISTILL = ("--objective", "distill", "--distill-temperature", "2")
-GRPO = ("--objective", "grpo", "--answer-after", MARKER, "--group-size", "8", "--batch-size", "32")
+DISTILL = ("--objective", "distill")
+GRPO = (
+    *"--objective grpo --group-size 8 --batch-size 32 --answer-tokens 110 --answer-after".split(),
+    MARKER,
+)
 METHODS = {
     "alone": Method(("--objective", "sft")),
     "distilled": Method(DISTILL, teacher=True),
     "distilled + on-policy": Method((*DISTILL, "--teacher-online", "--on-policy", "1"), teacher=True, init="distilled"),
-    "distilled + GRPO": Method(GRPO, init="distilled"),
-    "alone + GRPO": Method(GRPO, init="alone"),
+    "distilled + GRPO": Method(GRPO, init="distilled", data="answers"),
+    "alone + GRPO": Method(GRPO, init="alone", data="answers"),
 }
 
 
 class Student(NamedTuple):
-    """A student, or the teacher. problems: number of its training problems."""
+    """A student, or the teacher."""
 
-    problems: int
     method: str
     seed: int
 
     def folder(self, parent: Path) -> Path:
         """The run folder."""
-        return parent / f"{self.method.replace(' ', '')}-{self.problems}-{self.seed}"
+        return parent / f"{self.method.replace(' ', '')}-{self.seed}"
+
+
+TEACHER = Student("teacher", 0)
 
 
 def prepare(folder: Path, setting: Setting) -> None:
     """Write the tokenizer, the training problems as chats, and a task for each kind and number of steps."""
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
-    taught = problems(setting.teacher_problems, STEPS, seed=1, test=False)
-    tests = problems(setting.tests * len(KINDS) * len(STEPS), STEPS, seed=2, test=True)
+    taught = problems(setting.teacher_problems, STEPS, seed=1, part=TRAINING, errors=setting.errors)
+    tests = problems(setting.tests * len(KINDS) * len(STEPS), STEPS, seed=2, part=setting.part)
     texts = (NOT_MERGED.sub("", f"{problem.question}\n{problem.completion}") for problem in taught[:3000])
     train_tokenizer(texts, setting.vocab_size).save(str(folder / "tokenizer.json"))
-    for count in (*setting.student_problems, setting.teacher_problems):
+    for count in (setting.student_problems, setting.teacher_problems):
         chats = ({"prompt": problem.question, "completion": problem.completion} for problem in taught[:count])
         _write(folder / f"problems-{count}.jsonl", chats)
+    chosen = taught[: setting.student_problems]
+    answers = ({"prompt": problem.question, "completion": f"{MARKER}{problem.answer}"} for problem in chosen)
+    _write(folder / f"answers-{setting.student_problems}.jsonl", answers)
     by_task: dict[str, list[Problem]] = {}
     for problem in tests:
         by_task.setdefault(f"{problem.kind}-{problem.steps}", []).append(problem)
@@ -128,38 +145,42 @@ def train(out: Path, flags: Sequence[str]) -> None:
         )
 
 
-def run(folder: Path, setting: Setting, seeds: dict[str, int]) -> pd.DataFrame:
-    """Run everything that is not finished. Return the scores: problems, method, seed, kind, steps, exact_match.
+def run(folder: Path, setting: Setting, seeds: dict[str, int], jobs: int = 1) -> pd.DataFrame:
+    """Run everything that is not finished. Return the scores: method, seed, kind, steps, exact_match.
 
-    seeds: number of seeds by method.
+    seeds: number of seeds by method. jobs: runs at the same time.
     """
     if not (folder / "tokenizer.json").exists():
         prepare(folder, setting)
-    teacher, common = folder / "teacher", setting.common.split()
-    data = ["--data", str(folder / f"problems-{setting.teacher_problems}.jsonl")]
-    train(
-        teacher, ["--objective", "sft", *data, "--model-set", setting.teacher_model, *common, *setting.teacher.split()]
-    )
-    found = [scores(teacher, Student(setting.teacher_problems, "teacher", 0))]
-    for count in setting.student_problems:
-        for seed in range(max(seeds.values())):
-            for student in (Student(count, method, seed) for method in seeds if seed < seeds[method]):
-                train(student.folder(folder), [*student_flags(folder, setting, student), *common])
-                found.append(scores(student.folder(folder), student))
-    return pd.concat(found, ignore_index=True)
+    students = [Student(method, seed) for method in METHODS for seed in range(seeds[method])]
+    stages = [
+        [TEACHER, *(s for s in students if not METHODS[s.method].init and not METHODS[s.method].teacher)],
+        [s for s in students if not METHODS[s.method].init and METHODS[s.method].teacher],
+        [s for s in students if METHODS[s.method].init],
+    ]
+    with ThreadPoolExecutor(jobs) as pool:
+        for stage in stages:
+            tuple(pool.map(lambda s: train(s.folder(folder), flags_of(folder, setting, s)), stage))
+    return pd.concat([scores(s.folder(folder), s) for s in (TEACHER, *students)], ignore_index=True)
 
 
-def student_flags(folder: Path, setting: Setting, student: Student) -> list[str]:
-    """The flags of train.py for a student."""
+def flags_of(folder: Path, setting: Setting, student: Student) -> list[str]:
+    """The flags of train.py for a student or the teacher."""
+    flags = ["--seed", str(student.seed), *setting.common.split()]
+    if student == TEACHER:
+        data = folder / f"problems-{setting.teacher_problems}.jsonl"
+        flags += ["--objective", "sft", "--data", str(data), "--model-set", setting.teacher_model]
+        return [*flags, *setting.teacher.split()]
     method = METHODS[student.method]
-    data = ["--data", str(folder / f"problems-{student.problems}.jsonl")]
-    flags = [*method.flags, *data, "--seed", str(student.seed)]
-    if method.teacher:
-        flags += ["--teacher", str(folder / "teacher")]
+    flags += ["--data", str(folder / f"{method.data}-{setting.student_problems}.jsonl")]
     if method.init:
         before = student._replace(method=method.init).folder(folder)
-        return ["--init", str(before), *setting.third_stage.split(), *flags]
-    return [*flags, "--model-set", setting.student_model, *setting.student.split()]
+        flags += ["--init", str(before), *setting.third_stage.split()]
+    else:
+        flags += ["--model-set", setting.student_model, *setting.student.split()]
+    if method.teacher:
+        flags += ["--teacher", str(TEACHER.folder(folder))]
+    return [*flags, *method.flags]
 
 
 def scores(out: Path, student: Student) -> pd.DataFrame:
@@ -176,10 +197,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="of the data and the runs")
     parser.add_argument("--seeds", type=int, default=10, help="of each method (default: %(default)s)")
-    parser.add_argument("--third-stage-seeds", type=int, default=0)
+    parser.add_argument("--third-stage-seeds", type=int, default=3, help="of GRPO and on-policy (default: %(default)s)")
+    parser.add_argument(
+        "--errors", type=float, default=Setting.errors, help="share of wrong steps (default: %(default)s)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
     options = parser.parse_args()
     counts = {name: options.third_stage_seeds if method.init else options.seeds for name, method in METHODS.items()}
-    found = run(options.folder.resolve(), Setting(), counts)
+    found = run(options.folder.resolve(), Setting(errors=options.errors), counts, options.jobs)
     found.to_csv(HERE / "results.csv", index=False, float_format="%.4f")
     summary = summarise(found)
     summary.to_csv(HERE / "summary.csv", index=False, float_format="%.4f")

@@ -22,20 +22,9 @@ def interval(values: pd.Series) -> tuple[float, float]:
 def summarise(scores: pd.DataFrame) -> pd.DataFrame:
     """Intervals over seeds of the accuracy, and of its difference from that of another method with the same seed.
 
-    The other method is that of the stage before, or else the baseline. One row per number of training problems, method
-    and number of steps, with the mean over the kinds, and rows for all numbers of steps and for each kind.
+    The other method is that of the stage before, or else the baseline. One row per method and number of steps, with the
+    mean over the kinds, and rows for all numbers of steps and for each kind.
     """
-    teacher, students = (part for _, part in scores.groupby(scores["method"] != TEACHER))
-    parts = []
-    for problems, part in students.groupby("problems"):
-        summary = _summary(pd.concat([teacher, part]))
-        summary.insert(0, "problems", problems)
-        parts.append(summary)
-    return pd.concat(parts, ignore_index=True)
-
-
-def _summary(scores: pd.DataFrame) -> pd.DataFrame:
-    """The summary of students with the same number of training problems, and of the teacher."""
     rows = []
     groups = [(str(steps), "all", group) for steps, group in scores.groupby("steps")]
     groups += [(ALL, str(kind), group) for kind, group in scores.groupby("kind")] + [(ALL, "all", scores)]
@@ -54,20 +43,19 @@ def _summary(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw(summary: pd.DataFrame, out: Path) -> None:
-    """Draw accuracy over number of steps with intervals as a PNG, one panel per number of training problems."""
-    counts = list(summary["problems"].unique())
-    figure = Figure(figsize=(5.5 * len(counts), 4.5), layout="constrained")
-    for axes, count in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
-        rows = summary[(summary["problems"] == count) & (summary["kind"] == "all") & (summary["steps"] != ALL)]
-        methods = list(rows["method"].unique())
-        colours = dict(zip([m for m in methods if m != TEACHER], RUN_COLOURS, strict=False)) | {TEACHER: GREY}
-        style_axes(axes, f"Students with {count:,} training problems", "share of exact answers")
-        for number, method in enumerate(methods):
-            own = rows[rows["method"] == method]
-            places = own["steps"].astype(int) + 0.06 * (number - (len(methods) - 1) / 2)
-            style = {"color": colours[method], "label": method, "capsize": 3, "marker": "o", "markersize": 5}
-            axes.errorbar(places, own["mean"], yerr=own["ci95"].fillna(0), linewidth=1.5, **style)
-        axes.set_xlabel("steps of the problem", color=INK)
-        axes.set_ylim(0, 1.02)
-        axes.legend(frameon=False, loc="upper right")
+    """Draw accuracy over number of steps with intervals as a PNG, without third stages, which have few seeds."""
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    style_axes(axes, "Exact answers to problems of the test set", "share of exact answers")
+    rows = summary[(summary["kind"] == "all") & (summary["steps"] != ALL)]
+    methods = [method for method in rows["method"].unique() if " + " not in method]
+    colours = dict(zip([m for m in methods if m != TEACHER], RUN_COLOURS, strict=False)) | {TEACHER: GREY}
+    for number, method in enumerate(methods):
+        own = rows[rows["method"] == method]
+        places = own["steps"].astype(int) + 0.06 * (number - (len(methods) - 1) / 2)
+        style = {"color": colours[method], "label": method, "capsize": 3, "marker": "o", "markersize": 5}
+        axes.errorbar(places, own["mean"], yerr=own["ci95"].fillna(0), linewidth=1.5, **style)
+    axes.set_xlabel("steps of the problem", color=INK)
+    axes.set_ylim(0, 1.02)
+    axes.legend(frameon=False)
     save_png(figure, out)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.reasoning.problems import KINDS, is_test, problems
+from benchmarks.reasoning.problems import KINDS, TEST, TRAINING, part_of, problems
 from benchmarks.reasoning.run import MARKER, STEPS, Setting, run
 from benchmarks.reasoning.summary import ALL, draw, summarise
 from fira.posttraining.exact_answer import final_answer
 
 TINY = Setting(
     teacher_problems=200,
-    student_problems=(100,),
+    student_problems=100,
     tests=1,
     common="--seq-len 192 --threads 1 --eval-sequences 4 --steps 2 --warmup 1 --batch-size 8",
     teacher="--model mooshak-tiny",
@@ -26,13 +26,30 @@ TINY = Setting(
 
 
 def test_problems_of_training_and_test_are_disjoint_and_solved() -> None:
-    training, test = problems(400, STEPS, 1, test=False), problems(400, STEPS, 2, test=True)
+    training, test = problems(400, STEPS, 1, TRAINING), problems(400, STEPS, 2, TEST)
     assert not {problem.question for problem in training} & {problem.question for problem in test}
-    assert all(is_test(problem) for problem in test)
-    assert not any(is_test(problem) for problem in training)
+    assert {part_of(problem) for problem in training} == {TRAINING}
+    assert {part_of(problem) for problem in test} == {TEST}
     for problem in training + test:
         assert final_answer(problem.completion, MARKER) == problem.answer == _solved(problem.kind, problem.question)
     assert {(problem.kind, problem.steps) for problem in test} == {(k.__name__, n) for k in KINDS for n in STEPS}
+
+
+def test_share_of_wrong_steps() -> None:
+    """Addition without a carry over: each wrong result is one off, and the following steps continue from it."""
+    wrong = steps = 0
+    for problem in problems(2000, (2, 3), 1, TRAINING, errors=0.2):
+        if problem.kind == "addition":
+            *lines, final = *problem.solution.split(), problem.written
+            results = [int(line.partition("=")[2]) for line in lines]
+            sums = [eval(line.partition("=")[0]) for line in lines]
+            assert {abs(a - b) for a, b in zip(results, sums, strict=True)} <= {0, 1}
+            assert int(final) == sum(r % 10 * 10**i for i, r in enumerate(results)) + results[-1] // 10 * 10 ** len(
+                results
+            )
+            wrong += sum(a != b for a, b in zip(results, sums, strict=True))
+            steps += len(results)
+    assert wrong / steps == pytest.approx(0.2, abs=0.04)
 
 
 def _solved(kind: str, question: str) -> str:
@@ -54,7 +71,7 @@ def _solved(kind: str, question: str) -> str:
 
 def test_intervals_are_those_of_paired_seeds(tmp_path: Path) -> None:
     rows = [
-        {"problems": 9, "method": method, "seed": seed, "kind": "words", "steps": 2, "exact_match": value}
+        {"method": method, "seed": seed, "kind": "words", "steps": 2, "exact_match": value}
         for method, values in {"teacher": (1.0,), "alone": (0.1, 0.5, 0.3), "distilled": (0.2, 0.6, 0.5)}.items()
         for seed, value in enumerate(values)
     ]

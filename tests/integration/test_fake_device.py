@@ -16,15 +16,15 @@ MICROBATCHES = 2
 # Kernels of a block of <family>-base in bf16 with dropout, forward and backward: by PyTorch's operators, and with the
 # fused kernels. Update a number with the reason.
 KERNELS = {
-    "fira": (301, 146),
-    "rish": (268, 247),
+    "fira": (299, 144),
+    "rish": (266, 245),
     "mooshak": (149, 140),
-    "blues": (375, 286),
-    "microrwkv": (686, 671),
+    "blues": (370, 281),
+    "microrwkv": (684, 669),
 }
 # Kernels and casts of a step of fira-base with one block in bf16, without dropout, for 2 and 4 micro-batches. If every
-# micro-batch cast the seven matrices and converted their gradients, it would be 606 and 95, and 1,170 and 189.
-STEP = {2: (594, 81), 4: (1134, 149)}
+# micro-batch cast the seven matrices and converted their gradients, it would be 457 and 89, and 903 and 173.
+STEP = {2: (445, 75), 4: (867, 133)}
 # The places at which the host waits in a training step, in an evaluation and in generation, as in docs/architecture.md
 SUMS = "fira/training/trainer.py: all_reduce"  # the results of a step
 SIZES = "fira/nn/moe/grouped_linear.py: sizes"  # without a grouped kernel, once per MoE layer and micro-batch

@@ -31,7 +31,8 @@ class Casts(TorchDispatchMode):
         self.counts: dict[str, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten._to_copy.default and (name := self.names.get(args[0].data_ptr())):
+        source = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}.get(function)
+        if source is not None and (name := self.names.get(args[source].data_ptr())):
             self.counts[name] = self.counts.get(name, 0) + 1
         return function(*args, **(kwargs or {}))
 
@@ -42,7 +43,7 @@ def run(layers: nn.Module, model: LanguageModel, calls: int, cast: bool, backwar
         losses = []
         for number in range(calls):
             tokens = (make_tokens(model.config, length=9) + number) % model.config.vocab_size
-            context = Context(torch.full((2,), tokens.shape[1]), training=TrainingContext(tokens))
+            context = Context(torch.full((2,), tokens.shape[1]), tokens=tokens, training=TrainingContext(tokens))
             losses.append(layers(tokens, context).sum())
             if backward:
                 losses[-1].backward()

@@ -70,7 +70,7 @@ class Method:
 
 DISTILL = ("--objective", "distill")
 GRPO = (
-    *"--objective grpo --group-size 8 --batch-size 32 --answer-tokens 110 --answer-after".split(),
+    *["--objective", "grpo", "--group-size", "8", "--batch-size", "32", "--answer-tokens", "110", "--answer-after"],
     MARKER,
 )
 METHODS = {

@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.plan == "explain":
-        explain_plan(config, world or pipeline.init(cuda=config.device != "cpu"))
+        if world is None:
+            raise UserError("--plan explain: each number of ranks has its plan; omit --elastic and use mpirun -np N")
+        explain_plan(config, world, quiet)
     elif world:
         train(config, world, signals, quiet)
     else:

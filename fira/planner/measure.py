@@ -65,12 +65,12 @@ def measure(
     torch.set_num_threads(threads)
     try:
         identity = machine_identity(device, world)
-        machine = cached([*identity, "links"], partial(measure_machine, device, world), world)
+        machine = cached([*identity, "links"], partial(measure_machine, device, world), _machine_of, world)
 
         def costs(size: int) -> list[LayerCost]:
             key = [*identity, to_document(profile.config), size, precision, *lora]
             work = partial(_measure_layers, profile, size, precision, device, world)
-            return [LayerCost(**cost) for cost in cached(key, work, world)]
+            return cached(key, work, lambda found: [LayerCost(**cost) for cost in found], world)
 
         small, *larger = sorted(sizes)
         low = costs(small)
@@ -86,13 +86,18 @@ def measure(
     return _hardware(machine, device, world.local_size if world.size == ranks else ranks), cost_model
 
 
-def _hardware(machine: dict[str, Any], device: torch.device, local_ranks: int) -> Hardware:
+def _machine_of(found: dict[str, Any]) -> tuple[float, dict[str, Link]]:
+    """Memory bandwidth and links of a result of `measure_machine`."""
+    return float(found["memory_bandwidth"]), {name: Link(**found["links"][name]) for name in OPERATIONS}
+
+
+def _hardware(machine: tuple[float, dict[str, Link]], device: torch.device, local_ranks: int) -> Hardware:
     """The description of this machine, with the least memory of all ranks (collective)."""
-    links = {name: Link(**machine["links"][name]) for name in OPERATIONS}
+    memory_bandwidth, links = machine
     return Hardware(
         name=f"this machine ({platform.node()})",
         memory=least_memory(device, local_ranks),
-        memory_bandwidth=machine["memory_bandwidth"],
+        memory_bandwidth=memory_bandwidth,
         flops={},
         seconds_per_layer=0.0,
         ranks_per_node=local_ranks,

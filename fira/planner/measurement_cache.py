@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,9 @@ from fira.data.cache import cache_folder
 from pipeline.mpi import World
 
 FORMAT = 5  # increase it when the cached values change
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 def machine_identity(device: torch.device, world: World) -> list[Any]:
@@ -25,21 +30,34 @@ def machine_identity(device: torch.device, world: World) -> list[Any]:
     return [FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 
 
-def cached(key: list[Any], measure: Callable[[], Any], world: World) -> Any:
-    """Read a result from the user's cache, or measure it on all ranks and let rank 0 store it (collective)."""
+def cached(key: list[Any], measure: Callable[[], Any], parse: Callable[[Any], T], world: World) -> T:
+    """Read a result from the user's cache, or measure it on all ranks and let rank 0 store it (collective).
+
+    measure: returns the result as JSON values. parse: converts them, and may raise for values of another form.
+    """
     path = cache_folder() / "planner" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
     box: list[Any] = [None]
     if world.rank == 0:
-        with suppress(OSError, ValueError):  # no file, or a damaged one
-            box = [json.loads(path.read_text())]
+        # no file, or a damaged one
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            found = json.loads(path.read_text())
+            parse(found)
+            box = [found]
     dist.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        return box[0]
-    box = [measure()]
-    dist.broadcast_object_list(box, src=0)
-    if world.rank == 0:
+    if box[0] is None:
+        box = [measure()]
+        dist.broadcast_object_list(box, src=0)
+        if world.rank == 0:
+            _store(path, box[0])
+    return parse(box[0])
+
+
+def _store(path: Path, result: Any) -> None:
+    """Write a result. Without a folder that can be written, it is measured again next time."""
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex}")
-        temporary.write_text(json.dumps(box[0]))
+        temporary.write_text(json.dumps(result))
         temporary.rename(path)
-    return box[0]
+    except OSError as error:
+        logger.warning("measurements cannot be stored and will be repeated in the next run: %s", error)

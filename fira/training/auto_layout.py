@@ -9,10 +9,11 @@ is no time for two of them. The result is cached by machine, model and flags.
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from fira.models.language_model import LanguageModel
@@ -23,7 +24,6 @@ from fira.planner.costs import element_size
 from fira.planner.measure import device_memory, least_memory
 from fira.planner.measurement_cache import cached, machine_identity
 from fira.planner.model_profile import profile_of
-from fira.planner.plan_report import recompute_flag
 from fira.planner.step_time import Estimate
 from fira.progress_bar import progress_bar
 from fira.training.config import TrainConfig
@@ -60,10 +60,15 @@ class Trial:
         return cls(Candidate(**candidate | {"layout": layout}), document["predicted"], document["measured"])
 
     def __str__(self) -> str:
-        count, size = self.candidate.count, self.candidate.microbatch
-        batches = f"{count} micro-batches of {size}" if count > 1 else f"one micro-batch of {size}"
-        schedule = f", {self.candidate.schedule}" if self.candidate.layout.pp > 1 else ""
-        return f"{self.candidate.layout}{schedule}, {batches}"
+        return describe(self.candidate)
+
+
+def describe(candidate: Candidate) -> str:
+    """The layout, schedule and micro-batches of a candidate."""
+    count, size = candidate.count, candidate.microbatch
+    batches = f"{count} micro-batches of {size}" if count > 1 else f"one micro-batch of {size}"
+    schedule = f", {candidate.schedule}" if candidate.layout.pp > 1 else ""
+    return f"{candidate.layout}{schedule}, {batches}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,12 @@ def is_planned(
 
 
 def plan_layout(
-    config: TrainConfig, model: LanguageModel, batch: int, devices: list[torch.device], world: World
+    config: TrainConfig,
+    model: LanguageModel,
+    batch: int,
+    devices: list[torch.device],
+    world: World,
+    quiet: bool = False,
 ) -> LayoutPlan:
     """Find the fastest candidate with the given settings (collective).
 
@@ -139,14 +149,19 @@ def plan_layout(
 
     def tried() -> dict[str, Any]:
         result, _ = plan_here(model, constraints, config.precision, world.size, devices[0], world, CONSIDERED)
-        shortlist = shortlist_of(result.best)
-        with progress_bar(len(shortlist), "measuring layouts", shown=world.rank == 0) as bar:
+        # Rank 0 decides: predictions differ between machines with different numbers of cores or ranks.
+        box = [[(estimate.candidate, estimate.seconds) for estimate in shortlist_of(result.best)]]
+        dist.broadcast_object_list(box, src=0)
+        shortlist = box[0]
+        with progress_bar(len(shortlist), "measuring layouts", shown=world.rank == 0 and not quiet) as bar:
             trials = _try(shortlist, model, batch, config, devices, bar)
         return {"trials": [asdict(trial) for trial in trials], "considered": result.candidates}
 
+    def parse(found: dict[str, Any]) -> LayoutPlan:
+        return LayoutPlan(in_order([Trial.of(trial) for trial in found["trials"]]), found["considered"])
+
     with doing("plan of the layout", long=True):
-        found = cached(key, tried, world)
-    return LayoutPlan(in_order([Trial.of(trial) for trial in found["trials"]]), found["considered"])
+        return cached(key, tried, parse, world)
 
 
 def shortlist_of(estimates: list[Estimate]) -> list[Estimate]:
@@ -160,24 +175,27 @@ def shortlist_of(estimates: list[Estimate]) -> list[Estimate]:
 
 
 def _try(
-    estimates: list[Estimate],
+    shortlist: list[tuple[Candidate, float]],
     model: LanguageModel,
     batch: int,
     config: TrainConfig,
     devices: list[torch.device],
     progress: tqdm,
 ) -> list[Trial]:
-    """Measure the steps of candidates one after the other until the time has ended (collective)."""
+    """Measure the steps of candidates one after the other until the time has ended (collective).
+
+    shortlist: candidates with the predicted seconds of a step, the same on all ranks.
+    """
     trials: list[Trial] = []
     started, spent, best = time.perf_counter(), 0.0, math.inf
-    shortest = min(estimate.seconds for estimate in estimates)
+    shortest = min(predicted for _, predicted in shortlist)
     enough = 2 * (1 + STEPS) * shortest < TRIAL_SECONDS
-    for estimate in estimates:
-        measured, needed = None, (1 + STEPS) * estimate.seconds
-        if enough and estimate.seconds < PROMISING * shortest and spent + needed < TRIAL_SECONDS:
-            measured = trial_seconds(model, estimate.candidate, batch, config, devices, best)
+    for candidate, predicted in shortlist:
+        measured, needed = None, (1 + STEPS) * predicted
+        if enough and predicted < PROMISING * shortest and spent + needed < TRIAL_SECONDS:
+            measured = trial_seconds(model, candidate, batch, config, devices, best)
             best, spent = min(best, measured), slowest_rank(time.perf_counter() - started)
-        trials.append(Trial(estimate.candidate, estimate.seconds, measured))
+        trials.append(Trial(candidate, predicted, measured))
         progress.update(1)
     return trials
 
@@ -191,18 +209,3 @@ def in_order(trials: list[Trial]) -> list[Trial]:
         if trial.candidate.layout.pp > 1 and same_kind and trial.seconds <= limit:
             return [trial, *(other for other in ordered if other is not trial)]
     return ordered
-
-
-def with_plan(config: TrainConfig, plan: LayoutPlan) -> TrainConfig:
-    """The settings, of which those of the layout are the ones of the plan."""
-    candidate = plan.trials[0].candidate
-    return replace(
-        config,
-        pp=candidate.layout.pp,
-        dp=candidate.layout.dp,
-        ep=candidate.layout.ep,
-        schedule=candidate.schedule,
-        micro_batch_size=candidate.microbatch,
-        recompute=recompute_flag(candidate) if candidate.recompute else config.recompute,
-        shard=candidate.shard,
-    )

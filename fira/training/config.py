@@ -101,7 +101,7 @@ class TrainConfig:
     vocab_size: Tokens | None = _option(None, "vocabulary; default: the preset's")
     seq_len: Tokens | None = _option(None, "tokens per sequence; default: the preset's context")
     batch_size: Sequences | None = _option(None, "sequences in the global batch; default: the preset's recipe")
-    micro_batch_size: Sequences | None = _option(None, "sequences in a micro-batch; default: chosen for the layout")
+    micro_batch_size: Sequences | None = _option(None, "sequences in a micro-batch; default: see --plan")
     steps: int | None = _option(None, "total optimizer steps; default: the recipe's, also for lr, min-lr, warmup")
     lr: Positive | None = _option(None, "peak learning rate")
     min_lr: NotNegative | None = _option(None, "learning rate at the last step")
@@ -146,7 +146,7 @@ class TrainConfig:
     recompute: str | None = _option(
         None,
         "blocks recomputed in the backward, of which only the input is kept: none, full, N (the first N per stage) "
-        "or auto (the fewest that fit into memory); default: none, with --plan auto",
+        "or auto (the fewest that fit into memory); by default the fewest, where a layout is planned",
     )
     compile: bool = _option(False, "compile attention, norms and routers with torch.compile in the first step")
     out: PathName | None = _option(None, "run folder; default: a new one under runs/")

@@ -2,28 +2,24 @@
 
 from dataclasses import replace
 
-import torch
-
-from fira.checkpoint.pretrained import open_saved
 from fira.devices import choose_devices, choose_precision
-from fira.models.adapters import add_adapters
-from fira.models.registry import build
-from fira.training.auto_layout import plan_layout
+from fira.training.auto_layout import describe, is_planned, plan_layout
 from fira.training.config import TrainConfig
-from fira.training.setup import choose_model
+from fira.training.setup import choose, choose_candidate
 from pipeline.mpi import World
 
 
-def explain_plan(config: TrainConfig, world: World) -> None:
+def explain_plan(config: TrainConfig, world: World, quiet: bool) -> None:
     """Print the candidates with their predicted and measured seconds on rank 0 (collective)."""
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     config = replace(config, precision=choose_precision(config.precision, devices))
-    saved = open_saved(config.init) if config.init else None
-    model_config, _ = choose_model(config, saved)
-    with torch.device("meta"):
-        model = build(model_config)
-        if lora := config.adapters():
-            add_adapters(model, lora)
-    plan = plan_layout(config, model, config.recipe().batch_size, devices, world)
+    chosen = choose(config)
+    config, model = chosen.config, chosen.model
+    if is_planned(config, model, config.recipe().batch_size, devices, world):
+        plan = plan_layout(config, model, config.recipe().batch_size, devices, world, quiet)
+        text = f"{plan.table()}\n\nchosen: {plan}"
+    else:
+        candidate = choose_candidate(config, model, devices, world)
+        text = f"chosen: {describe(candidate)}, without a measurement"
     if world.rank == 0:
-        print(plan.table(), f"chosen: {plan}", sep="\n\n")
+        print(text)

@@ -30,8 +30,8 @@ from fira.planner.candidates import Candidate
 from fira.planner.memory_check import check_memory
 from fira.posttraining.chat_corpus import ChatCorpus, chat_tokenizer
 from fira.training import state
-from fira.training.auto_layout import is_planned, plan_layout, with_plan
-from fira.training.base_model import open_base
+from fira.training.auto_layout import is_planned, plan_layout
+from fira.training.base_model import AdaptedModel, open_base
 from fira.training.config import TrainConfig
 from fira.training.run_data import CHATS, load_corpus, objective_of, open_data, tokenizer_files
 from fira.training.run_evaluation import RunEvaluation, prepare_evaluation
@@ -77,20 +77,13 @@ def set_up(
     config: with the chosen precision. devices: of this rank. resumed: the checkpoint that the run continues from; it
     has the model and the tokenizer of --init, whose folder is therefore not needed.
     """
-    saved = (resumed or open_saved(config.init)) if config.init else None
-    config, teacher = open_teacher(config)
-    adapted = open_base(config.adapters(), saved, resumed)
-    model_config, tokenizer_path = choose_model(config, saved)
-    if saved and model_config.vocab_size > stored_config(saved).vocab_size:
-        config = with_larger_vocabulary(config, stored_config(saved).vocab_size, model_config.vocab_size)
-    with torch.device("meta"):
-        model = build(model_config)
-        if adapted:
-            add_adapters(model, adapted.record.lora)
+    chosen = choose(config, resumed)
+    config, model, saved, adapted = chosen.config, chosen.model, chosen.saved, chosen.adapted
+    tokenizer_path, model_config = chosen.tokenizer_path, model.config
     keep_freed_memory()
     if config.compile:
         check_compiler(devices[0])
-    config, candidate = choose_candidate(config, model, config.recipe().batch_size, devices, world)
+    candidate = choose_candidate(config, model, devices, world, quiet)
     config = replace(config, micro_batch_size=candidate.microbatch)  # a resumed run keeps it on any layout
     corpus = load_corpus(config, tokenizer_path, model_config, world, quiet)
     layout, schedule = candidate.layout, candidate.schedule
@@ -121,7 +114,7 @@ def set_up(
         validation=validation,
         corpus=corpus,
         adapters=adapted.record if adapted else None,
-        teacher=teacher,
+        teacher=chosen.teacher,
         tokenizer=tokenizer,
         evaluation=prepare_evaluation(config, trainer, tokenizer, world),
         # Forward, gradients of inputs, and gradients of weights, which are few if only adapters are trained.
@@ -129,6 +122,33 @@ def set_up(
         peak=measure_peak(devices, autocast or dtype),
         description=describe_run(config, model, trainer, candidate, corpus),
     )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a run trains. config: with the teacher's tokenizer and a grown vocabulary. model: on the meta device."""
+
+    config: TrainConfig
+    model: LanguageModel
+    saved: Saved | None  # the model of --init
+    adapted: AdaptedModel | None  # of a LoRA run
+    teacher: Saved | None  # of a distillation
+    tokenizer_path: str | None
+
+
+def choose(config: TrainConfig, resumed: Checkpoint | None = None) -> Chosen:
+    """Open the models that a run starts from, and build its own on the meta device (collective). See `set_up`."""
+    saved = (resumed or open_saved(config.init)) if config.init else None
+    config, teacher = open_teacher(config)
+    adapted = open_base(config.adapters(), saved, resumed)
+    model_config, tokenizer_path = choose_model(config, saved)
+    if saved and model_config.vocab_size > stored_config(saved).vocab_size:
+        config = with_larger_vocabulary(config, stored_config(saved).vocab_size, model_config.vocab_size)
+    with torch.device("meta"):
+        model = build(model_config)
+        if adapted:
+            add_adapters(model, adapted.record.lora)
+    return Chosen(config, model, saved, adapted, teacher, tokenizer_path)
 
 
 def open_teacher(config: TrainConfig) -> tuple[TrainConfig, Saved | None]:
@@ -187,20 +207,20 @@ def with_larger_vocabulary(config: TrainConfig, stored: int, needed: int) -> Tra
 
 
 def choose_candidate(
-    config: TrainConfig, model: LanguageModel, batch_size: int, devices: list[torch.device], world: World
-) -> tuple[TrainConfig, Candidate]:
-    """The layout, schedule, micro-batch size and recomputation, and the settings completed by the planner (collective).
+    config: TrainConfig, model: LanguageModel, devices: list[torch.device], world: World, quiet: bool = False
+) -> Candidate:
+    """The layout, schedule, micro-batch size and recomputation, as given or chosen by the planner (collective).
 
     model: on the meta device. Raises UserError if a setting does not match another or the run does not fit into memory.
     """
-    schedule = config.schedule or "1f1b"
+    schedule, batch_size = config.schedule or "1f1b", config.recipe().batch_size
     spec, experts = SCHEDULES[schedule], getattr(model.config, "num_experts", 1)
     flags = (config.pp, config.dp, config.ep)
     layout = choose_layout(world.size, len(model.layers), experts, *flags, stages_per_rank=spec.stages_per_rank)
-    if config.plan == "auto" and is_planned(config, model, batch_size, devices, world):
-        plan = plan_layout(config, model, batch_size, devices, world)
+    if config.plan != "none" and is_planned(config, model, batch_size, devices, world):
+        plan = plan_layout(config, model, batch_size, devices, world, quiet)
         logger.info("%s", plan)
-        config, candidate = with_plan(config, plan), plan.trials[0].candidate
+        candidate = plan.trials[0].candidate
     else:
         microbatch = choose_microbatch(config, batch_size, layout)
         count = BatchSplit(microbatch, layout.dp, 0, model.config.d_model).count(batch_size)
@@ -212,7 +232,7 @@ def choose_candidate(
             "or omit --local-devices"
         )
     check_memory(config.name(), model, candidate, config.precision, devices)
-    return config, candidate
+    return candidate
 
 
 def choose_microbatch(config: TrainConfig, batch_size: int, layout: Layout) -> int:
@@ -229,6 +249,8 @@ def choose_recompute(
     """Number of blocks recomputed in every stage, the same on all ranks (collective). model: on any device."""
     if len(devices) > 1 and config.recompute not in (None, "none", "full"):
         raise UserError(f"--recompute {config.recompute}: torchgpipe recomputes all or nothing; give full or none")
+    if config.recompute is None:
+        return candidate.recompute
     if config.recompute != "auto":
         return config.recomputed() or 0
     blocks = torch.tensor(least_recompute(model, candidate, config.precision, devices[0], world.local_size))

@@ -144,7 +144,7 @@ def set_up(words: list[str]) -> None:
     model_config, _ = choose_model(config, open_saved(config.init) if config.init else None)
     with torch.device("meta"):
         model = build(model_config)
-    _, candidate = choose_candidate(config, model, config.recipe().batch_size, devices, pipeline.init())
+    candidate = choose_candidate(config, model, devices, pipeline.init())
     assert candidate.count * candidate.microbatch >= config.recipe().batch_size
 
 

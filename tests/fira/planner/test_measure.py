@@ -16,14 +16,23 @@ def test_memory_of_a_gpu_is_what_is_free_or_reserved_by_this_process(monkeypatch
     assert device_memory(torch.device("cuda", 0), ranks) == available
 
 
-def test_damaged_measurement_is_repeated(monkeypatch, tmp_path):
-    """A machine that loses power may leave an empty file."""
+@pytest.mark.parametrize("damaged", ["", "{}", "[[1]]"])
+def test_damaged_measurement_is_repeated(monkeypatch, tmp_path, damaged):
+    """A machine that loses power may leave an empty file, and another version a different form."""
     monkeypatch.setenv("FIRA_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda *_, **__: None)
     world = World(0, 1, 0, 1)
-    assert cached(["key"], lambda: 1, world) == 1
-    assert cached(["key"], lambda: 2, world) == 1
+    assert cached(["key"], lambda: 1, int, world) == 1
+    assert cached(["key"], lambda: 2, int, world) == 1
     (file,) = (tmp_path / "planner").iterdir()
-    file.write_text("")
-    assert cached(["key"], lambda: 3, world) == 3
-    assert cached(["key"], lambda: 4, world) == 3
+    file.write_text(damaged)
+    assert cached(["key"], lambda: 3, int, world) == 3
+    assert cached(["key"], lambda: 4, int, world) == 3
+
+
+def test_a_measurement_that_cannot_be_stored_is_used(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("FIRA_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda *_, **__: None)
+    (tmp_path / "planner").write_text("")
+    assert cached(["key"], lambda: 1, int, World(0, 1, 0, 1)) == 1
+    assert "cannot be stored" in caplog.text

@@ -1,6 +1,7 @@
 """The layout that a run chooses: which candidates are tried, and which one is taken."""
 
 import re
+import tomllib
 
 import numpy as np
 import pytest
@@ -85,6 +86,12 @@ def test_given_flags_are_kept(settings, tmp_path) -> None:
     assert candidates
     assert all(line.startswith("pp 2 × dp 1 (ep 1), gpipe, ") for line in candidates)
     assert not (tmp_path / "run").exists()
+
+
+def test_config_of_the_run_has_the_given_flags_only(settings, tmp_path) -> None:
+    """So that it can be used for another number of ranks."""
+    train(settings, 2, "--plan", "auto", "--steps", 1, "--out", tmp_path / "run")
+    assert not {"pp", "dp", "ep", "schedule"} & tomllib.loads((tmp_path / "run" / "config.toml").read_text()).keys()
 
 
 def test_flags_that_no_layout_satisfies_are_an_error(settings) -> None:

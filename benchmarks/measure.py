@@ -1,13 +1,17 @@
 """Timing shared by the benchmarks: alternating calls of the contenders, medians, and a CSV of results."""
 
+import gc
+import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -26,6 +30,27 @@ def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> di
 def ratio(over: Iterable[float], under: Iterable[float]) -> float:
     """Return the median of the ratios within each round, because a temporary slowdown affects both contenders."""
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def peak_allocated(call: Callable[[], object]) -> int:
+    """Return the largest number of bytes that torch allocates in a call in addition, as reported by its profiler."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]
+    return int(max(e["args"]["Total Allocated"] for e in memory) - before)
+
+
+def maximum(value: float) -> float:
+    """Return the largest value of all ranks (collective)."""
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return float(largest)
 
 
 def products(n: int = 1024, count: int = 20) -> tuple[Callable[[], object], float]:

@@ -1,17 +1,15 @@
 """Predicted and measured step time and memory of several layouts. Started by run.py under mpirun."""
 
-import gc
 import json
 import statistics
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import pipeline
+from benchmarks.measure import maximum, peak_allocated
 from fira.doctor.one_step import RandomTokens, make_trainer
 from fira.models.registry import build, make_config
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
@@ -49,28 +47,19 @@ def step_seconds(config, candidate: Candidate) -> float:
         started = time.perf_counter()
         trainer.step(loader, BATCH, 1e-4, 0, [])
         times.append(time.perf_counter() - started)
-    slowest = torch.tensor(statistics.median(times[2:]), dtype=torch.float64)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return float(slowest)
+    return maximum(statistics.median(times[2:]))
 
 
 def peak_bytes(config, candidate: Candidate) -> float:
-    """Return the largest number of bytes that torch allocates on a rank in two steps, as reported by its profiler."""
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """Return the largest number of bytes that torch allocates on a rank in two steps."""
+
+    def run() -> None:
         trainer = make_trainer(config, candidate.layout, candidate.schedule, CPU, candidate.microbatch)
         loader = RandomTokens(config.vocab_size, config.seq_len)
         for _ in range(2):
             trainer.step(loader, BATCH, 1e-4, 0, [])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    before = memory[0]["args"]["Total Allocated"] - memory[0]["args"]["Bytes"]  # by earlier layouts
-    peak = torch.tensor(float(max(e["args"]["Total Allocated"] for e in memory) - before))
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
-    return float(peak)
+
+    return maximum(peak_allocated(run))
 
 
 def main() -> None:

@@ -70,7 +70,11 @@ def ours(candidate: Candidate) -> Run:
 
 def data_parallel(group: dist.ProcessGroup) -> Run:
     """Return a step of the same model in PyTorch's DistributedDataParallel."""
-    model = DistributedDataParallel(FIRA(CONFIG), process_group=group, gradient_as_bucket_view=True)
+    return step_of(DistributedDataParallel(FIRA(CONFIG), process_group=group, gradient_as_bucket_view=True))
+
+
+def step_of(model: nn.Module) -> Run:
+    """Return a step of a model whose gradients are averaged over the ranks."""
     optimizer = optimizer_of(model)
     share = BATCH // dist.get_world_size()
     rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)

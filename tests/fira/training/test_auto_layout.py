@@ -79,13 +79,18 @@ def test_a_run_is_that_of_the_chosen_flags(settings, tmp_path) -> None:
 
 
 def test_given_flags_are_kept(settings, tmp_path) -> None:
-    result = train(settings, 2, "--plan", "explain", "--pp", 2, "--schedule", "gpipe", "--out", tmp_path / "run")
+    result = train(settings, 2, "--plan", "explain", "--pp", 2, "--out", tmp_path / "run")
     *candidates, empty, chosen = result.stdout.splitlines()[1:]
-    assert chosen.startswith("chosen: pp 2 × dp 1 (ep 1), gpipe, ")
+    assert chosen.startswith("chosen: pp 2 × dp 1 (ep 1), ")
     assert not empty
     assert candidates
-    assert all(line.startswith("pp 2 × dp 1 (ep 1), gpipe, ") for line in candidates)
+    assert all(line.startswith("pp 2 × dp 1 (ep 1), ") for line in candidates)
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_measured_without_a_choice(settings) -> None:
+    result = train(settings, 2, "--plan", "explain", "--pp", 2, "--schedule", "gpipe")  # the micro-batch size is given
+    assert result.stdout == "chosen: pp 2 × dp 1 (ep 1), gpipe, 3 micro-batches of 2, without a measurement\n"
 
 
 def test_config_of_the_run_has_the_given_flags_only(settings, tmp_path) -> None:

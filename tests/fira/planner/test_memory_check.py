@@ -89,11 +89,11 @@ def test_recomputation_is_suggested_if_one_sequence_does_not_fit(monkeypatch):
 
 @pytest.mark.parametrize(("shard", "less"), [("optimizer", None), ("parameters", "optimizer")])
 def test_sharding_is_suggested_where_it_is_enough(monkeypatch, shard, less):
-    model, candidate = meta_model("rish-tiny"), Candidate(Layout(1, 2, 1), "1f1b", 1, 1, 0, less)
+    model, candidate = meta_model("rish-tiny", seq_len=16), Candidate(Layout(1, 2, 1), "1f1b", 1, 1, 0, less)
     needs = memory_check._estimated_needs(profile_of(model), "fp32")
     (more,), (sharded,) = needs(candidate), needs(replace(candidate, shard=shard))
     assert sharded < 0.9 * more
-    message = check(monkeypatch, 1.05 * sharded / 1e9, model, candidate)
+    message = check(monkeypatch, 1.1 * sharded / 1e9, model, candidate)
     assert message.endswith(f"try --shard {shard}")
 
 

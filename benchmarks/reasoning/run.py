@@ -4,7 +4,7 @@
 
 tokenizer → teacher and students without one → students with it → third stages. New students of a seed begin with the
 same weights and read the same problems in the same order for the same number of steps. A run that is finished is not
-repeated. Writes results.csv, one row per student, kind and number of steps; summary.csv; results.png.
+repeated. Writes to the folder results.csv, one row per student, kind and number of steps; summary.csv; results.png.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +27,7 @@ from fira.data.tokenizer import train_tokenizer
 from fira.evaluation.task_scores import RESULTS
 from fira.training.finish_marker import FINISHED
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = (2, 3, 4, 5, 6)  # of the problems
 NOT_MERGED = re.compile(r"[^A-Za-z .;?]")  # every digit, operator and parenthesis is a token
 MARKER = "so "
@@ -97,7 +96,12 @@ TEACHER = Student("teacher", 0)
 
 
 def prepare(folder: Path, setting: Setting) -> None:
-    """Write the tokenizer, the training problems as chats, and a task for each kind and number of steps."""
+    """Write the tokenizer, problems and answers as chats, and a task for each kind and number of steps, if needed."""
+    prepared, values = folder / "setting.json", json.dumps(asdict(setting), indent=2)
+    if prepared.exists() and prepared.read_text() != values:
+        raise SystemExit(f"{folder} has runs with another setting; choose another --folder")
+    if prepared.exists():
+        return
     (folder / "tasks").mkdir(parents=True, exist_ok=True)
     taught = problems(setting.teacher_problems, STEPS, seed=1, part=TRAINING, errors=setting.errors)
     tests = problems(setting.tests * len(KINDS) * len(STEPS), STEPS, seed=2, part=setting.part)
@@ -114,6 +118,7 @@ def prepare(folder: Path, setting: Setting) -> None:
         by_task.setdefault(f"{problem.kind}-{problem.steps}", []).append(problem)
     for task, chosen in by_task.items():
         _write(folder / "tasks" / f"{task}.jsonl", map(_example, chosen))
+    prepared.write_text(values)
 
 
 def _example(problem: Problem) -> dict[str, object]:
@@ -150,9 +155,8 @@ def run(folder: Path, setting: Setting, seeds: dict[str, int], jobs: int = 1) ->
 
     seeds: number of seeds by method. jobs: runs at the same time.
     """
-    if not (folder / "tokenizer.json").exists():
-        prepare(folder, setting)
-    students = [Student(method, seed) for method in METHODS for seed in range(seeds[method])]
+    prepare(folder, setting)
+    students = [Student(method, seed) for method in METHODS for seed in range(seeds.get(method, 0))]
     stages = [
         [TEACHER, *(s for s in students if not METHODS[s.method].init and not METHODS[s.method].teacher)],
         [s for s in students if not METHODS[s.method].init and METHODS[s.method].teacher],
@@ -203,13 +207,15 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
     options = parser.parse_args()
-    counts = {name: options.third_stage_seeds if method.init else options.seeds for name, method in METHODS.items()}
-    found = run(options.folder.resolve(), Setting(errors=options.errors), counts, options.jobs)
-    found.to_csv(HERE / "results.csv", index=False, float_format="%.4f")
+    third = min(options.third_stage_seeds, options.seeds)
+    counts = {name: third if method.init else options.seeds for name, method in METHODS.items()}
+    folder = options.folder.resolve()
+    found = run(folder, Setting(errors=options.errors), counts, options.jobs)
+    found.to_csv(folder / "results.csv", index=False, float_format="%.4f")
     summary = summarise(found)
-    summary.to_csv(HERE / "summary.csv", index=False, float_format="%.4f")
+    summary.to_csv(folder / "summary.csv", index=False, float_format="%.4f")
     print(summary.to_string(index=False))
-    draw(summary, HERE / "results.png")
+    draw(summary, folder / "results.png")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_problems_of_training_and_test_are_disjoint_and_solved() -> None:
 
 
 def test_share_of_wrong_steps() -> None:
-    """Addition without a carry over: each wrong result is one off, and the following steps continue from it."""
+    """Additions: each wrong result is one off, and the following steps continue from it."""
     wrong = steps = 0
     for problem in problems(2000, (2, 3), 1, TRAINING, errors=0.2):
         if problem.kind == "addition":
@@ -60,7 +60,7 @@ def _solved(kind: str, question: str) -> str:
     *facts, asked = question.split(". ")
     if kind == "comparison":
         ages = {name: int(age) for name, _, age in map(str.split, facts)}
-        return (max if "oldest" in asked else min)(ages, key=ages.__getitem__)
+        return max(ages, key=ages.__getitem__)
     thing, who = asked.split()[2], asked.split()[4].removesuffix("?")
     total = 0
     for name, verb, *rest in map(str.split, facts):

@@ -194,7 +194,7 @@ class Trainer:
         numbers = self.split.numbers(sequences)
         stats = [microbatch.context.training.stats for microbatch in microbatches[: len(numbers)]]
         if stats and stats[0]:
-            span = slice(numbers.start, numbers.stop)
+            span = slice(numbers.start, numbers.stop, numbers.step)
             for layer, routing in _by_layer(stats, device).items():
                 row = self.model.moe_layers.index(layer)
                 load[row], dropped[row] = routing.load.sum(0), routing.dropped.sum(0)

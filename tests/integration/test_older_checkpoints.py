@@ -97,8 +97,13 @@ def test_repeated_export_writes_equal_files(older: Path, family: str, tmp_path: 
         before, after = older / family / folder, export(older / family / "checkpoint", tmp_path / folder, form)
         data, now = ({path.name for path in folder.iterdir() if path.suffix != ".py"} for folder in (before, after))
         assert now == data | {"MODEL_CARD.md"}
-        for name in data - {"model.safetensors", "generation_config.json", TEMPLATE}:
+        for name in data - {"model.safetensors", "generation_config.json", "config.json", TEMPLATE}:
             assert (after / name).read_bytes() == (before / name).read_bytes(), name
+        older_config, config = (json.loads((path / "config.json").read_text()) for path in (before, after))
+        older_shape, shape = older_config.pop("shape", {}), config.pop("shape", {})
+        assert config == older_config
+        assert {name: shape.pop(name) for name in older_shape} == older_shape
+        assert not any(shape.values())  # options that are new since then, and off
         older_chat, chat = (formatted_chat(path) for path in (before, after))  # the template now refuses tools
         assert chat == older_chat
         generation = [json.loads((path / "generation_config.json").read_text()) for path in (before, after)]

@@ -68,6 +68,7 @@ class MoE(nn.Module):
         super().__init__()
         self.router = router
         self.experts = experts
+        self._random = experts.random  # not read in the forward pass, where PEFT may have wrapped the experts
         self.norm = norm or nn.Identity()
         self.dispatcher = TokenDispatcher()
         self.num_experts = num_experts
@@ -89,7 +90,7 @@ class MoE(nn.Module):
             experts = experts.where(accepted.flatten(0, 1), self.num_experts)
         # 2. Plan: the order of the assignments by expert, and how many rows each expert gets.
         plan = self.dispatcher.plan(experts, self.num_experts, dropped=accepted is not None)
-        if not self.experts.random:
+        if not self._random:
             flat_keys = None
         elif flat_keys is not None:  # the dropout mask of a token differs between its experts
             flat_keys = (flat_keys[:, None] + experts.to(torch.int32)).flatten()

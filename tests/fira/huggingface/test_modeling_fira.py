@@ -152,6 +152,8 @@ def test_saved_model_is_loaded_by_auto_classes(family: str, tmp_path: Path) -> N
     assert difference.median() < 0.03  # not the maximum: rounding can change the chosen experts of a token
     base = AutoModel.from_pretrained(tmp_path)
     torch.testing.assert_close(base(IDS).last_hidden_state, model(IDS, output_hidden_states=True).hidden_states[-1])
+    if getattr(ours.config, "value_embeddings", False):
+        return  # these tables are not resized
     base.resize_token_embeddings(70, mean_resizing=False)
     assert base.get_input_embeddings().weight.shape[0] == 70
     loaded.resize_token_embeddings(70)

@@ -1,12 +1,11 @@
 """Operations in progress: MPI requests, the steps that follow them, and how to wait for both."""
 
-import ctypes
+import os
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +19,8 @@ from pipeline.mpi.trace import Entry
 # yields a function that returns whether to continue. Its local variables keep all buffers alive.
 Steps = Generator[list[MPI.Request] | Callable[[], bool], list[MPI.Status], None]
 
+YIELDS = 100  # tests that are followed by yielding the core, before the first sleep
 SLEEPS_S = 20e-6, 2e-3  # shortest and longest sleep
-PR_SET_TIMERSLACK = 29  # from linux/prctl.h
 
 
 class ProgressEngine:
@@ -31,8 +30,8 @@ class ProgressEngine:
     next round of an earlier operation, and each advanced only its own operation, there would be a deadlock.
 
     Args:
-        spins: number of tests before a wait sleeps between them. With one core per rank, spinning reduces the latency;
-            with fewer cores, every test takes time from the rank that is to send the message.
+        spins: number of tests before a wait yields the core. With one core per rank, spinning reduces the latency; with
+            fewer cores, every test takes time from the rank that is to send the message.
     """
 
     def __init__(self, spins: int) -> None:
@@ -61,7 +60,7 @@ class ProgressEngine:
                 now = time.monotonic()
                 for other in tuple(self._active):
                     other.advance()
-                pause(now - began)
+                pause(tests - self._spins, now - began)
         self.waited_s += time.monotonic() - began
         return operation.advance()
 
@@ -80,7 +79,7 @@ class ProgressEngine:
         while True:
             while not operations or not self._with_future.empty():
                 operations.append(self._with_future.get())
-                began = time.monotonic()
+                began, tests = time.monotonic(), 0
             now = time.monotonic()
             done = [operation for operation in operations if operation.advance() or now > operation.entry.deadline]
             for operation in done:
@@ -88,23 +87,17 @@ class ProgressEngine:
                 operation.entry.__exit__()
                 # in a separate thread: a callback may wait for the next future, as PowerSGD's does
                 threading.Thread(target=operation.complete_future, daemon=True).start()
-            pause(time.monotonic() - began)
+            tests += 1
+            pause(tests, time.monotonic() - began)
 
 
-def pause(waited_s: float) -> None:
-    """Sleep for a twentieth of the time waited so far.
-
-    Yielding the core is slower next to other processes: the scheduler counts a time slice that was given up as used, so
-    a rank that has yielded often has to wait for a core when its message arrives.
-    """
-    shortest, longest = SLEEPS_S
-    time.sleep(min(longest, max(shortest, waited_s / 20)))
-
-
-def sleep_precisely() -> None:
-    """Let sleeps of this thread, and of threads that it starts, end within 1 µs of their time instead of 50 µs."""
-    with suppress(OSError, AttributeError):  # not Linux
-        ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1000)
+def pause(times: int, waited_s: float) -> None:
+    """Yield the core at first; after ``YIELDS`` tests, sleep for a twentieth of the time waited so far."""
+    if times <= YIELDS:
+        os.sched_yield()
+    else:
+        shortest, longest = SLEEPS_S
+        time.sleep(min(longest, max(shortest, waited_s / 20)))
 
 
 class Operation(Work):

@@ -127,7 +127,7 @@ def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
     from pipeline.mpi.cuda_transport import choose_transport, destroy_nccl_groups
     from pipeline.mpi.group import start
     from pipeline.mpi.watch import Watch
-    from pipeline.mpi.work import ProgressEngine, sleep_precisely
+    from pipeline.mpi.work import ProgressEngine
 
     _refuse_foreign_launcher(comm.Get_size())
     local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
@@ -138,7 +138,6 @@ def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
     local.Free()
 
     watch = Watch(comm, timeout_s)
-    sleep_precisely()
     progress = ProgressEngine(spins=1000 if len(cores) >= world.local_size else 2)
     start(comm, progress, watch, *choose_transport(world.local_rank, cuda))
     watch.start()

@@ -1,6 +1,5 @@
 """Start and end of jobs: no port, host name or environment variable is needed, and no process is left behind."""
 
-import ctypes
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 import mpi4py
 import pytest
 
-from tests.launch import ROOT, inherited, is_mpich, members, mpirun, run_function
+from tests.launch import ROOT, inherited, is_mpich, members, mpirun
 
 ENDS = ROOT / "tests/ranks/hang_ends.py"
 FAILURE = range(1, 256)
@@ -129,12 +128,3 @@ def test_library_of_a_wheel_is_found_where_python_is_installed_in_usr() -> None:
     environment = {name: value for name, value in inherited().items() if name != "MPI4PY_LIBMPI"}
     output = subprocess.check_output([sys.executable, "-c", f"import sys; {code}"], env=environment, timeout=60)
     assert Path(json.loads(output)["file"]).parent == folder
-
-
-def timer_slack_ns() -> int:
-    return ctypes.CDLL(None).prctl(30)  # PR_GET_TIMERSLACK
-
-
-def test_sleeps_between_the_tests_of_a_wait_are_precise():
-    """By default a sleep of 20 µs takes 70 µs."""
-    assert run_function(1, "tests.pipeline.mpi.test_world", "timer_slack_ns") == [1000]

@@ -127,7 +127,7 @@ def train(target: Target, folder: Path, *flags: str, ranks: int = 1, status: int
         text.write_text("\n\n".join(source.read_text(encoding="utf-8") for source in sources)[:200_000])
     default = ["--precision", "fp32"] if "--precision" not in flags else []
     default += ["--device", target.device] if "--local-devices" not in flags else []
-    steps = ["--steps", str(target.steps), "--warmup", "5", "--save-every", str(target.steps // 2)]
+    steps = ["--plan", "none", "--steps", str(target.steps), "--warmup", "5", "--save-every", str(target.steps // 2)]
     words = [*target.train, *MODEL, *steps, "--data", str(text), *default, *flags, "--out", str(folder)]
     return run_program([*mpirun(ranks), *words], status)
 

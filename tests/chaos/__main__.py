@@ -32,6 +32,7 @@ vocab_size = 300
 seq-len = 16
 batch_size = 12
 micro_batch_size = 2
+plan = "none"
 eval_every = 2
 eval_sequences = 8
 save_every = 2

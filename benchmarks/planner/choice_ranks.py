@@ -16,12 +16,12 @@ from fira.data.random_tokens import RandomTokens
 from fira.models.registry import build, make_config
 from fira.planner.best_candidates import plan_here
 from fira.planner.candidates import Candidate
-from fira.training.auto_layout import constraints_of, plan_layout
+from fira.training.auto_layout import constraints_of, describe, plan_layout
 from fira.training.config import TrainConfig
 from fira.training.trial_steps import step_seconds, trial_seconds, trial_trainer
 from pipeline.mesh import CPU
 
-LIMIT, MEASURED, FINALISTS, ROUNDS = 2.0, 24, 5, 7
+LIMIT, MEASURED, FINALISTS, ROUNDS = 2.0, 12, 4, 5
 
 
 def main(preset: str, changes: str, batch: int, seq_len: int) -> None:
@@ -49,7 +49,7 @@ def main(preset: str, changes: str, batch: int, seq_len: int) -> None:
         row = {
             "million_parameters": sum(p.numel() for p in model.parameters()) / 1e6,
             "chosen": str(chosen),
-            "best": str(best),
+            "best": describe(best),
             "chosen_ms": times[chosen.candidate] * 1e3,
             "best_ms": times[best] * 1e3,
             "promised_ms": chosen.seconds * 1e3,

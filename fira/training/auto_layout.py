@@ -165,10 +165,14 @@ def plan_layout(
 
 
 def shortlist_of(estimates: list[Estimate]) -> list[Estimate]:
-    """The PER_LAYOUT fastest of each layout, all first ones before all second ones. estimates: fastest first."""
+    """The PER_LAYOUT fastest of each layout, all first ones before all second ones.
+
+    Of predictions that are equal in two digits, the one with fewer micro-batches is first: the fixed cost of a
+    micro-batch is underestimated where it was extrapolated from small ones.
+    """
     places: Counter[Layout] = Counter()
     ranked = []
-    for estimate in estimates:
+    for estimate in sorted(estimates, key=lambda e: (float(f"{e.seconds:.2g}"), e.candidate.count)):
         ranked.append((places[estimate.candidate.layout], estimate))
         places[estimate.candidate.layout] += 1
     return [estimate for place in range(PER_LAYOUT) for its, estimate in ranked if its == place]
@@ -189,11 +193,12 @@ def _try(
     trials: list[Trial] = []
     started, spent, best = time.perf_counter(), 0.0, math.inf
     shortest = min(predicted for _, predicted in shortlist)
-    enough = 2 * (1 + STEPS) * shortest < TRIAL_SECONDS
+    steps = STEPS if 3 * (1 + STEPS) * shortest < TRIAL_SECONDS else 1
+    enough = 2 * (1 + steps) * shortest < TRIAL_SECONDS
     for candidate, predicted in shortlist:
-        measured, needed = None, (1 + STEPS) * predicted
+        measured, needed = None, (1 + steps) * predicted
         if enough and predicted < PROMISING * shortest and spent + needed < TRIAL_SECONDS:
-            measured = trial_seconds(model, candidate, batch, config, devices, best)
+            measured = trial_seconds(model, candidate, batch, config, devices, steps, best)
             best, spent = min(best, measured), slowest_rank(time.perf_counter() - started)
         trials.append(Trial(candidate, predicted, measured))
         progress.update(1)

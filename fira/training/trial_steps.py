@@ -17,7 +17,7 @@ from fira.training.trainer import Trainer
 from pipeline.mesh import make_mesh
 from pipeline.schedule import SCHEDULES
 
-STEPS = 3  # timed, after one that is not
+STEPS = 3  # timed
 HOPELESS = 1.15  # times the fastest candidate: after one such step, no other is timed
 
 
@@ -27,9 +27,10 @@ def trial_seconds(
     batch: int,
     config: TrainConfig,
     devices: list[torch.device],
+    steps: int = STEPS,
     best: float = math.inf,
 ) -> float:
-    """The seconds of a step, the least of `STEPS` steps (collective).
+    """The seconds of a step, the least of `steps` steps after one that is not timed (collective).
 
     batch: sequences. best: that of the fastest candidate so far; a slower one gets fewer steps. The other arguments are
     those of `trial_trainer`.
@@ -38,7 +39,7 @@ def trial_seconds(
     tokens = RandomTokens(model.config.vocab_size, model.config.seq_len)
     step_seconds(trainer, tokens, batch)
     fastest = math.inf
-    for _ in range(STEPS):
+    for _ in range(steps):
         fastest = min(fastest, step_seconds(trainer, tokens, batch))
         if fastest > HOPELESS * best:
             break

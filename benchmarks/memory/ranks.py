@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 import pipeline
 from benchmarks.measure import alternate, maximum, peak_allocated
 from benchmarks.training.ranks import BATCH, CONFIG, Run, data_parallel, step_of
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.data.random_tokens import RandomTokens
+from fira.doctor.one_step import make_trainer
 from fira.models.fira import FIRA
 from fira.planner.best_candidates import memory_only
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs

@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pipeline
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.data.random_tokens import RandomTokens
+from fira.doctor.one_step import make_trainer
 from fira.models.registry import PRESETS
 from pipeline.mesh import CPU, Layout
 

@@ -15,8 +15,9 @@ from statistics import median
 import torch
 
 import pipeline
+from fira.data.random_tokens import RandomTokens
 from fira.devices import keep_freed_memory
-from fira.doctor.one_step import RandomTokens, make_trainer
+from fira.doctor.one_step import make_trainer
 from fira.generation.perplexity import perplexity
 from fira.models.registry import PRESETS, build
 from pipeline.mesh import CPU, Layout

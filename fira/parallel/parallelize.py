@@ -30,9 +30,10 @@ from fira.nn.moe.layer import MoE
 from fira.nn.value_embedding import ValueEmbedding
 from fira.parallel.cast_weights import CastCopy
 from fira.parallel.expert_parallel import AllToAllDispatcher
-from fira.parallel.layer_weights import LayerWeights, divide_layer, divide_tied
+from fira.parallel.layer_weights import LayerWeights, divide_tied
 from fira.parallel.microbatch_loss import microbatch_loss
-from fira.parallel.param_shard import GlobalTensor, ParamShard, find_owners, replica_rank
+from fira.parallel.param_shard import GlobalTensor, ParamShard
+from fira.parallel.rank_shards import TABLE, RankShards
 from fira.parallel.tied_embedding import TiedWeight, tie
 from pipeline.engine import Engine
 from pipeline.mesh import Mesh
@@ -42,7 +43,6 @@ from pipeline.stage import DeviceLayers, Stage
 from pipeline.torchgpipe_stage import LocalPipeline
 
 EVERY_BLOCK = sys.maxsize  # as a number of recomputed blocks per stage: all blocks
-TABLE = "layers.0.token.weight"  # the embedding, which the head of a tied model shares
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def parallelize(
     layers: dict[int, nn.Module] = {}  # of this rank
     rank_stages: dict[int, Stage] = {}
     numbers = [number for number, rank in enumerate(placement) if rank == mesh.pp_rank]
-    shards = _RankShards(model, mesh, shard, {i for number in numbers for i in stages[number]})
+    shards = RankShards(model, mesh, shard, {i for number in numbers for i in stages[number]})
     for number in numbers:
         spans = _device_spans(stages[number], flops, len(devices))
         stage_layers = _initialised_layers(model, spans, devices, mesh, seed, dtype, shards)
@@ -162,17 +162,6 @@ def parallelize(
     )
 
 
-def _parameters(model: nn.Module, trained: bool) -> list[GlobalTensor]:
-    """The parameters of the whole model that are trained, or those that are frozen."""
-    banks = ((path, module) for path, module in model.named_modules() if isinstance(module, ExpertBank))
-    experts = {f"{path}.{name}" for path, bank in banks for name, _ in bank.named_parameters(recurse=False)}
-    return [
-        GlobalTensor(name, tuple(p.shape), name in experts)
-        for name, p in model.named_parameters()
-        if p.requires_grad == trained
-    ]
-
-
 def _device_spans(stage: range, flops: Sequence[float], devices: int) -> list[range]:
     """The layers of a stage by device; there are fewer spans than devices if the stage has fewer layers."""
     spans = partition([flops[i] for i in stage], min(devices, len(stage)))
@@ -186,7 +175,7 @@ def _initialised_layers(
     mesh: Mesh,
     seed: int,
     dtype: torch.dtype,
-    shards: "_RankShards",
+    shards: RankShards,
 ) -> dict[int, nn.Module]:
     """Copies of the layers `spans[j]` on `devices[j]`, by index, with this rank's experts and their initial weights.
 
@@ -272,50 +261,6 @@ def _expand_experts(layer: nn.Module, ranks: int) -> None:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 expanded = parameter.detach().expand(ranks, *parameter.shape)
                 setattr(module, name, nn.Parameter(expanded, parameter.requires_grad))
-
-
-class _RankShards:
-    """This rank's shards of the tensors of its layers, which are added one after another.
-
-    parameters: of the whole model, those that are trained. The other attributes are those of `DistributedModel`.
-    """
-
-    def __init__(self, model: LanguageModel, mesh: Mesh, shard: str | None, layers: set[int]) -> None:
-        self.parameters, frozen = _parameters(model, trained=True), _parameters(model, trained=False)
-        self.trained: list[ParamShard] = []
-        self.frozen: list[ParamShard] = []
-        self.buffers: list[ParamShard] = []
-        self.weights: dict[int, LayerWeights] = {}
-        buffers = [GlobalTensor(name, tuple(b.shape), False) for name, b in model.named_buffers()]
-        self._lists = [(self.parameters, self.trained), (frozen, self.frozen)]
-        self._lists.append((buffers, self.frozen if model.lora else self.buffers))
-        self._mesh, self._table = mesh, TABLE if model.tied else None
-        self._divides = shard == "parameters" and mesh.layout.dp > 1
-        self._owners: dict[str, int] = {}
-        for tensors in (self.parameters, frozen):
-            own = [tensor for tensor in tensors if tensor.layer in layers]
-            self._owners |= find_owners(own, mesh, shard, self._table)
-
-    def add(self, index: int, layer: nn.Module) -> None:
-        """Add a layer with its initial weights, of which only those that this rank owns may be kept."""
-        own = []
-        for tensors, shards in self._lists:
-            added = [self._shard(tensor, layer) for tensor in tensors if tensor.layer == index]
-            shards += added
-            own += [shard for shard in added if shard.name in self._owners and shard.name != self._table]
-        if self._divides:
-            self.weights[index] = divide_layer(layer, own, self._mesh)
-
-    def _shard(self, tensor: GlobalTensor, layer: nn.Module) -> ParamShard:
-        name, shape, expert = tensor
-        module, _, attribute = name.split(".", 2)[2].rpartition(".")
-        leaf = parameter = getattr(layer.get_submodule(module), attribute)
-        if expert and self._mesh.separates_sources:
-            parameter = nn.Parameter(leaf.detach()[0])
-        start = self._mesh.ep_rank * len(parameter) if expert else 0
-        owner = self._owners.get(name, 0)
-        kept = not self._divides or name not in self._owners or owner == replica_rank(self._mesh, expert)
-        return ParamShard(name, parameter, start, shape, expert, leaf, owner, kept)
 
 
 def _frozen_copy(tied: TiedWeight) -> list[ParamShard]:

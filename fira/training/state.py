@@ -22,6 +22,7 @@ from fira.models.registry import to_document
 from fira.optim.settings import OptimizerSettings
 from fira.parallel.parallelize import DistributedModel
 from fira.parallel.param_shard import ParamShard
+from fira.parallel.rank_shards import TABLE
 from fira.posttraining.chat_corpus import ChatCorpus
 from fira.training.config import TrainConfig
 from fira.training.trainer import Trainer
@@ -190,7 +191,7 @@ def load_weights(saved: SavedModel, model: DistributedModel) -> None:
     UserError if the weights belong to another model.
     """
     tokens = min(stored_config(saved).vocab_size, model.config.vocab_size)
-    tables = {"layers.0.token.weight", f"layers.{model.stages[-1][-1]}.project.weight", *model.value_tables()}
+    tables = {TABLE, f"layers.{model.stages[-1][-1]}.project.weight", *model.value_tables()}
     for shard in filter(attrgetter("kept"), [*model.shards, *model.buffers]):
         if shard.name in tables:
             stored = read_weight(saved, shard.name, (tokens, *shard.shape[1:]))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fira.models.family import Family, Recipe
+from fira.models.family import TINY, Family, Recipe
 from fira.models.family_options import Options
 from fira.models.language_model import LanguageModel
 from fira.nn.attention import SelfAttention
@@ -141,7 +141,7 @@ FAMILY = Family(
     },
     recipes={
         "blues-base": Recipe(steps=20_000, lr=1e-3, min_lr=1e-4, warmup=500),
-        "blues-tiny": Recipe(steps=200, lr=6e-3, min_lr=3e-4, warmup=20, batch_size=32),
+        "blues-tiny": TINY,
     },
     tied=True,
 )

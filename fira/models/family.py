@@ -13,7 +13,8 @@ class Recipe:
     """Default training settings of a preset.
 
     steps: number of optimizer steps. lr: peak learning rate, reached after `warmup` steps. min_lr: learning rate at the
-    end of the decay. batch_size: number of sequences in the global batch.
+    end of the decay. batch_size: number of sequences in the global batch. optimizer: see `OptimizerSettings`.
+    lr_schedule: see `learning_rate`.
     """
 
     steps: int
@@ -21,6 +22,12 @@ class Recipe:
     min_lr: float
     warmup: int
     batch_size: int = 16
+    optimizer: str = "adamw"
+    lr_schedule: str = "cosine"
+
+
+# The settings of the -tiny presets, see benchmarks/time_to_loss.
+TINY = Recipe(steps=500, lr=4e-2, min_lr=8e-4, warmup=20, optimizer="muon", lr_schedule="linear")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fira.models.family import Family, Recipe
+from fira.models.family import TINY, Family, Recipe
 from fira.models.family_options import Options
 from fira.models.language_model import LanguageModel
 from fira.nn.attention import SelfAttention
@@ -135,11 +135,18 @@ FAMILY = Family(
     presets={
         "fira-base": FiraConfig(),
         "fira-tiny": FiraConfig(
-            vocab_size=2048, seq_len=128, d_model=128, n_head=4, num_layers=4, d_ff=256, dropout=0.0
+            vocab_size=2048,
+            seq_len=128,
+            d_model=128,
+            n_head=4,
+            num_layers=4,
+            d_ff=256,
+            dropout=0.0,
+            value_embeddings=True,
         ),
     },
     recipes={
         "fira-base": Recipe(steps=20_000, lr=6e-4, min_lr=5e-5, warmup=700),
-        "fira-tiny": Recipe(steps=200, lr=6e-3, min_lr=3e-4, warmup=20, batch_size=32),
+        "fira-tiny": TINY,
     },
 )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fira.models.family import Family, Recipe
+from fira.models.family import TINY, Family, Recipe
 from fira.models.language_model import LanguageModel
 from fira.nn.attention import SelfAttention
 from fira.nn.base_layer import Layer
@@ -139,7 +139,7 @@ FAMILY = Family(
     },
     recipes={
         "microrwkv-base": Recipe(steps=20_000, lr=6e-4, min_lr=6e-5, warmup=500),
-        "microrwkv-tiny": Recipe(steps=200, lr=6e-3, min_lr=3e-4, warmup=20, batch_size=32),
+        "microrwkv-tiny": TINY,
     },
     tied=True,
     recurrent=True,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fira.models.family import Family, Recipe
+from fira.models.family import TINY, Family, Recipe
 from fira.models.family_options import Options
 from fira.models.language_model import LanguageModel
 from fira.nn.attention import SelfAttention
@@ -118,6 +118,6 @@ FAMILY = Family(
     },
     recipes={
         "mooshak-base": Recipe(steps=100_000, lr=3e-4, min_lr=3e-5, warmup=3000),
-        "mooshak-tiny": Recipe(steps=200, lr=6e-3, min_lr=3e-4, warmup=20, batch_size=32),
+        "mooshak-tiny": TINY,
     },
 )

@@ -46,6 +46,7 @@ INHERITED = [
     *("on_policy", "group_size", "answer_after", "answer_tokens", "init", "lora", "threads"),
     *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
 ]
+EARLIER = {**asdict(OptimizerSettings()), "lr_schedule": "cosine"}  # settings that earlier versions did not store
 PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute", "shard")  # settings that the planner chooses
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
 
@@ -106,11 +107,15 @@ class TrainConfig:
     lr: Positive | None = _option(None, "peak learning rate")
     min_lr: NotNegative | None = _option(None, "learning rate at the last step")
     warmup: Steps | None = _option(None, "steps of linear warmup")
-    lr_schedule: str = _option(
-        "cosine", "after the warmup; wsd: constant, then a linear decay (warmup, stable, decay)", LR_SCHEDULES
+    lr_schedule: str | None = _option(
+        None, "after the warmup; wsd: constant, then a linear decay; default: the recipe's", LR_SCHEDULES
     )
     lr_decay: Share = _option(0.2, "share of the steps in which --lr-schedule wsd decays")
-    optimizer: str = _option("adamw", "muon: Muon for the matrices of the blocks, AdamW for all others", OPTIMIZERS)
+    optimizer: str | None = _option(
+        None,
+        "adamw, or muon for the matrices of the blocks and AdamW for all others; default: the recipe's",
+        OPTIMIZERS,
+    )
     beta1: Fraction = _option(0.9, "decay rate of AdamW's average of gradients")
     beta2: Fraction = _option(0.95, "decay rate of AdamW's average of squared gradients")
     eps: Positive = _option(1e-8, "added to the denominator of AdamW")
@@ -227,10 +232,11 @@ class TrainConfig:
 
     def optimizer_settings(self) -> OptimizerSettings:
         """The settings of the optimizer, apart from the learning rate."""
-        return OptimizerSettings(**{f.name: getattr(self, f.name) for f in fields(OptimizerSettings)})
+        given = {f.name: getattr(self, f.name) for f in fields(OptimizerSettings)}
+        return OptimizerSettings(**given | {"optimizer": self.recipe().optimizer})
 
     def recipe(self) -> Recipe:
-        """Steps, learning rates and batch size: as given, else those of the objective, of `init`, or of the preset."""
+        """The settings of `Recipe` as given, else those of the objective, of `init`, or of the preset."""
         from fira.models.registry import PRESETS, RECIPES
 
         if self.model not in RECIPES:

@@ -103,7 +103,7 @@ def _run_steps(
         step += 1
         started = time.perf_counter()
         lr = learning_rate(
-            step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup, config.lr_schedule, config.lr_decay
+            step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup, recipe.lr_schedule, config.lr_decay
         )
         trace = config.trace if step == first + TRACED_STEP - 1 else None
         requests = signals.take_requests()

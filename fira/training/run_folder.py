@@ -12,7 +12,7 @@ from fira.checkpoint.step_folders import find
 from fira.errors import UserError
 from fira.files import replace
 from fira.metrics.csv_log import LOG_NAME
-from fira.training.config import INHERITED, TrainConfig
+from fira.training.config import EARLIER, INHERITED, TrainConfig
 from fira.training.flags import read_settings
 from fira.training.run_lock import RunLock
 
@@ -41,7 +41,7 @@ def _resumed_settings(config: TrainConfig) -> dict[str, Any]:
         root = find(str(config.resume)).absolute().parent
         run, found = (root.parent if root.name == "checkpoints" else None), {}
     if run and (run / CONFIG_NAME).is_file():
-        stored = read_settings(run / CONFIG_NAME)
+        stored = EARLIER | read_settings(run / CONFIG_NAME)
         found |= {name: stored[name] for name in INHERITED if name in stored}
     return found
 

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
 from fira.models.adapters import add_adapters
+from fira.models.family_options import Options
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, change, make_config
 from fira.parallel.batch_split import BatchSplit
@@ -81,6 +83,9 @@ def set_up(
     config, model, saved, adapted = chosen.config, chosen.model, chosen.saved, chosen.adapted
     tokenizer_path, model_config = chosen.tokenizer_path, model.config
     keep_freed_memory()
+    tuned = replace(config, optimizer=None).recipe().optimizer
+    if config.lr is None and config.optimizer not in (None, tuned):
+        logger.warning("--optimizer %s: the learning rate of the recipe is for %s; see --lr", config.optimizer, tuned)
     if config.compile:
         check_compiler(devices[0])
     candidate = choose_candidate(config, model, devices, world, quiet)
@@ -142,6 +147,8 @@ def choose(config: TrainConfig, resumed: Checkpoint | None = None) -> Chosen:
     config, teacher = open_teacher(config)
     adapted = open_base(config.adapters(), saved, resumed)
     model_config, tokenizer_path = choose_model(config, saved)
+    if resumed and not saved:
+        model_config = with_stored_options(model_config, stored_config(resumed), config.model_changes())
     if saved and model_config.vocab_size > stored_config(saved).vocab_size:
         config = with_larger_vocabulary(config, stored_config(saved).vocab_size, model_config.vocab_size)
     with torch.device("meta"):
@@ -189,6 +196,16 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
         random = {name for name in ("dropout", "noise") if hasattr(model, name)}
         model = change(model, config.name(), dict.fromkeys(random - changes.keys(), 0.0))
     return model, tokenizer
+
+
+def with_stored_options(config: Any, stored: Any, changes: Collection[str]) -> Any:
+    """The config of a resumed run: the preset's, with the options of the checkpoint that no flag changes.
+
+    The preset may have been given options since the checkpoint was written, which may be of another family.
+    """
+    if not isinstance(config, Options) or type(stored) is not type(config):
+        return config
+    return replace(config, **{f.name: getattr(stored, f.name) for f in fields(Options) if f.name not in changes})
 
 
 def with_larger_vocabulary(config: TrainConfig, stored: int, needed: int) -> TrainConfig:

@@ -19,16 +19,14 @@ from fira.data.tokenizer import TOKENIZER
 from fira.errors import UserError
 from fira.json_reader import array, check, integer, mapping, number, record, scalar
 from fira.models.registry import to_document
-from fira.optim.settings import OptimizerSettings
 from fira.parallel.parallelize import DistributedModel
 from fira.parallel.param_shard import ParamShard
 from fira.parallel.rank_shards import TABLE
 from fira.posttraining.chat_corpus import ChatCorpus
-from fira.training.config import TrainConfig
+from fira.training.config import EARLIER, TrainConfig
 from fira.training.trainer import Trainer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Muon has the first one only
-EARLIER = {**asdict(OptimizerSettings()), "lr_schedule": "cosine"}  # settings that earlier versions did not store
 
 STATE_SCHEMA = record(
     {
@@ -56,8 +54,8 @@ def run_settings(config: TrainConfig, corpus: Corpus | ChatCorpus) -> dict[str, 
 
     config: with the chosen precision and micro-batch size. `data` is the key of the corpus, the hash of its content.
     """
-    names = ["micro_batch_size", "lr_schedule", "clip", "precision", "seed", "objective"]
-    if config.lr_schedule == "wsd":
+    names = ["micro_batch_size", "clip", "precision", "seed", "objective"]
+    if config.recipe().lr_schedule == "wsd":
         names.append("lr_decay")
     if config.objective == "dpo":
         names += ["dpo_loss", "dpo_beta"]

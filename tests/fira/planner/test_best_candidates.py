@@ -11,6 +11,7 @@ from fira.planner.candidates import Candidate
 from fira.planner.costs import roofline_costs
 from fira.planner.device_specs import load
 from fira.planner.memory import rank_memory
+from fira.planner.model_profile import profile_of
 from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig
@@ -47,14 +48,15 @@ def test_command_line():
     )
 
 
-def test_least_recompute(tiny, hardware, monkeypatch):
-    candidate = Candidate(Layout(), "1f1b", 64, 1, 0)
-    inputs = PlanInputs(tiny, hardware, roofline_costs(tiny, hardware, "fp32"), "fp32")
+def test_least_recompute(hardware, monkeypatch):
+    model, candidate = meta_model("fira-tiny"), Candidate(Layout(), "1f1b", 64, 1, 0)
+    profile = profile_of(model)
+    inputs = PlanInputs(profile, hardware, roofline_costs(profile, hardware, "fp32"), "fp32")
     costs = CandidateCosts(inputs, candidate)
     sizes = [max(rank_memory(costs.with_recompute(blocks))) for blocks in range(5)]
     memory = {"bytes": (sizes[2] + sizes[3]) / 2}
     monkeypatch.setattr("fira.planner.best_candidates.device_memory", lambda device, ranks: memory["bytes"])
-    arguments = meta_model("fira-tiny"), candidate, "fp32", torch.device("cuda"), 1
+    arguments = model, candidate, "fp32", torch.device("cuda"), 1
     assert least_recompute(*arguments) == 3
     memory["bytes"] = sizes[0]
     assert least_recompute(*arguments) == 0

@@ -36,7 +36,7 @@ def test_saved_bytes_equal_those_of_torch(family):
     tokens = torch.randint(profile.config.vocab_size, (2, profile.tokens))
     x = tokens
     for index in range(len(model.layers)):
-        context = Context(torch.full((2,), profile.tokens), keys=torch.arange(2))
+        context = Context(torch.full((2,), profile.tokens), keys=torch.arange(2), tokens=tokens)
         context.training = TrainingContext(tokens, aux_weights=torch.ones(2))
         saved: dict[int, torch.Tensor] = {}
         x = x.detach().requires_grad_(x.is_floating_point())

@@ -24,10 +24,10 @@ def test_invalid_ranges_are_refused(text: str):
 
 
 def test_every_number_of_ranks_runs_with_the_micro_batch_size_of_the_smallest_share():
-    config = TrainConfig(elastic="1:4")  # fira-tiny: 32 sequences, 6 layers
+    config = TrainConfig(elastic="1:4")  # fira-tiny: 16 sequences, 6 layers
     found = elastic(config)
     assert found.layouts == {1: Layout(1, 1, 1), 2: Layout(2, 1, 1), 3: Layout(3, 1, 1), 4: Layout(2, 2, 2)}
-    assert found.microbatch == min(choose_microbatch(config, 32, layout) for layout in found.layouts.values()) == 4
+    assert found.microbatch == min(choose_microbatch(config, 16, layout) for layout in found.layouts.values()) == 2
 
 
 def test_numbers_of_ranks_that_do_not_fit_the_layout_are_not_used():

@@ -74,7 +74,7 @@ def test_a_crashed_run_is_resumed_until_it_is_finished(tmp_path: Path):
     assert first.startswith("-n 4 train --")
     assert "--resume" not in first
     assert second == third == first + " --resume auto"
-    assert "--micro-batch-size 4" in first
+    assert "--micro-batch-size 2" in first
     assert "--quiet" in first
     assert "elastic" not in first
     found = events(tmp_path)

@@ -79,7 +79,7 @@ def test_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
 def test_resumed_run_takes_its_settings_but_neither_layout_nor_folder(run: Path, resume: str) -> None:
     found = run_folder.resumed_settings(TrainConfig(resume="auto" if resume == "auto" else str(run / resume)))
     assert found.pop("out", None) == ("runs/fira-tiny" if resume == "auto" else None)
-    expected = {"data": "a.txt", "lr": 0.5, "micro_batch_size": 2, "precision": "bf16", "seed": 7, "steps": 200}
+    expected = {"data": "a.txt", "lr": 0.5, "micro_batch_size": 2, "precision": "bf16", "seed": 7, "steps": 500}
     assert found | expected == found
     assert not found.keys() & {"pp", "override", "resume", "out"}
 
@@ -133,6 +133,6 @@ def test_new_run_does_not_take_the_settings_of_another(run: Path, configured: An
 
 def test_files_are_complete_and_contain_no_permission_to_override(run: Path) -> None:
     stored = tomllib.loads((run / "config.toml").read_text())
-    assert (stored["lr"], stored["steps"], "override" in stored) == (0.5, 200, False)
+    assert (stored["lr"], stored["steps"], "override" in stored) == (0.5, 500, False)
     assert json.loads((run / "data.json").read_text())["baselines"] == {"unigram": 6.0}
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.toml", "data.json"]

@@ -1,10 +1,15 @@
 """Settings that do not fit the number of ranks or each other, and the model of preference training."""
 
+from dataclasses import replace
+
 import pytest
 
 from fira.errors import UserError
+from fira.models.blues import BluesConfig
+from fira.models.fira import FiraConfig
+from fira.models.microrwkv import MicroRWKVConfig
 from fira.training.config import PREFERENCES, TrainConfig
-from fira.training.setup import choose_model, with_larger_vocabulary
+from fira.training.setup import choose_model, with_larger_vocabulary, with_stored_options
 from tests.fira.training.small_runs import train
 
 
@@ -28,6 +33,14 @@ def test_preferences_have_neither_dropout_nor_noise_unless_they_are_given(
 def test_preferences_have_a_recipe_of_their_own() -> None:
     assert TrainConfig(objective="dpo", init="run").recipe() == PREFERENCES
     assert TrainConfig(objective="dpo", lr=1e-6).recipe().lr == 1e-6
+
+
+def test_resumed_run_has_the_options_of_its_checkpoint() -> None:
+    preset, earlier = FiraConfig(value_embeddings=True, relu_squared=True), FiraConfig(softcap=15.0, d_model=8)
+    assert with_stored_options(preset, earlier, ["relu_squared"]) == replace(preset, value_embeddings=False, softcap=15)
+    assert (
+        with_stored_options(preset, MicroRWKVConfig(), []) == preset == with_stored_options(preset, BluesConfig(), [])
+    )
 
 
 def test_vocabulary_of_a_frozen_embedding_does_not_grow():

@@ -20,12 +20,22 @@ Contender = Callable[[int], Iterator[Measurement]]
 ROOT = Path(__file__).parents[2]
 
 ADAMW = ("--optimizer", "adamw", "--lr", "4e-3", "--min-lr", "2e-4")
-DENSE = ("--model-set", "num_experts=1,top_k=1,d_ff=512")
+CHARACTERS = "--model-set value_embeddings=false --batch-size 16 --steps 350 --lr 2e-2 --min-lr 4e-4 --warmup 10"
+TUNED = {"lr": 4e-3, "warmup": 50, "steps": 1300}  # of the dense GPT, the fewest steps of those tried
 
 
 def corpus() -> Mapping[str, Contender]:
     """The command of the main README, and the same with AdamW."""
     return {"Muon, the default": partial(fira, 4, 128, ()), "AdamW": partial(fira, 4, 128, ADAMW)}
+
+
+def experts() -> Mapping[str, Contender]:
+    """fira-tiny with other numbers of experts and equal FLOPs per token. One expert is a dense model."""
+    return {
+        "dense": partial(fira, 4, 128, ("--model-set", "num_experts=1,top_k=1,d_ff=512")),
+        "4 experts": partial(fira, 4, 128, ()),
+        "16 experts": partial(fira, 4, 128, ("--model-set", "num_experts=16")),
+    }
 
 
 def characters(text: Path) -> Mapping[str, Contender]:
@@ -35,7 +45,7 @@ def characters(text: Path) -> Mapping[str, Contender]:
     training, validation = (
         torch.from_numpy(np.load(folder / f"shakespeare_{part}_000.npy").astype(np.int64)) for part in ("train", "val")
     )
-    flags = ("--data", str(folder), "--vocab-size", str(vocab), "--seq-len", "64", *CHARACTERS)
+    flags = ("--data", str(folder), "--vocab-size", str(vocab), "--seq-len", "64", *CHARACTERS.split())
     flags += ("--eval-sequences", str((len(validation) - 1) // 64))
     return {
         "dense GPT": lambda seed: train(Setting(vocab), training, validation, seed),

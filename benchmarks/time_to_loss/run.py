@@ -10,6 +10,7 @@ and the start. New runs replace theirs in results.csv; then the table of all run
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -33,11 +34,8 @@ def main() -> None:
     if options.record == "characters" and not options.text:
         parser.error("characters needs --text, the file of tiny Shakespeare")
     rows = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=COLUMNS)
-    contenders = {}
-    if options.record:
-        contenders = {"corpus": corpus, "characters": lambda: characters(options.text), "experts": experts}[
-            options.record
-        ]()
+    records = {None: dict, "corpus": corpus, "characters": partial(characters, options.text), "experts": experts}
+    contenders = records[options.record]()
     turns = [(seed, name) for seed in options.seeds for name in contenders if name in (options.only or contenders)]
     for seed, name in tqdm(turns, disable=None):
         new = [[options.record, name, seed, *measurement] for measurement in contenders[name](seed)]

@@ -16,6 +16,7 @@ from fira.data.random_tokens import RandomTokens
 from fira.models.registry import build, make_config
 from fira.planner.best_candidates import plan_here
 from fira.planner.candidates import Candidate
+from fira.planner.model_profile import profile_of
 from fira.training.auto_layout import constraints_of, describe, plan_layout
 from fira.training.config import TrainConfig
 from fira.training.trial_steps import step_seconds, trial_seconds, trial_trainer
@@ -36,7 +37,7 @@ def main(preset: str, changes: str, batch: int, seq_len: int) -> None:
         seconds.append(time.perf_counter() - started)
     chosen = plan.trials[0]
 
-    found, _ = plan_here(model, constraints_of(config, batch), "fp32", world.size, CPU, world, 10_000)
+    found, _ = plan_here(profile_of(model), constraints_of(config, batch), "fp32", world.size, CPU, world, 10_000)
     near = [estimate for estimate in found.best if estimate.seconds <= LIMIT * found.best[0].seconds]
     step = -(-len(near) // MEASURED)  # all layouts and schedules are among them
     considered = {estimate.candidate for estimate in near[::step]} | {trial.candidate for trial in plan.trials}

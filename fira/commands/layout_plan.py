@@ -13,6 +13,7 @@ from fira.metrics.timeline_plot import write_timeline
 from fira.models.registry import build, make_config
 from fira.planner.best_candidates import plan_for, plan_here
 from fira.planner.device_specs import load
+from fira.planner.model_profile import profile_of
 from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
 from fira.training.config import PLANNED, TrainConfig
@@ -25,6 +26,7 @@ def plan(config: TrainConfig, options: Namespace, world: pipeline.World | None) 
     """Print the best candidates for this machine, measured by all ranks of `world`, or for a described device."""
     with torch.device("meta"):
         model = build(make_config(config.model, config.model_changes()))
+    profile = profile_of(model, config.optimizer_settings().optimizer)
     batch = config.recipe().batch_size
     if config.batch_size is None and batch < options.ranks:
         batch = options.ranks
@@ -35,11 +37,11 @@ def plan(config: TrainConfig, options: Namespace, world: pipeline.World | None) 
         assert world
         device = choose_devices("auto", None, world.local_rank)[0]
         precision = choose_precision(config.precision, [device])
-        result, hardware = plan_here(model, constraints, precision, options.ranks, device, world, options.top)
+        result, hardware = plan_here(profile, constraints, precision, options.ranks, device, world, options.top)
     else:
         hardware = load(options.device)
         precision = hardware.fastest_precision() if config.precision == "auto" else config.precision
-        result = plan_for(model, constraints, precision, options.ranks, hardware, options.top)
+        result = plan_for(profile, constraints, precision, options.ranks, hardware, options.top)
     if world and world.rank > 0:
         return
     command = given_flags(config, without=PLANNED)

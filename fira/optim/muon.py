@@ -58,7 +58,7 @@ class Muon(AdamW):
         self._hidden, self._dtype = hidden, dtype
         self._work: list[tuple[list[str], DividedWork]] = []
         for names, group in replicated:
-            weights = _matrices([hidden[name] for name in names])
+            weights = matrices([hidden[name] for name in names])
             self._work.append((names, DividedWork(weights, [flops(weight.shape) for weight in weights], group)))
 
     @torch.no_grad()
@@ -69,9 +69,9 @@ class Muon(AdamW):
             self._step_matrices(names, work, lr)
 
     def _step_matrices(self, names: Sequence[str], work: DividedWork, lr: float) -> None:
-        weights = _matrices([self._hidden[name] for name in names])
-        gradients = _matrices([self._hidden[name].grad for name in names])
-        averages = _matrices([self.moments[name][0] for name in names])
+        weights = matrices([self._hidden[name] for name in names])
+        gradients = matrices([self._hidden[name].grad for name in names])
+        averages = matrices([self.moments[name][0] for name in names])
         for average, gradient in zip(averages, gradients, strict=True):
             average.lerp_(gradient, 1 - MOMENTUM)  # [1]
 
@@ -88,7 +88,7 @@ class Muon(AdamW):
             weight.sub_(orthogonal.mul_(lr * RMS * math.sqrt(max(weight.shape[-2:]))))  # [3]
 
 
-def _matrices(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+def matrices(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     """The matrices that are computed one by one: on a CPU those of every expert, on a GPU the stack of all of them.
 
     On a CPU a batched product takes longer, and it may be rounded differently for another number of experts.

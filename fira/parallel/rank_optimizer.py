@@ -1,7 +1,12 @@
 """The optimizer of a rank's parameters."""
 
-import torch
+from collections.abc import Iterable
 
+import torch
+from torch import Tensor, nn
+
+from fira.nn.moe.router import Router
+from fira.nn.value_embedding import ValueEmbedding
 from fira.optim.adamw import AdamW
 from fira.optim.muon import Muon, Replicated
 from fira.optim.settings import OptimizerSettings
@@ -23,16 +28,26 @@ def make_optimizer(model: DistributedModel, owners: Owners, settings: OptimizerS
         Replicated([shard.name for shard in hidden if shard.expert == expert], None if owners.sharded else group)
         for expert, group in owners.groups.items()
     ]
-    # The products of the steps have this dtype on the same device, so that it has instructions for it.
-    in_bf16 = model.device.type == "cuda" and model.engine.message_dtype is torch.bfloat16
-    return Muon(parameters, decayed, settings, experts, replicated, torch.bfloat16 if in_bf16 else None)
+    dtype = product_dtype(model.device, model.engine.message_dtype)
+    return Muon(parameters, decayed, settings, experts, replicated, dtype)
+
+
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of Muon's products, None: that of the parameters. dtype: of the products of a step on this device."""
+    # A GPU that computes the steps in bf16 has instructions for it.
+    return torch.bfloat16 if device.type == "cuda" and dtype is torch.bfloat16 else None
 
 
 def hidden_matrices(model: DistributedModel) -> list[ParamShard]:
-    """The matrices of the blocks, without those of routers. Embedding and head are the first and the last layer."""
-    routers = {id(parameter) for moe in model.moe for parameter in moe.router.parameters()}
-    blocks = range(1, model.stages[-1].stop - 1)
-    return [shard for shard in decayed_matrices(model) if shard.layer in blocks and id(shard.parameter) not in routers]
+    """The matrices that Muon updates, see `not_hidden`. Embedding and head are the first and the last layer."""
+    others, blocks = not_hidden(model.modules()), range(1, model.stages[-1].stop - 1)
+    matrices = (shard for shard in model.shards if shard.is_matrix)
+    return [shard for shard in matrices if shard.layer in blocks and shard.parameter not in others]
+
+
+def not_hidden(modules: Iterable[nn.Module]) -> set[Tensor]:
+    """The parameters of blocks that AdamW updates even if they are matrices: of routers and of value embeddings."""
+    return {p for module in modules if isinstance(module, Router | ValueEmbedding) for p in module.parameters()}
 
 
 def decayed_matrices(model: DistributedModel) -> list[ParamShard]:

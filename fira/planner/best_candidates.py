@@ -5,20 +5,19 @@ import math
 import torch
 
 from fira.errors import UserError
-from fira.models.language_model import LanguageModel
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate, Constraints, candidates
 from fira.planner.costs import roofline_costs
 from fira.planner.device_specs import OPERATIONS, Hardware, Link
 from fira.planner.measure import device_memory, least_memory, measure
 from fira.planner.memory import rank_memory, with_least_recompute
-from fira.planner.model_profile import profile_of
+from fira.planner.model_profile import ModelProfile
 from fira.planner.search import SearchResult, search
 from pipeline.mpi import World
 
 
 def plan_here(
-    model: LanguageModel,
+    profile: ModelProfile,
     constraints: Constraints,
     precision: str,
     ranks: int,
@@ -26,11 +25,11 @@ def plan_here(
     world: World,
     limit: int = 10,
 ) -> tuple[SearchResult, Hardware]:
-    """Find the best candidates on this machine by measured costs (collective). model: on the meta device.
+    """Find the best candidates on this machine by measured costs (collective).
 
     Raises UserError, before anything is measured, if no candidate satisfies the constraints or none fits.
     """
-    profile, local_ranks = profile_of(model), world.local_size if world.size == ranks else ranks
+    local_ranks = world.local_size if world.size == ranks else ranks
     here = memory_only(least_memory(device, local_ranks), precision, local_ranks, device.type)
     cost_model = roofline_costs(profile, here, precision, device.type)
     search(PlanInputs(profile, here, cost_model, precision), ranks, constraints, limit=1)
@@ -40,17 +39,16 @@ def plan_here(
 
 
 def plan_for(
-    model: LanguageModel, constraints: Constraints, precision: str, ranks: int, hardware: Hardware, limit: int = 10
+    profile: ModelProfile, constraints: Constraints, precision: str, ranks: int, hardware: Hardware, limit: int = 10
 ) -> SearchResult:
     """Find the best candidates on a described device.
 
-    model: on the meta device. Raises UserError if the description has no FLOP/s for the precision.
+    Raises UserError if the description has no FLOP/s for the precision.
     """
     if precision not in hardware.flops:
         raise UserError(
             f"--precision {precision}: {hardware.name} has no FLOP/s for it; choose one of {', '.join(hardware.flops)}"
         )
-    profile = profile_of(model)
     cost_model = roofline_costs(profile, hardware, precision)
     return search(PlanInputs(profile, hardware, cost_model, precision), ranks, constraints, limit)
 
@@ -64,13 +62,13 @@ def memory_only(memory: float, precision: str, local_ranks: int, device: str) ->
 
 
 def least_recompute(
-    model: LanguageModel, candidate: Candidate, precision: str, device: torch.device, local_ranks: int
+    profile: ModelProfile, candidate: Candidate, precision: str, device: torch.device, local_ranks: int
 ) -> int:
     """The fewest blocks of every stage that must be recomputed for a candidate to fit into this machine's memory.
 
-    model: on the meta device. Raises UserError if the candidate does not fit even with all blocks recomputed.
+    Raises UserError if the candidate does not fit even with all blocks recomputed.
     """
-    profile, memory = profile_of(model), device_memory(device, local_ranks)
+    memory = device_memory(device, local_ranks)
     here = memory_only(memory, precision, local_ranks, device.type)
     cost_model = roofline_costs(profile, here, precision, device.type)
     costs = CandidateCosts(PlanInputs(profile, here, cost_model, precision), candidate)

@@ -15,10 +15,12 @@ from dataclasses import replace
 from functools import cache, cached_property
 from typing import Self
 
+import torch
+
 from fira.planner.candidates import Candidate
 from fira.planner.costs import CostModel, copy_size, element_size
 from fira.planner.device_specs import Hardware, Links
-from fira.planner.model_profile import LayerKind, ModelProfile
+from fira.planner.model_profile import LayerKind, ModelProfile, TrainedParameter
 from pipeline.partition import partition
 from pipeline.schedule import SCHEDULES, ActionKind
 
@@ -102,8 +104,8 @@ class CandidateCosts:
             replicated, experts = kind.parameters, kind.expert_parameters
             frozen = kind.frozen
             # An all-reduce is a reduce-scatter and an all-gather.
-            reduce = self._over_replicas(replicated, experts / self.layout.ep) / 2
-            gather = self._over_replicas(replicated + frozen[0], (experts + frozen[1]) / self.layout.ep) / 2
+            reduce = self.over_replicas(replicated, experts / self.layout.ep) / 2
+            gather = self.over_replicas(replicated + frozen[0], (experts + frozen[1]) / self.layout.ep) / 2
             result.append((gather, (2 if self.splits_backward else 1) * gather + reduce))
         return result
 
@@ -183,6 +185,20 @@ class CandidateCosts:
             replicated -= self.layer_kinds[0].largest
         return replicated, sum(kind.expert_parameters for kind in kinds) / self.layout.ep
 
+    def updated(self, rank: int) -> list[TrainedParameter]:
+        """The parameters that the replicas of a rank update: not a head's copy of a tied embedding."""
+        result = [p for i in self.rank_layers[rank] for p in self.layer_kinds[i].trained]
+        table = TrainedParameter(torch.Size((self.profile.config.vocab_size, self.profile.width)), False, False)
+        if self.profile.tied and len(self.profile.layers) - 1 in self.rank_layers[rank] and table in result:
+            result.remove(table)
+        return result
+
+    def hidden(self, rank: int) -> tuple[float, float]:
+        """Return the elements of a rank's matrices that Muon updates: (replicated over dp, of its experts)."""
+        hidden = [p for i in self.rank_layers[rank] for p in self.layer_kinds[i].hidden]
+        experts = sum(p.size for p in hidden if p.expert)
+        return sum(p.size for p in hidden) - experts, experts / self.layout.ep
+
     def frozen_parameters(self, rank: int) -> float:
         """The number of parameters of a rank that are not trained."""
         replicated, experts = map(sum, zip(*(self.layer_kinds[i].frozen for i in self.rank_layers[rank]), strict=True))
@@ -201,19 +217,19 @@ class CandidateCosts:
         Those of divided parameters are sent to their owners in each backward.
         """
         tied = self._tied_messages if rank == 0 else 0.0
-        return tied + (0.0 if self.candidate.shard == "parameters" else self._over_replicas(*self.parameters(rank)))
+        return tied + (0.0 if self.candidate.shard == "parameters" else self.over_replicas(*self.parameters(rank)))
 
     def layer_reduction(self, layer: int) -> float:
         """Seconds to reduce a layer's gradients over dp and edp, without those of a tied embedding."""
         kind, table = self.layer_kinds[layer], 0
         if self.profile.tied and layer in (0, len(self.profile.layers) - 1):
             table = self.layer_kinds[0].largest
-        return self._over_replicas(kind.parameters - table, kind.expert_parameters / self.layout.ep)
+        return self.over_replicas(kind.parameters - table, kind.expert_parameters / self.layout.ep)
 
     @cached_property
     def tied_reduction(self) -> float:
         """Seconds to reduce the gradient of a tied embedding over pp and dp; zero if the model has none."""
-        return self._tied_messages + self._over_replicas(self.layer_kinds[0].largest, 0) if self.profile.tied else 0.0
+        return self._tied_messages + self.over_replicas(self.layer_kinds[0].largest, 0) if self.profile.tied else 0.0
 
     @cached_property
     def _tied_messages(self) -> float:
@@ -223,33 +239,17 @@ class CandidateCosts:
         table = self.element_size * self.layer_kinds[0].largest
         return 2 * self.hardware.links(self.layout.pp, self.layout.dp)["p2p"].seconds(table)
 
-    def _over_replicas(self, replicated: float, experts: float) -> float:
+    def over_replicas(self, replicated: float, experts: float) -> float:
         """Seconds to reduce the gradients of `replicated` parameters over dp and of `experts` parameters over edp."""
         layout, seconds = self.layout, 0.0
         groups = ((layout.dp, 1), (layout.dp // layout.ep, layout.ep))
         for parameters, (size, stride) in zip((replicated, experts), groups, strict=True):
             if size > 1 and parameters:
-                seconds += _all_reduce(self.hardware.links(size, stride), size, self.element_size * parameters)
-        return seconds
-
-    @cached_property
-    def update(self) -> float:
-        """Seconds of the slowest rank's optimizer and of one small all-reduce over all ranks (loss, norm, loads)."""
-        world = self.layout.world
-        slowest = max(self._optimizer(rank) for rank in range(self.layout.pp))
-        return slowest + _all_reduce(self.hardware.links(world, 1), world, 0.0)
-
-    def _optimizer(self, rank: int) -> float:
-        seconds = 0.0
-        for i in self.rank_layers[rank]:
-            kind = self.layer_kinds[i]
-            parameters = max(1, kind.parameters + kind.expert_parameters)
-            share = (kind.parameters + kind.expert_parameters / self.layout.ep) / parameters
-            seconds += share * self.layer_costs[i].optimizer
+                seconds += all_reduce_seconds(self.hardware.links(size, stride), size, self.element_size * parameters)
         return seconds
 
 
-def _all_reduce(links: Links, size: int, amount: float) -> float:
+def all_reduce_seconds(links: Links, size: int, amount: float) -> float:
     """Seconds of an all-reduce of `amount` bytes over `size` ranks: the bandwidth of a ring, the latency of a tree."""
     link = links["all_reduce"]
     return 2 * math.ceil(math.log2(size)) * link.latency + 2 * (size - 1) / size * amount / link.bandwidth

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from fira.devices import AUTOCAST_DTYPES, parameter_dtype
+from fira.optim.newton_schulz import flops
 from fira.planner.device_specs import Hardware
 from fira.planner.model_profile import ModelProfile, logits_bytes, saved_bytes
 
@@ -23,9 +24,10 @@ class LayerCost:
     backward_weight: float  # seconds for the gradients of the weights
     backward: float  # seconds for both in a full backward
     saved_for_backward: int  # bytes
-    optimizer: float  # seconds per step, with the cast of the weights for autocast
+    optimizer: float  # seconds of AdamW per step, with the cast of the weights for autocast
     workspace: int = 0  # bytes of temporary tensors
     saved_for_weight_grad: int = 0  # bytes between the two halves of a split backward
+    orthogonalize: float = 0.0  # seconds per step for all matrices that Muon updates
 
 
 def element_size(precision: str) -> int:
@@ -51,6 +53,8 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
     device: torch's device type.
     """
     rate, itemsize, copy = hardware.flops[precision], element_size(precision), copy_size(precision)
+    # Muon has no products in fp16, see fira/parallel/rank_optimizer.py.
+    muon_rate = hardware.flops.get("fp32", rate) if precision == "fp16" else rate
     layer_flops = dict(zip(profile.layers, profile.flops, strict=True))
 
     @cache
@@ -72,8 +76,8 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
             0 if is_first else itemsize * (trained + sum(k.frozen))
         )  # an embedding reads only a few rows of its table
 
-        def seconds(flops: float, traffic: float) -> float:
-            return max(flops / rate, traffic / hardware.memory_bandwidth, hardware.seconds_per_layer)
+        def seconds(operations: float, traffic: float) -> float:
+            return max(operations / rate, traffic / hardware.memory_bandwidth, hardware.seconds_per_layer)
 
         input_flops = 0 if is_last else weight_flops + 2 * other_flops
         backward_input = seconds(input_flops, weights + 2 * for_backward)
@@ -90,6 +94,7 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
             saved_for_weight_grad=for_weight_grad,
             optimizer=(OPTIMIZER_PASSES * itemsize * trained + cast_traffic) / hardware.memory_bandwidth,
             workspace=logits_bytes(profile, microbatch, device) if is_last else 0,
+            orthogonalize=sum(max(flops(p.shape) / muon_rate, hardware.seconds_per_layer) for p in k.hidden),
         )
 
     return lambda microbatch: [cost(kind, microbatch) for kind in range(len(profile.kinds))]

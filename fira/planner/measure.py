@@ -24,23 +24,18 @@ from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, parameter_dtype
 from fira.host_memory import available_memory
 from fira.models.registry import to_document
 from fira.nn.init import initialise
-from fira.nn.moe.experts import ExpertBank
-from fira.optim.adamw import AdamW
-from fira.optim.settings import OptimizerSettings
 from fira.parallel.batch_split import BatchSplit
 from fira.parallel.cast_weights import cast_weights
-from fira.parallel.gradients import gradient_of, scale_gradients
 from fira.parallel.microbatch_loss import microbatch_loss
-from fira.parallel.param_shard import ParamShard
 from fira.planner.costs import CostModel, LayerCost
 from fira.planner.device_specs import OPERATIONS, Hardware, Link
-from fira.planner.measure_machine import measure_machine, median_seconds, synchronize
+from fira.planner.measure_machine import measure_machine, synchronize
+from fira.planner.measure_optimizer import REPEATS, measure_optimizer, measure_orthogonalization
 from fira.planner.measurement_cache import cached, machine_identity
 from fira.planner.model_profile import ModelProfile, logits_bytes, measure_saved_bytes
 from pipeline.mpi import World
 from pipeline.stage import DeviceLayers, Stage
 
-REPEATS = 3
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
 PASSES = ("forward", "backward_input", "backward_weight", "backward")  # methods of a stage that are timed
 MAX_SECONDS = 0.03  # of a layer's forward and backward; costs of larger micro-batches are extrapolated
@@ -68,7 +63,7 @@ def measure(
         machine = cached([*identity, "links"], partial(measure_machine, device, world), _machine_of, world)
 
         def costs(size: int) -> list[LayerCost]:
-            key = [*identity, to_document(profile.config), size, precision, *lora]
+            key = [*identity, to_document(profile.config), size, precision, profile.optimizer, *lora]
             work = partial(_measure_layers, profile, size, precision, device, world)
             return cached(key, work, lambda found: [LayerCost(**cost) for cost in found], world)
 
@@ -128,6 +123,7 @@ def _interpolated(small: LayerCost, large: LayerCost, sizes: tuple[int, int], si
         saved_for_weight_grad=int(value("saved_for_weight_grad")),
         workspace=int(value("workspace")),
         optimizer=small.optimizer * slowdown,
+        orthogonalize=small.orthogonalize * slowdown,
     )
 
 
@@ -203,7 +199,8 @@ def _measure_layer(
         **{name: statistics.median(timed.seconds[name]) for name in PASSES},
         "saved_for_backward": saved_for_backward,
         "saved_for_weight_grad": saved_for_weight_grad,
-        "optimizer": _measure_optimizer(layers),
+        "optimizer": measure_optimizer(layers),
+        "orthogonalize": measure_orthogonalization(profile.kinds[kind], dtype, autocast, device),
         "workspace": logits_bytes(profile, size, device.type) if is_last else 0,
     }
 
@@ -228,22 +225,3 @@ def _initialised(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> 
     layer = copy.deepcopy(layer).to_empty(device=device)
     initialise(layer, "layers.0", 0)
     return layer.to(dtype)
-
-
-def _measure_optimizer(layers: DeviceLayers) -> float:
-    """Seconds per step for the gradients' norm, clipping, AdamW, and the cast of the weights."""
-    banks = [module for module in layers.modules() if isinstance(module, ExpertBank)]
-    experts = {p for bank in banks for p in bank.parameters(recurse=False)}
-    trained = {name: p for name, p in layers.named_parameters() if p.requires_grad}
-    shards = [ParamShard(name, p, 0, tuple(p.shape), p in experts, p) for name, p in trained.items()]
-    optimizer = AdamW(trained, {shard.name for shard in shards if shard.is_matrix}, OptimizerSettings())
-
-    def step() -> None:
-        for shard in shards:
-            torch.linalg.vector_norm(gradient_of(shard).flatten(), dtype=torch.float64)
-        scale_gradients(shards, 0.99)
-        optimizer.step(0.0)
-        with cast_weights(layers.modules()):
-            pass
-
-    return median_seconds(step, next(layers.parameters()).device, REPEATS)

@@ -1,24 +1,25 @@
 """The memory of a candidate.
 
-memory of a rank = weights + AdamW's two moments of the trained ones, or its share of them with --shard optimizer
+memory of a rank = weights + moments of the trained ones, or its share of them with --shard optimizer
                  + gradients: one of each trained weight, or the partial sums of a tree (pipeline/tree_sum.py)
                  + max(activations at the schedule's peak + temporary tensors of a backward
-                       + copies of matrices in the dtype of autocast (fira/parallel/cast_weights.py), reduction bucket)
+                       + copies of matrices in the dtype of autocast (fira/parallel/cast_weights.py),
+                       reduction bucket, matrices that replicas orthogonalise for each other)
 
 With --shard parameters, weights and gradients are also those of its share, and temporary tensors are the weights and
 gradients of one layer.
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
 from functools import cache
 
 from fira.parallel.gradient_sum import BUCKET
 from fira.planner.candidate_costs import CandidateCosts
 from fira.planner.candidates import schedule_of
+from fira.planner.model_profile import TrainedParameter
 from pipeline.owned_tensors import balanced_owners
 from pipeline.simulate import peak_memory
-
-MOMENTS = 2  # of AdamW for each trained weight
 
 
 def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
@@ -30,7 +31,7 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
             result.append(_divided_memory(costs, rank, activations[rank]))
             continue
         weights = costs.element_size * sum(costs.parameters(rank))
-        moments = MOMENTS * costs.element_size * _updated(costs, rank)
+        moments = costs.element_size * _owned(costs, rank, lambda p: p.moments)
         frozen = costs.element_size * costs.frozen_parameters(rank)
         recomputed = [i for stage in costs.rank_stages[rank] for i in costs.recomputed(stage)]
         recompute = max((costs.layer_costs[i].saved_for_backward for i in recomputed), default=0)
@@ -40,7 +41,7 @@ def rank_memory(costs: CandidateCosts) -> tuple[float, ...]:
         gradients = costs.element_size * _gradients(costs, rank)
         reduction = min(weights, 3 * BUCKET) if costs.layout.dp > 1 else 0  # sent, received and reduced
         copies = costs.copy_size * costs.cast_parameters(rank)
-        temporary = max(activations[rank] + backward + copies, reduction)
+        temporary = max(activations[rank] + backward + copies, reduction, _orthogonalized(costs, rank))
         result.append(weights + moments + frozen + gradients + temporary)
     return tuple(result)
 
@@ -55,29 +56,35 @@ def with_least_recompute(costs: CandidateCosts) -> CandidateCosts:
     return costs.with_recompute(min(limit, 1 + bisect_left(range(1, limit + 1), True, key=fits)))
 
 
-def _updated(costs: CandidateCosts, rank: int) -> float:
-    """The largest number of parameters that one of the replicas of a rank updates."""
-    replicated, experts = costs.parameters(rank)
+def _owned(costs: CandidateCosts, rank: int, amount: Callable[[TrainedParameter], int]) -> float:
+    """The largest amount, summed over parameters, that one of the replicas of a rank updates."""
+    updated, ep = costs.updated(rank), costs.layout.ep
     if not costs.candidate.shard:
-        return replicated + experts
-    sizes: tuple[list[int], list[int]] = [], []
-    for i in costs.rank_layers[rank]:
-        for own, of_layer in zip(sizes, costs.layer_kinds[i].sizes, strict=True):
-            own.extend(of_layer)
-    if costs.profile.tied and len(costs.layer_kinds) - 1 in costs.rank_layers[rank]:
-        sizes[0].remove(costs.layer_kinds[0].largest)  # the copy in the head
-    dp, ep = costs.layout.dp, costs.layout.ep
-    dense, of_experts = _owned(tuple(sizes[0]), dp), _owned(tuple(sizes[1]), dp // ep)
-    return max(size + of_experts[replica // ep] / ep for replica, size in enumerate(dense))
+        return sum(amount(p) / (ep if p.expert else 1) for p in updated)
+
+    def by_replica(expert: bool, replicas: int) -> list[int]:
+        parameters = [p for p in updated if p.expert == expert]
+        return _by_owner(tuple(p.size for p in parameters), tuple(map(amount, parameters)), replicas)
+
+    dense, of_experts = by_replica(False, costs.layout.dp), by_replica(True, costs.layout.dp // ep)
+    return max(own + of_experts[replica // ep] / ep for replica, own in enumerate(dense))
 
 
 @cache
-def _owned(sizes: tuple[int, ...], ranks: int) -> list[int]:
-    """[rank] sum of the sizes of the tensors that it owns, see `fira/parallel/param_shard.py`."""
+def _by_owner(sizes: tuple[int, ...], amounts: tuple[int, ...], ranks: int) -> list[int]:
+    """[rank] sum of the amounts of the tensors that it owns, see `fira/parallel/param_shard.py`."""
     owned = [0] * ranks
-    for size, owner in zip(sizes, balanced_owners(sizes, ranks), strict=True):
-        owned[owner] += size
+    for amount, owner in zip(amounts, balanced_owners(sizes, ranks), strict=True):
+        owned[owner] += amount
     return owned
+
+
+def _orthogonalized(costs: CandidateCosts, rank: int) -> float:
+    """Bytes of the results of Muon that the replicas of a rank share, see `pipeline/divided_work.py`."""
+    if costs.candidate.shard:
+        return 0.0
+    groups = zip(costs.hidden(rank), (costs.layout.dp, costs.layout.dp // costs.layout.ep), strict=True)
+    return costs.element_size * max(size if replicas > 1 else 0.0 for size, replicas in groups)
 
 
 def _divided_memory(costs: CandidateCosts, rank: int, activations: float) -> float:
@@ -85,7 +92,8 @@ def _divided_memory(costs: CandidateCosts, rank: int, activations: float) -> flo
 
     The peak is at the start of the last backward, with all activations, or at its end, with all gradients.
     """
-    count, owned = costs.candidate.count, costs.element_size * _updated(costs, rank)
+    count, owned = costs.candidate.count, costs.element_size * _owned(costs, rank, lambda p: p.size)
+    moments = costs.element_size * _owned(costs, rank, lambda p: p.moments)
     if costs.profile.tied and rank == costs.placement[-1] != costs.placement[0]:
         owned += costs.element_size * costs.layer_kinds[0].largest  # the copy of the embedding
     frozen = costs.element_size * sum(sum(costs.layer_kinds[i].frozen) for i in costs.rank_layers[rank])
@@ -102,7 +110,7 @@ def _divided_memory(costs: CandidateCosts, rank: int, activations: float) -> flo
         used = max(used, gathered + copies + max(recompute + gradients, cost.workspace))
         sent = max(sent, 2 * gradients)
     start, end = count.bit_length() - 1, (count + 1).bit_length() - 1  # most complete nodes of the tree
-    held = (1 + MOMENTS) * owned + frozen / costs.layout.dp
+    held = owned + moments + frozen / costs.layout.dp
     return held + max(start * owned + activations + used, end * owned + sent)
 
 

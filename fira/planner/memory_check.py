@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from fira.errors import UserError
 from fira.host_memory import own_group
-from fira.models.language_model import LanguageModel
 from fira.nn.moe.layer import MoE
 from fira.parallel.parallelize import EVERY_BLOCK
 from fira.planner.best_candidates import memory_only
@@ -26,8 +25,8 @@ from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate
 from fira.planner.costs import LayerCost, copy_size, element_size, roofline_costs
 from fira.planner.measure import device_memory
-from fira.planner.memory import MOMENTS, rank_memory
-from fira.planner.model_profile import LayerKind, ModelProfile, logits_bytes, profile_of
+from fira.planner.memory import rank_memory
+from fira.planner.model_profile import LayerKind, ModelProfile, logits_bytes
 
 LEAST, MOST = 0.5, 2.25  # activations of a block in units of its features; 0.9 to 2.0 by the planner's estimates
 OVERESTIMATE = 1.08  # the largest that docs/planner.md reports for the planner's estimate
@@ -48,14 +47,14 @@ class SharedMemory:
 
 
 def check_memory(
-    name: str, model: LanguageModel, candidate: Candidate, precision: str, devices: Sequence[torch.device]
+    name: str, profile: ModelProfile, candidate: Candidate, precision: str, devices: Sequence[torch.device]
 ) -> None:
     """Raise UserError if the ranks of a machine need more memory than it has (collective).
 
-    name: of the model, for the message. model: on the meta device. devices: of this rank. On CUDA only the lower bound
-    is compared, because another implementation of attention may need less memory than the planner's estimate.
+    name: of the model, for the message. devices: of this rank. On CUDA only the lower bound is compared, because
+    another implementation of attention may need less memory than the planner's estimate.
     """
-    profile, memories = profile_of(model), _memories(candidate, devices)
+    memories = _memories(candidate, devices)
 
     def fits(needs: Needs) -> Callable[[Candidate], bool]:
         return lambda candidate: all(memory.holds(needs(candidate)) for memory in memories)
@@ -131,8 +130,7 @@ def _needs(costs: CandidateCosts, device: str) -> list[float]:
 
 def _saved_copy(costs: CandidateCosts, rank: int) -> float:
     """Bytes of the copy from which a checkpoint is written in the background. Replicas save different rows."""
-    replicated, experts = costs.parameters(rank)
-    return (1 + MOMENTS) * costs.element_size * (replicated + costs.layout.ep * experts) / costs.layout.dp
+    return costs.element_size * sum(p.size + p.moments for p in costs.updated(rank)) / costs.layout.dp
 
 
 def _features(kind: LayerKind) -> float:

@@ -2,8 +2,9 @@
 
 import copy
 from dataclasses import dataclass
-from itertools import chain, pairwise
-from typing import Any
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,34 +20,69 @@ from fira.nn.moe.layer import MoE
 from fira.nn.moe.permutation import sort_by_expert
 from fira.parallel.cast_weights import cast_parameters, cast_weights
 from fira.parallel.parallelize import layer_flops
+from fira.parallel.rank_optimizer import not_hidden
 from pipeline.split_backward import SplitBackward
 from pipeline.stage import Autocast
 
 LONGEST = 2**14  # tokens of a sequence whose memory is measured
 
 
+class TrainedParameter(NamedTuple):
+    """A trained parameter of a layer.
+
+    expert: whether dim 0 counts experts, which are sharded over ep; other parameters are replicated over dp. hidden:
+    whether Muon updates it, so that it has one moment; AdamW has two.
+    """
+
+    shape: torch.Size
+    expert: bool
+    hidden: bool
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.shape.numel()
+
+    @property
+    def moments(self) -> int:
+        """Elements of its moments."""
+        return self.size if self.hidden else 2 * self.size
+
+
 @dataclass(frozen=True)
 class LayerKind:
     """A group of layers with equal costs.
 
-    parameters, expert_parameters: elements of trained parameters that are replicated over dp, and sharded over ep.
-    frozen: the same two numbers for parameters that are not trained. sizes: elements of each trained parameter that is
-    replicated, and of each one of experts.
+    frozen, cast: elements of parameters that are not trained, and of those that autocast casts: replicated over dp, and
+    sharded over ep.
     """
 
     layer: nn.Module  # one layer of this kind, on the meta device
-    parameters: int
-    expert_parameters: int
+    trained: tuple[TrainedParameter, ...]
     frozen: tuple[int, int]
-    sizes: tuple[tuple[int, ...], tuple[int, ...]]
-    cast: tuple[int, int]  # elements of the parameters and of the expert parameters that autocast casts
+    cast: tuple[int, int]
     moe_layers: int  # MoE modules in the layer, each with an all-to-all to the experts and back
     top_k: float  # experts per token
+
+    @cached_property
+    def parameters(self) -> int:
+        """Elements of the trained parameters that are replicated over dp."""
+        return sum(p.size for p in self.trained if not p.expert)
+
+    @cached_property
+    def expert_parameters(self) -> int:
+        """Elements of the trained parameters that are sharded over ep."""
+        return sum(p.size for p in self.trained if p.expert)
+
+    @cached_property
+    def hidden(self) -> list[TrainedParameter]:
+        """The matrices, or stacks of matrices, that Muon updates."""
+        return [p for p in self.trained if p.hidden]
 
     @property
     def largest(self) -> int:
         """Elements of the largest trained parameter."""
-        return max(chain(*self.sizes), default=0)
+        return max((p.size for p in self.trained), default=0)
 
     @property
     def trained_share(self) -> float:
@@ -64,7 +100,8 @@ class ModelProfile:
     layers: list[int]  # the kind of each layer
     flops: list[float]  # forward FLOPs per token of each layer, by which layers are assigned to stages
     tied: bool
-    lora: Lora | None = None
+    lora: Lora | None
+    optimizer: str
 
     @property
     def tokens(self) -> int:
@@ -81,35 +118,39 @@ class ModelProfile:
         return getattr(self.config, "num_experts", 1)
 
 
-def profile_of(model: LanguageModel) -> ModelProfile:
-    """The profile of a model on the meta device."""
+def profile_of(model: LanguageModel, optimizer: str = "adamw") -> ModelProfile:
+    """The profile of a model on the meta device. optimizer: a value of --optimizer."""
     kinds: dict[Any, LayerKind] = {}
     keys = []
     flops = layer_flops(model)
-    for layer, layer_cost in zip(model.layers, flops, strict=True):
+    for i, (layer, layer_cost) in enumerate(zip(model.layers, flops, strict=True)):
         shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
         keys.append((type(layer), layer_cost, shapes))
         if keys[-1] not in kinds:
-            kinds[keys[-1]] = _kind(layer)
+            kinds[keys[-1]] = _kind(layer, optimizer == "muon" and 0 < i < len(model.layers) - 1)
     numbers = {key: number for number, key in enumerate(kinds)}
     layers = [numbers[key] for key in keys]
-    return ModelProfile(model.config, list(kinds.values()), layers, flops, model.tied, model.lora)
+    return ModelProfile(model.config, list(kinds.values()), layers, flops, model.tied, model.lora, optimizer)
 
 
-def _kind(layer: nn.Module) -> LayerKind:
+def _kind(layer: nn.Module, has_hidden: bool) -> LayerKind:
+    """The kind of a layer. has_hidden: whether Muon updates its matrices."""
     moe = [module for module in layer.modules() if isinstance(module, MoE)]
     banks = [module for module in layer.modules() if isinstance(module, ExpertBank)]
     experts = {p for bank in banks for p in bank.parameters(recurse=False)}
-    sizes: dict[bool, tuple[list[int], list[int]]] = {False: ([], []), True: ([], [])}  # by whether they are trained
-    for parameter in layer.parameters():
-        sizes[parameter.requires_grad][parameter in experts].append(parameter.numel())
-    trained = tuple(sizes[True][0]), tuple(sizes[True][1])
-    top_k = max((module.router.top_k for module in moe), default=0)
-    cast = [0, 0]
+    others = not_hidden(layer.modules())
+    trained, frozen, cast = [], [0, 0], [0, 0]
+    for p in layer.parameters():
+        expert = p in experts
+        if p.requires_grad:
+            is_hidden = has_hidden and p.dim() - expert >= 2 and p not in others
+            trained.append(TrainedParameter(p.shape, expert, is_hidden))
+        else:
+            frozen[expert] += p.numel()
     for module, name in cast_parameters(layer):
         cast[isinstance(module, ExpertBank)] += module.get_parameter(name).numel()
-    frozen = sum(sizes[False][0]), sum(sizes[False][1])
-    return LayerKind(layer, sum(trained[0]), sum(trained[1]), frozen, trained, (cast[0], cast[1]), len(moe), top_k)
+    top_k = max((module.router.top_k for module in moe), default=0)
+    return LayerKind(layer, tuple(trained), (frozen[0], frozen[1]), (cast[0], cast[1]), len(moe), top_k)
 
 
 class EvenDispatcher(TokenDispatcher):

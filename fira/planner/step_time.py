@@ -12,6 +12,7 @@ from fira.planner.candidate_costs import CandidateCosts
 from fira.planner.candidates import Candidate, schedule_of
 from fira.planner.memory import rank_memory
 from fira.planner.reduction_time import visible_reduction
+from fira.planner.update_time import update_seconds
 from pipeline.schedule import ActionKind
 from pipeline.simulate import Timeline, earliest_ends, simulate
 
@@ -60,7 +61,7 @@ def predict(costs: CandidateCosts) -> Estimate:
     ends = _with_shared_cores(costs, ends)
     spans = timeline.spans if timeline else [None] * pp
     reduced = max(end + visible_reduction(costs, rank, spans[rank]) for rank, end in enumerate(ends))
-    length, mean_work = max(ends), sum(costs.work) / pp
+    length, mean_work, update = max(ends), sum(costs.work) / pp, update_seconds(costs)
     exchange = count * sum(sum(sum(costs.exchange[i]) for i in layers) for layers in costs.rank_layers) / pp
     uneven = min(length - work, count * (max(costs.work) - mean_work))
     breakdown = {
@@ -69,16 +70,16 @@ def predict(costs: CandidateCosts) -> Estimate:
         "fill": length - work - uneven,
         "uneven": uneven,
         "reduce": reduced - length,
-        "optimizer": costs.update,
+        "optimizer": update,
     }
-    return Estimate(costs.candidate, reduced + costs.update, rank_memory(costs), breakdown, timeline)
+    return Estimate(costs.candidate, reduced + update, rank_memory(costs), breakdown, timeline)
 
 
 def least_seconds(costs: CandidateCosts) -> float:
     """A lower bound of the step time, which holds for every schedule with the same stages."""
     ends = _with_shared_cores(costs, _earliest_ends(costs))
     ends = [end + visible_reduction(costs, rank) for rank, end in enumerate(ends)]
-    return max(ends) + costs.update
+    return max(ends) + update_seconds(costs)
 
 
 def _with_shared_cores(costs: CandidateCosts, ends: list[float]) -> list[float]:

@@ -148,7 +148,8 @@ def plan_layout(
     key.append(round(math.log2(device_memory(devices[0], world.local_size))))  # candidates must fit
 
     def tried() -> dict[str, Any]:
-        result, _ = plan_here(model, constraints, config.precision, world.size, devices[0], world, CONSIDERED)
+        profile = profile_of(model, config.optimizer_settings().optimizer)
+        result, _ = plan_here(profile, constraints, config.precision, world.size, devices[0], world, CONSIDERED)
         # Rank 0 decides: predictions differ between machines with different numbers of cores or ranks.
         box = [[(estimate.candidate, estimate.seconds) for estimate in shortlist_of(result.best)]]
         dist.broadcast_object_list(box, src=0)

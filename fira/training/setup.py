@@ -30,6 +30,7 @@ from fira.parallel.parallelize import EVERY_BLOCK, parallelize
 from fira.planner.best_candidates import least_recompute
 from fira.planner.candidates import Candidate
 from fira.planner.memory_check import check_memory
+from fira.planner.model_profile import ModelProfile, profile_of
 from fira.posttraining.chat_corpus import ChatCorpus, chat_tokenizer
 from fira.training import state
 from fira.training.auto_layout import is_planned, plan_layout
@@ -242,13 +243,14 @@ def choose_candidate(
         microbatch = choose_microbatch(config, batch_size, layout)
         count = BatchSplit(microbatch, layout.dp, 0, model.config.d_model).count(batch_size)
         candidate = Candidate(layout, schedule, microbatch, count, 0, config.shard)
-    candidate = replace(candidate, recompute=choose_recompute(config, model, candidate, devices, world))
+    profile = profile_of(model, config.optimizer_settings().optimizer)
+    candidate = replace(candidate, recompute=choose_recompute(config, profile, candidate, devices, world))
     if config.shard == "parameters" and len(devices) > 1:
         raise UserError(
             f"--shard parameters: torchgpipe keeps the weights of its {len(devices)} devices; give --shard optimizer, "
             "or omit --local-devices"
         )
-    check_memory(config.name(), model, candidate, config.precision, devices)
+    check_memory(config.name(), profile, candidate, config.precision, devices)
     return candidate
 
 
@@ -261,16 +263,16 @@ def choose_microbatch(config: TrainConfig, batch_size: int, layout: Layout) -> i
 
 
 def choose_recompute(
-    config: TrainConfig, model: LanguageModel, candidate: Candidate, devices: list[torch.device], world: World
+    config: TrainConfig, profile: ModelProfile, candidate: Candidate, devices: list[torch.device], world: World
 ) -> int:
-    """Number of blocks recomputed in every stage, the same on all ranks (collective). model: on any device."""
+    """Number of blocks recomputed in every stage, the same on all ranks (collective)."""
     if len(devices) > 1 and config.recompute not in (None, "none", "full"):
         raise UserError(f"--recompute {config.recompute}: torchgpipe recomputes all or nothing; give full or none")
     if config.recompute is None:
         return candidate.recompute
     if config.recompute != "auto":
         return config.recomputed() or 0
-    blocks = torch.tensor(least_recompute(model, candidate, config.precision, devices[0], world.local_size))
+    blocks = torch.tensor(least_recompute(profile, candidate, config.precision, devices[0], world.local_size))
     dist.all_reduce(blocks, dist.ReduceOp.MAX)  # machines may have different amounts of memory
     return int(blocks)
 

@@ -19,6 +19,13 @@ def tiny() -> ModelProfile:
 
 
 @pytest.fixture(scope="session")
+def muon() -> ModelProfile:
+    """The same model, which is trained by Muon."""
+    with torch.device("meta"):
+        return profile_of(build(make_config("fira-tiny", {"value_embeddings": False})), "muon")
+
+
+@pytest.fixture(scope="session")
 def hardware() -> Hardware:
     return Hardware(
         name="paper",

@@ -11,23 +11,23 @@ from fira.planner.candidates import Candidate
 from fira.planner.costs import roofline_costs
 from fira.planner.device_specs import load
 from fira.planner.memory import rank_memory
-from fira.planner.model_profile import profile_of
+from fira.planner.model_profile import ModelProfile, profile_of
 from fira.planner.plan_report import command_line, describe_plan
 from fira.training.auto_layout import constraints_of
 from fira.training.config import TrainConfig
 from pipeline.mesh import Layout
 
 
-def meta_model(preset: str):
+def meta_profile(preset: str) -> ModelProfile:
     with torch.device("meta"):
-        return build(make_config(preset, {}))
+        return profile_of(build(make_config(preset, {})))
 
 
 def test_plan_for_16384_ranks():
     config = TrainConfig(model="rish-base", precision="bf16", batch_size=16384)
     constraints = constraints_of(config, 16384)
     hardware = load("h200")
-    result = plan_for(meta_model(config.model), constraints, config.precision, 16384, hardware)
+    result = plan_for(meta_profile(config.model), constraints, config.precision, 16384, hardware)
     times = [estimate.seconds for estimate in result.best]
     assert times == pytest.approx(sorted(times), rel=1e-5)
     assert len(result.best) == 10
@@ -49,14 +49,13 @@ def test_command_line():
 
 
 def test_least_recompute(hardware, monkeypatch):
-    model, candidate = meta_model("fira-tiny"), Candidate(Layout(), "1f1b", 64, 1, 0)
-    profile = profile_of(model)
+    profile, candidate = meta_profile("fira-tiny"), Candidate(Layout(), "1f1b", 64, 1, 0)
     inputs = PlanInputs(profile, hardware, roofline_costs(profile, hardware, "fp32"), "fp32")
     costs = CandidateCosts(inputs, candidate)
     sizes = [max(rank_memory(costs.with_recompute(blocks))) for blocks in range(5)]
     memory = {"bytes": (sizes[2] + sizes[3]) / 2}
     monkeypatch.setattr("fira.planner.best_candidates.device_memory", lambda device, ranks: memory["bytes"])
-    arguments = model, candidate, "fp32", torch.device("cuda"), 1
+    arguments = profile, candidate, "fp32", torch.device("cuda"), 1
     assert least_recompute(*arguments) == 3
     memory["bytes"] = sizes[0]
     assert least_recompute(*arguments) == 0
@@ -80,5 +79,5 @@ def test_invalid_constraints_raise_one_line_error(change, ranks, device, message
     config = TrainConfig(**{"model": "fira-tiny", "precision": "fp32", **change})
     constraints = constraints_of(config, config.recipe().batch_size)
     with pytest.raises(UserError, match=message) as error:
-        plan_for(meta_model(config.model), constraints, config.precision, ranks, load(device))
+        plan_for(meta_profile(config.model), constraints, config.precision, ranks, load(device))
     assert "\n" not in str(error.value)

@@ -88,11 +88,3 @@ def test_reduction_over_replicas_and_tied_embedding(tiny, hardware, round_costs)
     pipeline = costs_of(tied, hardware, round_costs, Layout(2, 1, 1))
     assert pipeline.reduction(0) == pytest.approx(2 * (1e-5 + 4 * tiny.kinds[0].largest / 1e10))
     assert pipeline.reduction(1) == 0
-
-
-def test_update_counts_the_shard_of_the_experts(tiny, hardware, round_costs):
-    kind = tiny.kinds[1]
-    share = (kind.parameters + kind.expert_parameters / 2) / (kind.parameters + kind.expert_parameters)
-    assert costs_of(tiny, hardware, round_costs, Layout()).update == pytest.approx(6e-3)
-    sharded = costs_of(tiny, hardware, round_costs, Layout(1, 2, 2))
-    assert sharded.update == pytest.approx(2e-3 + 4 * share * 1e-3 + 2 * 1e-5)

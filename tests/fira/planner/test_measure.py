@@ -1,8 +1,9 @@
-"""Memory of the devices of this machine, and cached measurements."""
+"""Memory of the devices of this machine, time of Muon's matrices, and cached measurements."""
 
 import pytest
 import torch
 
+from fira.planner import measure_optimizer
 from fira.planner.measure import device_memory
 from fira.planner.measurement_cache import cached
 from pipeline.mpi import World
@@ -14,6 +15,27 @@ def test_memory_of_a_gpu_is_what_is_free_or_reserved_by_this_process(monkeypatch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8e9, 16e9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1e9)
     assert device_memory(torch.device("cuda", 0), ranks) == available
+
+
+def test_each_shape_of_a_matrix_is_measured_once(monkeypatch, tiny, muon):
+    """A block of fira-tiny has four matrices of attention, and two shapes of matrices of each of four experts."""
+    calls = []
+
+    def median_seconds(work, *arguments) -> float:
+        calls.append(work())
+        return 10.0 ** len(calls)
+
+    monkeypatch.setattr(measure_optimizer, "median_seconds", median_seconds)
+
+    def seconds(profile, kind: int) -> float:
+        device = torch.device("cpu")
+        return measure_optimizer.measure_orthogonalization(profile.kinds[kind], torch.float32, None, device)
+
+    assert seconds(tiny, 1) == seconds(muon, 0) == seconds(muon, 2) == 0
+    assert not calls
+    assert seconds(muon, 1) == pytest.approx((4 * 10 + 4 * 100 + 4 * 1000) / torch.get_num_threads())
+    assert all(len(matrices) == torch.get_num_threads() for matrices in calls)  # a thread computes a matrix by itself
+    assert {(*matrix.shape,) for matrices in calls for matrix in matrices} == {(128, 128), (256, 128), (128, 256)}
 
 
 @pytest.mark.parametrize("damaged", ["", "{}", "[[1]]"])

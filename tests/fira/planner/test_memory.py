@@ -86,7 +86,7 @@ def test_copies_for_autocast_are_counted_once_per_rank(tiny, hardware, precision
 def test_replicas_divide_the_moments(tiny, hardware):
     """Two tensors of each parameter less those of the share; experts are divided over the replicas of an expert."""
     table = tiny.config.vocab_size * tiny.config.d_model  # has one owner as a whole
-    matrix = max(tiny.kinds[1].sizes[1])  # of all experts
+    matrix = max(p.size for p in tiny.kinds[1].trained if p.expert)  # of all experts
     for layout in (Layout(1, 2, 1), Layout(1, 4, 2), Layout(2, 4, 4), Layout(2, 64, 4)):
         inputs = PlanInputs(tiny, hardware, saved_costs, "fp32")
         costs = CandidateCosts(inputs, Candidate(layout, "1f1b", 1, 1, 0))
@@ -96,6 +96,28 @@ def test_replicas_divide_the_moments(tiny, hardware):
             share = max(replicated / layout.dp, table)
             of_experts = max(experts * layout.ep / layout.dp, matrix / layout.ep)
             assert before - after == pytest.approx(4 * 2 * (replicated + experts - share - of_experts), rel=0.02)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, 1, 1), Layout(1, 4, 2)])
+def test_muon_has_one_moment_of_hidden_matrices(tiny, muon, hardware, layout):
+    candidate = Candidate(layout, "1f1b", 1, 1, 0)
+    adamw, less = (CandidateCosts(PlanInputs(p, hardware, saved_costs, "fp32"), candidate) for p in (tiny, muon))
+    for rank, memory in enumerate(rank_memory(less)):
+        blocks = sum(0 < i < 5 for i in less.rank_layers[rank])
+        hidden = blocks * (4 * 128 * 128 + 4 * 2 * 128 * 256 / layout.ep)
+        assert rank_memory(adamw)[rank] - memory == 4 * hidden
+
+
+def test_replicas_hold_the_matrices_that_they_orthogonalise_for_each_other(muon, hardware, monkeypatch):
+    """These are larger than the largest gradient, without activations and buckets of the reduction."""
+    monkeypatch.setattr("fira.planner.memory.BUCKET", 0)
+
+    def memory(layout: Layout) -> float:
+        inputs = PlanInputs(muon, hardware, lambda _: [LayerCost(0, 0, 0, 0, 0, 0)] * 3, "fp32")
+        return rank_memory(CandidateCosts(inputs, Candidate(layout, "1f1b", 1, 1, 0)))[0]
+
+    largest = muon.config.vocab_size * 128
+    assert memory(Layout(1, 2, 1)) - memory(Layout()) == 4 * (4 * 4 * 2 * 128 * 256 - largest)  # those of experts
 
 
 @pytest.mark.parametrize(("count", "sums"), [(1, 0), (2, 1), (3, 1), (7, 2), (8, 3)])

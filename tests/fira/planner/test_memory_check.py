@@ -66,7 +66,7 @@ def check(monkeypatch, gigabytes: float, model, candidate: Candidate, ranks: int
     memories = [SharedMemory(gigabytes * 1e9, list(range(ranks)))]
     monkeypatch.setattr(memory_check, "_memories", lambda candidate, devices: memories)
     try:
-        check_memory("model", model, candidate, "fp32", CPU)
+        check_memory("model", profile_of(model), candidate, "fp32", CPU)
     except UserError as error:
         return str(error)
     return ""
@@ -127,4 +127,4 @@ def test_ranks_of_a_machine_share_its_memory(monkeypatch):
     assert "try" in check(monkeypatch, 0.9 * sum(needs) / 1e9, model, candidate, ranks=2)
     memories = [SharedMemory(1.01 * need, [rank]) for rank, need in enumerate(needs)]  # two machines
     monkeypatch.setattr(memory_check, "_memories", lambda candidate, devices: memories)
-    check_memory("model", model, candidate, "fp32", CPU)
+    check_memory("model", profile_of(model), candidate, "fp32", CPU)

@@ -1,4 +1,6 @@
-"""The profile of a model, and the memory that its layers' backward needs."""
+"""The profile of a model, what Muon updates in it, and the memory that its layers' backward needs."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +8,28 @@ import torch
 from fira.models.registry import build, make_config
 from fira.nn.context import Context, TrainingContext
 from fira.nn.cross_entropy import LOGITS
+from fira.planner import memory
+from fira.planner.best_candidates import memory_only
+from fira.planner.candidate_costs import CandidateCosts, PlanInputs
+from fira.planner.candidates import Candidate
+from fira.planner.costs import LayerCost
 from fira.planner.model_profile import logits_bytes, profile_of, saved_bytes
+from pipeline.mesh import Layout
+from tests.launch import run_function
+from tests.ranks.planner_ranks import meta_model
+
+MODELS: list[dict[str, Any]] = [
+    {"preset": "fira-tiny", "changes": {"value_embeddings": True}},
+    {"preset": "mooshak-tiny"},
+    {"preset": "microrwkv-tiny"},  # with a tied embedding
+    {"preset": "fira-tiny", "lora": "rank=2,alpha=4,targets=attention+experts+head"},
+    {"preset": "blues-tiny", "lora": "rank=2,alpha=4,targets=attention"},  # with a tied embedding that is not trained
+]
+PLACES: list[dict[str, Any]] = [
+    {"layout": [2, 1, 1], "shard": None},
+    {"layout": [1, 2, 1], "shard": "optimizer"},
+    {"layout": [1, 2, 2], "shard": None},
+]
 
 
 def test_profile_of_tiny(tiny):
@@ -19,6 +42,30 @@ def test_profile_of_tiny(tiny):
     assert block.parameters == sum(p.numel() for p in block.layer.parameters()) - block.expert_parameters
     assert (block.moe_layers, block.top_k) == (1, tiny.config.top_k)
     assert block.largest == max(p.numel() for p in block.layer.parameters())
+    assert not any(kind.hidden for kind in tiny.kinds)  # without Muon
+
+
+def test_hidden_matrices_and_moments_are_those_of_the_optimizer():
+    """On two ranks, of which one has the first half of the layers, or which update different parameters."""
+    cases = [
+        model | place
+        for model in MODELS
+        for place in PLACES
+        if place["layout"][2] == 1 or hasattr(make_config(model["preset"], {}), "num_experts")
+    ]
+    results = run_function(2, "tests.ranks.planner_ranks", "updates", timeout=120, cases=cases)
+    for case, *by_rank in zip(cases, *results, strict=True):
+        model = meta_model(**{name: case[name] for name in case if name not in ("layout", "shard")})
+        layout, profile = Layout(*case["layout"]), profile_of(model, "muon")
+        unknown = [LayerCost(0.0, 0.0, 0.0, 0.0, 0, 0.0)] * len(profile.kinds)
+        inputs = PlanInputs(profile, memory_only(0.0, "fp32", 2, "cpu"), lambda _, costs=unknown: costs, "fp32")
+        costs = CandidateCosts(inputs, Candidate(layout, "1f1b", 1, 1, 0, case["shard"]))
+        for rank in range(layout.pp):
+            replicas = by_rank[rank * layout.dp :][: layout.dp]
+            hidden = [[*p.shape] for i in costs.rank_layers[rank] for p in costs.layer_kinds[i].hidden]
+            assert all(sorted(hidden) == replica["hidden"] for replica in replicas), case
+            moments = memory._owned(costs, rank, lambda p: p.moments)
+            assert moments == max(replica["moments"] for replica in replicas), case
 
 
 def test_copies_of_weights_for_autocast_are_not_saved_per_micro_batch(tiny):

@@ -1,8 +1,7 @@
 """Validation loss against seconds of training.
 
-    python -m benchmarks.time_to_loss.run corpus                        # the command of the main README, two optimizers
+    python -m benchmarks.time_to_loss.run corpus                        # the command of the main README, and variants
     python -m benchmarks.time_to_loss.run characters --text FILE        # tiny Shakespeare, against a plain dense GPT
-    python -m benchmarks.time_to_loss.run experts                       # experts against a dense model
     python -m benchmarks.time_to_loss.run                               # only the table and the picture
 
 The contenders take turns, a run per seed each. Seconds are those of training steps, without validation, checkpoints
@@ -16,10 +15,10 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from benchmarks.time_to_loss.contenders import characters, corpus, experts
+from benchmarks.time_to_loss.contenders import characters, corpus
 from benchmarks.time_to_loss.report import HERE, report
 
-RECORDS = ("corpus", "characters", "experts")
+RECORDS = ("corpus", "characters")
 RESULTS = HERE / "results.csv"
 COLUMNS = ["record", "contender", "seed", "step", "seconds", "loss"]
 
@@ -34,7 +33,7 @@ def main() -> None:
     if options.record == "characters" and not options.text:
         parser.error("characters needs --text, the file of tiny Shakespeare")
     rows = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=COLUMNS)
-    records = {None: dict, "corpus": corpus, "characters": partial(characters, options.text), "experts": experts}
+    records = {None: dict, "corpus": corpus, "characters": partial(characters, options.text)}
     contenders = records[options.record]()
     turns = [(seed, name) for seed in options.seeds for name in contenders if name in (options.only or contenders)]
     for seed, name in tqdm(turns, disable=None):

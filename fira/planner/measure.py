@@ -38,7 +38,8 @@ from pipeline.stage import DeviceLayers, Stage
 
 IN_FLIGHT = 2  # micro-batches, as in a pipeline
 PASSES = ("forward", "backward_input", "backward_weight", "backward")  # methods of a stage that are timed
-MAX_SECONDS = 0.03  # of a layer's forward and backward; costs of larger micro-batches are extrapolated
+MAX_SECONDS = 0.15  # of a layer's forward and backward; costs of larger micro-batches are extrapolated
+ENOUGH_SECONDS = 0.3  # of measurements of a layer, after which they are not repeated
 
 
 def measure(
@@ -180,7 +181,10 @@ def _measure_layer(
         return torch.autograd.grad(loss, y)[0]
 
     with cast_weights(layers.modules()):
+        started = time.perf_counter()
         for repeat in range(REPEATS + 1):
+            if repeat >= 2 and time.perf_counter() - started > ENOUGH_SECONDS:
+                break
             batches = split.batch(lambda _, count: rows, 0, size * IN_FLIGHT, dropout_seed=1).microbatches
             hidden = [torch.randn(*batch.boundary, dtype=dtype, device=device) for batch in batches]
             for split_backward in (True, False):

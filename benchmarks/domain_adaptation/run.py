@@ -27,6 +27,10 @@ from fira.commands import evaluate, export, train
 from fira.data.sources import input_files
 
 HERE = Path(__file__).parent
+MODEL = (
+    "--model fira-tiny --model-set num_layers=2,value_embeddings=false --vocab-size 1024 "
+    "--optimizer adamw --lr 6e-3 --min-lr 3e-4 --lr-schedule cosine"
+)
 LORA = "rank=16,alpha=32,targets=attention+experts+head"
 LOSS = re.compile(r"^(.+): perplexity .*?: ([\d.]+) nats per token", re.M)
 
@@ -35,7 +39,7 @@ LOSS = re.compile(r"^(.+): perplexity .*?: ([\d.]+) nats per token", re.M)
 class Setting:
     """The base model, the numbers of steps in which it is trained and adapted, and the sequences of a batch."""
 
-    model: tuple[str, ...] = ("--model", "fira-tiny", "--model-set", "num_layers=2", "--vocab-size", "1024")
+    model: tuple[str, ...] = tuple(MODEL.split())
     base: int = 300
     adaptation: int = 100
     questions: int = 60

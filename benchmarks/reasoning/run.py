@@ -32,7 +32,7 @@ STEPS = (2, 3, 4, 5, 6)  # of the problems
 NOT_MERGED = re.compile(r"[^A-Za-z .;?]")  # every digit, operator and parenthesis is a token
 MARKER = "so "
 SHAPE = "n_head=4,n_kv_head=4,num_experts=1,top_k=1,rope_theta=10000,max_position=192"  # of all models
-RECIPE = "--model rish-tiny --batch-size 8 --optimizer muon --lr 5e-3 --min-lr 2e-4 --warmup 50"
+RECIPE = "--model rish-tiny --batch-size 8 --optimizer muon --lr 5e-3 --min-lr 2e-4 --warmup 50 --lr-schedule cosine"
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def main() -> None:
         rows = pd.concat([rows, pd.DataFrame(new, columns=COLUMNS)])
         rows = rows.drop_duplicates(COLUMNS[:4], keep="last")
         rows.to_csv(RESULTS, index=False)
-    report(rows)
+    report(pd.read_csv(RESULTS))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from fira.training.flags import add_options
 from fira.value_types import PathName, Size
 from pipeline.mpi.world import launched_rank
 
-KEYS = ("model", "model_set", "vocab_size", "seq_len", "batch_size", "precision", *PLANNED)
+KEYS = ("model", "model_set", "vocab_size", "seq_len", "batch_size", "optimizer", "precision", *PLANNED)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:

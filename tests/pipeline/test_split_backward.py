@@ -65,6 +65,7 @@ def test_blocks_of_every_family(family):
     model = build(config)
     tokens = torch.arange(24).view(2, 12) % 50
     context = Context.for_tokens(tokens, training=False)
+    context.tokens = tokens
     blocks = model.layers[1:3]
     x = model.layers[0](tokens, context).detach()
     parameters = list(blocks.parameters())
@@ -81,6 +82,7 @@ def test_blocks_with_frozen_weights_and_adapters(family):
         initialise(layer, f"layers.{index}", 0)
     tokens = torch.arange(24).view(2, 12) % 50
     context = Context.for_tokens(tokens, training=False)
+    context.tokens = tokens
     blocks = model.layers[1:3]
     parameters = list(blocks.parameters())
     early = compare(

@@ -54,7 +54,8 @@ def models(family: str, backend: str, dtype: torch.dtype = torch.float32) -> tup
 
 
 def context(sequences: int) -> Context:
-    context = Context(keys=torch.arange(sequences) << 40, lengths=torch.full((sequences,), LENGTH))
+    keys, lengths = torch.arange(sequences) << 40, torch.full((sequences,), LENGTH)
+    context = Context(keys=keys, lengths=lengths, tokens=tokens(sequences))
     context.training.aux_weights = torch.ones(sequences)
     return context
 

@@ -137,7 +137,7 @@ def test_resume_needs_no_other_flag_and_names_differences(settings, uninterrupte
     assert result.returncode == 2
     shown = "batch_size is 6 (here 4), seed is 42 (here 7)"
     assert re.search(
-        rf"step-000020 was written with other settings: lr is 0\.006 \(here 1\.0\), {re.escape(shown)};", result.stderr
+        rf"step-000020 was written with other settings: lr is 0\.04 \(here 1\.0\), {re.escape(shown)};", result.stderr
     )
     assert result.stderr.count("\n") == 1
     result = run_ranks(2, TRAIN, *resume, "--steps", 22, env=cache(settings))

@@ -157,9 +157,9 @@ def test_another_optimizer_needs_override_and_starts_with_moments_of_zero(
     settings: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(uninterrupted, tmp_path / "run")
-    flags = ["--out", run, "--resume", "auto", "--steps", 21, "--optimizer", "muon", "--beta2", 0.9]
+    flags = ["--out", run, "--resume", "auto", "--steps", 21, "--optimizer", "adamw", "--beta2", 0.9]
     refused = train(settings, 1, *flags, status=2)
-    shown = "optimizer is adamw (here muon), beta2 is 0.95 (here 0.9); give the same values, or add --override\n"
+    shown = "optimizer is muon (here adamw), beta2 is 0.95 (here 0.9); give the same values, or add --override\n"
     assert refused.stderr.endswith(shown)
     result = train(settings, 1, *flags, "--override")
     assert "the moments start at zero" in result.stderr

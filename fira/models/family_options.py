@@ -1,6 +1,8 @@
 """Options that the families with attention share. Each is off unless a preset says otherwise."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from fira.value_types import NotNegative
 
@@ -19,3 +21,13 @@ class Options:
     relu_squared: bool = False
     value_embeddings: bool = False
     residual_scalars: bool = False
+
+
+def with_options_of(stored: Any, config: Any, given: Collection[str]) -> Any:
+    """A preset's config with the options of the checkpoint's config `stored`, except for those that flags have given.
+
+    The preset may have been given options since the checkpoint was written, which may be of another family.
+    """
+    if not isinstance(config, Options) or type(stored) is not type(config):
+        return config
+    return replace(config, **{f.name: getattr(stored, f.name) for f in fields(Options) if f.name not in given})

@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
 from fira.models.adapters import add_adapters
-from fira.models.family_options import Options
+from fira.models.family_options import with_options_of
 from fira.models.language_model import LanguageModel
 from fira.models.registry import build, change, make_config
 from fira.parallel.batch_split import BatchSplit
@@ -149,7 +148,7 @@ def choose(config: TrainConfig, resumed: Checkpoint | None = None) -> Chosen:
     adapted = open_base(config.adapters(), saved, resumed)
     model_config, tokenizer_path = choose_model(config, saved)
     if resumed and not saved:
-        model_config = with_stored_options(model_config, stored_config(resumed), config.model_changes())
+        model_config = with_options_of(stored_config(resumed), model_config, given=config.model_changes())
     if saved and model_config.vocab_size > stored_config(saved).vocab_size:
         config = with_larger_vocabulary(config, stored_config(saved).vocab_size, model_config.vocab_size)
     with torch.device("meta"):
@@ -197,16 +196,6 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
         random = {name for name in ("dropout", "noise") if hasattr(model, name)}
         model = change(model, config.name(), dict.fromkeys(random - changes.keys(), 0.0))
     return model, tokenizer
-
-
-def with_stored_options(config: Any, stored: Any, changes: Collection[str]) -> Any:
-    """The config of a resumed run: the preset's, with the options of the checkpoint that no flag changes.
-
-    The preset may have been given options since the checkpoint was written, which may be of another family.
-    """
-    if not isinstance(config, Options) or type(stored) is not type(config):
-        return config
-    return replace(config, **{f.name: getattr(stored, f.name) for f in fields(Options) if f.name not in changes})
 
 
 def with_larger_vocabulary(config: TrainConfig, stored: int, needed: int) -> TrainConfig:

@@ -84,6 +84,13 @@ def test_resumed_run_takes_its_settings_but_neither_layout_nor_folder(run: Path,
     assert not found.keys() & {"pp", "override", "resume", "out"}
 
 
+def test_run_of_an_earlier_version_keeps_its_optimizer_and_schedule(run: Path) -> None:
+    lines = (run / "config.toml").read_text().splitlines(keepends=True)
+    (run / "config.toml").write_text("".join(x for x in lines if not x.startswith(("optimizer", "lr_schedule"))))
+    found = run_folder.resumed_settings(TrainConfig(resume="auto"))
+    assert (found["optimizer"], found["lr_schedule"]) == ("adamw", "cosine")
+
+
 def test_every_setting_is_kept_by_a_resumed_run_or_belongs_to_machine_layout_or_output() -> None:
     """A new setting must be added to INHERITED or here."""
     layout = {"pp", "dp", "ep", "schedule", "plan", "recompute", "local_devices", "shard"}

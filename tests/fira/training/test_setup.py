@@ -6,10 +6,11 @@ import pytest
 
 from fira.errors import UserError
 from fira.models.blues import BluesConfig
+from fira.models.family_options import with_options_of
 from fira.models.fira import FiraConfig
 from fira.models.microrwkv import MicroRWKVConfig
 from fira.training.config import PREFERENCES, TrainConfig
-from fira.training.setup import choose_model, with_larger_vocabulary, with_stored_options
+from fira.training.setup import choose_model, with_larger_vocabulary
 from tests.fira.training.small_runs import train
 
 
@@ -37,10 +38,8 @@ def test_preferences_have_a_recipe_of_their_own() -> None:
 
 def test_resumed_run_has_the_options_of_its_checkpoint() -> None:
     preset, earlier = FiraConfig(value_embeddings=True, relu_squared=True), FiraConfig(softcap=15.0, d_model=8)
-    assert with_stored_options(preset, earlier, ["relu_squared"]) == replace(preset, value_embeddings=False, softcap=15)
-    assert (
-        with_stored_options(preset, MicroRWKVConfig(), []) == preset == with_stored_options(preset, BluesConfig(), [])
-    )
+    assert with_options_of(earlier, preset, ["relu_squared"]) == replace(preset, value_embeddings=False, softcap=15)
+    assert with_options_of(MicroRWKVConfig(), preset, []) == preset == with_options_of(BluesConfig(), preset, [])
 
 
 def test_vocabulary_of_a_frozen_embedding_does_not_grow():

@@ -16,11 +16,12 @@ from mpi4py import MPI
 from torch._C._distributed_c10d import Backend
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from pipeline.mpi.buffers import EMPTY
 from pipeline.mpi.operations import Operations
 from pipeline.mpi.store import MPIStore
 from pipeline.mpi.trace import GroupTrace
 from pipeline.mpi.watch import Watch
-from pipeline.mpi.work import ProgressEngine
+from pipeline.mpi.work import Operation, ProgressEngine, Steps
 
 SUPPORTS_PYTHON_BACKENDS = torch.__version__ >= "2.14"  # a backend for one device type of a group, in Python
 
@@ -58,6 +59,7 @@ class GroupFactory:
         self._progress = progress
         self._cuda_aware = cuda_aware
         self._world = world
+        self._arrivals = world.Dup()
         self._watch = watch
         self._creations: dict[tuple[int, ...], GroupTrace] = {}
         self.store = MPIStore(world, watch.timeout_s)  # referenced here, because torch keeps only its C++ part alive
@@ -91,15 +93,24 @@ class GroupFactory:
         """
         tag = zlib.crc32(repr(ranks).encode()) % 32768  # separates groups that several threads create concurrently
         entry = self._creations.setdefault(tuple(ranks), self._watch.group(ranks)).begin("new_group", [])
-        with entry:
-            comm = self._world.Create_group(self._world.Get_group().Incl(ranks), tag)
-        entry.end(None)
+        Operation(entry, self._progress, self._arrival(ranks, tag), [], [], math.inf).wait()
+        comm = self._world.Create_group(self._world.Get_group().Incl(ranks), tag)
         comm.Set_errhandler(MPI.ERRORS_RETURN)
         given = timeout not in (None, distributed_c10d.default_pg_timeout, timedelta(seconds=self._watch.timeout_s))
         limit_s = timeout.total_seconds() if timeout and given else math.inf
         group = kind(comm, self._progress, self._watch.group(ranks), limit_s, self._cuda_aware)
         group.set_names(name, description)
         return group
+
+    def _arrival(self, ranks: list[int], tag: int) -> Steps:
+        """The steps that end when all ``ranks`` have begun them.
+
+        ``Create_group`` spins while it waits, which would take a core from the ranks that it waits for.
+        """
+        comm, (first, *others) = self._arrivals, ranks
+        peers = others if comm.Get_rank() == first else [first]
+        for start in (comm.Irecv, comm.Isend) if comm.Get_rank() == first else (comm.Isend, comm.Irecv):
+            yield [start(EMPTY, peer, tag) for peer in peers]
 
 
 def _arguments_of_new_group() -> dict[str, Any]:

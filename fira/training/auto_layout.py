@@ -21,7 +21,7 @@ from fira.models.registry import to_document
 from fira.planner.best_candidates import plan_here
 from fira.planner.candidates import Candidate, Constraints, candidates
 from fira.planner.costs import element_size
-from fira.planner.measure import device_memory, least_memory
+from fira.planner.measure import least_memory
 from fira.planner.measurement_cache import cached, machine_identity
 from fira.planner.model_profile import profile_of
 from fira.planner.step_time import Estimate
@@ -37,6 +37,7 @@ COPIES = 5  # of a layer's weights in a measurement: weights, gradients, moments
 PER_LAYOUT = 3  # of these candidates, the predicted fastest of each layout, are tried
 TRIAL_SECONDS = 2.5  # of all trials
 PROMISING = 1.5  # times the shortest predicted step: others are not tried
+MORE_MEMORY = 2.0  # times that of a cached result, from which on it is repeated: other candidates may fit
 PIPELINE_PREFERENCE = 1.05  # a pipeline is chosen if its step takes at most this times the shortest one
 
 
@@ -145,24 +146,34 @@ def plan_layout(
     constraints = constraints_of(config, batch)
     key = [*machine_identity(devices[0], world), to_document(model.config), str(model.lora), config.precision]
     key += [asdict(constraints), asdict(config.optimizer_settings())]
-    key.append(round(math.log2(device_memory(devices[0], world.local_size))))  # candidates must fit
+    memory = least_memory(devices[0], world.local_size)
 
     def tried() -> dict[str, Any]:
         profile = profile_of(model, config.optimizer_settings().optimizer)
         result, _ = plan_here(profile, constraints, config.precision, world.size, devices[0], world, CONSIDERED)
         # Rank 0 decides: predictions differ between machines with different numbers of cores or ranks.
-        box = [[(estimate.candidate, estimate.seconds) for estimate in shortlist_of(result.best)]]
+        ranked = shortlist_of(result.best)
+        box = [[(estimate.candidate, estimate.seconds) for estimate in ranked]]
         dist.broadcast_object_list(box, src=0)
         shortlist = box[0]
         with progress_bar(len(shortlist), "measuring layouts", shown=world.rank == 0 and not quiet) as bar:
             trials = _try(shortlist, model, batch, config, devices, bar)
-        return {"trials": [asdict(trial) for trial in trials], "considered": result.candidates}
-
-    def parse(found: dict[str, Any]) -> LayoutPlan:
-        return LayoutPlan(in_order([Trial.of(trial) for trial in found["trials"]]), found["considered"])
+        return {
+            "trials": [asdict(trial) for trial in trials],
+            "considered": result.candidates,
+            "needed": max(max(estimate.memory) for estimate in ranked),
+            "memory": memory,
+        }
 
     with doing("plan of the layout", long=True):
-        return cached(key, tried, parse, world)
+        return cached(key, tried, lambda found: stored_plan(found, memory), world)
+
+
+def stored_plan(found: dict[str, Any], memory: float) -> LayoutPlan:
+    """The plan of a stored result. Raises ValueError if other candidates fit into this memory of a rank, in bytes."""
+    if not found["needed"] <= memory <= MORE_MEMORY * found["memory"]:
+        raise ValueError("the result is for another size of memory")
+    return LayoutPlan(in_order([Trial.of(trial) for trial in found["trials"]]), found["considered"])
 
 
 def shortlist_of(estimates: list[Estimate]) -> list[Estimate]:

@@ -2,13 +2,14 @@
 
 import re
 import tomllib
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from fira.planner.candidates import Candidate
 from fira.planner.step_time import Estimate
-from fira.training.auto_layout import PER_LAYOUT, LayoutPlan, Trial, in_order, shortlist_of
+from fira.training.auto_layout import PER_LAYOUT, LayoutPlan, Trial, in_order, shortlist_of, stored_plan
 from pipeline.mesh import Layout
 from tests.fira.training.small_runs import losses, train
 
@@ -58,6 +59,17 @@ def test_text_of_a_plan() -> None:
         ["55.0", "ms"],
         ["60.0", "ms"],
     ]
+
+
+@pytest.mark.parametrize(("memory", "valid"), [(2.9e9, False), (3.1e9, True), (7.9e9, True), (8.1e9, False)])
+def test_a_stored_plan_is_for_a_range_of_memory(memory: float, valid: bool) -> None:
+    """Its candidates must fit, and with much more memory others may."""
+    found = {"trials": [asdict(trial(REPLICAS, 2, 10))], "considered": 5, "needed": 3e9, "memory": 4e9}
+    if valid:
+        assert stored_plan(found, memory) == LayoutPlan([trial(REPLICAS, 2, 10)], 5)
+    else:
+        with pytest.raises(ValueError, match="memory"):
+            stored_plan(found, memory)
 
 
 def test_a_run_is_that_of_the_chosen_flags(settings, tmp_path) -> None:

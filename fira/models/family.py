@@ -14,7 +14,7 @@ class Recipe:
 
     steps: number of optimizer steps. lr: peak learning rate, reached after `warmup` steps. min_lr: learning rate at the
     end of the decay. batch_size: number of sequences in the global batch. optimizer: see `OptimizerSettings`.
-    lr_schedule: see `learning_rate`.
+    lr_schedule: see `learning_rate`. embedding_lr_scale, router_lr_scale: see `OptimizerSettings`.
     """
 
     steps: int
@@ -24,6 +24,8 @@ class Recipe:
     batch_size: int = 16
     optimizer: str = "adamw"
     lr_schedule: str = "cosine"
+    embedding_lr_scale: float = 1.0
+    router_lr_scale: float = 1.0
 
 
 # The settings of the -tiny presets, see benchmarks/time_to_loss.

@@ -1,6 +1,7 @@
 """AdamW over a rank's parameters."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ class AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101), by torch's fused kernel.
 
     parameters: by name. decayed: the names of those to which weight decay applies. stacked: the names of those whose
-    rows are parameters of their own, such as experts. moments: [name] → exp_avg and exp_avg_sq, each of the parameter's
-    shape. updates: the number of steps taken. This is not a torch.optim.Optimizer, because the first use of that class
-    imports torch's compiler, which takes 2 s on every rank at every start.
+    rows are parameters of their own, such as experts. lr_scales: factors of the learning rate by name; without an entry
+    it is 1. moments: [name] → exp_avg and exp_avg_sq, each of the parameter's shape. updates: the number of steps
+    taken. This is not a torch.optim.Optimizer, because the first use of that class imports torch's compiler, which
+    takes 2 s on every rank at every start.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class AdamW:
         decayed: Collection[str],
         settings: OptimizerSettings,
         stacked: Collection[str] = (),
+        lr_scales: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.updates = 0
         self.moments: dict[str, tuple[Tensor, ...]] = {
@@ -36,17 +39,18 @@ class AdamW:
         # The kernel may round the last elements of a tensor, which do not fill a vector, differently from the others.
         # Rows that fill vectors are updated together.
         self._by_row = {name for name in stacked if parameters[name][0].nbytes % VECTOR}
-        self._groups: dict[tuple[float, torch.device], list[str]] = {}  # names by weight decay and device
+        # Names by weight decay, factor of the learning rate, and device.
+        self._groups: dict[tuple[float, float, torch.device], list[str]] = {}
         for name, parameter in parameters.items():
             decay = settings.weight_decay if name in decayed else 0.0
-            self._groups.setdefault((decay, parameter.device), []).append(name)
+            self._groups.setdefault((decay, lr_scales.get(name, 1.0), parameter.device), []).append(name)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter by its `.grad`, which must not be None."""
         settings = self.settings
         self.updates += 1
-        for (weight_decay, device), names in self._groups.items():
+        for (weight_decay, scale, device), names in self._groups.items():
             parameters = self._tensors({name: self._parameters[name] for name in names})
             gradients = self._tensors({name: self._parameters[name].grad for name in names})
             averages = self._tensors({name: self.moments[name][0] for name in names})
@@ -63,14 +67,14 @@ class AdamW:
                 amsgrad=False,
                 beta1=settings.beta1,
                 beta2=settings.beta2,
-                lr=lr,
+                lr=lr * scale,
                 weight_decay=0.0 if is_cautious else weight_decay,
                 eps=settings.eps,
                 maximize=False,
             )
             for parameter, weight, average in zip(parameters, before, averages, strict=False):
                 # The update has the sign of the average.
-                parameter.sub_(cautious_decay(weight, average, lr * weight_decay))
+                parameter.sub_(cautious_decay(weight, average, lr * scale * weight_decay))
 
     def _tensors(self, by_name: Mapping[str, Tensor | None]) -> list[Tensor]:
         """The tensors that the kernel updates, which are rows for some of the stacked parameters."""

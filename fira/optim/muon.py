@@ -12,6 +12,7 @@ al. 2025, arXiv 2502.16982.
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -50,10 +51,11 @@ class Muon(AdamW):
         stacked: Collection[str],
         replicated: Sequence[Replicated],
         dtype: torch.dtype | None = None,
+        lr_scales: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         hidden = {name: parameters[name] for names, _ in replicated for name in names}
         others = {name: parameter for name, parameter in parameters.items() if name not in hidden}
-        super().__init__(others, decayed, settings, [name for name in stacked if name in others])
+        super().__init__(others, decayed, settings, [name for name in stacked if name in others], lr_scales)
         self.moments |= {name: (torch.zeros_like(parameter),) for name, parameter in hidden.items()}
         self._hidden, self._dtype = hidden, dtype
         self._work: list[tuple[list[str], DividedWork]] = []

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fira.nn.embedding import TokenTable
 from fira.nn.moe.router import Router
 from fira.nn.value_embedding import ValueEmbedding
 from fira.optim.adamw import AdamW
@@ -21,15 +22,26 @@ def make_optimizer(model: DistributedModel, owners: Owners, settings: OptimizerS
     parameters = {shard.name: shard.parameter for shard in shards}
     decayed = {shard.name for shard in decayed_matrices(model)}
     experts = {shard.name for shard in shards if shard.expert}
+    scales = lr_scales(model, settings)
     if settings.optimizer == "adamw":
-        return AdamW(parameters, decayed, settings, experts)
+        return AdamW(parameters, decayed, settings, experts, scales)
     hidden = [shard for shard in hidden_matrices(model) if shard.name in parameters]
     replicated = [
         Replicated([shard.name for shard in hidden if shard.expert == expert], None if owners.sharded else group)
         for expert, group in owners.groups.items()
     ]
     dtype = product_dtype(model.device, model.engine.message_dtype)
-    return Muon(parameters, decayed, settings, experts, replicated, dtype)
+    return Muon(parameters, decayed, settings, experts, replicated, dtype, scales)
+
+
+def lr_scales(model: DistributedModel, settings: OptimizerSettings) -> dict[str, float]:
+    """The factors of the learning rate of this rank's embeddings and routers, by name."""
+    scales: dict[Tensor, float] = {}
+    for module in model.modules():
+        if isinstance(module, TokenTable | Router):
+            scale = settings.embedding_lr_scale if isinstance(module, TokenTable) else settings.router_lr_scale
+            scales |= dict.fromkeys(module.parameters(), scale)
+    return {shard.name: scales[shard.parameter] for shard in model.shards if shard.parameter in scales}
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:

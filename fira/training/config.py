@@ -41,7 +41,8 @@ LITERALS = {"true": True, "false": False, "none": None}
 INHERITED = [
     *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
     *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "lr_schedule", "lr_decay"),
-    *("optimizer", "beta1", "beta2", "eps", "weight_decay", "cautious_decay", "clip", "precision", "seed"),
+    *("optimizer", "embedding_lr_scale", "router_lr_scale", "beta1", "beta2", "eps", "weight_decay", "cautious_decay"),
+    *("clip", "precision", "seed"),
     *("dpo_loss", "dpo_beta", "teacher", "teacher_top_k", "teacher_online", "distill_beta", "distill_temperature"),
     *("on_policy", "group_size", "answer_after", "answer_tokens", "init", "lora", "threads"),
     *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
@@ -116,6 +117,8 @@ class TrainConfig:
         "adamw, or muon for the matrices of the blocks and AdamW for all others; default: the recipe's",
         OPTIMIZERS,
     )
+    embedding_lr_scale: Positive | None = _option(None, "factor of the learning rate of token embeddings")
+    router_lr_scale: Positive | None = _option(None, "factor of the learning rate of routers")
     beta1: Fraction = _option(0.9, "decay rate of AdamW's average of gradients")
     beta2: Fraction = _option(0.95, "decay rate of AdamW's average of squared gradients")
     eps: Positive = _option(1e-8, "added to the denominator of AdamW")
@@ -233,7 +236,8 @@ class TrainConfig:
     def optimizer_settings(self) -> OptimizerSettings:
         """The settings of the optimizer, apart from the learning rate."""
         given = {f.name: getattr(self, f.name) for f in fields(OptimizerSettings)}
-        return OptimizerSettings(**given | {"optimizer": self.recipe().optimizer})
+        recipe = asdict(self.recipe())
+        return OptimizerSettings(**given | {name: recipe[name] for name in given if name in recipe})
 
     def recipe(self) -> Recipe:
         """The settings of `Recipe` as given, else those of the objective, of `init`, or of the preset."""
@@ -245,6 +249,8 @@ class TrainConfig:
         recipe = FINE_TUNING if self.init else RECIPES[self.model]
         if self.objective in ("dpo", "grpo"):
             recipe = PREFERENCES
+        if self.optimizer not in (None, recipe.optimizer):
+            recipe = replace(recipe, embedding_lr_scale=1.0, router_lr_scale=1.0)  # they were tuned for its optimizer
         return replace(recipe, **{name: value for name, value in given.items() if value is not None})
 
     def name(self) -> str:

@@ -97,6 +97,10 @@ MUON = [
         ([1, 4, 4], False, {"dtype": "float64"}),
     ]
 ]
+SCALED = [
+    case(layout, dropout=0.1, optimizer={"embedding_lr_scale": 3.0, "router_lr_scale": 0.25}, **settings)
+    for layout, settings in [([1, 2, 1], {"shard": "parameters"}), ([2, 2, 2], {})]
+]
 TIED = MooshakConfig(  # with all options
     vocab_size=61,
     seq_len=13,
@@ -126,7 +130,7 @@ SHARDED = [
     ]
     for shard in ("optimizer", "parameters")
 ]
-ALL = [LONG, *PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED, *EXCHANGED, *map(in_line, EXCHANGED), *MUON, *SHARDED]
+ALL = [LONG, *PIPELINES, *SPREAD, *LOCAL, *RECOMPUTED, *EXCHANGED, *map(in_line, EXCHANGED), *MUON, *SHARDED, *SCALED]
 
 
 @functools.cache
@@ -226,9 +230,15 @@ def test_replicas_that_divide_optimizer_or_parameters_are_bitwise_identical_to_o
     assert result(name) == reference(name)
 
 
-def test_muon_differs_from_adamw():
-    """The comparison above would fail if the optimizer were not used."""
+@compared(SCALED)
+def test_learning_rates_of_embeddings_and_routers_do_not_depend_on_the_layout(name):
+    assert result(name) == reference(name)
+
+
+def test_muon_and_factors_of_the_learning_rate_differ_from_adamw():
+    """The comparison above would pass if the settings were not used."""
     assert distance(result(MUON[0]), result(RECOMPUTED[0])) > 1e-3
+    assert distance(result(SCALED[0]), result(RECOMPUTED[0])) > 1e-3
 
 
 def test_compared_numbers_depend_on_dropout():

@@ -66,6 +66,28 @@ def test_every_setting_is_that_of_torch():
     torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
+def test_factors_of_the_learning_rate_are_those_of_torchs_groups():
+    torch.manual_seed(0)
+    names = ("embedding", "router", "other")
+    ours, theirs = ({name: nn.Parameter(torch.ones(3, 4, dtype=torch.float64)) for name in names} for _ in range(2))
+    settings = OptimizerSettings(weight_decay=0.2)
+    optimizer = AdamW(ours, {"embedding", "other"}, settings, lr_scales={"embedding": 3.0, "router": 0.25})
+    groups = [
+        {"params": [theirs["embedding"]], "lr": 0.3, "weight_decay": 0.2},
+        {"params": [theirs["router"]], "lr": 0.025, "weight_decay": 0.0},
+        {"params": [theirs["other"]], "lr": 0.1, "weight_decay": 0.2},
+    ]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    for _ in range(3):
+        for name in names:
+            ours[name].grad = torch.randn(3, 4, dtype=torch.float64)
+            theirs[name].grad = ours[name].grad.clone()
+        optimizer.step(0.1)
+        reference.step()
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-13, atol=1e-13)
+
+
 def test_cautious_decay_applies_where_the_update_decreases_the_weight():
     """Against the formulas of AdamW, written out. Parameters that are not decayed stay as they are."""
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from fira.training.config import TrainConfig
 from fira.training.trial_steps import step_seconds, trial_seconds, trial_trainer
 from pipeline.mesh import CPU
 
-LIMIT, MEASURED, FINALISTS, ROUNDS = 2.0, 12, 4, 5
+LIMIT, MEASURED, FINALISTS, ROUNDS, TURN = 2.0, 12, 4, 4, 4
 
 
 def main(preset: str, changes: str, batch: int, seq_len: int) -> None:
@@ -63,14 +63,17 @@ def main(preset: str, changes: str, batch: int, seq_len: int) -> None:
 
 
 def alternated(model, candidates: list[Candidate], batch: int, config: TrainConfig) -> dict[Candidate, float]:
-    """The median seconds of a step of each candidate, in rounds in which each does one step."""
+    """The median seconds of a step of each candidate, in rounds in which each does TURN steps.
+
+    The first step of a turn is not timed: it finds another candidate's tensors in the caches.
+    """
     tokens = RandomTokens(model.config.vocab_size, model.config.seq_len)
     trainers = {candidate: trial_trainer(model, candidate, config, [CPU]) for candidate in candidates}
     times = {candidate: [] for candidate in candidates}
-    for _ in range(1 + ROUNDS):
+    for _ in range(ROUNDS):
         for candidate, trainer in trainers.items():
-            times[candidate].append(step_seconds(trainer, tokens, batch))
-    return {candidate: statistics.median(values[1:]) for candidate, values in times.items()}
+            times[candidate] += [step_seconds(trainer, tokens, batch) for _ in range(TURN)][1:]
+    return {candidate: statistics.median(values) for candidate, values in times.items()}
 
 
 if __name__ == "__main__":

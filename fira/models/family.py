@@ -29,7 +29,16 @@ class Recipe:
 
 
 # The settings of the -tiny presets, see benchmarks/time_to_loss.
-TINY = Recipe(steps=500, lr=4e-2, min_lr=8e-4, warmup=20, optimizer="muon", lr_schedule="linear")
+TINY = Recipe(
+    steps=500,
+    lr=4e-2,
+    min_lr=8e-4,
+    warmup=20,
+    optimizer="muon",
+    lr_schedule="linear",
+    embedding_lr_scale=3.0,
+    router_lr_scale=0.2,
+)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ PER_LAYOUT = 3  # of these candidates, the predicted fastest of each layout, are
 TRIAL_SECONDS = 2.5  # of all trials
 PROMISING = 1.5  # times the shortest predicted step: others are not tried
 MORE_MEMORY = 2.0  # times that of a cached result, from which on it is repeated: other candidates may fit
-PIPELINE_PREFERENCE = 1.05  # a pipeline is chosen if its step takes at most this times the shortest one
+EQUAL = 1.05  # times the shortest step: differences below it are not reproducible
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _try(
     trials: list[Trial] = []
     started, spent, best = time.perf_counter(), 0.0, math.inf
     shortest = min(predicted for _, predicted in shortlist)
-    steps = STEPS if 3 * (1 + STEPS) * shortest < TRIAL_SECONDS else 1
+    steps = max(1, min(STEPS, int(TRIAL_SECONDS / (3 * shortest)) - 1))  # so that three candidates can be tried
     enough = 2 * (1 + steps) * shortest < TRIAL_SECONDS
     for candidate, predicted in shortlist:
         measured, needed = None, (1 + steps) * predicted
@@ -218,11 +218,13 @@ def _try(
 
 
 def in_order(trials: list[Trial]) -> list[Trial]:
-    """The trials by their seconds, measured ones first, and before them a pipeline that is nearly as fast."""
+    """The chosen trial, and then all others by their seconds, measured ones first.
+
+    Of the trials that are about equally fast, one with a pipeline is chosen, and of these the predicted fastest.
+    """
     ordered = sorted(trials, key=lambda trial: (trial.measured is None, trial.seconds))
-    limit = PIPELINE_PREFERENCE * ordered[0].seconds
-    for trial in ordered:
-        same_kind = (trial.measured is None) == (ordered[0].measured is None)
-        if trial.candidate.layout.pp > 1 and same_kind and trial.seconds <= limit:
-            return [trial, *(other for other in ordered if other is not trial)]
-    return ordered
+    measured, limit = ordered[0].measured is not None, EQUAL * ordered[0].seconds
+    equal = [trial for trial in ordered if (trial.measured is not None) == measured and trial.seconds <= limit]
+    pipelines = [trial for trial in equal if trial.candidate.layout.pp > 1]
+    chosen = min(pipelines or equal, key=lambda trial: trial.predicted)
+    return [chosen, *(trial for trial in ordered if trial is not chosen)]

@@ -32,6 +32,7 @@ def trial(layout: Layout, predicted: float, measured: float | None = None) -> Tr
         ([trial(REPLICAS, 2, 100), trial(PIPELINE, 1, 105)], PIPELINE),  # a pipeline that is nearly as fast
         ([trial(REPLICAS, 2, 100), trial(PIPELINE, 1, 106)], REPLICAS),
         ([trial(REPLICAS, 2, 100), trial(PIPELINE, 1)], REPLICAS),
+        ([trial(REPLICAS, 2, 100), trial(EXPERTS, 1, 104)], EXPERTS),  # the prediction decides between equal ones
     ],
 )
 def test_order_of_trials(trials: list[Trial], first: Layout) -> None:

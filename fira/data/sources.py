@@ -124,12 +124,14 @@ def _standard_library() -> list[Path]:
 def _hugging_face(name: str) -> list[Path]:
     """Return the Arrow files of a dataset's train split in the cache of `datasets`."""
     missing = f"{name}: no such file or folder"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    like_a_file = has_reader(Path(name)) or Path(name).suffix.lower() in (".txt", ".md")
+    if like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{missing}; check the path")
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError(f"{missing}; if it is a Hugging Face dataset, pip install datasets") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no line for each attempt that fails
     try:
         dataset = load_dataset(name, split="train")
     except (OSError, ValueError) as error:

@@ -54,9 +54,8 @@ class GradientSum:
         self._microbatches = microbatches
         self._first_parts: dict[tuple[int, int], list[Tensor | None]] = {}
         self._trees = {number: {False: TreeSum(microbatches), True: TreeSum(microbatches)} for number in self._stages}
-        for stage in self._stages.values():
-            for leaf in chain(*stage.values()):
-                leaf.grad = None
+        for tensor in chain(*self._parameters.values(), *(chain(*stage.values()) for stage in self._stages.values())):
+            tensor.grad = None
 
     @contextmanager
     def around_backward(self, action: Action, last: bool) -> Iterator[None]:
@@ -107,39 +106,45 @@ class GradientSum:
             tree.add(numbers[microbatch : microbatch + 1], gradients)
 
     def _reduce(
-        self, parameters: Sequence[Tensor], own: Sequence[Sequence[Tensor]], group: dist.ProcessGroup
+        self, parameters: Sequence[Tensor], own: list[list[Tensor]], group: dist.ProcessGroup
     ) -> Sequence[Tensor | None]:
-        """The sums over all ranks of a group, for each parameter. own: the sums of this rank's nodes."""
+        """The sums over all ranks of a group, for each parameter.
+
+        own: the sums of this rank's nodes. The lists are emptied from the end, so that a sum is freed when its bucket
+        has been reduced.
+        """
         ranks = dist.get_world_size(group)
         if ranks == 1:
-            return list(own[0])
+            return [_own_memory(own[0].pop()) for _ in parameters][::-1]
         if self._owners.sharded:
             return self._reduce_to_owners(parameters, own, group)
-        reduced: list[Tensor] = []
-        for bucket in _buckets(parameters):
-            length = sum(parameter.numel() for parameter in parameters[bucket])
-            result = parameters[bucket.start].new_empty(-(-length // ranks) * ranks)
-            sums = [_flatten(gradients[bucket], len(result)) for gradients in own]
-            all_reduce(sums, self._microbatches, result, group)
+        reduced: list[Tensor | None] = [None] * len(parameters)
+        for bucket in reversed(buckets(parameters)):
             sizes = [parameter.numel() for parameter in parameters[bucket]]
-            for parameter, part in zip(parameters[bucket], result[:length].split(sizes), strict=True):
-                reduced.append(part.view_as(parameter))
+            length = sum(sizes)
+            sums = [_flatten(_take(gradients, bucket), -(-length // ranks) * ranks) for gradients in own]
+            result = parameters[bucket.start].new_empty(-(-length // ranks) * ranks)
+            all_reduce(sums, self._microbatches, result, group)
+            del sums
+            parts = zip(parameters[bucket], result[:length].split(sizes), strict=True)
+            reduced[bucket] = [part.view_as(parameter) for parameter, part in parts]
         return reduced
 
     def _reduce_to_owners(
-        self, parameters: Sequence[Tensor], own: Sequence[Sequence[Tensor]], group: dist.ProcessGroup
+        self, parameters: Sequence[Tensor], own: list[list[Tensor]], group: dist.ProcessGroup
     ) -> list[Tensor | None]:
         """The same for the parameters that this rank owns, and None for others."""
         rank = dist.get_rank(group)
         reduced: list[Tensor | None] = [None] * len(parameters)
         owners = [self._owners.owner(parameter) for parameter in parameters]
-        for bucket in _buckets(parameters):
+        for bucket in reversed(buckets(parameters)):
             order = sorted(range(bucket.start, bucket.stop), key=owners.__getitem__)
             sizes = [0] * dist.get_world_size(group)
             for i in order:
                 sizes[owners[i]] += parameters[i].numel()
-            sums = [torch.cat([gradients[i].flatten() for i in order]) for gradients in own]
-            part = reduce_scatter(sums, self._microbatches, sizes, parameters[order[0]], group)
+            sums = [_join(_take(gradients, bucket), [i - bucket.start for i in order]) for gradients in own]
+            part = _own_memory(reduce_scatter(sums, self._microbatches, sizes, parameters[order[0]], group))
+            del sums
             mine = [i for i in order if owners[i] == rank]
             for i, values in zip(mine, part.split([parameters[i].numel() for i in mine]), strict=True):
                 reduced[i] = values.view_as(parameters[i])
@@ -153,17 +158,34 @@ def sum_parts(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first.add_(second)
 
 
-def _buckets(tensors: Sequence[Tensor]) -> list[slice]:
+def buckets(tensors: Sequence[Tensor]) -> list[slice]:
     """Slices of consecutive tensors on one device; a slice is complete when it has at least BUCKET bytes."""
-    buckets: list[slice] = []
+    result: list[slice] = []
     size = BUCKET  # the first tensor starts a bucket
     for i, tensor in enumerate(tensors):
         if size >= BUCKET or tensor.device != tensors[i - 1].device:
-            buckets.append(slice(i, i))
+            result.append(slice(i, i))
             size = 0
-        buckets[-1] = slice(buckets[-1].start, i + 1)
+        result[-1] = slice(result[-1].start, i + 1)
         size += tensor.nbytes
-    return buckets
+    return result
+
+
+def _take(tensors: list[Tensor], bucket: slice) -> list[Tensor]:
+    """Remove the tensors of the last bucket from a list, and return them."""
+    taken = tensors[bucket]
+    del tensors[bucket]
+    return taken
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it is a part of a larger memory, for example that of the gradients of other ranks."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _join(tensors: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """All numbers of the tensors in this order in one tensor."""
+    return torch.cat([tensors[i].flatten() for i in order])
 
 
 def _flatten(tensors: Sequence[Tensor], length: int) -> Tensor:

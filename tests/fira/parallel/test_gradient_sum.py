@@ -2,13 +2,13 @@
 
 import torch
 
-from fira.parallel.gradient_sum import BUCKET, _buckets
+from fira.parallel.gradient_sum import BUCKET, buckets
 
 
 def sizes_of(tensors: list[torch.Tensor]) -> list[int]:
-    buckets = _buckets(tensors)
-    assert [i for bucket in buckets for i in range(bucket.start, bucket.stop)] == list(range(len(tensors)))
-    return [bucket.stop - bucket.start for bucket in buckets]
+    slices = buckets(tensors)
+    assert [i for bucket in slices for i in range(bucket.start, bucket.stop)] == list(range(len(tensors)))
+    return [bucket.stop - bucket.start for bucket in slices]
 
 
 def test_buckets_keep_order_and_are_complete_at_their_size():

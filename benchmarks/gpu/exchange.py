@@ -33,7 +33,7 @@ import torch
 from fira.models.registry import PRESETS, build
 from fira.nn.moe.experts import ExpertBank, GatedExperts, LinearExperts
 from fira.planner.device_specs import Hardware, load
-from fira.planner.model_profile import ModelProfile, profile_of, saved_bytes
+from fira.planner.model_profile import ModelProfile, layer_memory, profile_of
 
 LAUNCH = 10e-6  # seconds of the host per kernel
 PEER = 1e-6  # seconds per peer and exchange
@@ -182,7 +182,8 @@ def block_of(family: str) -> tuple[ExpertBank, ModelProfile, float, float]:
     with torch.device("meta"):
         profile = profile_of(build(PRESETS[f"{family}-base"]))
     kind = profile.layers[1]
-    one, two = (saved_bytes(profile, kind, count, torch.bfloat16)[0] / 2 for count in (1, 2))
+    inputs = 4 * profile.tokens * profile.width
+    one, two = ((layer_memory(profile, kind, count, torch.bfloat16).saved + count * inputs) / 2 for count in (1, 2))
     block = profile.kinds[kind].layer
     return next(m for m in block.modules() if isinstance(m, ExpertBank)), profile, 2 * one - two, two - one
 

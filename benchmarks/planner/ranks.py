@@ -1,4 +1,4 @@
-"""Predicted and measured step time and memory of several layouts. Started by run.py under mpirun."""
+"""Predicted and measured step time of several layouts. Started by run.py under mpirun."""
 
 import json
 import statistics
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import pipeline
-from benchmarks.measure import maximum, peak_allocated
+from benchmarks.measure import maximum
 from fira.data.random_tokens import RandomTokens
 from fira.doctor.one_step import make_trainer
 from fira.models.registry import build, make_config
@@ -51,18 +51,6 @@ def step_seconds(config, candidate: Candidate) -> float:
     return maximum(statistics.median(times[2:]))
 
 
-def peak_bytes(config, candidate: Candidate) -> float:
-    """Return the largest number of bytes that torch allocates on a rank in two steps."""
-
-    def run() -> None:
-        trainer = make_trainer(config, candidate.layout, candidate.schedule, CPU, candidate.microbatch)
-        loader = RandomTokens(config.vocab_size, config.seq_len)
-        for _ in range(2):
-            trainer.step(loader, BATCH, 1e-4, 0, [])
-
-    return maximum(peak_allocated(run))
-
-
 def main() -> None:
     world = pipeline.init()
     for name, changes in MODELS.items():
@@ -73,7 +61,7 @@ def main() -> None:
         inputs = PlanInputs(profile, hardware, cost_model, "fp32")
         for candidate in CANDIDATES[world.size]:
             estimate = predict(CandidateCosts(inputs, candidate))
-            seconds, peak = step_seconds(config, candidate), peak_bytes(config, candidate)
+            seconds = step_seconds(config, candidate)
             if world.rank == 0:
                 row = {
                     "model": name,
@@ -81,8 +69,6 @@ def main() -> None:
                     "schedule": candidate.schedule,
                     "predicted_ms": estimate.seconds * 1e3,
                     "measured_ms": seconds * 1e3,
-                    "predicted_mb": max(estimate.memory) / 1e6,
-                    "measured_mb": peak / 1e6,
                     "breakdown_ms": {cause: round(value * 1e3, 2) for cause, value in estimate.breakdown.items()},
                 }
                 print(json.dumps(row), flush=True)

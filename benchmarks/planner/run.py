@@ -1,4 +1,4 @@
-"""Compare predicted with measured step time and memory: python -m benchmarks.planner.run"""
+"""Compare predicted with measured step time: python -m benchmarks.planner.run"""
 
 import csv
 import json
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COLUMNS = ("predicted_ms", "measured_ms", "predicted_mb", "measured_mb")
+COLUMNS = ("predicted_ms", "measured_ms")
 
 
 def main() -> None:
@@ -25,14 +25,11 @@ def main() -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({name: f"{row[name]:.1f}" if name in COLUMNS else row[name] for name in writer.fieldnames})
-    print("| model | layout | schedule | step predicted | measured | error | memory predicted | measured | error |")
-    print("|" + "---|" * 9)
+    print("| model | layout | schedule | step predicted | measured | error |")
+    print("|" + "---|" * 6)
     for row in rows:
-        a, b, c, d = (row[name] for name in COLUMNS)
-        print(
-            f"| {row['model']} | {row['layout']} | {row['schedule']} | {a:.0f} ms | {b:.0f} ms | {a / b - 1:+.0%} "
-            f"| {c:.0f} MB | {d:.0f} MB | {c / d - 1:+.0%} |"
-        )
+        a, b = (row[name] for name in COLUMNS)
+        print(f"| {row['model']} | {row['layout']} | {row['schedule']} | {a:.0f} ms | {b:.0f} ms | {a / b - 1:+.0%} |")
 
 
 if __name__ == "__main__":

@@ -39,14 +39,19 @@ def make_trainer(
     microbatch: int = 1,
     autocast: torch.dtype | None = None,
     shard: str | None = None,
+    recompute: int = 0,
+    optimizer: str = "adamw",
 ) -> Trainer:
     """This rank's trainer of a new model in a layout (collective)."""
     mesh = make_mesh(layout, SCHEDULES[schedule].placement(layout.pp), [device])
     with torch.device("meta"):
         model = build(config)
-    distributed = parallelize(model, mesh, SEED, [device], schedule, autocast=autocast, shard=shard)
+    distributed = parallelize(
+        model, mesh, SEED, [device], schedule, autocast=autocast, recompute=recompute, shard=shard
+    )
     split = BatchSplit(microbatch, layout.dp, mesh.dp_rank, config.d_model, device)
-    return Trainer(distributed, mesh, split, schedule, OptimizerSettings(), 1.0, fp16=autocast is torch.float16)
+    settings = OptimizerSettings(optimizer)
+    return Trainer(distributed, mesh, split, schedule, settings, 1.0, fp16=autocast is torch.float16)
 
 
 def one_step(layout: Layout, schedule: str, device: torch.device, sequences: int) -> StepNumbers:

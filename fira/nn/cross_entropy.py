@@ -68,9 +68,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight, None, None, None
 
 
+def rows_per_block(device: str, vocab_size: int) -> int:
+    """The largest number of rows of a block. device: torch's type."""
+    return max(256, LOGITS.get(device, 2**27) // vocab_size)
+
+
 def row_blocks(x: Tensor, weight: Tensor) -> list[slice]:
     """Blocks of the rows of x [N, d], each with at most LOGITS logits for a weight [V, d], or 256 rows."""
-    rows = max(256, LOGITS.get(x.device.type, 2**27) // len(weight))
+    rows = rows_per_block(x.device.type, len(weight))
     return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 

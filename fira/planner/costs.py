@@ -1,13 +1,15 @@
 """Costs of layers, and their roofline estimate for a described device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from fira.devices import AUTOCAST_DTYPES, parameter_dtype
+from fira.nn.cross_entropy import rows_per_block
 from fira.optim.newton_schulz import flops
 from fira.planner.device_specs import Hardware
-from fira.planner.model_profile import ModelProfile, logits_bytes, saved_bytes
+from fira.planner.model_profile import ModelProfile, layer_memory, logits_bytes
+from fira.planner.tensor_memory import LayerMemory
 
 OPTIMIZER_PASSES = 10  # over the parameters' memory: AdamW reads 4 tensors and writes 3, norm and clipping take 3 more
 
@@ -23,11 +25,9 @@ class LayerCost:
     backward_input: float  # seconds for the gradient of the input
     backward_weight: float  # seconds for the gradients of the weights
     backward: float  # seconds for both in a full backward
-    saved_for_backward: int  # bytes
     optimizer: float  # seconds of AdamW per step, with the cast of the weights for autocast
-    workspace: int = 0  # bytes of temporary tensors
-    saved_for_weight_grad: int = 0  # bytes between the two halves of a split backward
     orthogonalize: float = 0.0  # seconds per step for all matrices that Muon updates
+    memory: LayerMemory = field(default_factory=LayerMemory)
 
 
 def element_size(precision: str) -> int:
@@ -58,17 +58,27 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
     layer_flops = dict(zip(profile.layers, profile.flops, strict=True))
 
     @cache
-    def saved(kind: int, microbatch: int) -> tuple[int, int]:
-        for_backward, for_weight_grad = saved_bytes(profile, kind, microbatch, AUTOCAST_DTYPES.get(precision))
-        return for_backward * itemsize // 4, for_weight_grad * itemsize // 4
+    def measured(kind: int, microbatch: int) -> LayerMemory:
+        return layer_memory(profile, kind, microbatch, AUTOCAST_DTYPES.get(precision)).map(lambda x: x * itemsize / 4)
+
+    # The head's temporary tensors grow up to this size. They are those of a CPU, where the tensors are.
+    block = -(-rows_per_block("cpu", profile.config.vocab_size) // profile.tokens)
+
+    def memory(kind: int, microbatch: int) -> LayerMemory:
+        """The sizes are linear in the number of sequences, so two micro-batch sizes determine all others."""
+        unit = block if kind == profile.layers[-1] and microbatch >= block else 1
+        one, two = measured(kind, unit), measured(kind, 2 * unit)
+        result = one.map(lambda a, b: a + (microbatch / unit - 1) * (b - a), two)
+        logits = [logits_bytes(profile, microbatch, where) for where in (device, "cpu")]
+        more = logits[0] - logits[1] if kind == profile.layers[-1] else 0
+        return result._replace(forward=result.forward + more)
 
     def cost(kind: int, microbatch: int) -> LayerCost:
         k, tokens = profile.kinds[kind], microbatch * profile.tokens
         weight_flops = k.layer.flops_per_token(0) * tokens  # type: ignore[operator]
         other_flops = layer_flops[kind] * tokens - weight_flops
-        # The sizes are linear in the number of sequences, so two micro-batch sizes determine all others.
-        pairs = zip(saved(kind, 1), saved(kind, 2), strict=True)
-        for_backward, for_weight_grad = (one + (microbatch - 1) * (two - one) for one, two in pairs)
+        tensors = memory(kind, microbatch)
+        for_backward = tensors.saved + itemsize * tokens * profile.width  # with the input
         is_first, is_last = kind == profile.layers[0], kind == profile.layers[-1]
         trained = k.parameters + k.expert_parameters
         cast_traffic = (itemsize + copy) * sum(k.cast) if copy else 0
@@ -90,11 +100,9 @@ def roofline_costs(profile: ModelProfile, hardware: Hardware, precision: str, de
             backward_input=backward_input,
             backward_weight=backward_weight,
             backward=backward_input + backward_weight,
-            saved_for_backward=for_backward,
-            saved_for_weight_grad=for_weight_grad,
             optimizer=(OPTIMIZER_PASSES * itemsize * trained + cast_traffic) / hardware.memory_bandwidth,
-            workspace=logits_bytes(profile, microbatch, device) if is_last else 0,
             orthogonalize=sum(max(flops(p.shape) / muon_rate, hardware.seconds_per_layer) for p in k.hidden),
+            memory=tensors,
         )
 
     return lambda microbatch: [cost(kind, microbatch) for kind in range(len(profile.kinds))]

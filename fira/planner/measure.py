@@ -32,7 +32,8 @@ from fira.planner.device_specs import OPERATIONS, Hardware, Link
 from fira.planner.measure_machine import measure_machine, synchronize
 from fira.planner.measure_optimizer import REPEATS, measure_optimizer, measure_orthogonalization
 from fira.planner.measurement_cache import cached, machine_identity
-from fira.planner.model_profile import ModelProfile, logits_bytes, measure_saved_bytes
+from fira.planner.model_profile import ModelProfile
+from fira.planner.tensor_memory import LayerMemory, measure_layer_memory
 from pipeline.mpi import World
 from pipeline.stage import DeviceLayers, Stage
 
@@ -66,7 +67,7 @@ def measure(
         def costs(size: int) -> list[LayerCost]:
             key = [*identity, to_document(profile.config), size, precision, profile.optimizer, *lora]
             work = partial(_measure_layers, profile, size, precision, device, world)
-            return cached(key, work, lambda found: [LayerCost(**cost) for cost in found], world)
+            return cached(key, work, _costs_of, world)
 
         small, *larger = sorted(sizes)
         low = costs(small)
@@ -85,6 +86,11 @@ def measure(
 def _machine_of(found: dict[str, Any]) -> tuple[float, dict[str, Link]]:
     """Memory bandwidth and links of a result of `measure_machine`."""
     return float(found["memory_bandwidth"]), {name: Link(**found["links"][name]) for name in OPERATIONS}
+
+
+def _costs_of(found: list[dict[str, Any]]) -> list[LayerCost]:
+    """The costs of a result of `_measure_layers`."""
+    return [LayerCost(**cost | {"memory": LayerMemory(*cost["memory"])}) for cost in found]
 
 
 def _hardware(machine: tuple[float, dict[str, Link]], device: torch.device, local_ranks: int) -> Hardware:
@@ -110,21 +116,15 @@ def _interpolated(small: LayerCost, large: LayerCost, sizes: tuple[int, int], si
     slowdown: factor of the seconds, for a machine that is so many times as slow.
     """
 
-    def value(name: str) -> float:
-        a, b = getattr(small, name), getattr(large, name)
+    def value(a: float, b: float) -> float:
         slope = (b - a) / (sizes[1] - sizes[0]) if sizes[1] > sizes[0] else a / sizes[0]
         return max(0.0, a + slope * (size - sizes[0]))
 
     return LayerCost(
-        forward=value("forward") * slowdown,
-        backward_input=value("backward_input") * slowdown,
-        backward_weight=value("backward_weight") * slowdown,
-        backward=value("backward") * slowdown,
-        saved_for_backward=int(value("saved_for_backward")),
-        saved_for_weight_grad=int(value("saved_for_weight_grad")),
-        workspace=int(value("workspace")),
+        **{name: value(getattr(small, name), getattr(large, name)) * slowdown for name in PASSES},
         optimizer=small.optimizer * slowdown,
         orthogonalize=small.orthogonalize * slowdown,
+        memory=small.memory.map(value, large.memory),
     )
 
 
@@ -149,18 +149,21 @@ def device_memory(device: torch.device, ranks: int) -> float:
 
 def _measure_layers(
     profile: ModelProfile, size: int, precision: str, device: torch.device, world: World
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """The cost of each kind of layer, as the mean over ranks, which measure at the same time (collective)."""
     dtype, autocast = parameter_dtype(precision), AUTOCAST_DTYPES.get(precision)
     measured = [_measure_layer(profile, kind, size, dtype, autocast, device) for kind in range(len(profile.kinds))]
-    values = torch.tensor([list(cost.values()) for cost in measured], dtype=torch.float64)
+    values = torch.tensor([[*seconds.values(), *memory] for seconds, memory in measured], dtype=torch.float64)
     dist.all_reduce(values)
-    return [dict(zip(measured[0], row, strict=True)) for row in (values / world.size).tolist()]
+    names = [*measured[0][0]]
+    return [
+        dict(zip(names, row, strict=False)) | {"memory": row[len(names) :]} for row in (values / world.size).tolist()
+    ]
 
 
 def _measure_layer(
     profile: ModelProfile, kind: int, size: int, dtype: torch.dtype, autocast: torch.dtype | None, device: torch.device
-) -> dict[str, float]:
+) -> tuple[dict[str, float], LayerMemory]:
     """Time a stage that consists of one layer; the stage of the head computes the loss as well."""
     dist.barrier()
     config = profile.config
@@ -197,16 +200,15 @@ def _measure_layer(
                         timed("backward", stage.backward, i, gradient)
             if repeat == 0:  # warm-up
                 timed.seconds.clear()
-        x = batches[0].inputs.to(device) if is_first else hidden[0].requires_grad_()
-        saved_for_backward, saved_for_weight_grad = measure_saved_bytes(layers, x, batches[0].context)
-    return {
+    seconds = {
         **{name: statistics.median(timed.seconds[name]) for name in PASSES},
-        "saved_for_backward": saved_for_backward,
-        "saved_for_weight_grad": saved_for_weight_grad,
         "optimizer": measure_optimizer(layers),
         "orthogonalize": measure_orthogonalization(profile.kinds[kind], dtype, autocast, device),
-        "workspace": logits_bytes(profile, size, device.type) if is_last else 0,
     }
+    parameters = [*layers.parameters()]  # not their copies for autocast
+    with cast_weights(layers.modules()):
+        x = batches[0].inputs.to(device) if is_first else hidden[0].requires_grad_()
+        return seconds, measure_layer_memory(layers, x, batches[0].context, parameters)
 
 
 class _Timer:

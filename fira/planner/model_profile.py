@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fira.models.language_model import LanguageModel
 from fira.nn.context import Context, TrainingContext
-from fira.nn.cross_entropy import LOGITS
+from fira.nn.cross_entropy import rows_per_block
 from fira.nn.lora import Lora
 from fira.nn.moe.dispatcher import DispatchPlan, TokenDispatcher
 from fira.nn.moe.experts import ExpertBank
@@ -21,7 +21,7 @@ from fira.nn.moe.permutation import sort_by_expert
 from fira.parallel.cast_weights import cast_parameters, cast_weights
 from fira.parallel.parallelize import layer_flops
 from fira.parallel.rank_optimizer import not_hidden
-from pipeline.split_backward import SplitBackward
+from fira.planner.tensor_memory import LayerMemory, measure_layer_memory
 from pipeline.stage import Autocast
 
 LONGEST = 2**14  # tokens of a sequence whose memory is measured
@@ -165,17 +165,26 @@ class EvenDispatcher(TokenDispatcher):
         )
 
 
-def saved_bytes(
-    profile: ModelProfile, kind: int, microbatch: int, autocast: torch.dtype | None = None
-) -> tuple[int, int]:
-    """`measure_saved_bytes` of one kind of layer for one micro-batch, on fake tensors, without computing anything.
+def layer_memory(profile: ModelProfile, kind: int, microbatch: int, autocast: torch.dtype | None = None) -> LayerMemory:
+    """`measure_layer_memory` of one kind of layer for one micro-batch, on fake tensors, without computing anything.
 
     autocast: the dtype of matrix products. The copies of weights in this dtype are not counted. Sequences longer than
     LONGEST tokens are extrapolated, because the time grows with the length.
     """
+    tokens = min(profile.tokens, LONGEST)
+    memory = _fake_layer_memory(profile, kind, microbatch, tokens, autocast)
+    if tokens == profile.tokens:
+        return memory
+    half = _fake_layer_memory(profile, kind, microbatch, tokens // 2, autocast)
+    steps = profile.tokens / (tokens // 2) - 2
+    return memory.map(lambda a, b: a + steps * (a - b), half)
+
+
+def _fake_layer_memory(
+    profile: ModelProfile, kind: int, microbatch: int, tokens: int, autocast: torch.dtype | None
+) -> LayerMemory:
     from torch._subclasses.fake_tensor import FakeTensorMode  # imports torch's compiler, which takes seconds
 
-    tokens = min(profile.tokens, LONGEST)
     size = (microbatch, tokens)
     layer = copy.deepcopy(profile.kinds[kind].layer)
     with FakeTensorMode():
@@ -193,35 +202,12 @@ def saved_bytes(
         training = TrainingContext(targets, aux_weights=torch.empty(microbatch))
         tokens_of_input = torch.empty(size, dtype=torch.int64)
         context = Context(lengths=torch.empty(microbatch), keys=keys, tokens=tokens_of_input, training=training)
-        wrapped = Autocast(layer, autocast)
+        parameters, wrapped = [*layer.parameters()], Autocast(layer, autocast)
         with cast_weights(wrapped.modules()):
-            sizes = measure_saved_bytes(wrapped, x, context)
-    return sizes[0] * profile.tokens // tokens, sizes[1] * profile.tokens // tokens
+            return measure_layer_memory(wrapped, x, context, parameters)
 
 
 def logits_bytes(profile: ModelProfile, microbatch: int, device: str) -> int:
     """Bytes of the head's logits, their softmax and their gradient, for the tokens that are processed at a time."""
-    tokens = microbatch * profile.tokens
-    rows = max(256, LOGITS[device] // profile.config.vocab_size)
-    return 3 * 4 * min(tokens, rows) * profile.config.vocab_size
-
-
-def measure_saved_bytes(layer: nn.Module, x: Tensor, context: Context) -> tuple[int, int]:
-    """Bytes that autograd saves in a layer's forward, without parameters and their copies by `cast_weights`, and bytes
-    that a split backward keeps between its two halves."""
-    saved: dict[int, Tensor] = {}
-
-    def save(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        y = layer(x, context)
-    saved_for_weight_grad = 0
-    if x.is_floating_point():
-        split = SplitBackward(y, x)
-        split.backward_input(torch.ones_like(y))
-        saved_for_weight_grad = split.saved_bytes()
-    for parameter in layer.parameters():
-        saved.pop(parameter.untyped_storage()._cdata, None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()), saved_for_weight_grad
+    rows = rows_per_block(device, profile.config.vocab_size)
+    return 3 * 4 * min(microbatch * profile.tokens, rows) * profile.config.vocab_size

@@ -14,39 +14,56 @@ from fira.planner.costs import LayerCost, roofline_costs
 from fira.planner.memory import rank_memory, with_least_recompute
 from fira.planner.model_profile import profile_of
 from fira.planner.search import search
+from fira.planner.step_memory import passes_peak
+from fira.planner.tensor_memory import LayerMemory
+from fira.planner.update_memory import update_peak
 from pipeline.mesh import Layout
+from tests.launch import run_function
 
-BOUNDARY = 128 * 128 * 4  # bytes of one sequence between stages
+SAVED = 10**11  # bytes that a block saves, of which weights and gradients are a thousandth
 
 
 def saved_costs(microbatch: int) -> list[LayerCost]:
-    return [LayerCost(1, 1, 1, 2, saved, 1, workspace, 10**7) for saved, workspace in [(10**6, 0), (10**8, 0), (0, 5)]]
+    """Costs of embedding, block and head."""
+    memories = [LayerMemory(), LayerMemory(SAVED, SAVED // 10), LayerMemory()]
+    return [LayerCost(1, 1, 1, 2, 1, memory=memory) for memory in memories]
 
 
-def activations(profile, hardware, schedule, count, recompute=0):
-    """Bytes of each rank beyond weights, sums of gradients, moments and the largest gradient."""
-    costs = CandidateCosts(
-        PlanInputs(profile, hardware, saved_costs, "fp32"), Candidate(Layout(2, 1, 1), schedule, 1, count, recompute)
-    )
-    largest = [4 * max(costs.layer_kinds[i].largest for i in layers) for layers in costs.rank_layers]
-    weights = [4 * sum(costs.parameters(rank)) for rank in range(2)]
-    tensors = 3 + {1: 1, 4: 3, 5: 3, 50: 6}[count]  # of a weight; a sum of 50 micro-batches has six partial sums
-    return [m - tensors * w - g for m, w, g in zip(rank_memory(costs), weights, largest, strict=True)]
+def blocks_held(profile, hardware, schedule, count, recompute=0):
+    """[rank] the largest number of blocks whose activations are in memory."""
+    candidate = Candidate(Layout(2, 1, 1), schedule, 1, count, recompute)
+    return [
+        m / SAVED for m in rank_memory(CandidateCosts(PlanInputs(profile, hardware, saved_costs, "fp32"), candidate))
+    ]
 
 
-def test_activations_by_schedule(tiny, hardware):
-    first, last = 3 * 10**8 + 10**6 + BOUNDARY, 10**8  # embedding and three blocks; a block and the head
-    assert activations(tiny, hardware, "gpipe", 5) == [5 * first, 5 * last]
-    assert activations(tiny, hardware, "gpipe", 50) == [50 * first, 50 * last]
-    assert activations(tiny, hardware, "1f1b", 50) == [2 * first, last]
-    assert activations(tiny, hardware, "1f1b", 1) == [first, last]
-    # Under ZB-H1 rank 1 delays weight gradients: two micro-batches, with 10 MB for each of two layers' halves.
-    assert activations(tiny, hardware, "zb-h1", 4)[1] == 2 * last + 2 * 2 * 10**7
+@pytest.mark.parametrize(
+    ("schedule", "count", "recompute", "expected"),
+    [  # the first rank has the embedding and three blocks, the second one a block and the head
+        ("gpipe", 5, 0, [15, 5]),
+        ("gpipe", 50, 0, [150, 50]),
+        ("1f1b", 50, 0, [6, 1]),
+        ("1f1b", 1, 0, [3, 1]),
+        ("zb-h1", 4, 0, [6, 2.2]),  # the second rank delays weight gradients: two micro-batches, each with 0.1
+        ("1f1b", 50, 1, [4, 1]),  # the first block is recomputed when the others have freed what they saved
+        ("1f1b", 50, 3, [1, 1]),
+    ],
+)
+def test_activations_by_schedule(tiny, hardware, schedule, count, recompute, expected):
+    assert blocks_held(tiny, hardware, schedule, count, recompute) == pytest.approx(expected, rel=0.01)
 
 
-def test_recomputed_block_saves_its_input_only(tiny, hardware):
-    first = 2 * 10**8 + 10**6 + 2 * BOUNDARY
-    assert activations(tiny, hardware, "1f1b", 50, recompute=1)[0] == 2 * first + 10**8  # one is recomputed at a time
+@pytest.mark.parametrize(("count", "gradients"), [(1, 1), (2, 2), (3, 2), (4, 3), (8, 4), (9, 4)])
+@pytest.mark.parametrize("layout", [Layout(), Layout(1, 2, 2), Layout(1, 4, 1)])
+def test_sums_of_gradients(tiny, hardware, layout, count, gradients):
+    """Those of a micro-batch, and those of the tree; experts have them for each rank of the ep group."""
+    sizes = [4 * (kind.parameters + kind.expert_parameters) for kind in tiny.kinds]
+    costs_of = [LayerCost(0, 0, 0, 0, 0, memory=LayerMemory(backward=size)) for size in sizes]
+    inputs = PlanInputs(tiny, hardware, lambda _: costs_of, "fp32")
+    costs = CandidateCosts(inputs, Candidate(layout, "1f1b", 1, count, 0))
+    total = sum(sizes[kind] for kind in tiny.layers)
+    boundaries = 6 * 4 * 128 * 128
+    assert passes_peak(costs, 0, 0.0) == pytest.approx(gradients * total, abs=boundaries)
 
 
 def test_fewest_blocks_are_recomputed_that_make_a_candidate_fit(tiny, hardware):
@@ -108,33 +125,34 @@ def test_muon_has_one_moment_of_hidden_matrices(tiny, muon, hardware, layout):
         assert rank_memory(adamw)[rank] - memory == 4 * hidden
 
 
-def test_replicas_hold_the_matrices_that_they_orthogonalise_for_each_other(muon, hardware, monkeypatch):
-    """These are larger than the largest gradient, without activations and buckets of the reduction."""
-    monkeypatch.setattr("fira.planner.memory.BUCKET", 0)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_replicas_hold_the_matrices_that_they_orthogonalise_for_each_other(muon, hardware, monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
 
-    def memory(layout: Layout) -> float:
-        inputs = PlanInputs(muon, hardware, lambda _: [LayerCost(0, 0, 0, 0, 0, 0)] * 3, "fp32")
-        return rank_memory(CandidateCosts(inputs, Candidate(layout, "1f1b", 1, 1, 0)))[0]
+    def more_than_gradients(layout: Layout, shard: str | None = None) -> float:
+        inputs = PlanInputs(muon, hardware, saved_costs, "fp32")
+        return update_peak(CandidateCosts(inputs, Candidate(layout, "1f1b", 1, 1, 0, shard)), 0, 0.0) / 4
 
-    largest = muon.config.vocab_size * 128
-    assert memory(Layout(1, 2, 1)) - memory(Layout()) == 4 * (4 * 4 * 2 * 128 * 256 - largest)  # those of experts
+    experts, matrix = 4 * 4 * 2 * 128 * 256, 128 * 256
+    assert experts < more_than_gradients(Layout(1, 2, 1)) < 3 * experts
+    temporary = threads * (3 * matrix + 2 * 128 * 128)
+    assert more_than_gradients(Layout()) == temporary + (experts if threads > 1 else 0)
 
 
-@pytest.mark.parametrize(("count", "sums"), [(1, 0), (2, 1), (3, 1), (7, 2), (8, 3)])
 @pytest.mark.parametrize("layout", [Layout(1, 4, 1), Layout(2, 4, 2)])
-def test_replicas_divide_the_parameters(tiny, hardware, layout, count, sums):
-    """A share of weights, moments and earlier sums of gradients; weights and gradients of one layer."""
-    inputs = PlanInputs(tiny, hardware, saved_costs, "fp32")
-    costs = CandidateCosts(inputs, Candidate(layout, "1f1b", 1, count, 0, "parameters"))
+def test_replicas_divide_the_parameters(tiny, hardware, layout):
+    """Each has a share of weights, moments and sums, and the weights or the gradients of one layer."""
+    inputs = PlanInputs(tiny, hardware, lambda _: [LayerCost(0, 0, 0, 0, 0)] * 3, "fp32")
+    sizes = []
+    for count in (1, 8):
+        costs = CandidateCosts(inputs, Candidate(layout, "1f1b", 1, count, 0, "parameters"))
+        sizes.append(rank_memory(costs))
     table, block = tiny.config.vocab_size * tiny.config.d_model, tiny.kinds[1]
-    for rank, memory in enumerate(rank_memory(costs)):
+    for rank, (one, eight) in enumerate(zip(*sizes, strict=True)):
         replicated, experts = costs.parameters(rank)
         share = max(replicated / 4, table) + experts * layout.ep / 4
-        gathered = 0.75 * (block.parameters + block.expert_parameters / layout.ep)
-        layer = max(gathered + block.parameters + block.expert_parameters, 1.75 * table)
-        held = [3 * 10**8 + 10**6 + BOUNDARY, 10**8] if layout.pp == 2 else [4 * 10**8 + 10**6]
-        in_flight = min(count, layout.pp - rank)
-        assert memory - in_flight * held[rank] == pytest.approx(4 * (share * (3 + sums) + layer), rel=0.02)
+        assert one - 4 * 3 * share < 4 * (share + 3 * max(table, block.parameters + block.expert_parameters))
+        assert eight - one == pytest.approx(4 * 3 * share, rel=0.1)  # three sums
 
 
 def test_frozen_weights_have_neither_gradients_nor_moments(hardware):
@@ -153,8 +171,13 @@ def test_frozen_weights_have_neither_gradients_nor_moments(hardware):
         assert costs.parameters(0) == (0, trained)
         weights = sum(frozen) - sum(experts) * (1 - 1 / ep)
         assert costs.frozen_parameters(0) == weights
-        largest = 4 * 2 * 256  # elements of the largest adapter
-        activations = 10**6 + 4 * 10**8
-        gradients = trained * ep  # those of each sending rank
-        assert rank_memory(costs)[0] == 4 * (3 * trained + weights + gradients + largest) + activations
+        assert rank_memory(costs)[0] - 4 * SAVED == pytest.approx(4 * (3 * trained + weights), abs=10**6)
     assert costs.reduction(0) == 0.0
+
+
+@pytest.mark.slow
+def test_memory_of_steps_on_two_ranks():
+    """Compared with torch's profiler, in layouts that differ in what their peak consists of."""
+    results = run_function(2, "tests.ranks.memory_ranks", "estimates", timeout=120)
+    for case, predicted, measured in results[0]:
+        assert predicted == pytest.approx(measured, rel=0.05), case

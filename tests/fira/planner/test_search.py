@@ -13,6 +13,7 @@ from fira.planner.device_specs import Link
 from fira.planner.memory import rank_memory, with_least_recompute
 from fira.planner.search import search
 from fira.planner.step_time import least_seconds, predict
+from fira.planner.tensor_memory import LayerMemory
 
 
 @settings(max_examples=5, deadline=None)
@@ -28,7 +29,7 @@ def test_search_equals_exhaustive_search(tiny, hardware, flops, memory, bandwidt
 
     def cost_model(microbatch: int) -> list[LayerCost]:
         seconds = [kind.layer.flops_per_token(128) * microbatch * 128 / flops + 1e-4 for kind in tiny.kinds]
-        return [LayerCost(s, s, s, 2 * s, 2_000_000 * microbatch, 1e-4) for s in seconds]
+        return [LayerCost(s, s, s, 2 * s, 1e-4, memory=LayerMemory(2e6 * microbatch)) for s in seconds]
 
     inputs = PlanInputs(tiny, hardware, cost_model, "fp32")
     every = [CandidateCosts(inputs, candidate) for candidate in candidates(tiny, 4, Constraints(16))]

@@ -17,7 +17,7 @@ D, FF = 128, 256  # of fira-tiny: a block has four matrices [D, D], and for each
 @pytest.fixture(scope="module")
 def cost_model() -> Callable[[int], list[LayerCost]]:
     """Cost model of embedding, block and head: a block's matrices take 8 ms."""
-    return lambda _: [LayerCost(0, 0, 0, 0, 0, 1e-3, orthogonalize=seconds) for seconds in (0, 8e-3, 0)]
+    return lambda _: [LayerCost(0, 0, 0, 0, 1e-3, orthogonalize=seconds) for seconds in (0, 8e-3, 0)]
 
 
 def update_of(profile, hardware, cost_model, layout, shard=None):

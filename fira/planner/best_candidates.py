@@ -7,7 +7,7 @@ import torch
 from fira.errors import UserError
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Candidate, Constraints, candidates
-from fira.planner.costs import roofline_costs
+from fira.planner.costs import LayerCost, roofline_costs
 from fira.planner.device_specs import OPERATIONS, Hardware, Link
 from fira.planner.measure import device_memory, least_memory, measure
 from fira.planner.memory import rank_memory, with_least_recompute
@@ -27,12 +27,14 @@ def plan_here(
 ) -> tuple[SearchResult, Hardware]:
     """Find the best candidates on this machine by measured costs (collective).
 
-    Raises UserError, before anything is measured, if no candidate satisfies the constraints or none fits.
+    Raises UserError if no candidate satisfies the constraints or none fits, before anything is measured if none fits
+    even without activations.
     """
     local_ranks = world.local_size if world.size == ranks else ranks
     here = memory_only(least_memory(device, local_ranks), precision, local_ranks, device.type)
-    cost_model = roofline_costs(profile, here, precision, device.type)
-    search(PlanInputs(profile, here, cost_model, precision), ranks, constraints, limit=1)
+    # To estimate activations without a measurement would import torch's compiler, which takes seconds.
+    free = [LayerCost(0.0, 0.0, 0.0, 0.0, 0.0)] * len(profile.kinds)
+    search(PlanInputs(profile, here, lambda _: free, precision), ranks, constraints, limit=1)
     sizes = sorted({candidate.microbatch for candidate in candidates(profile, ranks, constraints)})
     hardware, cost_model = measure(profile, sizes, precision, device, ranks, world)
     return search(PlanInputs(profile, hardware, cost_model, precision), ranks, constraints, limit), hardware

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fira.data.cache import cache_folder
 from pipeline.mpi import World
 
-FORMAT = 7  # increase it when the cached values change
+FORMAT = 8  # increase it when the cached values change
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ CASES = [
     Case("fira-tiny", Candidate(Layout(1, 2, 2), "1f1b", 4, 1, 0), SMALL, "muon"),
     Case("mooshak-tiny", Candidate(Layout(1, 2, 1), "1f1b", 4, 2, 1, "optimizer"), SMALL),
     Case("rish-tiny", Candidate(Layout(2, 1, 1), "zb-h1", 4, 4, 0), SMALL),
-    Case("blues-tiny", Candidate(Layout(1, 2, 1), "1f1b", 4, 1, 0, "parameters"), SMALL),
+    Case("blues-tiny", Candidate(Layout(1, 2, 1), "1f1b", 4, 4, 0, "parameters"), SMALL),
 ]
 
 

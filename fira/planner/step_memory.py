@@ -53,6 +53,8 @@ def _gradients(costs: CandidateCosts, rank: int, owned: float) -> tuple[dict[int
     """
     gradients = {i: layer_gradients(costs, i) for i in costs.rank_layers[rank]}
     if costs.candidate.shard == "parameters":
+        if costs.profile.tied and len(costs.layer_kinds) - 1 in costs.rank_layers[rank]:
+            owned += costs.element_size * costs.layer_kinds[0].largest  # the head's gradient of a tied embedding
         share = owned / max(1.0, sum(gradients.values()))
         return {i: share * size for i, size in gradients.items()}, 0.0
     if costs.hardware.overlaps_collectives:

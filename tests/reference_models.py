@@ -185,12 +185,15 @@ def rish(tokens: Tensor, p: Parameters, c: Any) -> tuple[Tensor, Tensor]:
     activation = relu_squared if c.relu_squared else silu
     for layer in range(1, c.num_layers + 1):
         q = below(p, f"layers.{layer}.")
-        y = attention(x, below(q, "attention."), c.n_head, c.n_kv_head, theta, eps=c.norm_eps, tokens=tokens)
-        x = add(x, rms_norm(y, q["norm1.weight"], c.norm_eps), q, 1)
+        pre = c.norm_order == "pre"
+        h = rms_norm(x, q["norm1.weight"], c.norm_eps) if pre else x
+        y = attention(h, below(q, "attention."), c.n_head, c.n_kv_head, theta, eps=c.norm_eps, tokens=tokens)
+        x = add(x, y if pre else rms_norm(y, q["norm1.weight"], c.norm_eps), q, 1)
         moe = below(q, "moe.")
-        choices = route(x, moe, c.top_k)
-        y = mix(choices, lambda e, x=x, moe=moe: gated(x, moe, e, activation))
-        x = add(x, rms_norm(y, q["norm2.weight"], c.norm_eps), q, 2)
+        h = rms_norm(x, q["norm2.weight"], c.norm_eps) if pre else x
+        choices = route(h, moe, c.top_k)
+        y = mix(choices, lambda e, h=h, moe=moe: gated(h, moe, e, activation))
+        x = add(x, y if pre else rms_norm(y, q["norm2.weight"], c.norm_eps), q, 2)
         aux = aux + c.aux_coefficient / c.num_layers * load_balance(choices)
     head = below(p, f"layers.{c.num_layers + 1}.")
     return capped(rms_norm(x, head["norm.weight"], c.norm_eps) @ head["project.weight"].T, c), aux

@@ -19,9 +19,9 @@ def load_model(
     """Load a model in eval mode.
 
     path: a run folder, a checkpoints folder, a step folder (written by any layout) or a folder of transformers (an
-    export, a Llama or a FlexOlmo). tokenizer: the path of a tokenizer.json; by default the model's own is loaded as
-    `model.tokenizer`, which is None if the model was trained on shards without a tokenizer. Its special tokens and chat
-    template, from the files next to it, become `model.tokenizer_config`.
+    export, a Llama, FlexOlmo or OLMoE). tokenizer: the path of a tokenizer.json; by default the model's own is loaded
+    as `model.tokenizer`, which is None if the model was trained on shards without a tokenizer. Its special tokens and
+    chat template, from the files next to it, become `model.tokenizer_config`.
     Raises UserError if there is no checkpoint, or if it is damaged or does not match its config.
     """
     saved = open_saved(path)

@@ -1,4 +1,4 @@
-"""Read folders written by transformers (exports, Llama, FlexOlmo) through the same interface as Checkpoint."""
+"""Read folders written by transformers (exports, Llama, FlexOlmo, OLMoE) through the same interface as Checkpoint."""
 
 from pathlib import Path
 from typing import Any

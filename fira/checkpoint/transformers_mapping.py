@@ -1,4 +1,4 @@
-"""Mapping between families and equivalent classes of transformers: mooshak ↔ Llama, rish ↔ FlexOlmo.
+"""Mapping between families and equivalent classes of transformers: mooshak ↔ Llama, rish ↔ FlexOlmo and OLMoE.
 
 Configs are converted in both directions, with a UserError that names an option without an equivalent on the other side.
 Weights are identical tensors with different names. In mappings of names, Fira's name is the key or comes first, except
@@ -43,14 +43,13 @@ class TransformersClass:
 
     architecture: str  # the name of the class
     config: type[MooshakConfig] | type[RishConfig]  # of the family
+    norm_order: str  # of the config
     block: dict[str, str]  # names of the tensors of a block
     to_document: Callable[[Any], dict[str, Any]]  # config → keys of config.json that are not in SHARED
     to_fields: Callable[[dict[str, Any]], dict[str, Any]]  # config.json → fields of the config that are not in SHARED
 
 
 def _llama_fields(config: MooshakConfig) -> dict[str, Any]:
-    if config.norm_order != "pre":
-        raise UserError(f"norm_order={config.norm_order} has no equivalent in Llama; export with --format fira")
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_factor != 1:
         rope |= {"rope_type": "llama3"} | {key: getattr(config, field) for key, field in ROPE_SCALING.items()}
@@ -81,6 +80,10 @@ def _flexolmo_fields(config: RishConfig) -> dict[str, Any]:
     }
 
 
+def _olmoe_fields(config: RishConfig) -> dict[str, Any]:
+    return _flexolmo_fields(config) | {"clip_qkv": None}
+
+
 def _rish_fields(document: dict[str, Any]) -> dict[str, Any]:
     rope = _rope(document, 5e5)
     _require(document, attention_bias=False, norm_topk_prob=False, tie_word_embeddings=False)
@@ -104,14 +107,28 @@ def _rish_fields(document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _rish_fields_of_olmoe(document: dict[str, Any]) -> dict[str, Any]:
+    _require(document, clip_qkv=None)
+    return _rish_fields({"rope_theta": 1e4} | document) | {"norm_order": "pre"}
+
+
+OLMO_TENSORS = ATTENTION | {
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "moe.router.gate.weight": "mlp.gate.weight",
+    "moe.experts.w1": "mlp.experts.gate_up_proj",
+    "moe.experts.w2": "mlp.experts.down_proj",
+}
+NORMS_FIRST = {"norm1.weight": "input_layernorm.weight", "norm2.weight": "post_attention_layernorm.weight"}
+NORMS_LAST = {"norm1.weight": "post_attention_layernorm.weight", "norm2.weight": "post_feedforward_layernorm.weight"}
 TRANSFORMERS = {
     "llama": TransformersClass(
         "LlamaForCausalLM",
         MooshakConfig,
+        "pre",
         ATTENTION
+        | NORMS_FIRST
         | {
-            "norm1.weight": "input_layernorm.weight",
-            "norm2.weight": "post_attention_layernorm.weight",
             "mlp.w1.weight": "mlp.gate_proj.weight",
             "mlp.w3.weight": "mlp.up_proj.weight",
             "mlp.w2.weight": "mlp.down_proj.weight",
@@ -120,20 +137,10 @@ TRANSFORMERS = {
         _mooshak_fields,
     ),
     "flexolmo": TransformersClass(
-        "FlexOlmoForCausalLM",
-        RishConfig,
-        ATTENTION
-        | {
-            "attention.q_norm.weight": "self_attn.q_norm.weight",
-            "attention.k_norm.weight": "self_attn.k_norm.weight",
-            "norm1.weight": "post_attention_layernorm.weight",
-            "norm2.weight": "post_feedforward_layernorm.weight",
-            "moe.router.gate.weight": "mlp.gate.weight",
-            "moe.experts.w1": "mlp.experts.gate_up_proj",
-            "moe.experts.w2": "mlp.experts.down_proj",
-        },
-        _flexolmo_fields,
-        _rish_fields,
+        "FlexOlmoForCausalLM", RishConfig, "post", OLMO_TENSORS | NORMS_LAST, _flexolmo_fields, _rish_fields
+    ),
+    "olmoe": TransformersClass(
+        "OlmoeForCausalLM", RishConfig, "pre", OLMO_TENSORS | NORMS_FIRST, _olmoe_fields, _rish_fields_of_olmoe
     ),
 }
 SHARED = {
@@ -155,12 +162,21 @@ def to_transformers(config: Any, form: str) -> dict[str, Any]:
         if value := getattr(config, option, False):
             name = target.architecture.removesuffix("ForCausalLM")
             raise UserError(f"{option}={value} has no equivalent in {name}; export with --format fira")
+    if config.norm_order != target.norm_order:
+        name, other = target.architecture.removesuffix("ForCausalLM"), _form_with_norms(config)
+        raise UserError(f"norm_order={config.norm_order} has no equivalent in {name}; export with --format {other}")
     values = {key: getattr(config, field) for key, field in SHARED.items()}
     values |= {
         "num_key_value_heads": config.n_kv_head or config.n_head,
         "hidden_act": ACTIVATIONS[config.relu_squared],
     }
     return values | target.to_document(config)
+
+
+def _form_with_norms(config: Any) -> str:
+    """The format that has the config's family and order of norms."""
+    found = (form for form, target in TRANSFORMERS.items() if type(config) is target.config)
+    return next((form for form in found if TRANSFORMERS[form].norm_order == config.norm_order), "fira")
 
 
 def from_transformers(document: dict[str, Any]) -> tuple[Any, dict[str, str]]:
@@ -170,7 +186,7 @@ def from_transformers(document: dict[str, Any]) -> tuple[Any, dict[str, str]]:
     """
     form = str(document.get("model_type")).replace("_", "")
     if form not in TRANSFORMERS:
-        raise UserError(f"model_type {document.get('model_type')}; give an export of Fira, a llama or a flex_olmo")
+        raise UserError(f"model_type {document.get('model_type')}; give an export of Fira, a llama, flex_olmo or olmoe")
     source = TRANSFORMERS[form]
     activation = document.get("hidden_act", "silu")
     if activation not in ACTIVATIONS.values():

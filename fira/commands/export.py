@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from fira import cli
 from fira.value_types import PathName
 
-FORMATS = ("fira", "llama", "flexolmo", "peft")
-FORMAT_HELP = """fira: with the code of the model (trust_remote_code=True); llama (for mooshak) and flexolmo (for
-rish): as a class of transformers; peft: the adapters of a LoRA run (default: %(default)s)"""
+FORMATS = ("fira", "llama", "flexolmo", "olmoe", "peft")
+FORMAT_HELP = """fira: with the code of the model (trust_remote_code=True); llama (for mooshak), flexolmo and olmoe
+(for rish): as a class of transformers; peft: the adapters of a LoRA run (default: %(default)s)"""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -29,9 +29,9 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # left to the toke
 def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
     """Write the model of a checkpoint (see `load_model`) and a model card to the new folder `out`; return the folder.
 
-    form: "fira" includes the source code of the model, for `trust_remote_code=True`. "llama" (for mooshak) and
-    "flexolmo" (for rish) export to that class of transformers, which computes the same function. "peft" writes the
-    adapters of a LoRA run instead of a model.
+    form: "fira" includes the source code of the model, for `trust_remote_code=True`. "llama" (for mooshak),
+    "flexolmo" and "olmoe" (for rish) export to that class of transformers, which computes the same function. "peft"
+    writes the adapters of a LoRA run instead of a model.
 
     Raises UserError if the folder is not empty, or if that class has no equivalent of one of the model's options.
     """

@@ -7,7 +7,7 @@
     layers.3.moe.experts.lora.w1.b      [E, out, r]  model.layers.3.moe.experts.….lora_B.weight  [out, r · E]
 
 Weights of experts are `target_parameters` of peft. It wraps a module once for each of them, in their order, and the
-inner wrappers are called `base_layer`. If the base model is a Llama or a FlexOlmo, the names are those of transformers.
+inner wrappers are called `base_layer`. If the base model is a folder of transformers, the names are its own.
 """
 
 import json

@@ -114,7 +114,7 @@ FAMILY = Family(
     config=MooshakConfig,
     presets={
         "mooshak-base": MooshakConfig(),
-        "mooshak-tiny": MooshakConfig(vocab_size=2048, seq_len=128, d_model=128, n_head=4, num_layers=4, d_ff=344),
+        "mooshak-tiny": MooshakConfig(vocab_size=2048, seq_len=128, d_model=128, n_head=4, num_layers=4, d_ff=352),
     },
     recipes={
         "mooshak-base": Recipe(steps=100_000, lr=3e-4, min_lr=3e-5, warmup=3000),

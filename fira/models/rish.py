@@ -1,8 +1,8 @@
 """rish: a mixture of experts with normalised outputs of attention and experts, as in OLMo 2 and FlexOlmo.
 
     x       = Emb[token]
-    x      += RMS1(Attn(x))                                          each block
-    x      += RMS2(MoE(x))
+    x      += RMS1(Attn(x))         x += RMS2(MoE(x))                each block, norm_order "post"
+    x      += Attn(RMS1 x)          x += MoE(RMS2 x)                 each block, norm_order "pre", as in OLMoE
     logits  = W RMS x
 
     MoE(x)  = Σ_e p_e · W2_e (silu(g) ⊙ a),  (g, a) = W1_e x         over the k experts with the largest p_e
@@ -40,6 +40,7 @@ class RishConfig(Options):
     """Hyperparameters of rish. seq_len: longest context. d_ff: width of an expert's hidden layer.
 
     n_kv_head: number of key and value heads. top_k: number k of experts per token, or a fraction of all experts.
+    norm_order: "post" normalises the outputs of attention and experts, "pre" their inputs.
     max_position, rope_factor: in longer sequences the rotary base grows with the length, see Rotary. Decoding with a
     cache is then an approximation: cached values were computed with the base of a shorter text.
     """
@@ -58,6 +59,7 @@ class RishConfig(Options):
     rope_factor: Positive = 1.0
     norm_eps: NotNegative = 1e-6
     aux_coefficient: NotNegative = 0.01
+    norm_order: str = "post"
 
 
 class Block(Layer):
@@ -68,6 +70,9 @@ class Block(Layer):
     def __init__(self, config: RishConfig, index: int) -> None:
         super().__init__()
         c = config
+        if c.norm_order not in ("pre", "post"):
+            raise ValueError(f"norm_order {c.norm_order!r} is neither 'pre' nor 'post'")
+        self.norm_first = c.norm_order == "pre"
         self.attention = SelfAttention(
             c.d_model,
             c.n_head,
@@ -95,15 +100,17 @@ class Block(Layer):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, T, d] → [B, T, d]."""
         x = self.attend(x, context)
-        return self.add_experts(x, self.moe(x, context, None))
+        return self.add_experts(x, self.moe(self.norm2(x) if self.norm_first else x, context, None))
 
     def attend(self, x: Tensor, context: Context) -> Tensor:
-        """x [B, T, d] → x + RMS1(Attn(x))."""
+        """x [B, T, d] → x + RMS1(Attn(x)), or x + Attn(RMS1 x)."""
+        if self.norm_first:
+            return self.residual1(x, self.attention(self.norm1(x), context))
         return self.residual1(x, self.norm1(self.attention(x, context)))
 
     def add_experts(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y [B, T, d] → x + RMS2(y)."""
-        return self.residual2(x, self.norm2(y))
+        """x, y [B, T, d] → x + RMS2(y), or x + y."""
+        return self.residual2(x, y if self.norm_first else self.norm2(y))
 
 
 class Rish(LanguageModel):
@@ -111,7 +118,7 @@ class Rish(LanguageModel):
 
     config: RishConfig
 
-    def __init__(self, config: RishConfig | None = None, **arguments: int | float) -> None:
+    def __init__(self, config: RishConfig | None = None, **arguments: int | float | str) -> None:
         c = config or RishConfig(**arguments)  # type: ignore[arg-type]
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
         head = Head(RMSNorm(c.d_model, c.norm_eps), Normal(c.d_model, c.vocab_size, bias=False), c.softcap)
@@ -136,9 +143,38 @@ FAMILY = Family(
             top_k=2,
             max_position=128,
         ),
+        "rish-olmoe-base": RishConfig(
+            vocab_size=50304,
+            d_model=2048,
+            n_head=16,
+            n_kv_head=16,
+            num_layers=16,
+            d_ff=1024,
+            num_experts=64,
+            top_k=8,
+            rope_theta=1e4,
+            norm_eps=1e-5,
+            norm_order="pre",
+        ),
+        "rish-olmoe-tiny": RishConfig(
+            vocab_size=2048,
+            seq_len=128,
+            d_model=128,
+            n_head=4,
+            n_kv_head=4,
+            num_layers=4,
+            d_ff=64,
+            num_experts=8,
+            top_k=2,
+            max_position=128,
+            rope_theta=1e4,
+            norm_order="pre",
+        ),
     },
     recipes={
         "rish-base": Recipe(steps=100_000, lr=3e-4, min_lr=3e-5, warmup=2000),
         "rish-tiny": TINY,
+        "rish-olmoe-base": Recipe(steps=100_000, lr=4e-4, min_lr=4e-5, warmup=2000),
+        "rish-olmoe-tiny": TINY,
     },
 )

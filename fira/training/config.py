@@ -51,7 +51,7 @@ EARLIER = {**asdict(OptimizerSettings()), "lr_schedule": "cosine"}  # settings t
 PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute", "shard")  # settings that the planner chooses
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
 
-PRESET_FAMILIES = "fira, rish, mooshak, blues or microrwkv"
+PRESET_FAMILIES = "fira, rish, rish-olmoe, mooshak, blues or microrwkv"
 DPO_LOSSES = ("sigmoid", "ipo", "sigmoid-norm")
 
 FINE_TUNING = Recipe(steps=200, lr=1e-4, min_lr=1e-5, warmup=20)  # used with --init
@@ -159,7 +159,7 @@ class TrainConfig:
     compile: bool = _option(False, "compile attention, norms and routers with torch.compile in the first step")
     out: PathName | None = _option(None, "run folder; default: a new one under runs/")
     init: PathName | None = _option(
-        None, "start from the model, weights and tokenizer of a run, a checkpoint, an export, a Llama or a FlexOlmo"
+        None, "start from model, weights and tokenizer of a run, a checkpoint, an export, a Llama, FlexOlmo or OLMoE"
     )
     lora: str | None = _option(None, f"with --init: freeze the model, and train low-rank adapters, as in {FORM}")
     resume: PathName | None = _option(None, "auto (newest checkpoint in the run folder) or a checkpoint")

@@ -1,4 +1,4 @@
-"""rish and mooshak compared with FlexOlmo and Llama of transformers."""
+"""rish and mooshak compared with FlexOlmo, OLMoE and Llama of transformers."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from transformers import modeling_rope_utils
 from transformers.models.flex_olmo import modeling_flex_olmo
 from transformers.models.llama import modeling_llama
+from transformers.models.olmoe import modeling_olmoe
 
 from fira.huggingface import RishAICausalLM, RishAIConfig
 from fira.nn.context import Context, TrainingContext
 from tests.fira.models.small_families import make_model, make_tokens
-from tests.fira.models.transformers_twin import MOOSHAK, RISH, names, twin
+from tests.fira.models.transformers_twin import MOOSHAK, OLMOE, RISH, names, twin
 
 
 class _DoubleTorch:
@@ -30,7 +31,7 @@ class _DoubleTorch:
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.dtype]:
     """Type of the computation in both models."""
     if request.param == torch.float64:
-        for module in (modeling_flex_olmo, modeling_llama, modeling_rope_utils):
+        for module in (modeling_flex_olmo, modeling_llama, modeling_olmoe, modeling_rope_utils):
             monkeypatch.setattr(module, "torch", _DoubleTorch())
     torch.set_default_dtype(request.param)
     yield request.param
@@ -43,6 +44,8 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         pytest.param(RISH, "default", id="rish"),
         pytest.param(replace(RISH, n_kv_head=6), "default", id="rish-all-heads"),
         pytest.param(replace(RISH, max_position=7), "dynamic", id="rish-dynamic"),
+        pytest.param(OLMOE, "default", id="olmoe"),
+        pytest.param(replace(OLMOE, max_position=7), "dynamic", id="olmoe-dynamic"),
         pytest.param(MOOSHAK, "default", id="mooshak"),
     ],
 )

@@ -115,6 +115,7 @@ def test_export_can_be_loaded_as_checkpoint(
         ("mooshak", "llama", {"relu_squared": True}),
         ("rish", "flexolmo", {"relu_squared": True}),
         ("rish", "flexolmo", {"max_position": 5, "rope_factor": 2.0, "top_k": 0.8}),
+        ("rish", "olmoe", {"norm_order": "pre", "max_position": 5, "rope_factor": 2.0}),
     ],
 )
 def test_export_to_class_of_transformers_has_equal_logits(
@@ -131,7 +132,7 @@ def test_export_to_class_of_transformers_has_equal_logits(
     assert other.generate(IDS[:1], eos_token_id=None).shape == (1, model.config.seq_len)
     loaded = load_model(folder)
     torch.testing.assert_close(loaded(IDS, Context()), model(IDS, Context()), rtol=0, atol=0)
-    wrong = "flexolmo" if form == "llama" else "llama"
+    wrong = "olmoe" if form == "llama" else "llama"
     with pytest.raises(UserError, match=f"a {family} has no equivalent"):
         export(step, tmp_path / "wrong", wrong)
     with pytest.raises(UserError, match="not empty"):
@@ -145,6 +146,8 @@ def test_options_without_equivalent_raise(tokenizer: Tokenizer, tmp_path: Path) 
         ("llama", "mooshak", "norm_order", "post"),
         ("llama", "mooshak", "qk_norm", True),
         ("llama", "mooshak", "softcap", 30.0),
+        ("flexolmo", "rish", "norm_order", "pre"),
+        ("olmoe", "rish", "norm_order", "post"),
         ("flexolmo", "rish", "value_embeddings", True),
         ("flexolmo", "rish", "residual_scalars", True),
     ):

@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {"softcap": 2.0, "relu_squared": True, "value_embeddin
 
 CONFIGS = {
     "rish": RISH,
+    "rish-pre": replace(RISH, norm_order="pre"),
     "mooshak": MOOSHAK,
     "mooshak-post": replace(MOOSHAK, norm_order="post", n_kv_head=3),
     "blues": BLUES,

@@ -1,4 +1,4 @@
-"""Models of transformers with our weights: FlexOlmo for rish, and Llama for mooshak."""
+"""Models of transformers with our weights: FlexOlmo or OLMoE for rish, and Llama for mooshak."""
 
 from typing import Any
 
@@ -15,19 +15,24 @@ SMALL: dict[str, Any] = {"vocab_size": 31, "seq_len": 24, "d_model": 24, "n_head
 RISH = RishConfig(**SMALL, n_kv_head=2, num_experts=5, top_k=3, max_position=24, rope_factor=2.0)
 
 
+OLMOE = RishConfig(**SMALL, n_kv_head=2, num_experts=5, top_k=3, max_position=24, rope_factor=2.0, norm_order="pre")
+
+
 MOOSHAK = MooshakConfig(**SMALL, n_kv_head=3)
 
 
 ATTENTION = {f"attention.{n}.weight": f"self_attn.{n}_proj.weight" for n in "qkvo"}
 
 
+OLMO_NORMS = {
+    "post": {"norm1.weight": "post_attention_layernorm.weight", "norm2.weight": "post_feedforward_layernorm.weight"},
+    "pre": {"norm1.weight": "input_layernorm.weight", "norm2.weight": "post_attention_layernorm.weight"},
+}
 BLOCKS = {
     RishConfig: ATTENTION
     | {
         "attention.q_norm.weight": "self_attn.q_norm.weight",
         "attention.k_norm.weight": "self_attn.k_norm.weight",
-        "norm1.weight": "post_attention_layernorm.weight",
-        "norm2.weight": "post_feedforward_layernorm.weight",
         "moe.router.gate.weight": "mlp.gate.weight",
         "moe.experts.w1": "mlp.experts.gate_up_proj",
         "moe.experts.w2": "mlp.experts.down_proj",
@@ -51,9 +56,10 @@ def names(config: RishConfig | MooshakConfig) -> dict[str, str]:
         f"{last}.norm.weight": "model.norm.weight",
         f"{last}.project.weight": "lm_head.weight",
     }
+    block = BLOCKS[type(config)] | (OLMO_NORMS[config.norm_order] if isinstance(config, RishConfig) else {})
     for layer in range(config.num_layers):
         ours, theirs = f"layers.{layer + 1}", f"model.layers.{layer}"
-        pairs |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in BLOCKS[type(config)].items()}
+        pairs |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in block.items()}
     return pairs
 
 
@@ -77,9 +83,10 @@ def twin(config: Any, weights: dict[str, Tensor], dtype: torch.dtype, rope: str 
         shape["rope_parameters"]["factor"] = c.rope_factor
     if isinstance(c, RishConfig):
         routing = {"num_experts": c.num_experts, "num_experts_per_tok": c.top_k, "norm_topk_prob": False}
-        flex_config = transformers.FlexOlmoConfig(**shape, **routing, output_router_logits=True)
-        flex_config._experts_implementation = "eager"  # the grouped implementation does not support float64
-        model = transformers.FlexOlmoForCausalLM(flex_config)
+        kind = transformers.OlmoeForCausalLM if c.norm_order == "pre" else transformers.FlexOlmoForCausalLM
+        olmo_config = kind.config_class(**shape, **routing, output_router_logits=True)
+        olmo_config._experts_implementation = "eager"  # the grouped implementation does not support float64
+        model = kind(olmo_config)
     else:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     model.to(dtype).eval()

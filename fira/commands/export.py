@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from fira import cli
 from fira.value_types import PathName
 
-FORMATS = ("fira", "llama", "flexolmo", "olmoe", "peft")
+FORMATS = ("fira", "llama", "flexolmo", "olmoe", "peft", "gguf")
 FORMAT_HELP = """fira: with the code of the model (trust_remote_code=True); llama (for mooshak), flexolmo and olmoe
-(for rish): as a class of transformers; peft: the adapters of a LoRA run (default: %(default)s)"""
+(for rish): as a class of transformers; peft: the adapters of a LoRA run; gguf (for mooshak
+and rish-olmoe): a file for llama.cpp (default: %(default)s)"""
+TYPES = ("f16", "q8_0", "q4_0")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -16,12 +18,19 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
     parser.add_argument("--out", type=PathName, required=True, help="a new folder")
     parser.add_argument("--format", choices=FORMATS, default="fira", help=FORMAT_HELP)
+    type_help = "with --format gguf: 16 bits per weight, or blocks of 32 weights with 8 or 4 bits (default: f16)"
+    parser.add_argument("--type", choices=TYPES, help=type_help)
     options = parser.start(arguments)
-    from fira.huggingface.export_model import export
+    if options.type and options.format != "gguf":
+        parser.error("--type is for --format gguf")
+    from fira.huggingface.export_model import export, gguf_path
 
-    out = export(options.checkpoint, options.out, options.format)
+    kind = options.type or "f16"
+    out = export(options.checkpoint, options.out, options.format, kind, progress=not options.quiet)
     if not options.quiet and options.format == "peft":
         print(f'next: PeftModel.from_pretrained(exported_base_model, "{out}")')
+    elif not options.quiet and options.format == "gguf":
+        print(f"next: llama-cli -m {gguf_path(out, kind)}")
     elif not options.quiet:
         trust = ", trust_remote_code=True" if options.format == "fira" else ""
         print(f'next: AutoModelForCausalLM.from_pretrained("{out}"{trust})')

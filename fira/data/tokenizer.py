@@ -17,9 +17,7 @@ SPECIAL_TOKENS = ["[UNK]", "<s>", EOS, PROMPTER, ASSISTANT]
 END_NAMES = [EOS, "<|endoftext|>", "<|end_of_text|>", "<eos>"]
 # GPT-2's pre-tokenization, except that combining marks and zero-width joiners belong to a word: GPT-2's pattern splits
 # Hindi words at every vowel sign.
-WORDS = Regex(
-    r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}][\p{L}\p{M}\u200C\u200D]*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
-)
+WORDS = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}][\p{L}\p{M}\u200C\u200D]*| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 MIN_VOCABULARY = len(SPECIAL_TOKENS) + 256  # a token for every byte
 
 
@@ -39,7 +37,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(WORDS, behavior="isolated"),
+            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -26,12 +26,15 @@ SHARD = "5GB"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # left to the tokenizer
 
 
-def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
+def export(
+    checkpoint: str | Path, out: str | Path, form: str = "fira", kind: str = "f16", progress: bool = False
+) -> Path:
     """Write the model of a checkpoint (see `load_model`) and a model card to the new folder `out`; return the folder.
 
     form: "fira" includes the source code of the model, for `trust_remote_code=True`. "llama" (for mooshak),
     "flexolmo" and "olmoe" (for rish) export to that class of transformers, which computes the same function. "peft"
-    writes the adapters of a LoRA run instead of a model.
+    writes the adapters of a LoRA run instead of a model. "gguf" (for mooshak, and rish with the norms of OLMoE) writes
+    the file `gguf_path(out, kind)`, with tensors of the type `kind`, and shows a progress bar if `progress`.
 
     Raises UserError if the folder is not empty, or if that class has no equivalent of one of the model's options.
     """
@@ -44,6 +47,9 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
         with errors_naming(partial):
             if form == "peft":
                 save_adapters(checkpoint, partial)
+            elif form == "gguf":
+                model = _save_gguf(checkpoint, partial / gguf_path(out, kind).name, kind, progress)
+                write_model_card(partial, model, out.name, run_of(checkpoint), library="gguf")
             else:
                 model = load_model(checkpoint)
                 _save_model(model, partial, form)
@@ -54,6 +60,22 @@ def export(checkpoint: str | Path, out: str | Path, form: str = "fira") -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return out
+
+
+def gguf_path(out: Path, kind: str) -> Path:
+    """Return the file of an export in the format gguf, named as llama.cpp does: `out/out-Q8_0.gguf`."""
+    return out / f"{out.name}-{kind.upper()}.gguf"
+
+
+def _save_gguf(checkpoint: str | Path, path: Path, kind: str, progress: bool) -> LanguageModel:
+    """`save_gguf`. Raises UserError if the package gguf is not installed."""
+    try:
+        from fira.huggingface.gguf_export import save_gguf
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise UserError("--format gguf needs the package gguf; pip install .[gguf]") from None
+    return save_gguf(checkpoint, path, kind, progress)
 
 
 def _save_model(model: LanguageModel, folder: Path, form: str) -> None:

@@ -43,22 +43,23 @@ SCORES = mapping(record({"value": number()}, {"error": nullable(number())}))
 EVALUATION = record({"tasks": mapping(record({"scores": SCORES}, {"examples": integer()}))})
 
 
-def write_model_card(folder: Path, model: LanguageModel, name: str, run: Path) -> None:
+def write_model_card(folder: Path, model: LanguageModel, name: str, run: Path, library: str = "transformers") -> None:
     """Write the card and the picture of a run to the folder of an export; see `model_card`."""
     with suppress(OSError):
         shutil.copyfile(run / PICTURE, folder / PICTURE)
-    (folder / MODEL_CARD).write_text(model_card(model, name, run), encoding="utf-8")
+    (folder / MODEL_CARD).write_text(model_card(model, name, run, library), encoding="utf-8")
 
 
-def model_card(model: LanguageModel, name: str, run: Path) -> str:
+def model_card(model: LanguageModel, name: str, run: Path, library: str = "transformers") -> str:
     """Return the card as Markdown, with a YAML header that the Hugging Face Hub reads.
 
-    name: of the export. run: the folder with the files of the run, all of which may be missing.
+    name: of the export. run: the folder with the files of the run, all of which may be missing. library: the library
+    that loads the export, as the Hub calls it. The weights are not read: the model may be on the meta device.
     """
     config = _settings(run / "config.toml")
     settings = (*SETTINGS, *OBJECTIVE_SETTINGS.get(str(config.get("objective")), ()), "lora")
     sections = [
-        _header(model),
+        _header(model, library),
         f"# {name}\n\n{_summary(model)}",
         _section("Model", _table(("option", "value"), to_document(model.config).items())),
         _section("Training data", _data(config, run / "data.json")),
@@ -70,10 +71,10 @@ def model_card(model: LanguageModel, name: str, run: Path) -> str:
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _header(model: LanguageModel) -> str:
+def _header(model: LanguageModel, library: str) -> str:
     family = str(to_document(model.config)["family"])
     tags = dict.fromkeys(["fira", family, *(["moe"] if _moe_layers(model) else [])])
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags)]
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags)]
     return "\n".join(["---", *lines, "# license: state the license of the weights here", "---"])
 
 

@@ -216,4 +216,4 @@ def test_llama_is_trained_further_and_exported_again(tokenizer: Tokenizer, tmp_p
 
 
 def test_command_offers_every_format() -> None:
-    assert set(FORMATS) == {"fira", *TRANSFORMERS, "peft"}
+    assert set(FORMATS) == {"fira", *TRANSFORMERS, "peft", "gguf"}

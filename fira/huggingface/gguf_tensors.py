@@ -46,7 +46,8 @@ NAMES = {  # of tensors that are stored as they are, by the name of the weight i
         "moe.experts.w2": "ffn_down_exps",
     },
 }
-EMBEDDING, HEAD, ROUTER = "token_embd.weight", "output.weight", "ffn_gate_inp.weight"  # the last in each block
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+ROUTER = "ffn_gate_inp.weight"  # after the name of the block
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Files in GGUF: read by the package gguf and by transformers, and compared with the export to transformers."""
 
 import gc
+import sys
 import tracemalloc
 import weakref
 from collections.abc import Iterator
@@ -216,3 +217,12 @@ def test_memory_is_that_of_one_layer(config: Any, live_bytes: list[int], tmp_pat
     export(save(tmp_path / "run", config), tmp_path / "out", "gguf")
     layer = 4 * config.d_model * (3 * config.d_ff * getattr(config, "num_experts", 1) + 4 * config.d_model)
     assert max(live_bytes[1:]) < layer + 2**20  # and what was allocated before, such as the tokenizer
+
+
+def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = save(tmp_path / "run", MOOSHAK)
+    for module in [name for name in sys.modules if name.startswith("fira.huggingface.gguf_")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"needs the package gguf; pip install \.\[gguf\]"):
+        export(step, tmp_path / "out", "gguf")

@@ -1,20 +1,27 @@
 """Load a model for inference from a checkpoint or an exported folder."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from fira.checkpoint.pretrained import Saved, open_saved, read_weight, stored_config
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, parse_tokenizer
 from fira.data.tokenizer_config import TokenizerConfig, default_config, read_config, read_config_beside
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
+from fira.models.quantized_model import quantize_matrices
 from fira.models.registry import build
+from fira.nn.quantization import Quantization
 
 
 def load_model(
-    path: str | Path, device: torch.device | str = "cpu", tokenizer: str | Path | None = None
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    tokenizer: str | Path | None = None,
+    quantize: str | None = None,
 ) -> LanguageModel:
     """Load a model in eval mode.
 
@@ -22,12 +29,21 @@ def load_model(
     export, a Llama, FlexOlmo or OLMoE). tokenizer: the path of a tokenizer.json; by default the model's own is loaded
     as `model.tokenizer`, which is None if the model was trained on shards without a tokenizer. Its special tokens and
     chat template, from the files next to it, become `model.tokenizer_config`.
+    quantize: one of `fira.nn.quantization.FORMS`, such as "int8": the matrices of the blocks are quantised while they
+    are read, for inference on the CPU; None: all weights have their stored precision.
+
     Raises UserError if there is no checkpoint, or if it is damaged or does not match its config.
     """
+    quantization = None if quantize is None else Quantization.parse(quantize)
+    if quantization and torch.device(device).type != "cpu":
+        raise UserError(f"{quantization} is for CPUs; load the model on the CPU, or without quantisation")
     saved = open_saved(path)
     with torch.device("meta"):
         model = build(stored_config(saved))
-    weights = {name: read_weight(saved, name, tuple(tensor.shape)) for name, tensor in model.weights().items()}
+    if quantization:
+        quantize_matrices(model, quantization, partial(_read_finite, saved))
+    missing = {name: tensor for name, tensor in model.weights().items() if tensor.is_meta}
+    weights = {name: read_weight(saved, name, tuple(tensor.shape)) for name, tensor in missing.items()}
     model.load_state_dict(weights, strict=not model.tied, assign=True)
     model.tie()
     if tokenizer is not None:
@@ -37,6 +53,14 @@ def load_model(
         model.tokenizer = parse_tokenizer(saved.file(TOKENIZER), saved.folder / TOKENIZER)
         model.tokenizer_config = saved_config(saved, model.tokenizer)
     return model.to(device).eval()
+
+
+def _read_finite(saved: Saved, name: str, shape: tuple[int, ...], start: int, stop: int | None) -> Tensor:
+    """Read rows of a weight. Raises UserError if a value is infinite or NaN."""
+    weight = read_weight(saved, name, shape, start, stop)
+    if not weight.isfinite().all():
+        raise UserError(f"{saved.folder}: {name} has values that are not finite, which cannot be quantised; restore it")
+    return weight
 
 
 def own_tokenizer(model: LanguageModel) -> Tokenizer:

@@ -12,6 +12,7 @@ from fira.nn.context import Context
 from fira.nn.embedding import Embedding, Head
 from fira.nn.init import initialise
 from fira.nn.lora import Lora
+from fira.nn.quantization import Quantization
 
 
 class LanguageModel(nn.Module):
@@ -23,6 +24,7 @@ class LanguageModel(nn.Module):
     config: dataclass of the family, with the fields `vocab_size` and `seq_len`, the longest context.
     tied: the head shares the embedding's weight. The parameter is listed once, under the embedding's name.
     lora: settings of its adapters, if `fira.models.adapters` has added any.
+    quantization: settings of its quantised matrices, if `fira.models.quantized_model` has made any.
     tokenizer, tokenizer_config: attributes that are set if the model is loaded together with a tokenizer; the latter
     has the names of its special tokens and its chat template.
     """
@@ -33,6 +35,7 @@ class LanguageModel(nn.Module):
         self.layers = layers
         self.tied = tied
         self.lora: Lora | None = None
+        self.quantization: Quantization | None = None
         self.tokenizer: Any = None
         self.tokenizer_config: Any = None
         if next(self.parameters()).device.type != "meta":

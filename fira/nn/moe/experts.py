@@ -13,6 +13,7 @@ from fira.nn.kernels.fused import use_fused
 from fira.nn.lora import Lora
 from fira.nn.mlp import gated
 from fira.nn.moe.grouped_linear import RowGroups, add_rows, fused_bias_gelu, grouped_linear
+from fira.nn.moe.quantized_experts import QuantizedExperts
 
 
 class ExpertBank(PerExpertInit, nn.Module):
@@ -40,7 +41,10 @@ class ExpertBank(PerExpertInit, nn.Module):
 
     def linear(self, x: Tensor, groups: RowGroups, name: str, bias: Tensor | None = None) -> Tensor:
         """x [n, in] → W x + bias [n, out] of each row's expert, with the adapter of the weight W called `name`."""
-        y = grouped_linear(x, groups, getattr(self, name), bias)
+        weight = getattr(self, name)
+        if isinstance(weight, QuantizedExperts):
+            return weight(x, groups, bias)
+        y = grouped_linear(x, groups, weight, bias)
         return add_rows(y, self.lora[name](x, groups)) if name in self.lora else y
 
     def init_parameter(self, name: str, value: Tensor, generator: torch.Generator) -> None:

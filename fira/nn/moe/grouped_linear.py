@@ -153,11 +153,7 @@ def _aligned_grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[int, int]) -> Tensor:
     """y of the shapes above; with grad_y and weightᵀ it is grad_x."""
-    width = weight.shape[-2]
-    unit = ALIGNMENT // x.element_size()
-    y = x.new_empty(len(x), -(-width // unit) * unit)
-    if y.shape[1] > width:
-        y = y[:, :width]
+    y = empty_rows(x, weight.shape[-2])
     spans = _spans(sizes, len(x))
     rows, outputs = _aligned(x.split_with_sizes(spans)), y.split_with_sizes(spans)
     factors = _aligned(_by_group(weight.mT, sizes, 2))
@@ -172,6 +168,13 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[int, in
     if spans[-1]:
         y[-spans[-1] :] = 0
     return y
+
+
+def empty_rows(x: Tensor, width: int) -> Tensor:
+    """Uninitialised rows [n, width] for the rows x [n, …], padded to ALIGNMENT."""
+    unit = ALIGNMENT // x.element_size()
+    y = x.new_empty(len(x), -(-width // unit) * unit)
+    return y[:, :width] if y.shape[1] > width else y
 
 
 def _by_group(stacked: Tensor, sizes: dict[int, int], dims: int) -> Sequence[Tensor]:

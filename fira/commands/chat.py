@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fira import cli
-from fira.generation.options import add_sampling, sampling
+from fira.generation.options import add_quantize, add_sampling, sampling
 from fira.value_types import PathName
 
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
     add_sampling(parser)
+    add_quantize(parser)
     options = parser.start(arguments)
-    from fira import load_model
-    from fira.devices import choose_devices
+    from fira.commands.loading import load
     from fira.generation.conversation import Conversation
 
-    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0], options.tokenizer)
+    model = load(options.checkpoint, options.tokenizer, options.quantize, options.quiet)
     answer_questions(Conversation(model), options)
 
 

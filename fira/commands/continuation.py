@@ -5,10 +5,10 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from fira import cli, encode, load_model
+from fira import cli, encode
 from fira.checkpoint.load_model import own_tokenizer
+from fira.commands.loading import load
 from fira.data.tokenizer import eos_id
-from fira.devices import choose_devices
 from fira.errors import UserError
 from fira.generation.conversation import own_template
 from fira.generation.options import sampling
@@ -19,14 +19,15 @@ from fira.models.language_model import LanguageModel
 
 def continue_or_evaluate(options: Namespace) -> None:
     """Print the perplexity of `--eval-text` if it is given, and the continuation of `--prompt`."""
-    device = choose_devices("auto", None, 0)[0]
-    model = load_model(options.checkpoint or find_in_out(options.model_name), device, options.tokenizer)
+    folder, form = options.checkpoint or find_in_out(options.model_name), (options.quantize, options.quiet)
+    model = load(folder, options.tokenizer, *form)
     if options.eval_text is not None:
         tokenizer, text = own_tokenizer(model), text_or_content(options.eval_text)
         ids = [eos_id(tokenizer), *encode(text, tokenizer)]  # in training, EOS precedes every document
         print(perplexity(model, ids).describe(len(text.encode())))
     if options.eval_text is None or options.prompt is not None:
-        generate(model, load_model(options.draft, device) if options.draft else None, options)
+        draft = load(options.draft, None, *form) if options.draft else None
+        generate(model, draft, options)
 
 
 def find_in_out(name: str) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fira import cli
 from fira.errors import UserError
+from fira.generation.options import add_quantize
 from fira.value_types import PathName, Sequences
 
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument(
         "--batch-size", type=Sequences, default=8, help="examples per forward pass (default: %(default)s)"
     )
+    add_quantize(parser)
     options = parser.start(arguments)
     if not options.data and not options.tasks:
         raise UserError("nothing to evaluate; give --data or --tasks")

@@ -1,15 +1,16 @@
 """The losses and task scores of a model, as `fira evaluate` prints them."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from fira import encode, load_model
+from fira import encode
 from fira.checkpoint.load_model import own_config, own_tokenizer
 from fira.checkpoint.step_folders import run_of
+from fira.commands.loading import load
 from fira.data.sources import documents
 from fira.data.tokenizer import eos_id
-from fira.devices import choose_devices
 from fira.evaluation.local_model import LocalModel
 from fira.evaluation.request_encoding import RequestEncoder
 from fira.evaluation.score_chart import plot_scores
@@ -22,27 +23,48 @@ from fira.models.language_model import LanguageModel
 
 
 def report(options: Namespace) -> None:
-    """Load the model of `--checkpoint`, and report its losses on `--data` and its scores in `--tasks`."""
-    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0], options.tokenizer)
+    """Load the model of `--checkpoint`, and report its losses on `--data` and its scores in `--tasks`.
+
+    The losses of a quantised model are compared with those of the saved one, which is loaded before it.
+    """
+    saved: list[TextLoss] = []
+    if options.data and options.quantize:
+        full = load(options.checkpoint, options.tokenizer, None, options.quiet)
+        saved = [loss for loss, _ in text_losses(full, options)]
+        del full
+    model = load(options.checkpoint, options.tokenizer, options.quantize, options.quiet)
     if options.data:
-        print_losses(model, options)
+        print_losses(model, options, saved)
     if options.tasks:
         report_task_scores(model, options)
 
 
-def print_losses(model: LanguageModel, options: Namespace) -> None:
-    """Print the loss on each file, the loss on all files if there are several, and the load of each expert."""
+def text_losses(model: LanguageModel, options: Namespace) -> Iterator[tuple[TextLoss, int]]:
+    """Compute the loss on each file; yields it with the size of the text in bytes."""
     tokenizer = own_tokenizer(model)
+    for file in options.data:
+        texts = list(documents(file, options.text_column))
+        ids = list(chain.from_iterable([eos_id(tokenizer), *encode(text, tokenizer)] for text in texts))
+        yield perplexity(model, ids, progress=not options.quiet), sum(len(text.encode()) for text in texts)
+
+
+def print_losses(model: LanguageModel, options: Namespace, saved: list[TextLoss]) -> None:
+    """Print the loss on each file, the loss on all files if there are several, and the load of each expert.
+
+    saved: losses of the saved model on the files, with which those of a quantised model are compared.
+    """
     losses, sizes = [], []
     with counting_experts(model) as counts:
-        for file in options.data:
-            texts = list(documents(file, options.text_column))
-            ids = list(chain.from_iterable([eos_id(tokenizer), *encode(text, tokenizer)] for text in texts))
-            losses.append(perplexity(model, ids, progress=not options.quiet))
-            sizes.append(sum(len(text.encode()) for text in texts))
-            print(f"{file}: {losses[-1].describe(sizes[-1])}")
+        for file, (loss, size) in zip(options.data, text_losses(model, options), strict=True):
+            losses.append(loss)
+            sizes.append(size)
+            print(f"{file}: {loss.describe(size)}")
     if len(losses) > 1:
         print(f"together: {TextLoss.mean(losses).describe(sum(sizes))}")
+    if saved:
+        before, after = TextLoss.mean(saved).perplexity, TextLoss.mean(losses).perplexity
+        change = f"{before:.5g} → {after:.5g} ({after / before - 1:+.2%})"
+        print(f"perplexity, saved → {options.quantize}: {change}")
     if counts:
         print("tokens of each expert, in percent:")
     for layer, fractions in shares(counts).items():

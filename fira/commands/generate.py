@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fira import cli
-from fira.generation.options import add_sampling
+from fira.generation.options import add_quantize, add_sampling
 from fira.value_types import PathName, Size
 
 
@@ -27,6 +27,7 @@ def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument(*length, type=int, default=100, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--chat", action="store_true", help="the prompt is a message, which the model answers")
     add_sampling(parser)
+    add_quantize(parser)
     parser.add_argument("--draft", type=PathName, metavar="CHECKPOINT", help="a smaller model for speculative decoding")
     parser.add_argument("--beams", type=Size, help="beam search with this number of beams")
     parser.add_argument("--eval-text", help="a text, or a file with one: print how well it is predicted")

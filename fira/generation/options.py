@@ -1,10 +1,11 @@
-"""Command-line flags for sampling."""
+"""Command-line flags for sampling and quantisation."""
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from typing import Any
 
 from fira.decoding.sampling import Sampling
+from fira.nn.quantization import FORMS
 from fira.value_types import flag_type
 
 DEFAULTS = Sampling(temperature=0.8)
@@ -28,6 +29,12 @@ def add_sampling(parser: ArgumentParser) -> None:
         default = getattr(DEFAULTS, name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=types[name], default=default, help=text)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+
+
+def add_quantize(parser: ArgumentParser) -> None:
+    """Add the flag `--quantize`."""
+    text = "store the matrices of the blocks, and with +head the head, in 8 or 4 bits, on the CPU; default: as saved"
+    parser.add_argument("--quantize", choices=FORMS, help=text)
 
 
 def sampling(options: Namespace) -> dict[str, Any]:

@@ -99,6 +99,9 @@ def as_transformers(model: LanguageModel) -> FiraLMForCausalLM:
     )
     with torch.device("meta"):
         wrapped = causal(config(shape=to_document(model.config)))
+    if model.quantization:  # the modules are shared, because they differ from those of the class
+        wrapped.model.layers = model.layers
+        return wrapped.eval()
     return _assign_weights(wrapped, {f"model.{name}": value for name, value in model.weights().items()})
 
 

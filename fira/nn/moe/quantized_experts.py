@@ -1,6 +1,6 @@
 """Linear layers of several experts with quantised weights."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ from fira.nn.quantized_matrix import QuantizedMatrix
 class QuantizedExperts(nn.Module):
     """In place of a weight [E, out, in] of an `ExpertBank`: the matrix of each expert."""
 
-    def __init__(self, matrices: Iterable[QuantizedMatrix]) -> None:
+    def __init__(self, matrices: Sequence[QuantizedMatrix]) -> None:
         super().__init__()
         self.matrices = nn.ModuleList(matrices)
-        self.out_features: int = self.matrices[0].out_features
+        self.out_features = matrices[0].out_features
 
     def forward(self, x: Tensor, groups: RowGroups, bias: Tensor | None) -> Tensor:
         """x [n, in], bias [E, out] → y [n, out], as `grouped_linear`."""

@@ -52,8 +52,8 @@ class Int8Matrix(QuantizedMatrix):
     scale: Tensor  # [out] bf16
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        scale = _nonzero(weight.abs().amax(1) / 127)
-        q = (weight / scale.float()[:, None]).round_().clamp_(-127, 127)
+        scale = (weight.abs().amax(1) / 127).to(torch.bfloat16)
+        q = (weight / _divisor(scale)[:, None]).round_().clamp_(-127, 127)
         return {"q": q.to(torch.int8), "scale": scale}
 
     def product(self, x: Tensor) -> Tensor:
@@ -73,9 +73,9 @@ class Int4Matrix(QuantizedMatrix):
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         groups = weight.unflatten(1, (-1, GROUP))
         low, high = groups.amin(2), groups.amax(2)
-        scale = _nonzero((high - low) / 15)
+        scale = ((high - low) / 15).to(torch.bfloat16)
         middle = (low + 8 * scale.float()).to(torch.bfloat16)
-        q = ((groups - middle.float()[..., None]) / scale.float()[..., None]).round_().add_(8).clamp_(0, 15)
+        q = ((groups - middle.float()[..., None]) / _divisor(scale)[..., None]).round_().add_(8).clamp_(0, 15)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.flatten(1).to(torch.int32), 1)
         return {"q": packed, "scale_and_middle": torch.stack([scale.T, middle.T], 2).contiguous()}
 
@@ -83,7 +83,6 @@ class Int4Matrix(QuantizedMatrix):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.q, GROUP, self.scale_and_middle)
 
 
-def _nonzero(scale: Tensor) -> Tensor:
-    """Scales in bf16; those of groups in which all values are equal are one."""
-    scale = scale.to(torch.bfloat16)
-    return scale.where(scale > 0, 1)
+def _divisor(scale: Tensor) -> Tensor:
+    """The scale in fp32, or one where it is zero because all values are equal."""
+    return scale.float().where(scale > 0, 1)

@@ -1,6 +1,7 @@
 """scripts/evaluate.py prints what `perplexity`, `expert_utilisation` and `EncodedTask.scores` return."""
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -118,3 +119,28 @@ def test_invalid_arguments_end_with_a_one_line_error(
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
+
+
+def test_quantised_model_is_compared_with_the_saved_one(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.txt").write_text(TEXT)
+    arguments = ["--checkpoint", run_folder, "--data", tmp_path / "one.txt"]
+    evaluate(monkeypatch, *arguments)
+    before = float(re.search(r"perplexity ([\d.]+):", capsys.readouterr().out)[1])
+    evaluate(monkeypatch, *arguments, "--quantize", "int4")
+    out, err = capsys.readouterr()
+    after = float(re.search(r"perplexity ([\d.]+):", out)[1])
+    line = re.search(r"^perplexity, saved → int4: ([\d.]+) → ([\d.]+) \((.*)%\)$", out, re.MULTILINE)
+    assert (float(line[1]), float(line[2])) == (before, after)
+    assert float(line[3]) == pytest.approx(100 * (after / before - 1), abs=0.02)
+    assert before != after
+    assert re.search(r"^int4: weights of 0\.1 MB, in fp32 0\.1 MB \(\d+%\)$", err, re.MULTILINE)
+
+
+def test_tasks_are_scored_with_a_quantised_head(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = write_jsonl(tmp_path / "choice.jsonl", CHOICES)
+    evaluate(monkeypatch, "--checkpoint", run_folder, "--tasks", tasks, "--quantize", "int8+head")
+    assert "choice" in capsys.readouterr().out

@@ -132,3 +132,14 @@ def test_invalid_arguments_end_with_a_one_line_error(
         ("nothing to predict", ["--checkpoint", run_folder, "--eval-text", ""]),
     ):
         assert_error(monkeypatch, capsys, message, *arguments)
+
+
+def test_quantised_model_with_a_draft_continues_a_prompt(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = sample_text(load_model(run_folder, quantize="int4+head"), "def main", 3, temperature=0)
+    flags = ["--checkpoint", run_folder, "--prompt", "def main", "--max-new-tokens", "3", "--temperature", "0"]
+    generate(monkeypatch, *flags, "--quantize", "int4+head", "--draft", run_folder)
+    out, err = capsys.readouterr()
+    assert out.rstrip("\n") == text.rstrip("\n")
+    assert err.count("int4+head: weights of ") == 2

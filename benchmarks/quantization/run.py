@@ -1,9 +1,9 @@
 """Quantised models: perplexity and bytes of a trained model, memory of loading, and decoding against transformers.
 
-    python -m benchmarks.quantization.run [--run RUN] [--only quality|speed]
+    python -m benchmarks.quantization.run [--run RUN] [--only quality|memory|speed]
 
 --run: a trained run; default: fira-tiny is trained for 300 steps. Speed is measured with random weights. All contenders
-decode greedily with a cache on the CPU. Writes quality.csv and speed.csv.
+decode greedily with a cache on the CPU. Writes quality.csv, memory.csv and speed.csv.
 """
 
 import argparse
@@ -41,6 +41,7 @@ MODELS = {
     "fira-base, 333M": PRESETS["fira-base"],
 }
 CASES = [*((name, 1) for name in MODELS), ("mooshak, 156M", 16)]  # rows decoded together
+PARTS = ("quality", "memory", "speed")
 SPEED_FORMS = ("int8", "int4", "int8+head")
 TEXT = sorted((ROOT / "fira" / "nn").glob("*.py"))  # Python code that is not in the training data
 TOKENS = 8_000
@@ -89,17 +90,26 @@ def of_transformers(model: LanguageModel) -> Any:
     return other
 
 
+def memory(name: str) -> None:
+    """Print the bytes of the weights, and the peak of torch's allocations while a model is loaded."""
+    results: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        saved = save(build(MODELS[name]), Path(folder))
+        for form in (None, *SPEED_FORMS):
+            size = weight_bytes(load_model(saved, quantize=form))
+            peak = peak_allocated(lambda form=form: load_model(saved, quantize=form))  # type: ignore[misc]
+            results.append({"model": name, "form": form or "fp32", "bytes": size, "peak_of_loading": peak})
+            print(results[-1], flush=True)
+    merge(HERE / "memory.csv", results, ["model", "form"])
+
+
 def speed(name: str, rows: int) -> None:
-    """Print tokens per second of each contender, including the prompt's time, and bytes of the quantised models."""
+    """Print tokens per second of each contender, including the prompt's time, and ratios against transformers."""
     torch.manual_seed(0)
     full = build(MODELS[name]).eval()
-    models, loading = {"fp32": full}, {}
     with tempfile.TemporaryDirectory() as folder:
         saved = save(full, Path(folder))
-        for form in SPEED_FORMS:
-            models[form] = load_model(saved, quantize=form)
-            if rows == 1:
-                loading[form] = peak_allocated(lambda form=form: load_model(saved, quantize=form))  # type: ignore[misc]
+        models = {"fp32": full} | {form: load_model(saved, quantize=form) for form in SPEED_FORMS}
     prompt, theirs = torch.randint(full.config.vocab_size, (rows, PROMPT)), of_transformers(full)
 
     def reference() -> Tensor:
@@ -114,7 +124,6 @@ def speed(name: str, rows: int) -> None:
     for form, times in seconds.items():
         row: dict[str, object] = {"model": name, "rows": rows, "form": form}
         row |= {"tokens/s": rows * NEW / statistics.median(times), "ratio": ratio(seconds["transformers"], times)}
-        row |= {"bytes": weight_bytes(models.get(form, full)), "peak_of_loading": loading.get(form, "")}
         print(row, flush=True)
         results.append(row)
     merge(HERE / "speed.csv", results, ["model", "rows", "form"])
@@ -123,13 +132,16 @@ def speed(name: str, rows: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--only", choices=("quality", "speed"))
+    parser.add_argument("--only", choices=PARTS)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    if options.only != "speed":
+    parts = PARTS if options.only is None else (options.only,)
+    if "quality" in parts:
         with tempfile.TemporaryDirectory() as folder:
             quality(options.run or trained_run(Path(folder) / "run"))
-    if options.only != "quality":
+    if "memory" in parts:
+        memory("mooshak, 156M")
+    if "speed" in parts:
         for name, rows in CASES:
             speed(name, rows)
     print(environment())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 GROUP = 32  # G
 PADDING = 16
+ROWS = 1024  # rows that are quantised at a time, so that a large head needs little memory
 
 
 class QuantizedMatrix(nn.Module):
@@ -27,8 +28,10 @@ class QuantizedMatrix(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._missing = -self.in_features % GROUP
-        padded = F.pad(weight.detach().float(), (0, self._missing, 0, -self.out_features % PADDING))
-        for name, value in self.quantize(padded).items():
+        missing_outputs, weight = -self.out_features % PADDING, weight.detach().float()
+        if self._missing or missing_outputs:
+            weight = F.pad(weight, (0, self._missing, 0, missing_outputs))
+        for name, value in self.quantize(weight).items():
             self.register_buffer(name, value, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,9 +55,12 @@ class Int8Matrix(QuantizedMatrix):
     scale: Tensor  # [out] bf16
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        scale = (weight.abs().amax(1) / 127).to(torch.bfloat16)
-        q = (weight / _divisor(scale)[:, None]).round_().clamp_(-127, 127)
-        return {"q": q.to(torch.int8), "scale": scale}
+        scale = (torch.linalg.vector_norm(weight, torch.inf, 1) / 127).to(torch.bfloat16)
+        q = torch.empty_like(weight, dtype=torch.int8)
+        blocks = (tensor.split(ROWS) for tensor in (q, weight, _divisor(scale)[:, None]))
+        for target, block, divisor in zip(*blocks, strict=True):
+            target.copy_((block / divisor).round_().clamp_(-127, 127))
+        return {"q": q, "scale": scale}
 
     def product(self, x: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(x, self.q, self.scale)

@@ -27,13 +27,14 @@ from fira.models.language_model import LanguageModel
 from fira.models.mooshak import MooshakConfig
 from fira.models.registry import PRESETS, build, to_document
 from fira.nn.quantization import FORMS
+from fira.wait_policy import share_cores
 from tests.fira.models.transformers_twin import twin
 from tests.launch import ROOT
 from tests.saving import save_checkpoint
 
 HERE = Path(__file__).parent
-ROUNDS = 5
-PROMPT, NEW = 32, 48
+ROUNDS = {1: 15, 16: 5}  # by rows: short calls, so that the contenders see the same load
+PROMPT, NEW = 2, 16
 SMALL: dict[str, Any] = {"vocab_size": 8192, "seq_len": 256}
 MODELS = {
     "mooshak, 34M": MooshakConfig(**SMALL, d_model=512, n_head=8, num_layers=8, d_ff=1376),
@@ -119,7 +120,7 @@ def speed(name: str, rows: int) -> None:
     contenders = {
         form: lambda model=model: model.generate(prompt, NEW, temperature=0) for form, model in models.items()
     }
-    seconds = alternate({"transformers": reference, **contenders}, ROUNDS)
+    seconds = alternate({"transformers": reference, **contenders}, ROUNDS[rows])
     results: list[dict[str, object]] = []
     for form, times in seconds.items():
         row: dict[str, object] = {"model": name, "rows": rows, "form": form}
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    share_cores()  # as the commands do
     parts = PARTS if options.only is None else (options.only,)
     if "quality" in parts:
         with tempfile.TemporaryDirectory() as folder:

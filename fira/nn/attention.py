@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: [B, T, d] → [B, T, d]. With a cache, x holds the tokens that follow the cached ones."""
-        cache, documents = context.decoding.cache, context.documents
+        cache, documents, starts = context.decoding.cache, context.documents, context.starts
         length = x.shape[1] + (cache.length if cache is not None else 0)
         tokens, shape = x.flatten(0, 1), (*x.shape[:2], -1, self.head_dim)
         v = self.v(tokens)
@@ -77,13 +77,13 @@ class SelfAttention(nn.Module):
         v = self._heads(v, shape)
         if self.rotary is not None:
             if self.rotary.grows:
-                (q,) = self.rotary(length, q, documents=documents)
+                (q,) = self.rotary(length, q, documents=documents, starts=starts)
             else:
-                q, k = self.rotary(length, q, k, documents=documents)
+                q, k = self.rotary(length, q, k, documents=documents, starts=starts)
         if cache is not None:
             k, v = cache.extend(self.name, k, v, self.window)
         if self.rotary is not None and self.rotary.grows:  # the angles of all keys depend on the length
-            (k,) = self.rotary(length, k, documents=documents)
+            (k,) = self.rotary(length, k, documents=documents, starts=starts)
         mask = self._mask(q, k, length, context)
         if context.decoding.attentions is not None:
             y, context.decoding.attentions[self.name] = _attend(q, k, v, mask)

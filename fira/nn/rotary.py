@@ -62,18 +62,24 @@ class Rotary:
         """Whether a token's angles depend on the length of the sequence, so that rotated keys cannot be cached."""
         return self.max_position is not None
 
-    def __call__(self, length: int, *heads: Tensor, documents: Documents | None = None) -> list[Tensor]:
+    def __call__(
+        self, length: int, *heads: Tensor, documents: Documents | None = None, starts: Tensor | None = None
+    ) -> list[Tensor]:
         """heads [B, H, n, hd] at the last n of `length` positions → rotated: (a, b) ⊙ cos + (−b, a) ⊙ sin.
 
         documents: count positions, and lengths on which θ depends, in documents of n tokens in total.
+        starts: [B] int64, count them from where each sequence starts; padding before it has position 0.
         """
-        wide = torch.promote_types(heads[0].dtype, torch.float32)
-        if documents is None:
-            cos, sin = self.cos_sin(length, wide, heads[0].device)
-            first = length - heads[0].shape[2]
-            cos, sin = cos[first:length], sin[first:length]
+        wide, first = torch.promote_types(heads[0].dtype, torch.float32), length - heads[0].shape[2]
+        if documents is not None:
+            cos, sin = self._cos_sin_at(documents.positions, documents.lengths, length, wide)
+        elif starts is not None:
+            columns = torch.arange(first, length, device=starts.device)
+            positions = (columns - starts[:, None]).clamp(min=0)
+            cos, sin = self._cos_sin_at(positions, length - starts[:, None], length, wide)
         else:
-            cos, sin = (x[:, None] for x in self._cos_sin_in_documents(documents, wide))
+            cos, sin = self.cos_sin(length, wide, heads[0].device)
+            cos, sin = cos[first:length], sin[first:length]
         half = self.head_dim // 2
         return [torch.addcmul(x * cos, x.roll(half, -1), sin).to(x.dtype) for x in heads]
 
@@ -90,13 +96,15 @@ class Rotary:
                 cached = self._cached = self._compute(positions, self._theta(length), dtype)
         return cached
 
-    def _cos_sin_in_documents(self, documents: Documents, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`cos_sin` of each token [B, T, hd]."""
-        positions = documents.positions
+    def _cos_sin_at(
+        self, positions: Tensor, lengths: Tensor, longest: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """`cos_sin` of each token [B, 1, T, hd] at positions [B, T] < longest; lengths [B, T] or [B, 1] determine θ."""
         if self.grows:
-            return self._compute(positions.double(), self._thetas(documents.lengths)[..., None], dtype)
-        cos, sin = self.cos_sin(positions.shape[1], dtype, positions.device)
-        return cos[positions], sin[positions]
+            cos, sin = self._compute(positions.double(), self._thetas(lengths)[..., None], dtype)
+        else:
+            cos, sin = (table[positions] for table in self.cos_sin(longest, dtype, positions.device))
+        return cos[:, None], sin[:, None]
 
     def _compute(self, positions: Tensor, theta: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, cos) and (−sin, sin) […, hd] of the angles at positions […] float64; theta: a number, or […, 1]."""

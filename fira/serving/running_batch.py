@@ -1,0 +1,120 @@
+"""Continuous batching: texts join and leave a running batch between any two steps of decoding.
+
+    step          1    2    3    4    5    6
+    text 0        ●    ●    ●    ●    ●    ●        ●  token that the batch decodes
+    text 1        ○    ○    ●    ●    ●             ○  piece of a prompt, a forward pass of its own
+    text 2                       ○    ●    ●
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from fira.decoding.sampling import Sampling
+from fira.models.language_model import LanguageModel
+from fira.nn.context import Context, DecodingContext
+from fira.nn.kv_cache import KVCache
+from fira.nn.moe.layer import MoE
+from fira.nn.moe.router import Routed
+from fira.serving.batch_cache import BatchCache
+from fira.serving.row_sampling import RowSampler, next_tokens
+
+
+@dataclass(eq=False)
+class Text:
+    """A prompt and its continuation.
+
+    tokens: all tokens so far. experts: number of assignments [E] of its generated tokens to each expert by layer
+    number; None: not counted.
+    """
+
+    tokens: list[int]
+    sampling: Sampling
+    experts: dict[int, Tensor] | None = None
+    cache: KVCache | None = field(default_factory=KVCache)  # of the prompt, until the text joins the batch
+    sampler: RowSampler | None = None
+
+
+class RunningBatch:
+    """A batch of at most `rows` texts. A text equals its continuation alone, apart from rounding errors.
+
+    A text of t tokens can be continued while t is at most `seq_len`; the caller removes it before.
+    """
+
+    def __init__(self, model: LanguageModel, rows: int) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.cache = BatchCache(rows, model.config.seq_len)
+        self.texts: list[Text] = []
+        self._counted: Sequence[Text] = ()  # the texts of the current step
+        self._hooks = [_count_experts(self, moe) for moe in model.modules() if isinstance(moe, MoE)]
+
+    @torch.inference_mode()
+    def read_prompt(self, text: Text, limit: int) -> int | None:
+        """Process at most `limit` further tokens of a prompt. After the last one, return the first new token."""
+        cache = text.cache
+        assert cache is not None
+        piece = text.tokens[cache.length : cache.length + limit]
+        context = Context(decoding=DecodingContext(cache, logits_to_keep=1))
+        logits = self.model(torch.tensor([piece], device=self.device), context)[:, -1]
+        if cache.length < len(text.tokens):
+            return None
+        text.sampler = RowSampler(text.sampling, self.device)
+        return self._choose([text], logits)[0]
+
+    @torch.inference_mode()
+    def join(self, text: Text) -> None:
+        """Add a text to the batch, whose prompt has been read."""
+        assert text.cache is not None
+        self.cache.join(text.cache)
+        text.cache = None
+        self.texts.append(text)
+
+    @torch.inference_mode()
+    def leave(self, text: Text) -> None:
+        """Remove a text from the batch."""
+        row = self.texts.index(text)
+        self.cache.leave(row)
+        self.texts[row] = self.texts[-1]
+        del self.texts[-1]
+
+    @torch.inference_mode()
+    def step(self) -> list[int]:
+        """Decode one token of every text; return them in the order of `texts`."""
+        last = torch.tensor([text.tokens[-1:] for text in self.texts], device=self.device)
+        starts = self.cache.starts()
+        context = Context(
+            starts=torch.tensor(starts, device=self.device) if any(starts) else None,
+            decoding=DecodingContext(self.cache, logits_to_keep=1),
+        )
+        self._counted = self.texts
+        logits = self.model(last, context)[:, -1]
+        self._counted = ()
+        return self._choose(self.texts, logits)
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _choose(self, texts: Sequence[Text], logits: Tensor) -> list[int]:
+        samplers = [text.sampler for text in texts if text.sampler is not None]
+        tokens = next_tokens(samplers, [text.tokens for text in texts], logits.float())
+        for text, token in zip(texts, tokens, strict=True):
+            text.tokens.append(token)
+        return tokens
+
+
+def _count_experts(batch: RunningBatch, moe: MoE) -> RemovableHandle:
+    """Add the experts of each decoded token to the counts of its text, if the text has them."""
+
+    def count(router: object, inputs: object, routed: Routed) -> None:
+        for row, text in enumerate(batch._counted):
+            if text.experts is not None:
+                counts = routed.experts[row].bincount(minlength=moe.num_experts)
+                text.experts[moe.index] = counts + text.experts.get(moe.index, 0)
+
+    return moe.router.register_forward_hook(count)

@@ -117,6 +117,7 @@ Tokens = Annotated[int, Range(int, 1, 2**24)]  # in a vocabulary or in a sequenc
 Sequences = Annotated[int, Range(int, 1, 2**20)]  # in a batch
 Seed = Annotated[int, Range(int, 0, 2**63 - 1)]
 Steps = Annotated[int, Range(int, 0, LARGEST_INT)]
+Port = Annotated[int, Range(int, 0, 2**16 - 1)]
 Seconds = Annotated[float, Range(float, 0, 10**9, excluded=(0,))]
 Positive = Annotated[float, Range(float, 0, excluded=(0,))]
 NotNegative = Annotated[float, Range(float, 0)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from fira import cli
 from fira.errors import UserError
 
-COMMANDS = ("train", "generate", "chat", "evaluate", "prepare", "plan", "plot", "doctor", "export")
+COMMANDS = ("train", "generate", "chat", "serve", "evaluate", "prepare", "plan", "plot", "doctor", "export")
 PARALLEL = ("train", "plan", "doctor")  # the commands that all ranks run together
 
 

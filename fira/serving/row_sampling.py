@@ -34,14 +34,14 @@ def next_tokens(samplers: Sequence[RowSampler], texts: Sequence[Sequence[int]], 
         groups[sampler.key].append(row)
     tokens = [0] * len(samplers)
     for rows in groups.values():
-        sampler = samplers[rows[0]].sampler
+        first = samplers[rows[0]].sampler
         selected = logits if len(rows) == len(logits) else logits[rows]
-        if sampler.greedy:
+        if first.greedy:
             chosen = selected.argmax(-1)
         else:
-            read = texts[rows[0]] if sampler.penalties else []
+            read = texts[rows[0]] if first.penalties else []
             ids = torch.tensor([read] * len(rows), dtype=torch.int64, device=logits.device)
-            chosen = draw(sampler.probabilities(ids, selected), [samplers[row].generator for row in rows])
+            chosen = draw(first.probabilities(ids, selected), [samplers[row].generator for row in rows])
         for row, token in zip(rows, chosen.tolist(), strict=True):
             tokens[row] = token
     return tokens

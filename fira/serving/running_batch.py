@@ -1,9 +1,9 @@
 """Continuous batching: texts join and leave a running batch between any two steps of decoding.
 
-    step          1    2    3    4    5    6
-    text 0        ●    ●    ●    ●    ●    ●        ●  token that the batch decodes
-    text 1        ○    ○    ●    ●    ●             ○  piece of a prompt, a forward pass of its own
-    text 2                       ○    ●    ●
+step          1    2    3    4    5    6
+text 0        ●    ●    ●    ●    ●    ●        ●  token that the batch decodes
+text 1        ○    ○    ●    ●    ●             ○  piece of a prompt, a forward pass of its own
+text 2                       ○    ●    ●
 """
 
 from collections.abc import Sequence
@@ -47,10 +47,15 @@ class RunningBatch:
     def __init__(self, model: LanguageModel, rows: int) -> None:
         self.model = model
         self.device = next(model.parameters()).device
-        self.cache = BatchCache(rows, model.config.seq_len)
-        self.texts: list[Text] = []
+        self._rows = rows
+        self.clear()
         self._counted: Sequence[Text] = ()  # the texts of the current step
         self._hooks = [_count_experts(self, moe) for moe in model.modules() if isinstance(moe, MoE)]
+
+    def clear(self) -> None:
+        """Remove all texts."""
+        self.cache = BatchCache(self._rows, self.model.config.seq_len)
+        self.texts: list[Text] = []
 
     @torch.inference_mode()
     def read_prompt(self, text: Text, limit: int) -> int | None:

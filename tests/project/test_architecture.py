@@ -20,6 +20,7 @@ ORDER = [
     "fira.evaluation",
     "fira.posttraining",
     "fira.planner",
+    "fira.serving",
     "fira.generation",
     "fira.huggingface",
     "fira.metrics",

@@ -43,9 +43,9 @@ def _encodable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+UnicodeText = Annotated[str, AfterValidator(_encodable)]
 Stops = Annotated[
-    list[Annotated[Text, Field(min_length=1, max_length=1000)]],
+    list[Annotated[UnicodeText, Field(min_length=1, max_length=1000)]],
     Field(max_length=4),
     BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop, json_schema_input_type=str | list[str]),
 ]
@@ -115,7 +115,7 @@ class GenerationRequest(_Body):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: UnicodeText | list[UnicodeText] | list[int] | list[list[int]]
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, of which there may be several; each is a text or a list of tokens."""
@@ -127,12 +127,12 @@ class CompletionRequest(GenerationRequest):
 
 class TextPart(_Body):
     type: Literal["text"]
-    text: Text
+    text: UnicodeText
 
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: UnicodeText | list[TextPart]
     name: str | None = None
 
     def as_message(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The routes of the server."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def create_app(model: ServedModel, scheduler: Scheduler, key: str | None, origin
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(LogRequests)
-    created = Answer(model.name, [], chat=False).created
+    created = int(time.time())
 
     async def respond(request: Request, body: R, make: Callable[[R], list[Choice]], chat: bool) -> Response:
         choices = await run_in_threadpool(make, body)

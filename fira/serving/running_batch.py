@@ -6,12 +6,11 @@ text 1        ○    ○    ●    ●    ●             ○  piece of a prompt
 text 2                       ○    ●    ●
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from fira.decoding.sampling import Sampling
 from fira.models.language_model import LanguageModel
@@ -50,7 +49,9 @@ class RunningBatch:
         self._rows = rows
         self.clear()
         self._counted: Sequence[Text] = ()  # the texts of the current step
-        self._hooks = [_count_experts(self, moe) for moe in model.modules() if isinstance(moe, MoE)]
+        for moe in model.modules():
+            if isinstance(moe, MoE):
+                moe.router.register_forward_hook(self._counter(moe))
 
     def clear(self) -> None:
         """Remove all texts."""
@@ -100,11 +101,6 @@ class RunningBatch:
         self._counted = ()
         return self._choose(self.texts, logits)
 
-    def close(self) -> None:
-        """Remove the hooks from the model."""
-        for hook in self._hooks:
-            hook.remove()
-
     def _choose(self, texts: Sequence[Text], logits: Tensor) -> list[int]:
         samplers = [text.sampler for text in texts if text.sampler is not None]
         tokens = next_tokens(samplers, [text.tokens for text in texts], logits.float())
@@ -112,14 +108,13 @@ class RunningBatch:
             text.tokens.append(token)
         return tokens
 
+    def _counter(self, moe: MoE) -> Callable[..., None]:
+        """A hook that adds the experts of each decoded token to the counts of its text, if the text has them."""
 
-def _count_experts(batch: RunningBatch, moe: MoE) -> RemovableHandle:
-    """Add the experts of each decoded token to the counts of its text, if the text has them."""
+        def count(router: object, inputs: object, routed: Routed) -> None:
+            for row, text in enumerate(self._counted):
+                if text.experts is not None:
+                    counts = routed.experts[row].bincount(minlength=moe.num_experts)
+                    text.experts[moe.index] = counts + text.experts.get(moe.index, 0)
 
-    def count(router: object, inputs: object, routed: Routed) -> None:
-        for row, text in enumerate(batch._counted):
-            if text.experts is not None:
-                counts = routed.experts[row].bincount(minlength=moe.num_experts)
-                text.experts[moe.index] = counts + text.experts.get(moe.index, 0)
-
-    return moe.router.register_forward_hook(count)
+        return count

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
 from fira.generation.conversation import Conversation
 from tests.fira.serving.running_server import running, served_model
+from tests.fira.small_model import make_tokenizer
 
 webdriver = pytest.importorskip("selenium.webdriver")
 FLAGS = [
     "--headless",
-    "--no-sandbox",
+    "--no-sandbox",  # which root needs
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -51,7 +51,7 @@ def emulate(browser: Any, width: int, height: int, scheme: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_chat_in_the_browser(browser: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_chat_in_the_browser(browser: Any, tmp_path: Path) -> None:
     """PAGE_SCREENSHOTS: a folder that keeps the screenshots."""
     pictures = Path(os.environ.get("PAGE_SCREENSHOTS", tmp_path))
     from selenium.webdriver.common.by import By
@@ -64,7 +64,7 @@ def test_a_chat_in_the_browser(browser: Any, tokenizer: Tokenizer, tmp_path: Pat
         browser.find_element(By.ID, "input").send_keys(question + "\n")
         WebDriverWait(browser, 60).until(lambda _: browser.find_element(By.ID, "send").text == "Send")
 
-    with running(served_model(tokenizer), key="secret") as server:
+    with running(served_model(make_tokenizer()), key="secret") as server:
         emulate(browser, 1000, 800, "light")
         browser.get(server.url)
         WebDriverWait(browser, 30).until(lambda _: "API key" in browser.find_element(By.ID, "context").text)

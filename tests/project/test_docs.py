@@ -25,6 +25,7 @@ NOT_RUN = {
     "--model fira-base --data fineweb/": "trains 333 million parameters on data that must be downloaded",
     "--tasks hellaswag": "lm-eval downloads the tasks; tests/fira/huggingface/test_tasks.py runs local tasks",
     "train.py --compile": "compiles for minutes; tests/fira/parallel/test_compile_blocks.py compiles all families",
+    "serve.py --checkpoint": "runs until a signal; tests/fira/commands/test_serve.py runs it",
     "doctor.py --gpu": "needs a GPU; tests/fira/doctor runs the tests on the CPU",
     "git worktree add before main": "needs a second checkout; its three following lines depend on it",
     "for tree in before": "compares two checkouts",

@@ -60,6 +60,7 @@ def test_modules_and_data_come_from_the_wheel(installed, empty):
     files = [Path(path) for path in run([installed / "python", "-c", code], empty).split()]
     assert all(path.is_relative_to(installed.parent) for path in files)
     assert all((path.parent / "py.typed").exists() for path in files)
+    assert (files[0].parent / "serving" / "chat_page.html").exists()
 
 
 @pytest.mark.slow

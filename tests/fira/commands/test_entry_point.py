@@ -55,7 +55,18 @@ def test_help_and_invalid_arguments_import_no_large_package():
         "        assert isinstance(end, SystemExit if argument == '--help' else UserError), command\n"
         "        assert not set(sys.argv[1:]) & sys.modules.keys(), command"
     )
-    large = ["torch", "numpy", "mpi4py", "pandas", "matplotlib", "tokenizers", "pyarrow", "transformers"]
+    large = [
+        "torch",
+        "numpy",
+        "mpi4py",
+        "pandas",
+        "matplotlib",
+        "tokenizers",
+        "pyarrow",
+        "transformers",
+        "fastapi",
+        "uvicorn",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", code, *large], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

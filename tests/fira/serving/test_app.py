@@ -82,11 +82,6 @@ def test_characters_are_never_cut_and_stop_texts_never_shown(served, tokenizer):
     ]
     assert "".join(piece.text for piece in pieces) == expected
     assert pieces[-1].finish_reason == "stop"
-    assert (
-        "".join(p.text for p in served.client().completions.create(**arguments, stream=True).choices) == text
-        if 0
-        else 1
-    )
     assert served.client().completions.create(**arguments).choices[0].text == text
 
 
@@ -121,15 +116,11 @@ def test_text_ends_with_the_context(served):
 
 
 def test_concurrent_clients_get_the_answers_of_single_runs(served):
-    prompts = [f"def f{number}" + "Wald " * (number % 7) for number in range(32)]
+    prompts, client = [f"def f{number}" + "Wald " * (number % 7) for number in range(32)], served.client()
 
     def ask(prompt: str) -> str:
-        return (
-            served.client()
-            .completions.create(model="small", prompt=prompt, temperature=0, max_tokens=5 + len(prompt))
-            .choices[0]
-            .text
-        )
+        arguments = {"model": "small", "prompt": prompt, "temperature": 0, "max_tokens": 5 + len(prompt)}
+        return client.completions.create(**arguments).choices[0].text
 
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(ask, prompts))
@@ -153,7 +144,7 @@ def test_concurrent_clients_get_the_answers_of_single_runs(served):
         ({"max_tokens": "5"}, 400, "valid integer", "max_tokens"),
         ({"n": 33}, 400, "at most 32", "n"),
         ({"stop": ["a"] * 5}, 400, "at most 4", "stop"),
-        ({"stop": ""}, 400, "at least 1 character", "stop"),
+        ({"stop": ""}, 400, "at least 1 item", "stop"),
         ({"seed": -1}, 400, "seed: give", "seed"),
         ({"temprature": 1}, 400, "not permitted", "temprature"),
         ({"tools": [{"type": "function"}]}, 400, "tools is not supported", "tools"),
@@ -289,11 +280,11 @@ def test_draining_server_finishes_answers_within_the_limit(small_model, monkeypa
     stop_between_steps(monkeypatch, 0.02)
     with running(small_model) as server:
         options = {"model": "small", "prompt": "def", "temperature": 0, "stream": True}
-        short, long = (server.client().completions.create(**options, max_tokens=count) for count in (4, 190))
-        wait_for(lambda: server.scheduler.load()[0] == 2)
-        server.scheduler.drain(0.6)
+        client = server.client()
+        long, short = (client.completions.create(**options, max_tokens=count) for count in (190, 10))
+        server.scheduler.drain(1.5)
         with pytest.raises(openai.InternalServerError, match="shutting down"):
-            server.client().completions.create(model="small", prompt="def")
-        assert "".join(chunk.choices[0].text for chunk in short) == single(small_model, "def", 4, temperature=0)
+            client.completions.create(model="small", prompt="def")
+        assert "".join(chunk.choices[0].text for chunk in short) == single(small_model, "def", 10, temperature=0)
         with pytest.raises(openai.APIError, match="shutting down"):
             list(long)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer
 
 from fira.data.tokenizer import eos_id
-from fira.decoding.sampling import Sampling
 from fira.generation.text import TextStream
+from fira.serving.row_sampling import RowSampler
 from fira.serving.running_batch import Text
 
 
@@ -33,7 +33,7 @@ class Choice:
 
     index: int
     prompt: list[int]
-    sampling: Sampling
+    sampler: RowSampler
     limit: int
     stop: Sequence[str]
     tokenizer: Tokenizer
@@ -43,7 +43,7 @@ class Choice:
     finish: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.text = Text(list(self.prompt), self.sampling, {} if self.count_experts else None)
+        self.text = Text(list(self.prompt), self.sampler, {} if self.count_experts else None)
         self._stream = TextStream(self.tokenizer, self.prompt, self.stop)
         self._eos = eos_id(self.tokenizer)
 

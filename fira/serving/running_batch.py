@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fira.decoding.sampling import Sampling
 from fira.models.language_model import LanguageModel
 from fira.nn.context import Context, DecodingContext
 from fira.nn.kv_cache import KVCache
@@ -31,10 +30,9 @@ class Text:
     """
 
     tokens: list[int]
-    sampling: Sampling
+    sampler: RowSampler
     experts: dict[int, Tensor] | None = None
     cache: KVCache | None = field(default_factory=KVCache)  # of the prompt, until the text joins the batch
-    sampler: RowSampler | None = None
 
 
 class RunningBatch:
@@ -68,7 +66,6 @@ class RunningBatch:
         logits = self.model(torch.tensor([piece], device=self.device), context)[:, -1]
         if cache.length < len(text.tokens):
             return None
-        text.sampler = RowSampler(text.sampling, self.device)
         return self._choose([text], logits)[0]
 
     @torch.inference_mode()
@@ -102,8 +99,7 @@ class RunningBatch:
         return self._choose(self.texts, logits)
 
     def _choose(self, texts: Sequence[Text], logits: Tensor) -> list[int]:
-        samplers = [text.sampler for text in texts if text.sampler is not None]
-        tokens = next_tokens(samplers, [text.tokens for text in texts], logits.float())
+        tokens = next_tokens([text.sampler for text in texts], [text.tokens for text in texts], logits.float())
         for text, token in zip(texts, tokens, strict=True):
             text.tokens.append(token)
         return tokens

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from fira.decoding.sampling import Sampling
 from fira.models.language_model import LanguageModel
 from fira.serving.choice import Choice, Event
+from fira.serving.row_sampling import RowSampler
 from fira.serving.running_batch import RunningBatch, Text
 
 PROMPT_TOKENS = 256  # of prompts that are read between two steps of the running texts
@@ -51,7 +52,7 @@ class Scheduler:
 
     def warm_up(self) -> int:
         """Decode two tokens, so that all memory is allocated. Return the bytes of the key-value cache."""
-        text = Text([0], Sampling(temperature=0))
+        text = Text([0], RowSampler(Sampling(temperature=0), self._batch.device))
         self._batch.read_prompt(text, 1)
         self._batch.join(text)
         self._batch.step()
@@ -81,9 +82,12 @@ class Scheduler:
         return self._thread.is_alive()
 
     def drain(self, seconds: float) -> None:
-        """Accept no further requests, and end the others with an error after a number of seconds."""
+        """Accept no further requests, and end the others with an error after a number of seconds.
+
+        A further call can only shorten the time.
+        """
         with self._changed:
-            self._deadline = self._deadline or time.monotonic() + seconds
+            self._deadline = min(self._deadline or float("inf"), time.monotonic() + seconds)
 
     def close(self) -> None:
         """End the thread after its current step."""

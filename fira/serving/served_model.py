@@ -14,6 +14,7 @@ from fira.models.language_model import LanguageModel
 from fira.serving.api_errors import APIError
 from fira.serving.api_requests import ChatRequest, CompletionRequest, GenerationRequest
 from fira.serving.choice import Choice, Event
+from fira.serving.row_sampling import RowSampler
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
 
@@ -28,6 +29,7 @@ class ServedModel:
         self.name, self.most = name, most
         self.context: int = model.config.seq_len
         self._model, self._tokenizer = model, own_tokenizer(model)
+        self._device = next(model.parameters()).device
         self._ends = [PROMPTER, own_config(model).eos_token or ""]  # generated instead of the tokenizer's EOS
         self._template: ChatTemplate | None = None
         try:
@@ -88,7 +90,7 @@ class ServedModel:
                     Choice(
                         index=len(choices),
                         prompt=prompt,
-                        sampling=request.sampling(number),
+                        sampler=RowSampler(request.sampling(number), self._device),
                         limit=min(limit or room, room),
                         stop=stop,
                         tokenizer=self._tokenizer,

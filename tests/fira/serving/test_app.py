@@ -229,7 +229,7 @@ def test_key_is_required(small_model):
             assert ("access-control-allow-origin" in reply.headers) is allowed
 
 
-def stop_between_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+def wait_between_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Slow down the model."""
     step = scheduler_module.RunningBatch.step
 
@@ -241,23 +241,23 @@ def stop_between_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def test_requests_beyond_the_queue_are_refused_and_clients_that_leave_free_their_places(small_model, monkeypatch):
-    stop_between_steps(monkeypatch, 0.02)
+    wait_between_steps(monkeypatch, 0.05)
     with running(small_model, rows=2, queue=1) as server:
-        options = {"model": "small", "prompt": "def", "max_tokens": 190, "temperature": 0}
-        streams = [server.client().completions.create(**options, stream=True) for _ in range(3)]
+        client, options = server.client(), {"model": "small", "prompt": "def", "max_tokens": 190, "temperature": 0}
+        streams = [client.completions.create(**options, stream=True) for _ in range(3)]
         next(iter(streams[0]))
         wait_for(lambda: server.scheduler.load() == (2, 1))
         with pytest.raises(openai.RateLimitError, match="too many requests") as refused:
-            server.client().completions.create(**options)
+            client.completions.create(**options)
         assert refused.value.code == "rate_limit_exceeded"
         assert refused.value.response.headers["retry-after"]
         for stream in streams:  # also of the one that waits
             stream.close()
         wait_for(lambda: server.scheduler.load() == (0, 0))
         with pytest.raises(openai.APITimeoutError):  # without a stream
-            server.client().with_options(timeout=0.3).completions.create(**options)
+            client.with_options(timeout=0.3).completions.create(**options)
         wait_for(lambda: server.scheduler.load() == (0, 0))
-        assert server.client().completions.create(model="small", prompt="def", max_tokens=2).choices
+        assert client.completions.create(model="small", prompt="def", max_tokens=2).choices
 
 
 def test_failure_of_the_model_ends_requests_with_an_error_and_the_server_continues(small_model, monkeypatch, caplog):
@@ -277,14 +277,15 @@ def test_failure_of_the_model_ends_requests_with_an_error_and_the_server_continu
 
 
 def test_draining_server_finishes_answers_within_the_limit(small_model, monkeypatch):
-    stop_between_steps(monkeypatch, 0.02)
+    wait_between_steps(monkeypatch, 0.05)
     with running(small_model) as server:
         options = {"model": "small", "prompt": "def", "temperature": 0, "stream": True}
         client = server.client()
         long, short = (client.completions.create(**options, max_tokens=count) for count in (190, 10))
-        server.scheduler.drain(1.5)
+        server.scheduler.drain(60)
         with pytest.raises(openai.InternalServerError, match="shutting down"):
             client.completions.create(model="small", prompt="def")
         assert "".join(chunk.choices[0].text for chunk in short) == single(small_model, "def", 10, temperature=0)
+        server.scheduler.drain(0)
         with pytest.raises(openai.APIError, match="shutting down"):
             list(long)

@@ -9,6 +9,7 @@ import torch
 
 from fira.decoding.decoding import continuation
 from fira.decoding.sampling import Sampling
+from fira.serving.row_sampling import RowSampler
 from fira.serving.running_batch import RunningBatch, Text
 from tests.fira.decoding.small_models import small
 
@@ -16,6 +17,10 @@ FAMILIES = ["fira", "rish", "mooshak", "blues", "microrwkv"]
 GREEDY = Sampling(temperature=0)
 # A text is moved to the left every 64 steps of the batch; some of these runs are longer.
 Request = tuple[list[int], int, Sampling]
+
+
+def sampler(sampling: Sampling) -> RowSampler:
+    return RowSampler(sampling, torch.device("cpu"))
 
 
 def requests(count: int, seq_len: int, vocabulary: int, sampling: Sequence[Sampling], seed: int = 0) -> list[Request]:
@@ -43,7 +48,7 @@ def batched(model: Any, wanted: Sequence[Request], rows: int, piece: int = 1000)
     while waiting or running:
         if waiting and len(running) < rows:
             number, request = waiting.pop(0)
-            text = Text(list(request[0]), request[2])
+            text = Text(list(request[0]), sampler(request[2]))
             while batch.read_prompt(text, piece) is None:
                 if batch.texts:
                     end(batch, running, results, batch.step())
@@ -102,7 +107,7 @@ def test_a_rotary_base_that_grows_with_each_text() -> None:
 def test_one_text_is_computed_as_in_a_single_run() -> None:
     """A batch of one text has no mask: even in single precision its logits are bitwise identical."""
     model = small("blues").float()
-    batch, text = RunningBatch(model, 3), Text([3, 1, 4], Sampling(seed=5))
+    batch, text = RunningBatch(model, 3), Text([3, 1, 4], sampler(Sampling(seed=5)))
     batch.read_prompt(text, 100)
     batch.join(text)
     for _ in range(8):
@@ -115,7 +120,7 @@ def test_expert_counts_are_those_of_the_texts_own_tokens() -> None:
     counts = []
     for others in (0, 3):
         batch = RunningBatch(model, 4)
-        texts = [Text([7, 8, 9], GREEDY, experts={}), *(Text([n], GREEDY) for n in range(others))]
+        texts = [Text([7, 8, 9], sampler(GREEDY), experts={}), *(Text([n], sampler(GREEDY)) for n in range(others))]
         for text in texts:
             batch.read_prompt(text, 100)
             batch.join(text)

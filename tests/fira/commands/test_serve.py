@@ -29,10 +29,10 @@ def server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str
     )
     try:
         lines = []
-        while not lines or not lines[-1].startswith("next: "):
+        while not lines or "next: " not in lines[-1]:
             lines.append(process.stdout.readline())
             assert lines[-1], lines
-        yield process, re.search(r"http://127.0.0.1:\d+", lines[0])[0], "".join(lines)
+        yield process, re.search(r"http://127.0.0.1:\d+", "".join(lines))[0], "".join(lines)
     finally:
         process.kill()
         process.wait(10)

@@ -74,11 +74,11 @@ def end(batch: RunningBatch, running: dict, results: dict, _: Any = None) -> Non
 def test_greedy_texts_equal_their_single_runs(family: str) -> None:
     """In double precision, so that no two logits differ by less than a rounding error."""
     model = small(family)
-    wanted = requests(40, model.config.seq_len, 50, [GREEDY])
+    wanted = requests(24, model.config.seq_len, 50, [GREEDY])
     results, sizes = batched(model, wanted, rows=5)
     assert results == [single(model, request) for request in wanted]
     assert sizes >= {2, 3, 4, 5}
-    assert len({tuple(result) for result in results}) > 15
+    assert len({tuple(result) for result in results}) > 10
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,7 +93,7 @@ def test_prompts_in_pieces_and_other_options(family: str) -> None:
         Sampling(seed=4, top_p=0.9),
         Sampling(temperature=0, presence_penalty=0.5),
     ]
-    wanted = requests(24, 30, 50, options)
+    wanted = requests(12, 30, 50, options)
     assert batched(model, wanted, rows=8, piece=7)[0] == [single(model, request) for request in wanted]
 
 

@@ -30,8 +30,8 @@ from tests.fira.small_model import perturbed, save
 
 HERE = Path(__file__).parent
 FAMILIES = ("fira", "rish", "mooshak", "blues", "microrwkv")
-CLIENTS, ALONE, ROUNDS = 32, 8, 5  # ALONE: requests of the one client in a round
-PROMPT, NEW = 24, 64
+CLIENTS, ALONE, ROUNDS = 32, 4, 5  # ALONE: requests of the one client in a round
+PROMPT, NEW = 24, 32
 Prompts = list[list[int]]
 
 

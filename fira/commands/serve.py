@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fira import cli
 from fira.errors import UserError
+from fira.generation.options import add_quantize
 from fira.value_types import NotNegative, PathName, Port, Size, Steps, flag_type
 
 KEY_VARIABLE = "FIRA_API_KEY"
@@ -31,6 +32,7 @@ def add_arguments(parser: cli.Parser) -> None:
     checkpoint_help = "a run folder, a step folder or an exported folder"
     parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
     parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
+    add_quantize(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0: all networks (default: %(default)s)")
     parser.add_argument("--port", type=flag_type(Port), default=8000, help="0: a free one (default: %(default)s)")
     key_help = f"required from clients; default: the variable {KEY_VARIABLE}, which other users cannot see, or none"
@@ -46,15 +48,14 @@ def add_arguments(parser: cli.Parser) -> None:
 
 def serve(options: Namespace) -> None:
     """Load the model, and serve it until a signal."""
-    from fira import load_model
-    from fira.devices import choose_devices
+    from fira.commands.loading import load
     from fira.serving.app import create_app
     from fira.serving.http_server import is_loopback, listen, run_server, url
     from fira.serving.scheduler import Scheduler
     from fira.serving.served_model import ServedModel
 
     listening = listen(options.host, options.port)
-    model = load_model(options.checkpoint, choose_devices("auto", None, 0)[0], options.tokenizer)
+    model = load(options.checkpoint, options.tokenizer, options.quantize, options.quiet)
     served = ServedModel(model, name_of(options.checkpoint), options.rows)
     scheduler = Scheduler(model, options.rows, options.queue)
     memory = scheduler.warm_up()

@@ -41,7 +41,8 @@ def server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str
 
 @pytest.mark.slow
 def test_sigterm_finishes_the_running_stream(run_folder: Path) -> None:
-    with server("--checkpoint", run_folder, "--rows", 2) as (process, address, printed):
+    with server("--checkpoint", run_folder, "--rows", 2, "--quantize", "int8") as (process, address, printed):
+        assert "int8: weights of" in printed
         assert "2 texts at a time, 128 waiting, 12 tokens per text" in printed
         (command,) = re.findall(r"next: (curl .*)", printed)
         reply = json.loads(subprocess.check_output(["bash", "-c", f"{command} -s"], timeout=30))

@@ -2,6 +2,8 @@
 
 import ast
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -9,8 +11,11 @@ from pathlib import Path
 from fira import cli
 from fira.errors import UserError
 
-COMMANDS = ("train", "generate", "chat", "serve", "evaluate", "prepare", "plan", "plot", "doctor", "export")
-PARALLEL = ("train", "plan", "doctor")  # the commands that all ranks run together
+COMMANDS = (
+    *("train", "generate", "chat", "serve", "evaluate", "prepare", "questions", "plan", "plot", "doctor", "export"),
+    "recipe",
+)
+PARALLEL = ("train", "plan", "doctor", "recipe")  # the commands that all ranks run together
 
 
 def main() -> None:
@@ -30,6 +35,15 @@ def run_command(name: str, arguments: list[str]) -> None:
     else:
         found = f"unknown command {name}" if name else "no command given"
         raise UserError(f"fira: {found}; choose from {', '.join(COMMANDS)}, or see fira --help")
+
+
+def parse_arguments(name: str, arguments: Sequence[str]) -> Namespace:
+    """Parse the arguments of a command that has a function `add_arguments`, without running it."""
+    module = import_module(f"fira.commands.{name}")
+    parser = cli.Parser(module.__doc__, f"fira {name}")
+    module.add_arguments(parser)
+    parser.add_verbosity()
+    return parser.parse_args(arguments)
 
 
 def first_line(command: str) -> str:

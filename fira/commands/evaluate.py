@@ -10,6 +10,16 @@ from fira.value_types import PathName, Sequences
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
+    add_arguments(parser)
+    options = parser.start(arguments)
+    if not options.data and not options.tasks:
+        raise UserError("nothing to evaluate; give --data or --tasks")
+    from fira.commands.evaluation_report import report
+
+    report(options)
+
+
+def add_arguments(parser: cli.Parser) -> None:
     checkpoint_help = "a run folder, a step folder or an exported folder"
     parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
     parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
@@ -21,14 +31,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     folder_help = "a folder of task files of lm-eval; default: its own"
     parser.add_argument("--tasks-path", type=PathName, metavar="DIR", help=folder_help)
     parser.add_argument("--plot", type=PathName, metavar="PNG", help="draw a bar chart of the accuracies in the tasks")
+    out_help = "a folder for evaluation.json; default, with --tasks: the run folder of the checkpoint, or the export"
+    parser.add_argument("--out", type=PathName, metavar="DIR", help=out_help)
     parser.add_argument("--limit", type=int, help="examples of each task; default: all")
     parser.add_argument(
         "--batch-size", type=Sequences, default=8, help="examples per forward pass (default: %(default)s)"
     )
     add_quantize(parser)
-    options = parser.start(arguments)
-    if not options.data and not options.tasks:
-        raise UserError("nothing to evaluate; give --data or --tasks")
-    from fira.commands.evaluation_report import report
-
-    report(options)

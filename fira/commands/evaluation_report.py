@@ -17,6 +17,7 @@ from fira.evaluation.score_chart import plot_scores
 from fira.evaluation.task_evaluation import encode_task
 from fira.evaluation.task_files import SUFFIX, read_tasks
 from fira.evaluation.task_scores import RESULTS, Score, TaskScores, table, write_scores
+from fira.files import errors_naming
 from fira.generation.perplexity import TextLoss, perplexity
 from fira.generation.utilisation import counting_experts, shares
 from fira.models.language_model import LanguageModel
@@ -33,10 +34,16 @@ def report(options: Namespace) -> None:
         saved = [loss for loss, _ in text_losses(full, options)]
         del full
     model = load(options.checkpoint, options.tokenizer, options.quantize, options.quiet)
-    if options.data:
-        print_losses(model, options, saved)
-    if options.tasks:
-        report_task_scores(model, options)
+    texts = print_losses(model, options, saved) if options.data else {}
+    results = print_task_scores(model, options) if options.tasks else []
+    checkpoint = Path(options.checkpoint).resolve()
+    if options.tasks or options.out:
+        folder = Path(options.out) if options.out else run_of(checkpoint)
+        with errors_naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_scores(folder / RESULTS, str(checkpoint), results, texts)
+    if options.plot and results:
+        plot_scores(results, f"Scores of {checkpoint.name}", Path(options.plot))
 
 
 def text_losses(model: LanguageModel, options: Namespace) -> Iterator[tuple[TextLoss, int]]:
@@ -48,10 +55,11 @@ def text_losses(model: LanguageModel, options: Namespace) -> Iterator[tuple[Text
         yield perplexity(model, ids, progress=not options.quiet), sum(len(text.encode()) for text in texts)
 
 
-def print_losses(model: LanguageModel, options: Namespace, saved: list[TextLoss]) -> None:
+def print_losses(model: LanguageModel, options: Namespace, saved: list[TextLoss]) -> dict[str, dict[str, float]]:
     """Print the loss on each file, the loss on all files if there are several, and the load of each expert.
 
-    saved: losses of the saved model on the files, with which those of a quantised model are compared.
+    saved: losses of the saved model on the files, with which those of a quantised model are compared. Return the losses
+    by file.
     """
     losses, sizes = [], []
     with counting_experts(model) as counts:
@@ -69,16 +77,17 @@ def print_losses(model: LanguageModel, options: Namespace, saved: list[TextLoss]
         print("tokens of each expert, in percent:")
     for layer, fractions in shares(counts).items():
         print(f"  layer {layer}: " + " ".join(f"{100 * fraction:.1f}" for fraction in fractions))
+    return {
+        file: {"loss": loss.nats, "bits_per_byte": loss.bits_per_byte(size), "tokens": loss.tokens}
+        for file, loss, size in zip(options.data, losses, sizes, strict=True)
+    }
 
 
-def report_task_scores(model: LanguageModel, options: Namespace) -> None:
-    """Print the scores of the model in tasks, and write evaluation.json and the bar chart."""
+def print_task_scores(model: LanguageModel, options: Namespace) -> list[TaskScores]:
+    """Print the scores of the model in tasks, and return them."""
     results = task_scores(model, options)
     print(table(results))
-    checkpoint = Path(options.checkpoint).resolve()
-    write_scores(run_of(checkpoint) / RESULTS, str(checkpoint), results)
-    if options.plot:
-        plot_scores(results, f"Scores of {checkpoint.name}", Path(options.plot))
+    return results
 
 
 def task_scores(model: LanguageModel, options: Namespace) -> list[TaskScores]:

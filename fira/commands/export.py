@@ -14,12 +14,7 @@ TYPES = ("f16", "q8_0", "q4_0")
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
-    checkpoint_help = "a run folder, a step folder or an exported folder"
-    parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
-    parser.add_argument("--out", type=PathName, required=True, help="a new folder")
-    parser.add_argument("--format", choices=FORMATS, default="fira", help=FORMAT_HELP)
-    type_help = "with --format gguf: 16 bits per weight, or blocks of 32 weights with 8 or 4 bits (default: f16)"
-    parser.add_argument("--type", choices=TYPES, help=type_help)
+    add_arguments(parser)
     options = parser.start(arguments)
     if options.type and options.format != "gguf":
         parser.error("--type is for --format gguf")
@@ -34,3 +29,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     elif not options.quiet:
         trust = ", trust_remote_code=True" if options.format == "fira" else ""
         print(f'next: AutoModelForCausalLM.from_pretrained("{out}"{trust})')
+
+
+def add_arguments(parser: cli.Parser) -> None:
+    checkpoint_help = "a run folder, a step folder or an exported folder"
+    parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
+    parser.add_argument("--out", type=PathName, required=True, help="a new folder")
+    parser.add_argument("--format", choices=FORMATS, default="fira", help=FORMAT_HELP)
+    type_help = "with --format gguf: 16 bits per weight, or blocks of 32 weights with 8 or 4 bits (default: f16)"
+    parser.add_argument("--type", choices=TYPES, help=type_help)

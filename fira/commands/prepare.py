@@ -3,9 +3,15 @@
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fira import cli
+from fira.files import errors_naming, read, replace
 from fira.value_types import PathName, Tokens
+
+if TYPE_CHECKING:
+    from fira.data.corpus import Corpus
 
 DATA = """text file, folder, CSV, JSONL, Parquet, folder of *_train_*.npy and *_val_*.npy shards, or the name of a
 Hugging Face dataset; several with weights as A=0.7,B=0.3; default: the source of the Python standard library"""
@@ -13,13 +19,7 @@ Hugging Face dataset; several with weights as A=0.7,B=0.3; default: the source o
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
-    parser.add_argument("--data", type=str, help=DATA)
-    parser.add_argument("--text-column", type=str, default="text", help="column of the text (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: one is trained on the text")
-    parser.add_argument(
-        "--vocab-size", type=Tokens, default=2048, help="vocabulary of the model (default: %(default)s)"
-    )
-    parser.add_argument("--cache", type=PathName, help="folder for results; default: $FIRA_CACHE or ~/.cache/fira")
+    add_arguments(parser)
     options = parser.start(arguments)
     from fira.data.corpus import prepare
 
@@ -30,7 +30,30 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         print(f"{source.pop('data')}, {source.pop('weight'):.1%} of the sequences")
         print_counts(source)
     print_counts(summary)
+    if options.out:
+        copy_files(corpus, Path(options.out))
     print(f"{'kept in':>15}  {corpus.folder}\n\nTrain on it:\n{shlex.join(training_command(options))}")
+
+
+def add_arguments(parser: cli.Parser) -> None:
+    parser.add_argument("--data", type=str, help=DATA)
+    parser.add_argument("--text-column", type=str, default="text", help="column of the text (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: one is trained on the text")
+    parser.add_argument(
+        "--vocab-size", type=Tokens, default=2048, help="vocabulary of the model (default: %(default)s)"
+    )
+    parser.add_argument("--cache", type=PathName, help="folder for results; default: $FIRA_CACHE or ~/.cache/fira")
+    out_help = "a folder for copies of tokenizer.json and of these counts as summary.json"
+    parser.add_argument("--out", type=PathName, metavar="DIR", help=out_help)
+
+
+def copy_files(corpus: "Corpus", out: Path) -> None:
+    """Copy the tokenizer, if there is one, and the summary to a folder."""
+    with errors_naming(out):
+        out.mkdir(parents=True, exist_ok=True)
+    for path in (corpus.tokenizer, corpus.folder / "summary.json"):
+        if path:
+            replace(out / path.name, read(path))
 
 
 def print_counts(counts: dict[str, int | float | None]) -> None:

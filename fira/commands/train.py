@@ -21,7 +21,7 @@ from pipeline.mpi.world import launched_rank
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     signals = Signals()  # before torch and MPI are imported, which takes seconds
     parser = cli.Parser(__doc__, prog)
-    add_options(parser)
+    add_arguments(parser)
     parser.add_verbosity()
 
     def settings() -> tuple[TrainConfig, bool, bool]:
@@ -56,6 +56,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         train(config, world, signals, quiet)
     else:
         supervise(config, quiet, verbose)
+
+
+def add_arguments(parser: cli.Parser) -> None:
+    add_options(parser)
 
 
 def supervise(config: TrainConfig, quiet: bool, verbose: bool) -> None:

@@ -13,7 +13,7 @@ from fira.evaluation.likelihoods import likelihoods
 from fira.evaluation.request_encoding import EncodedRequest, RequestEncoder
 from fira.evaluation.task_files import Task
 from fira.evaluation.task_forms import ExactAnswer, LikelihoodExample
-from fira.evaluation.task_scores import TaskScores, summarise
+from fira.evaluation.task_scores import GeneratedAnswer, TaskScores, summarise
 
 
 class EvaluatedModel(Protocol):
@@ -68,7 +68,11 @@ class GenerationTask:
         answers = model.answers(self.prompts)
         scores = [example.scores(answer) for example, answer in zip(self.examples, answers, strict=True)]
         truncated = sum(prompt.truncated for prompt in self.prompts)
-        return TaskScores(self.name, len(scores), summarise(scores), truncated)
+        generated = tuple(
+            GeneratedAnswer(example.prompt, example.answer, answer)
+            for example, answer in zip(self.examples, answers, strict=True)
+        )
+        return TaskScores(self.name, len(scores), summarise(scores), truncated, answers=generated)
 
 
 EncodedTask = LikelihoodTask | GenerationTask

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from fira.data.chat_template import Message
 from fira.files import replace
 
 RESULTS = "evaluation.json"  # file name in run folders and exports
@@ -21,12 +22,20 @@ class Score(NamedTuple):
     error: float | None
 
 
+class GeneratedAnswer(NamedTuple):
+    """The prompt is a text, or the messages of a chat."""
+
+    prompt: str | list[Message]
+    answer: str
+    generated: str
+
+
 @dataclass(frozen=True)
 class TaskScores:
     """Scores of a task by metric.
 
     truncated: number of requests that lost the beginning of their context. chance: the expected acc of a random
-    answer; None if it is not known.
+    answer; None if it is not known. answers: generated, with the prompts and the right answers.
     """
 
     task: str
@@ -34,6 +43,7 @@ class TaskScores:
     scores: dict[str, Score]
     truncated: int = 0
     chance: float | None = None
+    answers: tuple[GeneratedAnswer, ...] = ()
 
 
 def mean_score(values: Sequence[float]) -> Score:
@@ -82,11 +92,17 @@ def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4e}"
 
 
-def write_scores(path: Path, model: str, results: Sequence[TaskScores]) -> None:
-    """Write evaluation.json. model: the checkpoint or export that was evaluated."""
+def write_scores(
+    path: Path, model: str, results: Sequence[TaskScores], texts: Mapping[str, Mapping[str, float]] | None = None
+) -> None:
+    """Write evaluation.json. model: the checkpoint or export that was evaluated. texts: losses by file, if any."""
     tasks = {}
     for result in results:
         entry = asdict(result)
         entry["scores"] = {metric: score._asdict() for metric, score in result.scores.items()}
+        entry["answers"] = [answer._asdict() for answer in result.answers]
+        if not result.answers:
+            del entry["answers"]
         tasks[entry.pop("task")] = entry
-    replace(path, json.dumps({"model": model, "tasks": tasks}, indent=1, ensure_ascii=False).encode() + b"\n")
+    document = {"model": model, "tasks": tasks, **({"texts": texts} if texts else {})}
+    replace(path, json.dumps(document, indent=1, ensure_ascii=False).encode(errors="replace") + b"\n")

@@ -14,6 +14,7 @@ from tests.launch import ROOT
 ORDER = [
     "scripts",
     "fira.commands",
+    "fira.recipes",
     "fira.supervisor",
     "fira.doctor",
     "fira.training",

@@ -1,0 +1,72 @@
+"""Run the stages of a recipe, from data to an exported model, and write a report. Unchanged stages are skipped."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pipeline
+from fira import cli
+from fira.commands.entry_point import parse_arguments, run_command
+from fira.errors import UserError
+from fira.training.config import SUPERVISED, TrainConfig
+from fira.value_types import PathName
+from pipeline.mpi.world import launched_rank
+
+if TYPE_CHECKING:
+    from fira.recipes.recipe_file import Recipe
+
+STAGES = ("questions", "prepare", "train", "evaluate", "export")  # commands that write to --out
+PROGRAM = "from fira.commands.entry_point import main; main()"
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = cli.Parser(__doc__, prog)
+    parser.add_argument("recipe", type=PathName, metavar="TOML", help="a file such as recipes/chat-tiny.toml")
+    out_help = "folder of all outputs; default: that of the file, or runs/ and its name"
+    parser.add_argument("--out", type=PathName, metavar="DIR", help=out_help)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="print the stages and their states, and exit")
+    instead.add_argument("--dry-run", action="store_true", help="print the commands of the stages, and exit")
+    options = parser.start(arguments)
+    from fira.recipes.recipe_file import read_recipe
+
+    recipe = read_recipe(Path(options.recipe), options.out, check_arguments)
+    if options.list or options.dry_run:
+        if not launched_rank():
+            from fira.recipes.eta import overview
+
+            print(overview(recipe) if options.list else "\n".join(map(recipe.command_line, recipe.stages)))
+        return
+    run(recipe, options)
+
+
+def run(recipe: "Recipe", options: Namespace) -> None:
+    """Run the stages on the ranks of mpirun, and write the report on rank 0."""
+    world = pipeline.init()
+    cli.start_logging(options.quiet, options.verbose, world.rank)
+    from fira.recipes.run_stages import Commands, run_stages
+
+    flags = [flag for flag, given in (("--quiet", options.quiet), ("--verbose", options.verbose)) if given]
+    program = [sys.executable, "-c", PROGRAM]
+    commands = Commands(lambda words: run_command("train", [*words, *flags]), program, flags or ["--quiet"])
+    if run_stages(recipe, world, commands) and world.rank == 0:
+        from fira.recipes.report import write_report
+
+        print(f"report: {write_report(recipe)}")
+
+
+def check_arguments(command: str, arguments: Sequence[str]) -> None:
+    """Parse the arguments of a stage. Raises UserError if they are invalid, or if the command cannot be a stage."""
+    if command not in STAGES:
+        raise UserError(f"unknown command {command}; choose from {', '.join(STAGES)}")
+    given = vars(parse_arguments(command, arguments))
+    if command == "train":
+        config = TrainConfig(**{field.name: given[field.name] for field in fields(TrainConfig)})
+        config.recipe()
+        config.model_changes()
+        for name in ("resume", *SUPERVISED):
+            if getattr(config, name) is not None:
+                raise UserError(f"{name} is not a key of a stage; a recipe resumes and starts its stages itself")

@@ -1,0 +1,79 @@
+"""Recipes: all those of the repository are valid, and every kind of mistake is a one-line error before any stage runs."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fira.commands.recipe import check_arguments, main
+from fira.errors import UserError
+from fira.recipes.recipe_file import Recipe, read_recipe
+from tests.launch import ROOT
+
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+TWO = '[stages.a]\ncommand = "train"\nsteps = 3\ncompile = false\n[stages.b]\ncommand = "evaluate"\ncheckpoint = "{a}"\n'
+
+
+def read(tmp_path: Path, content: str) -> Recipe:
+    path = tmp_path / "r.toml"
+    path.write_text(content)
+    return read_recipe(path, None, check_arguments)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_each_recipe_of_the_repository_is_valid(path, capsys):
+    main([str(path), "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    stages = read_recipe(path, None, check_arguments).stages
+    assert [line.split()[:2] for line in lines] == [["fira", stage.command] for stage in stages]
+    assert all("{" not in line for line in lines)
+
+
+def test_the_repository_has_the_recipes_of_the_documentation():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert len(RECIPES) == 6
+    assert all(f"`{path.name}`" in page for path in RECIPES)
+
+
+def test_flags_references_and_lists(tmp_path):
+    recipe = read(tmp_path, TWO + 'data = ["x y.txt", "{a}/z"]\ntasks = "{a}/t.jsonl,u.jsonl"')
+    assert shlex.split(recipe.command_line(recipe.stages[0])) == [
+        *("fira", "train", "--steps=3", "--no-compile", "--out=runs/r/a"),
+    ]
+    assert shlex.split(recipe.command_line(recipe.stages[1])) == [
+        *("fira", "evaluate", "--checkpoint=runs/r/a", "--data", "x y.txt", "runs/r/a/z"),
+        *("--tasks=runs/r/a/t.jsonl,u.jsonl", "--out=runs/r/b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x = 1", "unknown key x; a recipe has title, out and stages"),
+        ("title = 3", "title: give a text"),
+        ("", r"no stages; give a table \[stages.NAME\]"),
+        ("[stages]\na = 3", "stage a: no command"),
+        ("[stages.a]\nsteps = 3", 'stage a: no command; give one, as in command = "train"'),
+        ('[stages."../a"]\ncommand = "train"', "a name has letters"),
+        ('[stages.stages]\ncommand = "train"', "a name has letters"),
+        ('[stages.a]\ncommand = "tarin"', "stage a: unknown command tarin; choose from questions, prepare, train"),
+        ('[stages.a]\ncommand = "doctor"', "stage a: unknown command doctor"),
+        ('[stages.a]\ncommand = "train"\nstep = 3', "stage a: fira train: unrecognized arguments: --step=3"),
+        ('[stages.a]\ncommand = "train"\nsteps = 0', "stage a: fira train: argument --steps: give an integer of at least 1"),
+        ('[stages.a]\ncommand = "train"\nmodel = "x"', "stage a: --model x: no such preset"),
+        ('[stages.a]\ncommand = "train"\nresume = "auto"', "stage a: resume is not a key of a stage"),
+        ('[stages.a]\ncommand = "train"\nelastic = "1:2"', "stage a: elastic is not a key of a stage"),
+        ('[stages.a]\ncommand = "train"\nout = "x"', "stage a: out is the folder of the stage, a"),
+        ('[stages.a]\ncommand = "train"\nseconds = 0', "stage a: seconds: give a number greater than 0"),
+        ('[stages.a]\ncommand = "train"\ndata = { x = 1 }', "stage a: data: give"),
+        ('[stages.a]\ncommand = "evaluate"', "stage a: fira evaluate: the following arguments are required: --checkpoint"),
+        (TWO.replace("{a}", "{c}"), r"stage b: \{c\} is not an earlier stage"),
+        (TWO.replace("{a}", "{b}"), r"stage b: \{b\} is not an earlier stage"),
+        ("[stages.a", "is not TOML"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_place(tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as error:
+        read(tmp_path, content)
+    assert str(error.value).startswith(str(tmp_path / "r.toml"))
+    assert "\n" not in str(error.value)

@@ -30,32 +30,41 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--list", action="store_true", help="print the stages and their states, and exit")
     instead.add_argument("--dry-run", action="store_true", help="print the commands of the stages, and exit")
+    instead.add_argument("--report", action="store_true", help="write the report of what has been run, and exit")
     options = parser.start(arguments)
     from fira.recipes.recipe_file import read_recipe
 
     recipe = read_recipe(Path(options.recipe), options.out, check_arguments)
-    if options.list or options.dry_run:
-        if not launched_rank():
-            from fira.recipes.eta import overview
+    if not (options.list or options.dry_run or options.report):
+        run(recipe, options)
+    elif not launched_rank():
+        print(answer(recipe, options))
 
-            print(overview(recipe) if options.list else "\n".join(map(recipe.command_line, recipe.stages)))
-        return
-    run(recipe, options)
+
+def answer(recipe: "Recipe", options: Namespace) -> str:
+    """What is printed instead of running the stages: their states, their commands, or the path of the report."""
+    if options.dry_run:
+        return "\n".join(map(recipe.command_line, recipe.stages))
+    if options.list:
+        from fira.recipes.eta import overview
+
+        return overview(recipe)
+    from fira.recipes.report import write_report
+
+    return f"report: {write_report(recipe)}"
 
 
 def run(recipe: "Recipe", options: Namespace) -> None:
-    """Run the stages on the ranks of mpirun, and write the report on rank 0."""
+    """Run the stages on the ranks of mpirun, and write the report."""
     world = pipeline.init()
     cli.start_logging(options.quiet, options.verbose, world.rank)
-    from fira.recipes.run_stages import Commands, run_stages
+    from fira.recipes.run_stages import Commands, run_child, run_stages
 
     flags = [flag for flag, given in (("--quiet", options.quiet), ("--verbose", options.verbose)) if given]
     program = [sys.executable, "-c", PROGRAM]
     commands = Commands(lambda words: run_command("train", [*words, *flags]), program, flags or ["--quiet"])
-    if run_stages(recipe, world, commands) and world.rank == 0:
-        from fira.recipes.report import write_report
-
-        print(f"report: {write_report(recipe)}")
+    if run_stages(recipe, world, commands):
+        run_child([*program, "recipe", options.recipe, "--report", f"--out={recipe.out}"], "the report")
 
 
 def check_arguments(command: str, arguments: Sequence[str]) -> None:

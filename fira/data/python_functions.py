@@ -54,11 +54,14 @@ class Function(NamedTuple):
 
 
 def public_functions(files: Sequence[Path]) -> list[Function]:
-    """The functions in files of the standard library and in C, sorted by name. No two have the same summary."""
+    """The functions in files of the standard library and in C, sorted by name.
+
+    Of those with the same summary, the one with the shortest name is included.
+    """
     found = [*written_in_c(), *(function for path in files for function in written_in_python(path))]
     by_name = {function.name: function for function in found}
-    by_summary = {by_name[name].summary: by_name[name] for name in sorted(by_name, reverse=True)}
-    return sorted(by_summary.values())
+    longest_first = sorted(by_name.values(), key=lambda function: (-len(function.name), function.name))
+    return sorted({function.summary: function for function in longest_first}.values())
 
 
 def module_name(path: Path) -> str:

@@ -35,10 +35,13 @@ svg { max-width: 100%; height: auto; }
 
 
 def write_report(recipe: Recipe) -> Path:
-    """Write the report of a recipe whose stages are done, and return its path."""
+    """Write the report of the stages that have been run, and return its path. Raises UserError if none has."""
     records = {stage.name: read_record(recipe, stage) for stage in recipe.stages}
     known = {name: entry for name, entry in records.items() if entry}
-    training = [(stage, recipe.output(stage.name)) for stage in recipe.stages if stage.command == "train"]
+    if not known:
+        raise UserError(f"{recipe.out}: no stage of the recipe has been run; run it without --report")
+    runs = [(stage, recipe.output(stage.name)) for stage in recipe.stages if stage.command == "train"]
+    training = [(stage, folder) for stage, folder in runs if (folder / LOG_NAME).exists()]
     logs = [read_log(folder / LOG_NAME) for _, folder in training]
     found = report_tables.evaluations(recipe)
     facts = _facts([folder for _, folder in training], max(entry.ranks for entry in known.values()))
@@ -50,7 +53,7 @@ def write_report(recipe: Recipe) -> Path:
         parts += [f"<h2>Training: {escape(stage.title)}</h2>"]
         parts += [report_figures.curves(log, _baselines(folder)), report_figures.expert_load(log) or ""]
     speeds = {stage.name: float(log["tokens_per_s"].median()) for (stage, _), log in zip(training, logs, strict=True)}
-    sizes = {stage.name: size(recipe.output(stage.name)) for stage in recipe.stages}
+    sizes = {name: size(recipe.output(name)) for name in known}
     seconds = {name: entry.seconds for name, entry in known.items()}
     parts += ["<h2>Stages</h2>", report_tables.stages(recipe, seconds, speeds, sizes)]
     commands = "\n".join(map(recipe.command_line, recipe.stages))

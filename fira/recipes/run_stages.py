@@ -85,7 +85,9 @@ def _run_command(recipe: Recipe, stage: Stage, state: State, commands: Commands)
     """Run the command of a stage (collective). Return False if a signal has ended a training run early."""
     if stage.command != "train":
         arguments = recipe.arguments(stage, partial_output(recipe, stage))
-        _run_child([*commands.program, stage.command, *arguments, *commands.flags], stage)
+        run_child(
+            [*commands.program, stage.command, *arguments, *commands.flags], f"stage {stage.name}: fira {stage.command}"
+        )
         return True
     resume = ["--resume=auto"] if state is State.STARTED else []
     with _kept_settings():
@@ -123,8 +125,11 @@ def _kept_settings() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def _run_child(command: Sequence[str], stage: Stage) -> None:
-    """Run a command in a child process of rank 0 until it has ended (collective). Raises UserError if it fails."""
+def run_child(command: Sequence[str], name: str) -> None:
+    """Run a command in a child process of rank 0 until it has ended (collective).
+
+    name: in the UserError that is raised if it fails.
+    """
     child: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
@@ -143,7 +148,7 @@ def _run_child(command: Sequence[str], stage: Stage) -> None:
             process.wait()
     if status:
         cause = f"signal {-status}" if status < 0 else f"status {status}"
-        raise UserError(f"stage {stage.name}: fira {stage.command} ended with {cause}; the same command continues here")
+        raise UserError(f"{name} ended with {cause}; the same command continues here")
 
 
 def _pause(child: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -1,4 +1,4 @@
-"""Recipes: all those of the repository are valid, and every kind of mistake is a one-line error before any stage runs."""
+"""Recipes: those of the repository are valid, and a mistake is a one-line error before any stage is run."""
 
 import shlex
 from pathlib import Path
@@ -11,7 +11,8 @@ from fira.recipes.recipe_file import Recipe, read_recipe
 from tests.launch import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
-TWO = '[stages.a]\ncommand = "train"\nsteps = 3\ncompile = false\n[stages.b]\ncommand = "evaluate"\ncheckpoint = "{a}"\n'
+TRAIN = '[stages.a]\ncommand = "train"\n'
+TWO = TRAIN + 'steps = 3\ncompile = false\n[stages.b]\ncommand = "evaluate"\ncheckpoint = "{a}"\n'
 
 
 def read(tmp_path: Path, content: str) -> Recipe:
@@ -58,15 +59,21 @@ def test_flags_references_and_lists(tmp_path):
         ('[stages.stages]\ncommand = "train"', "a name has letters"),
         ('[stages.a]\ncommand = "tarin"', "stage a: unknown command tarin; choose from questions, prepare, train"),
         ('[stages.a]\ncommand = "doctor"', "stage a: unknown command doctor"),
-        ('[stages.a]\ncommand = "train"\nstep = 3', "stage a: fira train: unrecognized arguments: --step=3"),
-        ('[stages.a]\ncommand = "train"\nsteps = 0', "stage a: fira train: argument --steps: give an integer of at least 1"),
-        ('[stages.a]\ncommand = "train"\nmodel = "x"', "stage a: --model x: no such preset"),
-        ('[stages.a]\ncommand = "train"\nresume = "auto"', "stage a: resume is not a key of a stage"),
-        ('[stages.a]\ncommand = "train"\nelastic = "1:2"', "stage a: elastic is not a key of a stage"),
-        ('[stages.a]\ncommand = "train"\nout = "x"', "stage a: out is the folder of the stage, a"),
-        ('[stages.a]\ncommand = "train"\nseconds = 0', "stage a: seconds: give a number greater than 0"),
-        ('[stages.a]\ncommand = "train"\ndata = { x = 1 }', "stage a: data: give"),
-        ('[stages.a]\ncommand = "evaluate"', "stage a: fira evaluate: the following arguments are required: --checkpoint"),
+        (TRAIN + "step = 3", "stage a: fira train: unrecognized arguments: --step=3"),
+        (
+            '[stages.a]\ncommand = "train"\nsteps = 0',
+            "stage a: fira train: argument --steps: give an integer",
+        ),
+        (TRAIN + 'model = "x"', "stage a: --model x: no such preset"),
+        (TRAIN + 'resume = "auto"', "stage a: resume is not a key of a stage"),
+        (TRAIN + 'elastic = "1:2"', "stage a: elastic is not a key of a stage"),
+        (TRAIN + 'out = "x"', "stage a: out is the folder of the stage, a"),
+        (TRAIN + "seconds = 0", "stage a: seconds: give a number greater than 0"),
+        (TRAIN + "data = { x = 1 }", "stage a: data: give"),
+        (
+            '[stages.a]\ncommand = "evaluate"',
+            "stage a: fira evaluate: the following arguments are required",
+        ),
         (TWO.replace("{a}", "{c}"), r"stage b: \{c\} is not an earlier stage"),
         (TWO.replace("{a}", "{b}"), r"stage b: \{b\} is not an earlier stage"),
         ("[stages.a", "is not TOML"),

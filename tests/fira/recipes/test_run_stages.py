@@ -1,0 +1,148 @@
+"""A recipe runs, skips what is unchanged, and continues after a kill with the result of an undisturbed run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.fira.recipes.small_recipe import STAGES, write_recipe
+from tests.launch import ROOT, inherited, members, mpirun
+
+LIMIT_S = 120
+
+
+def start(folder: Path, ranks: int) -> "subprocess.Popen[str]":
+    """Start the recipe in a folder, in a session of its own."""
+    launcher = [mpirun(), "-np", str(ranks)] if ranks > 1 else []
+    command = [*launcher, sys.executable, str(ROOT / "scripts" / "recipe.py"), "small.toml"]
+    environment = inherited() | {"FIRA_CACHE": str(folder / "cache")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)  # type: ignore[call-overload]
+
+
+def end(process: "subprocess.Popen[str]") -> str:
+    """Wait for the end of a job, and return its output. No process of it survives."""
+    try:
+        return process.communicate(timeout=LIMIT_S)[0]
+    finally:
+        kill(process)
+
+
+def kill(process: "subprocess.Popen[str]") -> None:
+    """Kill all processes of a job with SIGKILL."""
+    while found := members(process.pid):
+        for pid in found:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.05)
+    process.wait()
+
+
+def run(folder: Path, ranks: int = 1) -> str:
+    process = start(folder, ranks)
+    output = end(process)
+    assert process.returncode == 0, output
+    return output
+
+
+def ran(output: str) -> list[str]:
+    """The stages that were run."""
+    return re.findall(r"^\[\d/\d\] (\w+): took", output, re.M)
+
+
+def weights(folder: Path, stage: str) -> dict[str, str]:
+    """The hashes of the weights of a stage's last checkpoint."""
+    manifest = json.loads((folder / "out" / stage / "checkpoints" / "step-000004" / "manifest.json").read_text())
+    return {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith("model")}
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert process.poll() is None, "the job has ended before"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_stages_in_child_processes_are_run_and_skipped(tmp_path):
+    write_recipe(
+        tmp_path, {"tokens": STAGES["tokens"], "again": STAGES["tokens"] + '\ntokenizer = "{tokens}/tokenizer.json"'}
+    )
+    output = run(tmp_path)
+    assert ran(output) == ["tokens", "again"]
+    assert (tmp_path / "out" / "report.html").exists()
+    output = run(tmp_path)
+    assert ran(output) == []
+    assert output.count("unchanged, skipped") == 2
+
+
+@pytest.mark.slow
+def test_all_stages_on_two_ranks_and_changes(tmp_path):
+    write_recipe(tmp_path)
+    output = run(tmp_path, 2)
+    assert ran(output) == list(STAGES)
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "A &lt;small&gt; recipe" in report
+    assert "DPO &lt;1&gt;" in report
+    assert "&lt;2&gt;" in report  # a right answer
+    assert report.count("<svg") == 6  # curves and experts of three runs
+    assert not re.search(r"(?:src|href|url)\s*[=(]\s*[\"']?(?!#)\w+:", report)  # nothing is loaded
+    assert ran(run(tmp_path, 2)) == []
+    changed = STAGES | {"preferred": STAGES["preferred"].replace("steps = 4", "steps = 4\ndpo_beta = 0.2")}
+    write_recipe(tmp_path, changed)
+    assert ran(run(tmp_path)) == ["preferred", "scores", "exported"]
+    assert (tmp_path / "out" / "preferred.old").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_kill_in_each_kind_of_stage_does_not_change_the_result(tmp_path):
+    """SIGKILL of all ranks in a training run, and of rank 0 in a stage with a child process."""
+    write_recipe(tmp_path / "calm")
+    run(tmp_path / "calm")
+    folder, killed = tmp_path / "killed", []
+    write_recipe(folder)
+    for stage, sign in (
+        ("tokens", "stages/tokens.json"),
+        ("base", "base/checkpoints/step-000002"),
+        ("chat", "chat/checkpoints/step-000001"),
+        ("preferred", "preferred/checkpoints/step-000003"),
+        ("scores", "stages/scores.json"),
+        ("exported", "stages/exported.json"),
+    ):
+        process = start(folder, 1)
+        wait_until((folder / "out" / sign).exists, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 10
+        while members(process.pid) and time.monotonic() < deadline:  # the child ends with rank 0
+            time.sleep(0.02)
+        assert not members(process.pid)
+        killed.append(stage)
+    output = run(folder)
+    assert "exported" in ran(output)
+    assert killed == list(STAGES)
+    for stage in ("base", "chat", "preferred"):
+        assert weights(folder, stage) == weights(tmp_path / "calm", stage)
+    for file in ("scores/evaluation.json", "exported/model.safetensors", "tokens/tokenizer.json"):
+        contents = [(place / "out" / file).read_text("latin-1") for place in (folder, tmp_path / "calm")]
+        assert contents[0].replace("killed", "calm") == contents[1]
+
+
+@pytest.mark.slow
+def test_a_failing_stage_ends_all_ranks_with_one_line(tmp_path):
+    write_recipe(tmp_path, {"tokens": 'command = "prepare"\ndata = "missing/"'})
+    process = start(tmp_path, 2)
+    lines = end(process).splitlines()
+    assert process.returncode == 2
+    assert lines[-1] == "stage tokens: fira prepare ended with status 2; the same command continues here"
+    assert "missing/: no such file or folder" in lines[-2]

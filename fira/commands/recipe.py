@@ -58,6 +58,7 @@ def run(recipe: "Recipe", options: Namespace) -> None:
     """Run the stages on the ranks of mpirun, and write the report."""
     world = pipeline.init()
     cli.start_logging(options.quiet, options.verbose, world.rank)
+    from fira.metrics.console import next_command
     from fira.recipes.run_stages import Commands, run_child, run_stages
 
     flags = [flag for flag, given in (("--quiet", options.quiet), ("--verbose", options.verbose)) if given]
@@ -65,6 +66,10 @@ def run(recipe: "Recipe", options: Namespace) -> None:
     commands = Commands(lambda words: run_command("train", [*words, *flags]), program, flags or ["--quiet"])
     if run_stages(recipe, world, commands):
         run_child([*program, "recipe", options.recipe, "--report", f"--out={recipe.out}"], "the report")
+        trained = [stage for stage in recipe.stages if stage.command == "train"]
+        if trained and world.rank == 0 and not options.quiet:
+            chats = trained[-1].flags.get("objective", "pretrain") != "pretrain"
+            print(next_command(recipe.output(trained[-1].name), has_tokenizer=True, chats=chats))
 
 
 def check_arguments(command: str, arguments: Sequence[str]) -> None:

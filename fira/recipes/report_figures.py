@@ -34,7 +34,7 @@ def curves(log: DataFrame, baselines: dict[str, float]) -> str:
     _points(left, log, "val_loss", VERMILLION, "validation")
     left.legend(frameon=False)
     if "reward_accuracy" in log:
-        style_axes(right, "Share of the pairs whose chosen answer has the larger reward", "")
+        style_axes(right, "Pairs whose chosen answer has the larger reward", "")
         right.set_ylim(0, 1.05)
         _line(right, log, "reward_accuracy", BLUE, "training")
         _points(right, log, "val_reward_accuracy", VERMILLION, "validation")

@@ -27,7 +27,7 @@ from fira.doctor.limited_process import without_launcher
 from fira.errors import UserError
 from fira.recipes.eta import TimeLeft
 from fira.recipes.recipe_file import Recipe, Stage
-from fira.recipes.stage_state import State, begin, complete, partial_output, state_of
+from fira.recipes.stage_state import State, begin, complete, interrupt, partial_output, state_of
 from fira.supervisor.job import LIBC, PR_SET_PDEATHSIG
 from fira.training.finish_marker import FINISHED
 from fira.training.run_lock import RunLock
@@ -73,6 +73,7 @@ def _run_stage(recipe: Recipe, stage: Stage, world: World, commands: Commands, l
     with doing(f"stage {stage.name}"):
         state = _on_rank_0(lambda: begin(recipe, stage, world.size))
         if not _run_command(recipe, stage, state, commands):
+            _on_rank_0(lambda: interrupt(recipe, stage, started))
             logger.info("%s: stopped by a signal; the same command continues it", label)
             return False
         seconds = _on_rank_0(lambda: complete(recipe, stage, started)).seconds
@@ -85,9 +86,8 @@ def _run_command(recipe: Recipe, stage: Stage, state: State, commands: Commands)
     """Run the command of a stage (collective). Return False if a signal has ended a training run early."""
     if stage.command != "train":
         arguments = recipe.arguments(stage, partial_output(recipe, stage))
-        run_child(
-            [*commands.program, stage.command, *arguments, *commands.flags], f"stage {stage.name}: fira {stage.command}"
-        )
+        words = [*commands.program, stage.command, *arguments, *commands.flags]
+        run_child(words, f"stage {stage.name}: fira {stage.command}")
         return True
     resume = ["--resume=auto"] if state is State.STARTED else []
     with _kept_settings():

@@ -145,10 +145,21 @@ def complete(recipe: Recipe, stage: Stage, started: float) -> StageRecord:
         if partial.exists():
             _remove(output)
             partial.rename(output)
+    if not output.exists():
+        raise UserError(f"stage {stage.name}: {output} was removed; run the same command again")
+    return _add_time(recipe, stage, started, content_hash(output))
+
+
+def interrupt(recipe: Recipe, stage: Stage, started: float) -> StageRecord:
+    """Write the record of a stage that a signal has ended, and return it. started: in `time.monotonic()`."""
+    return _add_time(recipe, stage, started, None)
+
+
+def _add_time(recipe: Recipe, stage: Stage, started: float, output: str | None) -> StageRecord:
     found = read_record(recipe, stage)
-    if found is None or not output.exists():
-        raise UserError(f"stage {stage.name}: {output} or its record was removed; run the same command again")
-    ended = StageRecord(found.key, content_hash(output), found.seconds + time.monotonic() - started, found.ranks)
+    if found is None:
+        raise UserError(f"stage {stage.name}: {record_path(recipe, stage)} was removed; run the same command again")
+    ended = StageRecord(found.key, output, found.seconds + time.monotonic() - started, found.ranks)
     write_record(recipe, stage, ended)
     return ended
 

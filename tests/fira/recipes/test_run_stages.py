@@ -90,6 +90,7 @@ def test_all_stages_on_two_ranks_and_changes(tmp_path):
     write_recipe(tmp_path)
     output = run(tmp_path, 2)
     assert ran(output) == list(STAGES)
+    assert output.splitlines()[-1] == "next: python scripts/chat.py --checkpoint out/preferred"
     report = (tmp_path / "out" / "report.html").read_text()
     assert "A &lt;small&gt; recipe" in report
     assert "DPO &lt;1&gt;" in report

@@ -7,7 +7,7 @@ import pytest
 
 from fira.errors import UserError
 from fira.recipes.recipe_file import Recipe, read_recipe
-from fira.recipes.stage_state import begin, complete, partial_output, read_record, state_of
+from fira.recipes.stage_state import begin, complete, interrupt, partial_output, read_record, state_of
 
 CONTENT = """
 [stages.a]
@@ -114,7 +114,7 @@ def test_a_folder_of_another_origin_is_not_touched(folder):
 def test_a_command_without_output_and_a_damaged_record_are_one_line_errors(folder):
     recipe = recipe_in(folder)
     begin(recipe, recipe.stages[0], 1)
-    with pytest.raises(UserError, match="or its record was removed"):
+    with pytest.raises(UserError, match="a was removed; run the same command again"):
         complete(recipe, recipe.stages[0], time.monotonic())
     (recipe.out / "stages" / "a.json").write_text("{")
     with pytest.raises(UserError, match=r"a\.json is not valid JSON"):
@@ -124,11 +124,12 @@ def test_a_command_without_output_and_a_damaged_record_are_one_line_errors(folde
 def test_the_durations_of_attempts_are_added(folder):
     recipe = recipe_in(folder)
     first = recipe.stages[0]
-    for _ in range(2):
-        begin(recipe, first, 1)
-        partial_output(recipe, first).mkdir()
-        (partial_output(recipe, first) / "one.txt").write_text("x")
+    begin(recipe, first, 1)
+    interrupt(recipe, first, time.monotonic() - 20)
+    assert begin(recipe, first, 1) == "started"
+    partial_output(recipe, first).mkdir()
+    (partial_output(recipe, first) / "one.txt").write_text("x")
     complete(recipe, first, time.monotonic() - 5)
     entry = read_record(recipe, first)
     assert entry is not None
-    assert 5 <= entry.seconds < 6
+    assert 25 <= entry.seconds < 26

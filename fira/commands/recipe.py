@@ -56,7 +56,10 @@ def answer(recipe: "Recipe", options: Namespace) -> str:
 
 def run(recipe: "Recipe", options: Namespace) -> None:
     """Run the stages on the ranks of mpirun, and write the report."""
-    world = pipeline.init()
+    trained = [stage for stage in recipe.stages if stage.command == "train"]
+    timeouts = [float(str(stage.flags["timeout"])) for stage in trained if "timeout" in stage.flags]
+    cuda = any(stage.flags.get("device") != "cpu" for stage in trained)
+    world = pipeline.init(max(timeouts, default=None), cuda)  # the longest timeout is that of all stages
     cli.start_logging(options.quiet, options.verbose, world.rank)
     from fira.metrics.console import next_command
     from fira.recipes.run_stages import Commands, run_child, run_stages
@@ -66,7 +69,6 @@ def run(recipe: "Recipe", options: Namespace) -> None:
     commands = Commands(lambda words: run_command("train", [*words, *flags]), program, flags or ["--quiet"])
     if run_stages(recipe, world, commands):
         run_child([*program, "recipe", options.recipe, "--report", f"--out={recipe.out}"], "the report")
-        trained = [stage for stage in recipe.stages if stage.command == "train"]
         if trained and world.rank == 0 and not options.quiet:
             chats = trained[-1].flags.get("objective", "pretrain") != "pretrain"
             print(next_command(recipe.output(trained[-1].name), has_tokenizer=True, chats=chats))

@@ -7,11 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+from fira.errors import UserError
+from fira.recipes.recipe_file import read_recipe
+from fira.recipes.run_stages import Commands, run_stages
+from pipeline.mpi import World
 from tests.fira.recipes.small_recipe import STAGES, write_recipe
 from tests.launch import ROOT, inherited, members, mpirun
 
@@ -73,16 +78,64 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") 
         time.sleep(0.01)
 
 
-def test_stages_in_child_processes_are_run_and_skipped(tmp_path):
-    write_recipe(
-        tmp_path, {"tokens": STAGES["tokens"], "again": STAGES["tokens"] + '\ntokenizer = "{tokens}/tokenizer.json"'}
-    )
-    output = run(tmp_path)
-    assert ran(output) == ["tokens", "again"]
-    assert (tmp_path / "out" / "report.html").exists()
-    output = run(tmp_path)
-    assert ran(output) == []
-    assert output.count("unchanged, skipped") == 2
+WRITE = "import pathlib, sys; pathlib.Path(sys.argv[-1].removeprefix('--out=')).write_text(' '.join(sys.argv[1:-1]))"
+
+
+def run_with(path: Path, program: str, train: Callable[[Sequence[str]], None]) -> bool:
+    """Run the stages of a recipe on one rank, in this process, with a program and a function instead of commands."""
+    recipe = read_recipe(path, str(path.parent / "out"), lambda command, arguments: None)
+    commands = Commands(train, [sys.executable, "-S", "-c", program], [])
+    return run_stages(recipe, World(0, 1, 0, 1), commands)
+
+
+def finish(arguments: Sequence[str]) -> None:
+    """A training run that ends in its last step, and changes what a run changes."""
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (out,) = [Path(word.removeprefix("--out=")) for word in arguments if word.startswith("--out=")]
+    out.mkdir(exist_ok=True)
+    (out / "arguments").write_text(" ".join(arguments))
+    (out / "finished.json").touch()
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe of a training run and another command."""
+    monkeypatch.setenv("FIRA_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "r.toml"
+    path.write_text('[stages.a]\ncommand = "train"\nsteps = 3\n[stages.b]\ncommand = "x"\ncheckpoint = "{a}"\n')
+    return path
+
+
+def test_each_stage_is_run_once(path):
+    calls = []
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    assert run_with(path, WRITE, lambda words: (calls.append(list(words)), finish(words))[0])
+    assert run_with(path, WRITE, lambda words: calls.append([]))
+    assert calls == [["--steps=3", f"--out={path.parent}/out/a"]]
+    assert (path.parent / "out" / "b").read_text() == f"x --checkpoint={path.parent}/out/a"
+    assert (torch.get_num_threads(), signal.getsignal(signal.SIGTERM)) == (threads, handler)
+
+
+def test_a_training_run_that_a_signal_ended_is_resumed(path):
+    calls = []
+    assert not run_with(path, WRITE, lambda words: calls.append(words[-1]))
+    assert not (path.parent / "out" / "b").exists()
+    assert run_with(path, WRITE, lambda words: (calls.append(words[-1]), finish(words))[0])
+    assert calls == [f"--out={path.parent}/out/a", "--resume=auto"]
+
+
+@pytest.mark.parametrize(
+    ("program", "cause"),
+    [("raise SystemExit(3)", "status 3"), ("import os; os.kill(os.getpid(), 9)", "signal 9"), ("", "b was removed")],
+)
+def test_a_stage_that_fails_ends_the_recipe_with_one_line_and_is_run_again(path, program, cause):
+    calls = []
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"stage b: .*{cause}"):
+            run_with(path, program, lambda words: (calls.append(words), finish(words))[0])
+    assert len(calls) == 1
+    assert run_with(path, WRITE, finish)
 
 
 @pytest.mark.slow

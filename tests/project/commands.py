@@ -25,7 +25,8 @@ def commands(text: str) -> list[str]:
 
 def make_checkout(folder: Path) -> Path:
     """Create a folder that looks like a checkout to the commands, with text to train on. All output stays in it."""
-    (folder / "scripts").symlink_to(ROOT / "scripts")
+    for name in ("scripts", "recipes"):
+        (folder / name).symlink_to(ROOT / name)
     text = (ROOT / "README.md").read_text()
     (folder / "README.md").write_text(text)
     (folder / "texts").mkdir()

@@ -57,12 +57,18 @@ def test_supervised_run(place):
     assert (place / "runs" / "a" / "finished.json").exists()
 
 
+@pytest.mark.slow
+def test_recipe_can_be_run(place):
+    """Its stages are parsed; the tests of fira/recipes run smaller ones."""
+    assert "fira train --model=rish-olmoe-tiny" in run(command_with("recipe.py") + " --dry-run", place)
+
+
 def test_test_command_is_the_one_that_ci_runs():
     assert command_with("python -m pytest") == SETUP + "python -m pytest"
 
 
 def test_every_command_is_tested():
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
 
 
 def test_python_code(place):

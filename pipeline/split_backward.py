@@ -98,11 +98,6 @@ class SplitBackward:
                 _accumulate(edges, grads)
                 edges, grads = [], []
 
-    def saved_bytes(self) -> int:
-        """Bytes kept from the first part to the second, in addition to what autograd saves for a full backward."""
-        saved = [g for junction in self.junctions for g in junction.saved_for_weight_grad if g is not None]
-        return sum({g.untyped_storage()._cdata: g.untyped_storage().nbytes() for g in saved}.values())
-
 
 def _accumulate(edges: Sequence[GradientEdge], grads: Sequence[Tensor | None]) -> None:
     """Run autograd from edges with these gradients down to the parameters, skipping those without a gradient."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,23 +49,35 @@ def add_arguments(parser: cli.Parser) -> None:
 
 def serve(options: Namespace) -> None:
     """Load the model, and serve it until a signal."""
+    import torch
+
     from fira.commands.loading import load
+    from fira.files import one_line
+    from fira.models.registry import build
     from fira.serving.app import create_app
     from fira.serving.http_server import is_loopback, listen, run_server, url
     from fira.serving.scheduler import Scheduler
     from fira.serving.served_model import ServedModel
 
+    key = options.api_key
+    if key is not None and not re.fullmatch(r"[!-~]+", key):
+        raise UserError(
+            f"--api-key, or {KEY_VARIABLE}: the key is empty or has other characters than ASCII ones; change it"
+        )
     listening = listen(options.host, options.port)
     model = load(options.checkpoint, options.tokenizer, options.quantize, options.quiet)
     served = ServedModel(model, name_of(options.checkpoint), options.rows)
     scheduler = Scheduler(model, options.rows, options.queue)
-    memory = scheduler.warm_up()
-    address, key = url(listening), options.api_key
+    try:
+        memory = scheduler.warm_up()
+    except RuntimeError as error:  # torch cannot allocate the key-value cache
+        raise UserError(f"--rows {options.rows}: {one_line(error)}; give a smaller number") from None
+    address = url(listening)
+    with torch.device("meta"):
+        parameters = build(model.config).num_parameters()
     if not key and not is_loopback(listening):
         logger.warning("--host %s without --api-key: everyone in the network can use the model", options.host)
-    logger.info(
-        "serving %s (%s parameters); chat in a browser: %s/", served.name, f"{model.num_parameters():,}", address
-    )
+    logger.info("serving %s (%s parameters); chat in a browser: %s/", served.name, f"{parameters:,}", address)
     logger.info(
         "limits: %d texts at a time, %d waiting, %d tokens per text; cache of %.0f MB",
         *(options.rows, options.queue, served.context, memory / 1e6),
@@ -76,7 +89,8 @@ def serve(options: Namespace) -> None:
 
 def example(address: str, chat: bool, key: bool) -> str:
     """A command that sends a request to the server."""
-    header = f"-H 'Authorization: Bearer '\"${KEY_VARIABLE}\" " if key else ""
+    known = f'\'"${KEY_VARIABLE}"' if os.environ.get(KEY_VARIABLE) else "KEY'"
+    header = f"-H 'Authorization: Bearer {known} " if key else ""
     path = "chat/completions" if chat else "completions"
     body = '{"messages": [{"role": "user", "content": "Hello"}]}' if chat else '{"prompt": "Hello"}'
     return f"curl {address}/v1/{path} {header}-H 'Content-Type: application/json' -d '{body}'"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fira.decoding.sampling import Sampling
+from fira.decoding.sampling import LEAST_TEMPERATURE, Sampling
 from fira.errors import UserError
 
 Processor = Callable[[Tensor, Tensor], Tensor]  # (ids, logits) → logits
@@ -38,7 +38,7 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         """Whether the next token is the argmax of the logits."""
-        return self.sampling.temperature == 0 and not self.penalties
+        return self.sampling.temperature < LEAST_TEMPERATURE and not self.penalties
 
     def _subtract_presence(self, ids: Tensor, logits: Tensor) -> Tensor:
         return logits - torch.zeros_like(logits).scatter(1, ids, self.sampling.presence_penalty)
@@ -49,7 +49,7 @@ class Sampler:
         logits = logits.float()
         for process in self.penalties:
             logits = process(ids, logits)
-        if s.temperature == 0:
+        if s.temperature < LEAST_TEMPERATURE:
             return torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
         # The largest is 0: no overflow at any temperature.
         logits = (logits - logits.amax(1, keepdim=True)) / s.temperature

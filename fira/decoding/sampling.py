@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, fields
 
-from fira.value_types import ClosedShare, NotNegative, OpenShare, Positive, Seed, Share, check
+from fira.value_types import ClosedShare, NotNegative, OpenShare, PresencePenalty, RepetitionPenalty, Seed, Share, check
+
+LEAST_TEMPERATURE = 1e-30  # a quotient of smaller numbers may overflow in fp32
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,7 @@ class Sampling:
     (Keskar et al. 2019, arXiv 1909.05858).
     presence_penalty: subtracted from the logits of tokens that occur in the text.
     no_repeat_ngram: no sequence of this many tokens occurs twice.
-    temperature: divisor of the logits; 0 selects the most probable token.
+    temperature: divisor of the logits; 0, and all numbers below LEAST_TEMPERATURE, select the most probable token.
     top_k: keep the k most probable tokens.
     top_p: keep the smallest set of most probable tokens whose total probability reaches p (Holtzman et al. 2019,
     arXiv 1904.09751).
@@ -25,8 +27,8 @@ class Sampling:
     Raises UserError for values out of range.
     """
 
-    repetition_penalty: Positive = 1.0
-    presence_penalty: float = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    presence_penalty: PresencePenalty = 0.0
     no_repeat_ngram: int | None = None
     temperature: NotNegative = 1.0
     top_k: int | None = None

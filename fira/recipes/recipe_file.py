@@ -31,6 +31,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 REFERENCE = re.compile(r"\{([^{}]*)\}")  # to the output of an earlier stage
 OWN_KEYS = {"command": str, "title": str, "seconds": Positive}  # all other keys of a stage are flags
 RESERVED = ("stages", "report.html")  # names in the folder of all outputs
+OLD = ".old"  # end of the name of an earlier output
 Value = str | int | float | bool | list[Any]
 CheckArguments = Callable[[str, list[str]], None]  # of a command; raises UserError
 
@@ -120,8 +121,11 @@ def read_recipe(path: Path, out: str | None, check_arguments: CheckArguments) ->
 
 
 def _stage(name: str, table: Any, where: str) -> Stage:
-    if not NAME.fullmatch(name) or name in RESERVED:
-        raise UserError(f"{where}: a name has letters, digits, '-', '_' and '.', and is not {' or '.join(RESERVED)}")
+    if not NAME.fullmatch(name) or name in RESERVED or name.endswith(OLD):
+        names = " or ".join(RESERVED)
+        raise UserError(
+            f"{where}: a name has letters, digits, '-', '_' and '.', does not end with {OLD}, and is not {names}"
+        )
     if not isinstance(table, dict) or "command" not in table:
         raise UserError(f'{where}: no command; give one, as in command = "train"')
     for key, kind in OWN_KEYS.items():
@@ -131,6 +135,8 @@ def _stage(name: str, table: Any, where: str) -> Stage:
     for key, value in flags.items():
         if key == "out":
             raise UserError(f"{where}: out is the folder of the stage, {name}; remove the key")
+        if key in ("config", "help"):  # what a config file names would not be known
+            raise UserError(f"{where}: {key} is not a key of a stage; give the flags as keys")
         for part in value if isinstance(value, list) else [value]:
             check(f"{where}: {key}", part, AnyText | bool | float)
     return Stage(name, table["command"], table.get("title", name), table.get("seconds"), flags)

@@ -148,7 +148,7 @@ def run_child(command: Sequence[str], name: str) -> None:
             process.wait()
     if status:
         cause = f"signal {-status}" if status < 0 else f"status {status}"
-        raise UserError(f"{name} ended with {cause}; the same command continues here")
+        raise UserError(f"{name} ended with {cause}; correct it, and the same command continues here")
 
 
 def _pause(child: Sequence[subprocess.Popen[bytes]]) -> None:

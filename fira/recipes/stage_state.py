@@ -27,7 +27,7 @@ from fira.data.cache import cache_folder, content_key
 from fira.errors import UserError
 from fira.files import errors_naming, replace
 from fira.json_reader import integer, nullable, number, read, record, text
-from fira.recipes.recipe_file import Recipe, Stage
+from fira.recipes.recipe_file import OLD, Recipe, Stage
 
 FORMAT = 1  # part of the key; increment it when the same stage yields another result
 FOLDER = "stages"
@@ -122,7 +122,7 @@ def begin(recipe: Recipe, stage: Stage, ranks: int) -> State:
         raise UserError(f"{output} exists, and no run of this recipe wrote it; move it away, or give another --out")
     with errors_naming(output):
         if state is State.CHANGED and output.exists():
-            old = output.with_name(f"{output.name}.old")
+            old = output.with_name(f"{output.name}{OLD}")
             _remove(old)
             output.rename(old)
         _remove(partial_output(recipe, stage).parent)

@@ -1,5 +1,6 @@
 """Errors in the form of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`."""
 
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -55,8 +56,13 @@ def _validation_error(found: dict[str, Any]) -> APIError:
         reason = found.get("ctx", {}).get("error", "no object")
         message = f"the body is not a JSON object ({reason}); send one with Content-Type: application/json"
         return APIError(400, message, code="invalid_json")
-    field = ".".join(str(part) for part in found["loc"][1:])
-    return APIError(400, f"{field}: {found['msg']}", field, found["type"])
+    parts = [str(part) for part in found["loc"][1:]]
+    names = [part for part in parts if not re.search(r"[\[(]", part)]  # the others are pydantic's names of types
+    field = ".".join(names)
+    message = found["msg"]
+    if names != parts and found["type"].endswith("_type"):
+        message = "the value has none of the types that are allowed here"
+    return APIError(400, f"{field}: {message}", field, found["type"])
 
 
 async def _respond(_: Request, error: Exception) -> JSONResponse:

@@ -30,10 +30,12 @@ IGNORED = {  # fields for the operator of a service
     "metadata",
     "parallel_tool_calls",
     "prompt_cache_key",
+    "reasoning_effort",
     "safety_identifier",
     "service_tier",
     "store",
     "user",
+    "verbosity",
 }
 
 

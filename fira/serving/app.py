@@ -81,14 +81,14 @@ def create_app(model: ServedModel, scheduler: Scheduler, key: str | None, origin
         model.check_name(name)
         return description()
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> JSONResponse:
         running, waiting = scheduler.load()
         alive = scheduler.is_alive()
         status = {"status": "ok" if alive else "failed", "running": running, "waiting": waiting}
         return JSONResponse(status, 200 if alive else 503)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=PAGE_HEADERS)
 

@@ -94,8 +94,10 @@ class RunningBatch:
             decoding=DecodingContext(self.cache, logits_to_keep=1),
         )
         self._counted = self.texts
-        logits = self.model(last, context)[:, -1]
-        self._counted = ()
+        try:
+            logits = self.model(last, context)[:, -1]
+        finally:
+            self._counted = ()
         return self._choose(self.texts, logits)
 
     def _choose(self, texts: Sequence[Text], logits: Tensor) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fira import load_model
 from fira.commands import serve
 from fira.errors import UserError
 from tests.fira.small_model import CONFIG
@@ -43,6 +44,7 @@ def server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str, str
 def test_sigterm_finishes_the_running_stream(run_folder: Path) -> None:
     with server("--checkpoint", run_folder, "--rows", 2, "--quantize", "int8") as (process, address, printed):
         assert "int8: weights of" in printed
+        assert f"({load_model(run_folder).num_parameters():,} parameters)" in printed
         assert "2 texts at a time, 128 waiting, 12 tokens per text" in printed
         (command,) = re.findall(r"next: (curl .*)", printed)
         reply = json.loads(subprocess.check_output(["bash", "-c", f"{command} -s"], timeout=30))
@@ -83,6 +85,12 @@ def test_a_port_in_use_is_a_one_line_error(run_folder: Path) -> None:
         with pytest.raises(UserError, match=rf"--port {port}: .*in use.*; give another") as error:
             serve.main(["--checkpoint", str(run_folder), "--port", str(port)])
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["", " ", "clé"])
+def test_an_unusable_key_is_a_one_line_error(run_folder: Path, key: str) -> None:
+    with pytest.raises(UserError, match="--api-key, or FIRA_API_KEY: the key is empty or has"):
+        serve.main(["--checkpoint", str(run_folder), "--api-key", key])
 
 
 @pytest.mark.parametrize("name", ["fastapi", "uvicorn"])

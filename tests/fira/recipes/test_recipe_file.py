@@ -67,6 +67,8 @@ def test_flags_references_and_lists(tmp_path):
         (TRAIN + 'model = "x"', "stage a: --model x: no such preset"),
         (TRAIN + 'resume = "auto"', "stage a: resume is not a key of a stage"),
         (TRAIN + 'elastic = "1:2"', "stage a: elastic is not a key of a stage"),
+        (TRAIN + 'config = "a.toml"', "stage a: config is not a key of a stage; give the flags as keys"),
+        (TRAIN.replace("stages.a", 'stages."a.old"'), "does not end with .old"),
         (TRAIN + 'out = "x"', "stage a: out is the folder of the stage, a"),
         (TRAIN + "seconds = 0", "stage a: seconds: give a number greater than 0"),
         (TRAIN + "data = { x = 1 }", "stage a: data: give"),

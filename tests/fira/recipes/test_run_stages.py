@@ -198,5 +198,7 @@ def test_a_failing_stage_ends_all_ranks_with_one_line(tmp_path):
     process = start(tmp_path, 2)
     lines = end(process).splitlines()
     assert process.returncode == 2
-    assert lines[-1] == "stage tokens: fira prepare ended with status 2; the same command continues here"
+    assert (
+        lines[-1] == "stage tokens: fira prepare ended with status 2; correct it, and the same command continues here"
+    )
     assert "missing/: no such file or folder" in lines[-2]

@@ -139,6 +139,8 @@ def test_concurrent_clients_get_the_answers_of_single_runs(served):
         ({"model": "gpt"}, 404, "use 'small'", "model"),
         ({"temperature": -1}, 400, "temperature: give a number of at least 0", "temperature"),
         ({"temperature": float("nan")}, 400, "temperature: give", "temperature"),
+        ({"presence_penalty": 1e308}, 400, "presence_penalty: give", "presence_penalty"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "none of the types", "messages.0.content"),
         ({"top_p": 2}, 400, "top_p: give", "top_p"),
         ({"max_tokens": 0}, 400, "greater than or equal to 1", "max_tokens"),
         ({"max_tokens": "5"}, 400, "valid integer", "max_tokens"),

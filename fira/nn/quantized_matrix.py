@@ -12,6 +12,8 @@ error. The products are kernels of torch, in which a row of y does not depend on
 G inputs and of PADDING outputs; other sizes are padded with zeros.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ PADDING = 16
 ROWS = 1024  # rows that are quantised at a time, so that a large head needs little memory
 
 
-class QuantizedMatrix(nn.Module):
+class QuantizedMatrix(nn.Module, ABC):
     """A matrix W [out, in], made from its values. The buffers are not part of the state dict: they are not saved."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -39,13 +41,13 @@ class QuantizedMatrix(nn.Module):
         y = self.product(F.pad(x, (0, self._missing)) if self._missing else x.contiguous())
         return y[:, : self.out_features]
 
+    @abstractmethod
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Buffers for a padded matrix in fp32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """Product with padded rows and outputs."""
-        raise NotImplementedError
 
 
 class Int8Matrix(QuantizedMatrix):

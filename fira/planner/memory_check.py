@@ -60,15 +60,12 @@ def check_memory(
     def fits(needs: Needs) -> Callable[[Candidate], bool]:
         return lambda candidate: all(memory.holds(needs(candidate)) for memory in memories)
 
+    on_cpu = devices[0].type == "cpu"
     least, most = (_bounded_needs(profile, precision, devices[0].type, bound) for bound in (LEAST, MOST))
-    needs, safe = least, most
-    if devices[0].type == "cpu":
-        if fits(most)(candidate):
-            return
-        safe = _estimated_needs(profile, precision)
-    if fits(least)(candidate):
-        if devices[0].type != "cpu":
-            return
+    if fits(most if on_cpu else least)(candidate):
+        return
+    needs, safe = least, _estimated_needs(profile, precision) if on_cpu else most
+    if fits(least)(candidate):  # on a CPU
 
         def needs(candidate: Candidate) -> list[float]:
             return [need / OVERESTIMATE for need in safe(candidate)]

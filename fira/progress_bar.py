@@ -10,7 +10,7 @@ class _Lines:
 
     def write(self, text: str) -> None:
         if line := text.strip("\r\n "):
-            print(line, file=sys.stderr)
+            sys.stderr.write(line + "\n")  # print would write the end of the line separately
 
     def flush(self) -> None:
         sys.stderr.flush()

@@ -1,8 +1,11 @@
 """Expected duration of the stages of a recipe.
 
 A stage takes as long as in its record, or else the `seconds` of the file. Those of the file are for another machine:
-they are multiplied by the ratio of measured and expected durations of the stages that have ended.
+they are multiplied by the ratio of measured and expected durations of the stages with the same command that have ended.
+Other commands say little: a tokenizer that is found in the cache takes no time on any machine.
 """
+
+from collections import defaultdict
 
 from tqdm import tqdm
 
@@ -16,37 +19,36 @@ class TimeLeft:
     def __init__(self, recipe: Recipe) -> None:
         records = {stage.name: read_record(recipe, stage) for stage in recipe.stages}
         self._measured = {name: entry.seconds for name, entry in records.items() if entry and entry.output}
-        self._left = {stage.name: stage.seconds for stage in recipe.stages}
-        self._expected_s = self._taken_s = 0.0
+        self._left = {stage.name: stage for stage in recipe.stages}
+        self._expected_s: defaultdict[str, float] = defaultdict(float)  # of the stages that have ended, by command
+        self._taken_s: defaultdict[str, float] = defaultdict(float)
 
     def skip(self, stage: Stage) -> None:
         """Note that a stage is done without having been run."""
-        self._left.pop(stage.name)
+        del self._left[stage.name]
 
     def finish(self, stage: Stage, seconds: float) -> None:
         """Note the duration of a stage that was run."""
-        expected = self._left.pop(stage.name)
-        if expected is not None:
-            self._expected_s += expected
-            self._taken_s += seconds
+        del self._left[stage.name]
+        if stage.seconds is not None:
+            self._expected_s[stage.command] += stage.seconds
+            self._taken_s[stage.command] += seconds
 
     def describe(self, stage: Stage) -> str:
         """Expected duration of a stage that starts, and of it and all following ones; empty if it is not known."""
-        own = self._seconds(stage.name)
+        own = self._seconds(stage)
         if own is None:
             return ""
-        known = [seconds for name in self._left if (seconds := self._seconds(name)) is not None]
+        known = [seconds for left in self._left.values() if (seconds := self._seconds(left)) is not None]
         more = "at least " if len(known) < len(self._left) else ""
         return f", about {_interval(own)}; the recipe ends in {more}{_interval(sum(known))}"
 
-    def _seconds(self, name: str) -> float | None:
-        if name in self._measured:
-            return self._measured[name]
-        expected = self._left[name]
-        return None if expected is None else expected * self._scale()
-
-    def _scale(self) -> float:
-        return self._taken_s / self._expected_s if self._expected_s else 1.0
+    def _seconds(self, stage: Stage) -> float | None:
+        if stage.name in self._measured:
+            return self._measured[stage.name]
+        expected_s = self._expected_s[stage.command]
+        scale = self._taken_s[stage.command] / expected_s if expected_s else 1.0
+        return None if stage.seconds is None else stage.seconds * scale
 
 
 def _interval(seconds: float) -> str:

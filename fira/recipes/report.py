@@ -48,14 +48,15 @@ def write_report(recipe: Recipe) -> Path:
     parts = [f"<h1>{escape(recipe.title)}</h1>", f'<p class="facts">{escape(facts)}</p>']
     if found:
         parts += ["<h2>Scores</h2>", report_tables.scores(found)]
-        parts += ["<h2>Answers</h2>", report_tables.answers(found)]
-    for (stage, folder), log in zip(training, logs, strict=True):
-        parts += [f"<h2>Training: {escape(stage.title)}</h2>"]
-        parts += [report_figures.curves(log, _baselines(folder)), report_figures.expert_load(log) or ""]
     speeds = {stage.name: float(log["tokens_per_s"].median()) for (stage, _), log in zip(training, logs, strict=True)}
     sizes = {name: size(recipe.output(name)) for name in known}
     seconds = {name: entry.seconds for name, entry in known.items()}
     parts += ["<h2>Stages</h2>", report_tables.stages(recipe, seconds, speeds, sizes)]
+    for (stage, folder), log in zip(training, logs, strict=True):
+        parts += [f"<h2>Training: {escape(stage.title)}</h2>"]
+        parts += [report_figures.curves(log, _baselines(folder)), report_figures.expert_load(log) or ""]
+    if found:
+        parts += ["<h2>Answers</h2>", report_tables.answers(found)]
     commands = "\n".join(map(recipe.command_line, recipe.stages))
     parts += ["<h2>Commands</h2>", f"<p>All stages: <code>fira recipe {escape(str(recipe.path))}</code></p>"]
     parts += [f"<pre>{escape(commands)}</pre>"]

@@ -6,7 +6,9 @@ from pathlib import Path
 from tests.project.commands import make_checkout
 
 SMALL = 'model_set = "d_model=16,num_layers=1,d_ff=16,n_head=2,num_experts=2"\nvocab_size = 300\nseq_len = 64'
-STEPS = 'batch_size = 4\nmicro_batch_size = 2\neval_sequences = 4\nsteps = 4\nsave_every = "1"\nplan = "none"'
+STEPS = (
+    'batch_size = 4\nmicro_batch_size = 2\neval_sequences = 4\nsteps = 4\nsave_every = "1"\nplan = "none"\nthreads = 1'
+)
 STAGES = {
     "tokens": 'command = "prepare"\ndata = "texts/"\nvocab_size = 300',
     "base": f'command = "train"\ndata = "texts/"\n{SMALL}\n{STEPS}',

@@ -10,12 +10,16 @@ from fira.recipes.recipe_file import read_recipe
 from fira.recipes.stage_state import begin, complete
 
 SECONDS = {"a": "seconds = 10", "b": "seconds = 60", "c": ""}
-CONTENT = "".join(f'[stages.{name}]\ncommand = "x"\n{line}\n' for name, line in SECONDS.items())
+COMMANDS = {"a": "x", "b": "x", "c": "x"}
+
+
+def content(commands: dict[str, str] = COMMANDS) -> str:
+    return "".join(f'[stages.{name}]\ncommand = "{commands[name]}"\n{line}\n' for name, line in SECONDS.items())
 
 
 @pytest.fixture
 def recipe(tmp_path: Path):
-    (tmp_path / "r.toml").write_text(CONTENT)
+    (tmp_path / "r.toml").write_text(content())
     return read_recipe(tmp_path / "r.toml", str(tmp_path / "out"), lambda command, arguments: None)
 
 
@@ -27,6 +31,14 @@ def test_durations_of_the_file_are_scaled_by_the_measured_ones(recipe):
     assert left.describe(b) == ", about 02:00; the recipe ends in at least 02:00"
     left.skip(c)
     assert left.describe(b) == ", about 02:00; the recipe ends in 02:00"
+
+
+def test_another_command_does_not_scale_a_duration(tmp_path):
+    (tmp_path / "r.toml").write_text(content(COMMANDS | {"a": "y"}))
+    recipe = read_recipe(tmp_path / "r.toml", str(tmp_path / "out"), lambda command, arguments: None)
+    left = TimeLeft(recipe)
+    left.finish(recipe.stages[0], 1)
+    assert left.describe(recipe.stages[1]) == ", about 01:00; the recipe ends in at least 01:00"
 
 
 def test_a_stage_takes_as_long_as_before(recipe):

@@ -16,14 +16,18 @@ class _Lines:
         sys.stderr.flush()
 
 
-def progress_bar(total: int, label: str, shown: bool) -> tqdm:
-    """A bar over `total` bytes, tokens or sequences, which appears after two seconds if `shown`."""
+FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"  # never seconds per unit
+
+
+def progress_bar(total: int, label: str, shown: bool, unit: str = "B") -> tqdm:
+    """A bar over `total` bytes, or other units such as " tokens", which appears after two seconds if `shown`."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         desc=label,
-        unit_scale=True,
-        unit="",
+        unit_scale=total >= 1000,  # small counts are integers
+        unit=unit,
+        bar_format=FORMAT,
         disable=not shown,
         delay=2,
         mininterval=0.2 if terminal else 5,

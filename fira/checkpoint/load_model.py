@@ -1,5 +1,6 @@
 """Load a model for inference from a checkpoint or an exported folder."""
 
+import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -7,9 +8,17 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fira.checkpoint.manifest import combined_hash
 from fira.checkpoint.pretrained import Saved, open_saved, read_weight, stored_config
+from fira.data.cache import cache_folder, cached
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, parse_tokenizer
-from fira.data.tokenizer_config import TokenizerConfig, default_config, read_config, read_config_beside
+from fira.data.tokenizer_config import (
+    TOKENIZER_CONFIG,
+    TokenizerConfig,
+    default_config,
+    read_config,
+    read_config_beside,
+)
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 from fira.models.quantized_model import quantize_matrices
@@ -25,10 +34,11 @@ def load_model(
 ) -> LanguageModel:
     """Load a model in eval mode.
 
-    path: a run folder, a checkpoints folder, a step folder (written by any layout) or a folder of transformers (an
-    export, a Llama, FlexOlmo or OLMoE). tokenizer: the path of a tokenizer.json; by default the model's own is loaded
-    as `model.tokenizer`, which is None if the model was trained on shards without a tokenizer. Its special tokens and
-    chat template, from the files next to it, become `model.tokenizer_config`.
+    path: a run folder, a checkpoints folder, a step folder (written by any layout), a folder of transformers (an
+    export, a Llama, FlexOlmo or OLMoE), or a safetensors file with its config in the metadata or next to it.
+    tokenizer: the path of a tokenizer.json; by default the model's own is loaded as `model.tokenizer`, which is None if
+    the model was trained on shards without a tokenizer. Its special tokens and chat template, from the files next to
+    it, become `model.tokenizer_config`.
     quantize: one of `fira.nn.quantization.FORMS`, such as "int8": the matrices of the blocks are quantised while they
     are read, for inference on the CPU; None: all weights have their stored precision.
 
@@ -74,6 +84,22 @@ def own_config(model: LanguageModel) -> TokenizerConfig:
     """Return the special tokens and the chat template of a model. Raises UserError if it has no tokenizer."""
     tokenizer = own_tokenizer(model)
     return model.tokenizer_config or default_config(tokenizer)
+
+
+def saved_tokenizer(saved: Saved) -> str | None:
+    """Return the path of a saved model's tokenizer.json, in the cache if it is in metadata; None if it has none."""
+    if not saved.has_file(TOKENIZER):
+        return None
+    if (saved.folder / TOKENIZER).is_file():
+        return str(saved.folder / TOKENIZER)
+    files = {name: saved.file(name) for name in (TOKENIZER, TOKENIZER_CONFIG) if saved.has_file(name)}
+    key = combined_hash({name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+
+    def write(folder: Path) -> None:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+    return str(cached(cache_folder(), key, False, write) / TOKENIZER)
 
 
 def saved_config(saved: Saved, tokenizer: Tokenizer) -> TokenizerConfig:

@@ -1,4 +1,4 @@
-"""Read folders written by transformers (exports, Llama, FlexOlmo, OLMoE) through the same interface as Checkpoint."""
+"""Read models saved by transformers (exports, Llama, FlexOlmo, OLMoE) through the same interface as Checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,37 @@ from fira.checkpoint.shards import Checkpoint, open_checkpoint
 from fira.checkpoint.transformers_mapping import TRANSFORMERS_SCHEMA, expert_tensors, from_transformers
 from fira.errors import UserError
 from fira.files import errors_naming, one_line
-from fira.json_reader import anything, check, mapping, read, record
+from fira.json_reader import anything, check, mapping, parse, read, record
+from fira.models.language_model import EXPORT_PREFIX
 from fira.models.registry import from_document, to_document
 
 FIRA_TYPES = ("fira", "rish_ai")  # model_type of exports in the format fira
 CONFIG = "config.json"
 CONFIG_SIZE = 2**20  # bytes
-WEIGHTS = "model.safetensors"
+SUFFIX = ".safetensors"
+WEIGHTS = f"model{SUFFIX}"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class PretrainedFolder:
-    """A folder written by transformers' `save_pretrained`, with Fira's names. Tensors are read on demand."""
+class PretrainedModel:
+    """A model saved by transformers, with the names of Fira. Tensors are read on demand.
+
+    folder: a folder of `save_pretrained`, or a safetensors file with all tensors. The config and the tokenizer of a
+    file are in its metadata, as in an export, or next to it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._place = folder.parent if folder.is_file() else folder  # of all files
         self._opened: dict[str, Any] = {}
         self._files = self._find_files()
-        self._names: dict[str, str] | None = None  # Fira's name → stored name; None: add the prefix `model.`
-        path = folder / CONFIG
-        document = read(path, mapping(anything), CONFIG_SIZE)
+        self._metadata: dict[str, str] = self._open(folder.name).metadata() or {} if folder.is_file() else {}
+        self._names: dict[str, str] | None = None  # Fira's name → stored name; None: they differ by a prefix
+        self._prefix = EXPORT_PREFIX if all(name.startswith(EXPORT_PREFIX) for name in self._files) else ""
+        path, document = self._place / CONFIG, self._read_config()
+        if "family" in document:  # the config of a checkpoint
+            self._document = document
+            return
         if document.get("model_type") in FIRA_TYPES:
             check(document, path, record({"shape": mapping(anything)}))
             self._document = document["shape"]
@@ -47,6 +58,16 @@ class PretrainedFolder:
             raise UserError(f"{folder}: {one_line(error)}") from None
         self._document = to_document(config)
 
+    def _read_config(self) -> dict[str, Any]:
+        if not self.has_file(CONFIG):
+            raise UserError(f"{self.folder}: no {CONFIG} in its metadata or next to it; copy that of the model there")
+        document: dict[str, Any]
+        if CONFIG in self._metadata:
+            document = parse(self._metadata[CONFIG][:CONFIG_SIZE].encode(), self.folder, mapping(anything))
+        else:
+            document = read(self._place / CONFIG, mapping(anything), CONFIG_SIZE)
+        return document
+
     def document(self, name: str) -> dict[str, Any]:
         """Return the model's config, the only document, in the form of a checkpoint's config.json."""
         if name != "config":
@@ -54,10 +75,10 @@ class PretrainedFolder:
         return self._document
 
     def has_file(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        return name in self._metadata or (self._place / name).is_file()
 
     def file(self, name: str) -> bytes:
-        return files.read(self.folder / name)
+        return self._metadata[name].encode() if name in self._metadata else files.read(self._place / name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor by its name in Fira."""
@@ -84,7 +105,7 @@ class PretrainedFolder:
     def module_name(self, name: str) -> str:
         """Return the name of a tensor in the model of transformers, by its name in Fira."""
         if self._names is None:
-            return f"model.{name}"
+            return f"{self._prefix}{name}"
         if name not in self._names:
             raise UserError(f"{self.folder} has no tensor {name}; it is a folder of another model")
         return self._names[name]
@@ -94,13 +115,13 @@ class PretrainedFolder:
         if name not in self._files:
             raise UserError(f"{self.folder} has no tensor {name}; it is a folder of another model")
         file = self._files[name]
-        with errors_naming(self.folder / file):
+        with errors_naming(self._place / file):
             return self._open(file).get_slice(name)
 
     def _open(self, file: str) -> Any:
         """Return an opened safetensors file, opened once. Raises UserError if there is no such regular file."""
         if file not in self._opened:
-            path = self.folder / file
+            path = self._place / file
             if not path.is_file():
                 raise UserError(f"{path} is missing; save the model as safetensors")
             with errors_naming(path):
@@ -113,12 +134,15 @@ class PretrainedFolder:
 
     def weights_hash(self) -> str:
         """Return a hash of the model's config and weights, whose files are divided over the ranks (collective)."""
-        names = sorted({CONFIG, *self._files.values()})[this_rank() :: world_size()]
-        hashes = gather_results(lambda: {name: FileRecord.from_file(self.folder / name).sha256 for name in names})
+        config = set() if CONFIG in self._metadata else {CONFIG}  # otherwise it is a part of the hashed file
+        names = sorted(config | set(self._files.values()))[this_rank() :: world_size()]
+        hashes = gather_results(lambda: {name: FileRecord.from_file(self._place / name).sha256 for name in names})
         return combined_hash({name: value for share in hashes for name, value in share.items()})
 
     def _find_files(self) -> dict[str, str]:
         """Return the file name of each tensor."""
+        if self.folder.is_file():
+            return dict.fromkeys(self._open(self.folder.name).keys(), self.folder.name)
         index = self.folder / f"{WEIGHTS}.index.json"
         if index.exists():
             names: dict[str, str] = read(index, record({"weight_map": mapping(FILE_NAME)}))["weight_map"]
@@ -128,7 +152,7 @@ class PretrainedFolder:
         return dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
 
 
-Saved = Checkpoint | PretrainedFolder | MergedCheckpoint
+Saved = Checkpoint | PretrainedModel | MergedCheckpoint
 
 
 def open_saved(path: str | Path) -> Saved:
@@ -141,9 +165,18 @@ def open_saved(path: str | Path) -> Saved:
     return with_base(saved) if isinstance(saved, Checkpoint) and saved.has_file(LORA) else saved
 
 
-def _open_saved(path: Path) -> Checkpoint | PretrainedFolder:
+def _open_saved(path: Path) -> Checkpoint | PretrainedModel:
+    if path.is_file():
+        if path.with_name(MANIFEST).is_file():
+            raise UserError(f"{path}: a part of a checkpoint; give its folder {path.parent}, whose files are verified")
+        if path.suffix != SUFFIX:
+            raise UserError(
+                f"{path}: not a {SUFFIX} file; others, such as .pt and .pth, can run code when they are loaded: "
+                "save the tensors with safetensors.torch.save_file"
+            )
+        return PretrainedModel(path)
     if (path / CONFIG).is_file() and not (path / MANIFEST).is_file():
-        return PretrainedFolder(path)
+        return PretrainedModel(path)
     return open_checkpoint(path)
 
 
@@ -152,7 +185,7 @@ def with_base(adapters: Checkpoint) -> MergedCheckpoint:
     adapter_record = AdapterRecord.read(adapters)
     folder = Path(adapter_record.folder)
     with collective_errors():
-        if not (folder / CONFIG).is_file():
+        if not (folder.is_file() or (folder / CONFIG).is_file()):
             raise UserError(f"{adapters.folder}: its base model {folder} is missing; move it back, or link it there")
     base = _open_saved(folder)
     adapter_record.check_base(base, adapters.folder)

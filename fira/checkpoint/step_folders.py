@@ -125,6 +125,10 @@ def find(path: str | Path) -> Path:
 
 
 def run_of(path: str | Path) -> Path:
-    """Return the run folder of a step folder, a `checkpoints` folder or a run folder; any other folder as it is."""
+    """Return the run folder of a step folder, a `checkpoints` folder or a run folder; any other folder as it is.
+
+    Of a file, return its folder.
+    """
     path = Path(path).resolve()
+    path = path.parent if path.is_file() else path
     return next((folder.parent for folder in (path, path.parent) if folder.name == "checkpoints"), path)

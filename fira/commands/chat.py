@@ -1,16 +1,16 @@
 """Chat with a trained model.
 
-/reset clears the conversation, /quit or Ctrl-D ends, Ctrl-C interrupts an answer.
+/reset clears the conversation, /help prints this text, /quit or Ctrl-D ends, Ctrl-C interrupts an answer.
 """
 
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fira import cli
-from fira.generation.options import add_quantize, add_sampling, sampling
-from fira.value_types import PathName
+from fira.generation.options import add_checkpoint, add_quantize, add_sampling, sampling
 
 if TYPE_CHECKING:
     from fira.generation.conversation import Conversation
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = cli.Parser(__doc__, prog)
-    checkpoint_help = "a run folder, a step folder or an exported folder"
-    parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
-    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
+    add_checkpoint(parser)
     parser.add_argument("--max-new-tokens", type=int, default=200, help="longest answer (default: %(default)s)")
     add_sampling(parser)
     add_quantize(parser)
@@ -46,5 +44,7 @@ def answer_questions(conversation: "Conversation", options: Namespace) -> None:
             break
         if question == "/reset":
             conversation.reset()
+        elif re.fullmatch(r"/\w+", question):  # /help, or a command that does not exist
+            print(__doc__, file=sys.stderr)
         elif question:
             cli.print_pieces(conversation.ask(question, options.max_new_tokens, **sampling(options)))

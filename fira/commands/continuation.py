@@ -3,6 +3,7 @@
 import sys
 import time
 from argparse import Namespace
+from itertools import chain
 from pathlib import Path
 
 from fira import cli, encode
@@ -15,6 +16,8 @@ from fira.generation.options import sampling
 from fira.generation.perplexity import perplexity
 from fira.generation.text import continue_text, text_or_content
 from fira.models.language_model import LanguageModel
+
+EXTENSIONS = (".safetensors", ".pt", ".pth")  # the last ones are refused with a reason
 
 
 def continue_or_evaluate(options: Namespace) -> None:
@@ -31,17 +34,19 @@ def continue_or_evaluate(options: Namespace) -> None:
 
 
 def find_in_out(name: str) -> Path:
-    """Return out/NAME if it is a folder, otherwise the folder of the file out/NAME or out/NAME.safetensors."""
-    for path in (Path("out", name), Path("out", name).with_suffix(""), Path("out", f"{name}.safetensors")):
-        if path.exists():
-            return path if path.is_dir() else path.parent
+    """Return the folder or file out/NAME, with or without an extension."""
+    path = Path("out", name)
+    for base in (path, path.with_suffix("")):
+        for found in (base, *(base.with_name(f"{base.name}{suffix}") for suffix in EXTENSIONS)):
+            if found.exists():
+                return found
     raise UserError(f"--model-name {name}: neither a folder nor a file of this name in out/; give --checkpoint")
 
 
 def generate(model: LanguageModel, draft: LanguageModel | None, options: Namespace) -> None:
     """Print the prompt and its continuation while it is generated, then its length and the speed or time.
 
-    With `--model-name` the values have headings and are all printed on stdout.
+    With `--model-name` the output is that of the original MicroRWKV, all on stdout.
     """
     text = sys.stdin.read() if options.prompt == "-" else options.prompt or ""
     tokenizer = own_tokenizer(model)
@@ -57,10 +62,12 @@ def generate(model: LanguageModel, draft: LanguageModel | None, options: Namespa
     else:
         pieces = continue_text(model, prompt, options.max_new_tokens, draft=draft, **sampling(options))
     shown = "" if options.chat else text
-    print(f"Prompt: {text}\nGenerated text: " if options.model_name else shown, end="", flush=True)
-    generated = cli.print_pieces(pieces)
+    first = next(pieces, "")  # before the prompt is printed, so that an error is all that is printed
+    print(f"Prompt: {text}\n\nGenerated text: {shown}" if options.model_name else shown, end="", flush=True)
+    generated = cli.print_pieces(chain([first], pieces))
     seconds = time.perf_counter() - started
     if options.model_name:
-        print(f"Generated text length: {len(''.join(generated))} characters\nInference time: {seconds:.2f} s")
+        length = len(shown + "".join(generated))
+        print(f"\nGenerated text length: {length} | Inference time: {seconds:.2f} seconds")
     elif not options.quiet:
         print(f"{len(generated)} tokens, {len(generated) / seconds:.1f} tokens/s", file=sys.stderr)

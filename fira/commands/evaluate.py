@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fira import cli
 from fira.errors import UserError
-from fira.generation.options import add_quantize
+from fira.generation.options import add_checkpoint, add_quantize
 from fira.value_types import PathName, Sequences
 
 
@@ -20,13 +20,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 
 def add_arguments(parser: cli.Parser) -> None:
-    checkpoint_help = "a run folder, a step folder or an exported folder"
-    parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
-    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
+    add_checkpoint(parser)
     data_help = "text, CSV, JSONL, Parquet, or folders"
     parser.add_argument("--data", type=str, nargs="+", default=[], metavar="FILE", help=data_help)
     parser.add_argument("--text-column", type=str, default="text", help="column of the text (default: %(default)s)")
-    tasks_help = "comma-separated JSONL files of examples and names of lm-eval tasks (pip install 'fira[eval]')"
+    tasks_help = "comma-separated JSONL files of examples and names of lm-eval tasks (pip install -e '.[eval]')"
     parser.add_argument("--tasks", type=str, metavar="TASKS", help=tasks_help)
     folder_help = "a folder of task files of lm-eval; default: its own"
     parser.add_argument("--tasks-path", type=PathName, metavar="DIR", help=folder_help)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fira import cli
+from fira.generation.options import CHECKPOINT
 from fira.value_types import PathName
 
 FORMATS = ("fira", "llama", "flexolmo", "olmoe", "peft", "gguf")
@@ -32,8 +33,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 
 def add_arguments(parser: cli.Parser) -> None:
-    checkpoint_help = "a run folder, a step folder or an exported folder"
-    parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
+    parser.add_argument("--checkpoint", type=PathName, required=True, help=CHECKPOINT)
     parser.add_argument("--out", type=PathName, required=True, help="a new folder")
     parser.add_argument("--format", choices=FORMATS, default="fira", help=FORMAT_HELP)
     type_help = "with --format gguf: 16 bits per weight, or blocks of 32 weights with 8 or 4 bits (default: f16)"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fira import cli
-from fira.generation.options import add_quantize, add_sampling
+from fira.generation.options import CHECKPOINT, add_quantize, add_sampling, add_tokenizer
 from fira.value_types import PathName, Size
 
 
@@ -18,10 +18,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 def add_arguments(parser: cli.Parser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
-    checkpoint_help = "a run folder (its latest checkpoint), a step folder or an exported folder"
-    model.add_argument("--checkpoint", type=PathName, help=checkpoint_help)
+    model.add_argument("--checkpoint", type=PathName, help=CHECKPOINT)
     model.add_argument("--model-name", type=PathName, help="name of a model in out/, with or without extension")
-    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
+    add_tokenizer(parser)
     parser.add_argument("--prompt", help="a text, or - for standard input; default: none, a new document begins")
     length = ("--max-new-tokens", "--max-length", "--max-num-tokens")
     parser.add_argument(*length, type=int, default=100, help="tokens to generate (default: %(default)s)")

@@ -13,6 +13,7 @@ from fira.value_types import PathName, Tokens
 if TYPE_CHECKING:
     from fira.data.corpus import Corpus
 
+TOKENIZER = "a tokenizer.json, or tiktoken's o200k_base or r50k_base; default: that of shards, or one is trained"
 DATA = """text file, folder, CSV, JSONL, Parquet, folder of *_train_*.npy and *_val_*.npy shards, or the name of a
 Hugging Face dataset; several with weights as A=0.7,B=0.3; default: the source of the Python standard library"""
 
@@ -22,8 +23,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     add_arguments(parser)
     options = parser.start(arguments)
     from fira.data.corpus import prepare
+    from fira.data.tokenizer_choice import choose_tokenizer
 
-    settings = (options.data, options.text_column, options.tokenizer, options.vocab_size, options.cache)
+    tokenizer = choose_tokenizer(options.tokenizer, options.data)
+    settings = (options.data, options.text_column, tokenizer, options.vocab_size, options.cache)
     corpus = prepare(*settings, progress=not options.quiet)
     summary = dict(corpus.summary)
     for source in summary.pop("sources", []):
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 def add_arguments(parser: cli.Parser) -> None:
     parser.add_argument("--data", type=str, help=DATA)
     parser.add_argument("--text-column", type=str, default="text", help="column of the text (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: one is trained on the text")
+    parser.add_argument("--tokenizer", type=PathName, help=TOKENIZER)
     parser.add_argument(
         "--vocab-size", type=Tokens, default=2048, help="vocabulary of the model (default: %(default)s)"
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fira import cli
 from fira.errors import UserError
-from fira.generation.options import add_quantize
-from fira.value_types import NotNegative, PathName, Port, Size, Steps, flag_type
+from fira.generation.options import add_checkpoint, add_quantize
+from fira.value_types import NotNegative, Port, Size, Steps, flag_type
 
 KEY_VARIABLE = "FIRA_API_KEY"
 
@@ -25,14 +25,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise UserError(f"serve needs the package {error.name}; pip install .[serve]") from None
+        raise UserError(f"serve needs the package {error.name}; pip install -e '.[serve]'") from None
     serve(options)
 
 
 def add_arguments(parser: cli.Parser) -> None:
-    checkpoint_help = "a run folder, a step folder or an exported folder"
-    parser.add_argument("--checkpoint", type=PathName, required=True, help=checkpoint_help)
-    parser.add_argument("--tokenizer", type=PathName, help="a tokenizer.json; default: the checkpoint's own")
+    add_checkpoint(parser)
     add_quantize(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0: all networks (default: %(default)s)")
     parser.add_argument("--port", type=flag_type(Port), default=8000, help="0: a free one (default: %(default)s)")

@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         return TrainConfig(**values), quiet, verbose
 
     config, quiet, verbose = settings()
+    if not quiet and not launched_rank() and "torch" not in sys.modules:
+        print(f"{config.name()}: loading PyTorch and MPI", flush=True)  # which takes seconds
     gc.disable()  # searching the imported modules for garbage would take a tenth of the time of their import
     import torch
 

@@ -34,14 +34,14 @@ TableReader = Callable[[Path, str | None, Advance], Iterator[tuple[str, Record]]
 def read_file(path: Path, column: str, advance: Advance) -> Iterator[str]:
     """Yield the documents of a file. Raises UserError, which names the file, if it cannot be read as text.
 
-    column: of a table, which contains the documents.
+    column: of a table, which contains the documents; the case of its name may differ.
     """
     with _errors(path):
         if not has_reader(path):
             yield from (_topics if path.parts[-2:] == ("pydoc_data", "topics.py") else _text)(path, advance)
             return
         for where, record in _table(path)(path, column, advance):
-            text = record[column]
+            text = record[_name_in(record, column)]
             if not isinstance(text, str | None):
                 raise UserError(f"{where}: {column!r} holds {type(text).__name__}, not text; name another key")
             yield valid_text(text or "")
@@ -152,7 +152,9 @@ def _csv(path: Path, column: str | None, advance: Advance) -> Iterator[tuple[str
     with _open(path, advance, newline="") as file:
         rows = csv.DictReader(_lines(file, path), strict=True)  # otherwise an unclosed quote at the end is no error
         try:
-            _require(column, rows.fieldnames or [], path)
+            if not rows.fieldnames:
+                raise UserError(f"{path}: empty; give a file whose first line has the names of the columns")
+            _require(column, rows.fieldnames, path)
             for row in rows:
                 if None in row:
                     raise csv.Error("more fields than columns; quote text that contains commas")
@@ -187,7 +189,7 @@ def _columnar(path: Path, column: str | None, advance: Advance) -> Iterator[tupl
         with pa.memory_map(str(path)) as file:
             for batch in batches(file, column, path, advance):
                 batch.validate(full=True)  # damaged offsets would be read without an error
-                selected = batch if column is None else batch.select([column])
+                selected = batch if column is None else batch.select([_name_in(batch.schema.names, column)])
                 for start in range(0, len(batch), ROWS):
                     for record in selected.slice(start, ROWS).to_pylist():
                         count += 1
@@ -206,7 +208,8 @@ def _parquet(file: Any, column: str | None, path: Path, advance: Advance) -> Ite
         _check_schema(table.schema_arrow, column, path)
         expected = table.metadata.num_rows
         rows = 0
-        for batch in table.iter_batches(batch_size=ROWS, columns=column and [column]):
+        selected = column and [_name_in(table.schema_arrow.names, column)]
+        for batch in table.iter_batches(batch_size=ROWS, columns=selected):
             yield batch
             rows += len(batch)
             advance(file.size() * len(batch) // max(expected, 1))
@@ -238,7 +241,7 @@ def _check_schema(schema: Any, column: str | None, path: Path) -> None:
     _require(column, schema.names, path)
     if column is None:
         return
-    dtype = schema.field(column).type
+    dtype = schema.field(_name_in(schema.names, column)).type
     if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
         raise UserError(f"{path}: column {column!r} holds {dtype}, not text; name another with --text-column")
 
@@ -254,8 +257,17 @@ TABLES: dict[str, TableReader] = {
 def _require(column: str | None, present: Iterable[str], where: object) -> None:
     """Raise UserError if there is no such column, or if several have its name; None: if several have any name."""
     names = Counter(present)
-    if column is not None and column not in names:
+    found = column and _name_in(names, column)
+    if found and found not in names:
         raise UserError(f"{where}: no column {column!r}; name one with --text-column: {', '.join(map(repr, names))}")
-    for name in names if column is None else [column]:
+    for name in [found] if found else names:
         if names[name] > 1:
             raise UserError(f"{where}: {names[name]} columns are named {name!r}; rename all but one")
+
+
+def _name_in(names: Iterable[str], column: str) -> str:
+    """The column among these names: itself, or the only one that differs from it in case, such as Text for text."""
+    if column in names:
+        return column
+    similar = [name for name in names if name.lower() == column.lower()]
+    return similar[0] if len(similar) == 1 else column

@@ -35,7 +35,7 @@ def measure_links(world: World, device: torch.device) -> tuple[list[PairLink], s
     group = make_mesh(Layout(1, world.size, 1), (0,), [device]).groups["dp"]
     rounds = pairs_of(world.size)
     own = []
-    with progress_bar(len(rounds), "measuring links", shown=world.rank == 0) as bar:
+    with progress_bar(len(rounds), "measuring links", shown=world.rank == 0, unit=" rounds") as bar:
         for pairs in rounds:
             dist.barrier()
             for pair in pairs:

@@ -1,4 +1,4 @@
-"""Command-line flags for sampling and quantisation."""
+"""Command-line flags for checkpoint, sampling and quantisation."""
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
@@ -6,8 +6,10 @@ from typing import Any
 
 from fira.decoding.sampling import Sampling
 from fira.nn.quantization import FORMS
-from fira.value_types import flag_type
+from fira.value_types import PathName, flag_type
 
+CHECKPOINT = "a run folder (its latest checkpoint), a step folder, an exported folder or a safetensors file"
+TOKENIZER = "a tokenizer.json, or tiktoken's o200k_base or r50k_base; default: the checkpoint's own"
 DEFAULTS = Sampling(temperature=0.8)
 HELP = {
     "temperature": "0 selects the most probable token (default: %(default)s)",
@@ -20,6 +22,17 @@ HELP = {
     "no_repeat_ngram": "do not generate a sequence of this many tokens twice",
     "seed": "seed of the sampling; equal seeds generate equal texts",
 }
+
+
+def add_checkpoint(parser: ArgumentParser) -> None:
+    """Add the flags `--checkpoint` and `--tokenizer`."""
+    parser.add_argument("--checkpoint", type=PathName, required=True, help=CHECKPOINT)
+    add_tokenizer(parser)
+
+
+def add_tokenizer(parser: ArgumentParser) -> None:
+    """Add the flag `--tokenizer`."""
+    parser.add_argument("--tokenizer", type=PathName, help=TOKENIZER)
 
 
 def add_sampling(parser: ArgumentParser) -> None:

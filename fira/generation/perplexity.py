@@ -71,7 +71,7 @@ def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor, progress: bool
     fresh = torch.tensor([length, *(after - before for before, after in pairwise(ends))])
     windows = ids.unfold(0, length + 1, 1)[torch.tensor(ends) - length]
     total, size = 0.0, max(1, TOKENS_PER_FORWARD // length)
-    with progress_bar(count, "tokens", progress) as bar:
+    with progress_bar(count, "evaluating", progress, " tokens") as bar:
         for batch, new in zip(windows.split(size), fresh.split(size), strict=True):
             kept = int(new.max())
             context = Context(decoding=DecodingContext(logits_to_keep=kept))

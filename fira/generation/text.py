@@ -34,8 +34,13 @@ def encode(text: str, tokenizer: Tokenizer | str | Path | None = None) -> list[i
 
 
 def decode(ids: Sequence[int] | Tensor, tokenizer: Tokenizer | str | Path | None = None) -> str:
-    """Return the text of ids [T], including special tokens, the inverse of `encode`. tokenizer: as for `encode`."""
-    return _resolve(tokenizer).decode(ids.tolist() if isinstance(ids, Tensor) else ids, skip_special_tokens=False)
+    """Return the text of ids, including special tokens, the inverse of `encode`.
+
+    ids: a list or a tensor [T], or a batch of one, [1, T], as `generate` returns it. tokenizer: as for `encode`.
+    """
+    if isinstance(ids, Tensor):
+        ids = (ids[0] if ids.dim() == 2 and len(ids) == 1 else ids).tolist()
+    return _resolve(tokenizer).decode(ids, skip_special_tokens=False)
 
 
 def _resolve(tokenizer: Tokenizer | str | Path | None) -> Tokenizer:

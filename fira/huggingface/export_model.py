@@ -11,9 +11,12 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from fira.checkpoint.load_model import load_model, own_config
+from fira.checkpoint.metadata import add_metadata
+from fira.checkpoint.pretrained import CONFIG, WEIGHTS
 from fira.checkpoint.step_folders import run_of
 from fira.checkpoint.transformers_mapping import TRANSFORMERS, to_transformers, weight_names
-from fira.data.tokenizer_config import TokenizerConfig
+from fira.data.tokenizer import TOKENIZER
+from fira.data.tokenizer_config import TOKENIZER_CONFIG, TokenizerConfig
 from fira.errors import UserError
 from fira.files import errors_naming
 from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, RishAIConfig
@@ -74,7 +77,7 @@ def _save_gguf(checkpoint: str | Path, path: Path, kind: str, progress: bool) ->
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
-        raise UserError("--format gguf needs the package gguf; pip install .[gguf]") from None
+        raise UserError("--format gguf needs the package gguf; pip install -e '.[gguf]'") from None
     return save_gguf(checkpoint, path, kind, progress)
 
 
@@ -88,6 +91,16 @@ def _save_model(model: LanguageModel, folder: Path, form: str) -> None:
         generation.eos_token_id = generation.pad_token_id = tokenizer.eos_token_id
         tokenizer.save_pretrained(folder)
     exported.save_pretrained(folder, max_shard_size=SHARD)
+    if (folder / WEIGHTS).is_file():
+        add_metadata(folder / WEIGHTS, _texts(folder, model))
+
+
+def _texts(folder: Path, model: LanguageModel) -> dict[str, str]:
+    """The files that a file of weights needs to be used without its folder, as texts by name."""
+    texts = {CONFIG: (folder / CONFIG).read_text(encoding="utf-8")}
+    if model.tokenizer is not None:
+        texts |= {TOKENIZER: model.tokenizer.to_str(), TOKENIZER_CONFIG: own_config(model).to_json().decode()}
+    return texts
 
 
 def as_transformers(model: LanguageModel) -> FiraLMForCausalLM:

@@ -73,7 +73,7 @@ def save_gguf(checkpoint: str | Path, path: Path, kind: str, progress: bool = Fa
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with progress_bar(model.num_parameters(), "export", progress) as bar:
+        with progress_bar(model.num_parameters(), "export", progress, " weights") as bar:
             for tensor, dtype in tensors:
                 writer.write_tensor_data(_convert(tensor.read(saved).numpy(), tensor.name, dtype))
                 bar.update(math.prod(tensor.shape))

@@ -111,7 +111,8 @@ def _data(config: Mapping[str, Any], counts: Path) -> str:
     names += [(text, Path(str(config[key])).name) for key, text in MODELS.items() if key in config]
     summary: Mapping[str, Any] = {}
     with suppress(UserError):
-        summary = read(counts, mapping(anything))
+        summary = read(counts, record({}, {"baselines": mapping(anything)}))
+        summary = {**summary, **summary.get("baselines", {})}
     numbers = [(text, summary[key]) for key, text in COUNTS.items() if isinstance(summary.get(key), int | float)]
     return _table(("", ""), [*names, *numbers])
 

@@ -73,6 +73,7 @@ class FiraLMPreTrainedModel(PreTrainedModel):
     _no_split_modules = {"Block"}  # noqa: RUF012 (the type is given by transformers)
     _skip_keys_device_placement = {"past_key_values"}  # noqa: RUF012
     _supports_sdpa = True
+    _supports_flash_attn = True  # by torch's kernel for scaled_dot_product_attention, which all names select
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers. Raises ValueError if the model has value embeddings, which are not resized."""

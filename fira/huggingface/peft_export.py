@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fira.checkpoint.merged_checkpoint import MergedCheckpoint
-from fira.checkpoint.pretrained import PretrainedFolder, open_saved, stored_config
+from fira.checkpoint.pretrained import PretrainedModel, open_saved, stored_config
 from fira.errors import UserError
 from fira.models.registry import build
 from fira.nn.lora import Lora
@@ -69,7 +69,7 @@ def _peft_config(lora: Lora, modules: list[str], parameters: list[str]) -> dict[
 
 def _name_in_transformers(saved: MergedCheckpoint, name: str) -> str:
     """The name of a weight in the exported base model, or in the folder of transformers that is the base model."""
-    return saved.base.module_name(name) if isinstance(saved.base, PretrainedFolder) else f"model.{name}"
+    return saved.base.module_name(name) if isinstance(saved.base, PretrainedModel) else f"model.{name}"
 
 
 def _as_linear_layers(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

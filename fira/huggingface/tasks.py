@@ -35,7 +35,7 @@ def evaluate_tasks(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError:
-        raise UserError("--tasks needs EleutherAI's lm-eval; pip install .[eval]") from None
+        raise UserError("--tasks needs EleutherAI's lm-eval; pip install -e '.[eval]'") from None
     tasks = TaskManager(include_path=folder, include_defaults=folder is None)
     if unknown := sorted(set(names) - set(tasks.all_tasks)):
         raise UserError(

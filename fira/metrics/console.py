@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fira.cli import command_words
 from fira.metrics.csv_log import Row
 
 SECONDS_BETWEEN_LINES = 2.0
+SPECIAL = frozenset('"$`\\!')  # characters with a meaning between double quotes of a shell
 RECENT_STEPS = 50
 
 
@@ -33,15 +35,22 @@ def loss_change(
     )
 
 
-def next_command(run: Path, has_tokenizer: bool, chats: bool) -> str:
+def next_command(run: Path, has_tokenizer: bool, chats: bool, prompt: str = "") -> str:
     """The command that uses the trained model: a chat, if it was trained on `chats`, or the continuation of a text.
 
-    A corpus of token ids comes without a tokenizer.
+    A corpus of token ids comes without a tokenizer. prompt: the text to continue; empty: a new one begins.
     """
     if chats:
         return f"next: {' '.join(command_words('chat'))} --checkpoint {run}"
     tokenizer = "" if has_tokenizer else " --tokenizer TOKENIZER.json"
-    return f'next: {" ".join(command_words("generate"))} --checkpoint {run}{tokenizer} --prompt "def "'
+    given = f' --prompt "{prompt}"' if prompt else ""
+    return f"next: {' '.join(command_words('generate'))} --checkpoint {run}{tokenizer}{given}"
+
+
+def beginning(text: str, words: int = 3) -> str:
+    """The first words of a text and a space, up to a word that a shell would change between double quotes."""
+    first = takewhile(lambda word: word.isprintable() and SPECIAL.isdisjoint(word), text.split()[:words])
+    return "".join(f"{word} " for word in first)
 
 
 class ConsoleProgress:

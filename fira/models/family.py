@@ -49,6 +49,7 @@ class Family:
     presets: configs by the name that `--model` accepts. recipes: the training settings of each preset.
     tied: the head shares the embedding's weight. A field `tied` of the config overrides it.
     recurrent: the model keeps a state of constant size per sequence, from which past tokens cannot be removed.
+    from_original: converts fields with the names of the family's original code, which may be mixed with Fira's names.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Family:
     recipes: Mapping[str, Recipe]
     tied: bool = False
     recurrent: bool = False
+    from_original: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
 
     def is_tied(self, config: Any) -> bool:
         """Whether the model of this config shares the embedding's weight with the head."""

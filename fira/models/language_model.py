@@ -14,6 +14,8 @@ from fira.nn.init import initialise
 from fira.nn.lora import Lora
 from fira.nn.quantization import Quantization
 
+EXPORT_PREFIX = "model."  # of the names in an export, where the model is a part of the class of transformers
+
 
 class LanguageModel(nn.Module):
     """Language model with `layers[0]` the embedding and `layers[-1]` the head; each is called as `layer(x, context)`.
@@ -38,6 +40,7 @@ class LanguageModel(nn.Module):
         self.quantization: Quantization | None = None
         self.tokenizer: Any = None
         self.tokenizer_config: Any = None
+        self.register_load_state_dict_pre_hook(_from_export)
         if next(self.parameters()).device.type != "meta":
             for index, layer in enumerate(layers):
                 initialise(layer, f"layers.{index}", seed=0)
@@ -76,10 +79,11 @@ class LanguageModel(nn.Module):
         eos: int | None = None,
         use_cache: bool = True,
         **sampling: Any,
-    ) -> list[int] | list[list[int]] | Tensor:
-        """Continue one or several prompts; returns prompts and continuations in the type of `ids`.
+    ) -> list[list[int]] | Tensor:
+        """Continue one or several prompts; returns prompts and continuations.
 
-        ids: a list of tokens, a list of such lists, or a tensor [T] or [B, T].
+        ids: a list of tokens, which is a batch of one as in `generate(encode(text))[0].tolist()`: returns a tensor
+            [1, T]; a list of such lists of any lengths: returns lists; or a tensor [T] or [B, T]: returns a tensor.
         eos: token that ends a sequence. If the result is a tensor, shorter rows are padded with it.
         use_cache: keep keys, values and states; False recomputes all tokens at each step, with the same result.
         sampling: temperature (0: greedy), top_k, top_p, seed and the other fields of `fira.decoding.sampling.Sampling`.
@@ -87,15 +91,28 @@ class LanguageModel(nn.Module):
         Of texts longer than the model's context, the last tokens are used. Raises UserError if a prompt is empty or
         contains a token outside the vocabulary, or if an option is out of range.
         """
-        batched = ids.dim() == 2 if isinstance(ids, Tensor) else any(hasattr(prompt, "__len__") for prompt in ids)
+        listed = not isinstance(ids, Tensor) and any(hasattr(prompt, "__len__") for prompt in ids)
         rows: list[Any] = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        batched = listed or (isinstance(ids, Tensor) and ids.dim() == 2)
         texts = [list(row) for row in (rows if batched else [rows])]
         prompts = [tuple(text) for text in texts]
         for new in continuation(self, prompts, max_new_tokens, Sampling(**sampling), eos, use_cache):
             for row, token in new.items():
                 texts[row].append(token)
-        if not isinstance(ids, Tensor):
-            return texts if batched else texts[0]
+        if listed:
+            return texts
         longest = max(map(len, texts))
-        padded = torch.tensor([text + [eos or 0] * (longest - len(text)) for text in texts], device=ids.device)
-        return padded if batched else padded[0]
+        padded = torch.tensor([text + [eos or 0] * (longest - len(text)) for text in texts])
+        if isinstance(ids, Tensor):
+            return padded.to(ids.device) if batched else padded[0].to(ids.device)
+        return padded
+
+
+def _from_export(model: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Hook of `load_state_dict` for the weights of an export: removes the prefix, and adds the head of a tied model."""
+    assert isinstance(model, LanguageModel)
+    if state_dict and all(name.startswith(EXPORT_PREFIX) for name in state_dict):
+        for name in list(state_dict):
+            state_dict[name.removeprefix(EXPORT_PREFIX)] = state_dict.pop(name)
+        if model.tied:
+            state_dict.setdefault(f"layers.{len(model.layers) - 1}.project.weight", state_dict["layers.0.token.weight"])

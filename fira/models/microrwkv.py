@@ -15,10 +15,13 @@ rms: RMS norm without gain. Sliding: attention to the last `window` tokens. Grou
 heads, whose output is multiplied by a linear function of its input. LN has no bias.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
+from fira.errors import UserError
 from fira.models.family import TINY, Family, Recipe
 from fira.models.language_model import LanguageModel
 from fira.nn.attention import SelfAttention
@@ -32,7 +35,7 @@ from fira.nn.moe.layer import MoE
 from fira.nn.moe.router import Router
 from fira.nn.norms import UnitRMS
 from fira.nn.rwkv import ChannelMix, TimeMix
-from fira.value_types import Layers, NotNegative, Share, Size, Tokens
+from fira.value_types import Layers, NotNegative, Share, Size, Tokens, check
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,35 @@ class MicroRWKVConfig:
     output_coefficient: NotNegative = 0.01
     aux_coefficient: NotNegative = 0.0
     softcap: NotNegative = 0.0
+
+
+NAMES = {  # of fields in the original code
+    "block_size": "seq_len",
+    "n_layer": "num_layers",
+    "n_embd": "d_model",
+    "dim": "d_model",
+    "num_active_experts": "top_k",
+}
+FIXED = {"dropout": 0.0, "bias": False}  # fields of the original code that have no other value
+
+
+def from_original(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert fields with the names of the original code. Its experts are 1.2 times as wide as its `expert_dim`.
+
+    Raises UserError for another value than that in FIXED, and if two names of a field have different values.
+    """
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        field = NAMES.get(name, name)
+        if values.setdefault(field, value) != value:
+            raise UserError(f"microrwkv: {name} differs from another name of {field}; give one of them")
+    for name, value in FIXED.items():
+        if values.pop(name, value) != value:
+            raise UserError(f"microrwkv: {name} is always {str(value).lower()}; omit it")
+    if "expert_dim" in values:
+        check("expert_dim", values["expert_dim"], Size)
+        values["d_moe"] = int(1.2 * values.pop("expert_dim"))
+    return values
 
 
 class TinyMoE(nn.Module):
@@ -114,12 +146,12 @@ class Block(Layer):
 
 
 class MicroRWKV(LanguageModel):
-    """Build with a config, or with its fields: `MicroRWKV(vocab_size=…, d_model=…, …)`."""
+    """Build with a config, or with its fields or those of the original code: `MicroRWKV(vocab_size=…, n_embd=…, …)`."""
 
     config: MicroRWKVConfig
 
     def __init__(self, config: MicroRWKVConfig | None = None, **arguments: int | float) -> None:
-        c = config or MicroRWKVConfig(**arguments)  # type: ignore[arg-type]
+        c = config or MicroRWKVConfig(**from_original(arguments))
         blocks = [Block(c, index) for index in range(1, c.num_layers + 1)]
         project = nn.Linear(c.d_model, c.vocab_size, bias=False)
         head = Head(nn.LayerNorm(c.d_model, bias=False), project, c.softcap)
@@ -143,4 +175,5 @@ FAMILY = Family(
     },
     tied=True,
     recurrent=True,
+    from_original=from_original,
 )

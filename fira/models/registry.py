@@ -40,6 +40,7 @@ def change(config: Any, name: str, changes: dict[str, Any]) -> Any:
 
     name: name of the model in error messages, for example the preset.
     """
+    changes = family_of(config).from_original(changes)
     existing = {f.name for f in fields(config)}
     if unknown := set(changes) - existing:
         names, choices = ", ".join(sorted(unknown)), ", ".join(sorted(existing))

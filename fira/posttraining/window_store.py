@@ -68,7 +68,7 @@ class WindowStore:
         if not (missing := self.missing(numbers)):
             return
         gather(None)  # no rank writes before all have read what is missing
-        with progress_bar(len(missing), label, shown and this_rank() == 0) as bar:
+        with progress_bar(len(missing), label, shown and this_rank() == 0, " sequences") as bar:
             for first in range(0, len(missing), batch):
                 part = missing[first : first + batch]
                 values = compute(windows.rows(part, len(part)))

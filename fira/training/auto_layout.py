@@ -156,7 +156,8 @@ def plan_layout(
         box = [[(estimate.candidate, estimate.seconds) for estimate in ranked]]
         dist.broadcast_object_list(box, src=0)
         shortlist = box[0]
-        with progress_bar(len(shortlist), "measuring layouts", shown=world.rank == 0 and not quiet) as bar:
+        shown = world.rank == 0 and not quiet
+        with progress_bar(len(shortlist), "measuring layouts", shown, " layouts") as bar:
             trials = _try(shortlist, model, batch, config, devices, bar)
         return {
             "trials": [asdict(trial) for trial in trials],

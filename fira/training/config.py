@@ -99,7 +99,9 @@ class TrainConfig:
         0, "largest number of tokens of a sampled answer; it may always be as long as the answer in the data"
     )
     text_column: str = _option("text", "column or key that holds the text")
-    tokenizer: PathName | None = _option(None, "a tokenizer.json; default: one is trained on the data")
+    tokenizer: PathName | None = _option(
+        None, "a tokenizer.json, or tiktoken's o200k_base or r50k_base; default: that of shards, or one is trained"
+    )
     vocab_size: Tokens | None = _option(None, "vocabulary; default: the preset's")
     seq_len: Tokens | None = _option(None, "tokens per sequence; default: the preset's context")
     batch_size: Sequences | None = _option(None, "sequences in the global batch; default: the preset's recipe")
@@ -274,6 +276,8 @@ class TrainConfig:
         """The settings as a file for --config."""
         values = asdict(self) | asdict(self.recipe())
         del values["override"]  # applies to one command only
+        if self.init:
+            del values["model"]  # not used: the model is that of `init`
         return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None)
 
 

@@ -120,7 +120,8 @@ def _compute(run: Run, examples: dict[str, PackedExamples], quiet: bool) -> Arra
     started, batch = time.perf_counter(), run.config.recipe().batch_size
     sequences = sum(map(len, examples.values()))
     shown = this_rank() == 0 and not quiet
-    with doing("reference log-probabilities"), progress_bar(sequences, "reference log-probabilities", shown) as bar:
+    label = "reference log-probabilities"
+    with doing(label), progress_bar(sequences, label, shown, " sequences") as bar:
         arrays = {
             name: answer_logs(run.trainer.forward, packed, batch, bar.update) for name, packed in examples.items()
         }

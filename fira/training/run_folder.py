@@ -18,6 +18,7 @@ from fira.training.run_lock import RunLock
 
 RUNS = Path("runs")
 CONFIG_NAME = "config.toml"
+BASELINES = ("unigram", "trigram")  # losses in the summary of a corpus
 
 
 def resumed_settings(config: TrainConfig) -> dict[str, Any]:
@@ -97,6 +98,7 @@ def write_settings(out: Path, config: TrainConfig, summary: dict[str, Any]) -> N
 
     summary: the counts and baselines of the corpus. Raises UserError if a file cannot be written.
     """
-    baselines = {name: summary[name] for name in ("unigram", "trigram") if summary.get(name) is not None}
+    counts = {name: value for name, value in summary.items() if name not in BASELINES}
+    baselines = {name: summary[name] for name in BASELINES if summary.get(name) is not None}
     replace(out / CONFIG_NAME, config.to_toml().encode())
-    replace(out / "data.json", json.dumps({**summary, "baselines": baselines}, indent=1).encode())
+    replace(out / "data.json", json.dumps({**counts, "baselines": baselines}, indent=1).encode())

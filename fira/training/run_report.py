@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
+from fira.data.tokenizer import TOKENIZER, parse_tokenizer
 from fira.evaluation.evaluation_log import EVALUATIONS, EvaluationLog
 from fira.evaluation.task_scores import RESULTS, TaskScores, table, write_scores
 from fira.metrics import console
@@ -104,8 +106,20 @@ class RunReport:
                 "stopped by a signal after step %d; the same command with --resume auto continues", self.last.iter
             )
         chats = isinstance(self.run.corpus, ChatCorpus)
-        self._show(console.next_command(self.out, has_tokenizer=bool(self.run.tokenizer), chats=chats))
+        has_tokenizer = bool(self.run.tokenizer)
+        self._show(console.next_command(self.out, has_tokenizer, chats, suggested_prompt(self.run)))
 
     def _show(self, text: str) -> None:
         if not self.quiet:
             print(text, flush=True)
+
+
+def suggested_prompt(run: Run) -> str:
+    """A text to continue with the trained model: the first words of the training data; empty if they are not text."""
+    if run.config.data is None:
+        return "def "  # the default data are source code
+    if isinstance(run.corpus, ChatCorpus) or not run.tokenizer:
+        return ""
+    tokenizer = parse_tokenizer(run.tokenizer[TOKENIZER], Path(TOKENIZER))
+    first = run.corpus.sources[0].train
+    return console.beginning(tokenizer.decode(first.read(0, min(64, len(first))).tolist()))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fira.checkpoint.load_model import saved_tokenizer
 from fira.checkpoint.merged_checkpoint import AdapterRecord
 from fira.checkpoint.pretrained import Saved, open_saved, stored_config
 from fira.checkpoint.shards import Checkpoint
@@ -16,6 +17,7 @@ from fira.data.corpus import Corpus
 from fira.data.loader import TrainingBatches
 from fira.data.mixture import CountedBatches
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary
+from fira.data.tokenizer_choice import choose_tokenizer
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, measure_peak, parameter_dtype
 from fira.errors import UserError
 from fira.models.adapters import add_adapters
@@ -170,7 +172,7 @@ def open_teacher(config: TrainConfig) -> tuple[TrainConfig, Saved | None]:
     teacher = open_saved(config.teacher)
     if config.init is None and config.tokenizer is None and teacher.has_file(TOKENIZER):
         size = config.vocab_size or stored_config(teacher).vocab_size
-        config = replace(config, tokenizer=str(teacher.folder / TOKENIZER), vocab_size=size)
+        config = replace(config, tokenizer=saved_tokenizer(teacher), vocab_size=size)
     return config, teacher
 
 
@@ -183,12 +185,13 @@ def choose_model(config: TrainConfig, saved: Saved | None) -> tuple[Any, str | N
     """
     changes = config.model_changes()
     if saved:
-        saved_tokenizer = str(saved.folder / TOKENIZER) if saved.has_file(TOKENIZER) else None
-        model, tokenizer = change(stored_config(saved), config.name(), changes), config.tokenizer or saved_tokenizer
+        tokenizer = choose_tokenizer(config.tokenizer) or saved_tokenizer(saved)
+        model = change(stored_config(saved), config.name(), changes)
     else:
-        if config.tokenizer and config.vocab_size is None:
-            changes["vocab_size"] = vocabulary(load_tokenizer(config.tokenizer))
-        model, tokenizer = make_config(config.model, changes), config.tokenizer
+        tokenizer = choose_tokenizer(config.tokenizer, config.data)
+        if tokenizer and config.vocab_size is None:
+            changes["vocab_size"] = vocabulary(load_tokenizer(tokenizer))
+        model = make_config(config.model, changes)
     if config.objective in CHATS and tokenizer and vocabulary(load_tokenizer(tokenizer)) <= model.vocab_size:
         with_roles = vocabulary(chat_tokenizer(Path(tokenizer))[0])
         model = change(model, config.name(), {"vocab_size": max(model.vocab_size, with_roles)})

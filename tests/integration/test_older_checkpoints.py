@@ -61,7 +61,7 @@ def test_load_model_gives_equal_logits_and_tokens(older: Path, family: str, sour
     ids, logits, greedy = expected(older / family)
     model = load_model(older / family / source)
     torch.testing.assert_close(model(ids)[0, -1], logits, rtol=0, atol=1e-5)
-    assert model.generate(greedy[:4], len(greedy) - 4, temperature=0) == greedy
+    assert model.generate([greedy[:4]], len(greedy) - 4, temperature=0) == [greedy]
 
 
 @each_family

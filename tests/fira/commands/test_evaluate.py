@@ -110,7 +110,7 @@ def test_invalid_arguments_end_with_a_one_line_error(
     for message, arguments in (
         ("give --data or --tasks", []),
         ("no such file", ["--data", "nowhere.txt"]),
-        (r"pip install .[eval]", ["--tasks", "hellaswag"]),
+        ("pip install -e '.[eval]'", ["--tasks", "hellaswag"]),
         ("nowhere.jsonl: No such file", ["--tasks", "nowhere.jsonl"]),
     ):
         with pytest.raises(SystemExit) as end:

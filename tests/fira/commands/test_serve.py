@@ -96,7 +96,7 @@ def test_an_unusable_key_is_a_one_line_error(run_folder: Path, key: str) -> None
 @pytest.mark.parametrize("name", ["fastapi", "uvicorn"])
 def test_a_missing_package_is_a_one_line_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=rf"serve needs the package {name}; pip install .\[serve\]"):
+    with pytest.raises(UserError, match=rf"serve needs the package {name}; pip install -e '.\[serve\]'"):
         serve.main(["--checkpoint", "nowhere"])
 
 

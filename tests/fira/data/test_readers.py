@@ -55,6 +55,20 @@ def test_progress_adds_up_to_the_size_of_the_file(tmp_path, name: str) -> None:
     assert 0.95 * size <= sum(advances) <= size
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet", "a.arrow"])
+def test_name_of_the_column_may_differ_in_case(tmp_path, name: str) -> None:
+    path, table = tmp_path / name, TABLE.rename_columns(["Text", "number"])
+    if name == "a.csv":
+        path.write_text("Text\n" + "".join(f'"{text}"\n' for text in TEXTS))
+    elif name == "a.jsonl":
+        path.write_text("".join(json.dumps({"Text": text}) + "\n" for text in TEXTS))
+    elif name == "a.parquet":
+        pq.write_table(table, path)
+    else:
+        path.write_bytes(stream(table, 100))
+    assert read(path) == TEXTS
+
+
 def test_two_columns_of_the_same_name_are_refused(tmp_path) -> None:
     (tmp_path / "a.csv").write_text("text,id,text\nfirst,1,second\n")
     assert "2 columns are named 'text'" in error(tmp_path / "a.csv")

@@ -166,7 +166,9 @@ def test_default_is_the_standard_library_without_its_tests() -> None:
         ("t.jsonl", b'{"Text": 3}\n', "holds int"),
         ("t.parquet", b"PAR1 and no more", "not a valid Parquet file"),
         ("t.csv", b"Text\nHello, world\n", "near line 2: invalid CSV (more fields than columns"),
-        ("t.csv", b"", "no column 'Text'"),
+        ("t.csv", b"", "t.csv: empty; give a file whose first line has the names of the columns"),
+        ("t.csv", b"other\na\n", "no column 'Text'; name one with --text-column: 'other'"),
+        ("t.csv", b"TEXT,text\na,b\n", "no column 'Text'; name one with --text-column: 'TEXT', 'text'"),
     ],
 )
 def test_invalid_file_raises_one_line_error(tmp_path, name: str, content: bytes, reason: str) -> None:

@@ -28,7 +28,7 @@ def test_greedy_generation_equals_one_forward_per_token(prompt: list[int]) -> No
     model, expected = make_model(), list(prompt)
     for _ in range(20):
         expected.append(most_probable(model, expected))
-    assert model.generate(prompt, 20, temperature=0) == expected
+    assert model.generate([prompt], 20, temperature=0) == [expected]
     assert len(set(expected[len(prompt) :])) > 3
 
 
@@ -68,25 +68,25 @@ def test_cache_accepts_any_number_of_tokens(pieces: list[int]) -> None:
 
 def test_seed_determines_the_sampled_tokens() -> None:
     model = make_model()
-    first, repeated, other = (model.generate([1], 30, seed=seed) for seed in (1, 1, 2))
+    first, repeated, other = (model.generate([[1]], 30, seed=seed) for seed in (1, 1, 2))
     assert first == repeated != other
 
 
 def test_result_has_the_type_of_the_prompt() -> None:
     model = make_model()
-    listed = model.generate([1, 2], 3, temperature=0)
-    assert isinstance(listed, list)
     row = model.generate(torch.tensor([1, 2]), 3, temperature=0)
     assert isinstance(row, Tensor)
-    assert row.tolist() == listed
+    listed = row.tolist()
     assert model.generate([[1, 2], [1, 2]], 3, temperature=0) == [listed, listed]
-    assert model.generate([1, 2], 0) == [1, 2]
+    assert model.generate([1, 2], 3, temperature=0)[0].tolist() == listed
+    assert model.generate(torch.tensor([[1, 2]]), 3, temperature=0).tolist() == [listed]
+    assert model.generate([1, 2], 0).tolist() == [[1, 2]]
 
 
 def test_generation_uses_no_dropout_and_restores_the_mode() -> None:
     model = make_model(replace(CONFIG, dropout=0.9))
-    expected = model.generate([4], 10, temperature=0)
-    assert model.train().generate([4], 10, temperature=0) == expected
+    expected = model.generate([[4]], 10, temperature=0)
+    assert model.train().generate([[4]], 10, temperature=0) == expected
     assert model.training
     assert not model(torch.tensor([[4]])).isnan().any()  # gradients are enabled as before
     assert model(torch.tensor([[4]])).requires_grad
@@ -104,7 +104,7 @@ def test_generation_ends_with_eos() -> None:
     ]  # the other sequence continues
     filled = model.generate(torch.tensor([[4], [9]]), 10, temperature=0, eos=eos)
     assert filled.tolist() == [unlimited[0][:end] + [eos] * (11 - end), unlimited[1]]
-    assert model.generate([4], 10, temperature=0, eos=eos) == unlimited[0][:end]
+    assert model.generate([[4]], 10, temperature=0, eos=eos) == [unlimited[0][:end]]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_batch_of_unequal_prompts_equals_single_prompts(family: str) -> None:
     prompts = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5], list(range(15))]
     sampling = {"temperature": 1.2, "top_k": 20, "repetition_penalty": 1.2, "no_repeat_ngram": 3}
     batched = model.generate(prompts, 10, seed=7, **sampling)
-    single = [model.generate(prompt, 10, seed=7 + row, **sampling) for row, prompt in enumerate(prompts)]
+    single = [model.generate([prompt], 10, seed=7 + row, **sampling)[0] for row, prompt in enumerate(prompts)]
     assert batched == single
     eos = single[0][9]  # the first row's third token
     ended = model.generate(prompts, 10, eos=eos, seed=7, **sampling)

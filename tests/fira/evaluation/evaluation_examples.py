@@ -45,7 +45,7 @@ def greedy_requests(model: FIRA, tokenizer: Tokenizer) -> list[Request]:
     found = []
     for word in WORDS:
         ids = tokenizer.encode(word).ids
-        generated = model.generate(ids, max_new_tokens=2, temperature=0)
+        (generated,) = model.generate([ids], max_new_tokens=2, temperature=0)
         for whole in (generated[:-1], generated):
             text = tokenizer.decode(whole)
             if tokenizer.encode(text).ids == whole and text.startswith(word) and not text[len(word) :].isspace():

@@ -29,7 +29,7 @@ def test_answers_are_those_of_single_prompts(tokenizer: Tokenizer, stop: tuple[s
     assert len(set(answers)) > 5
     eos = tokenizer.token_to_id("</s>")
     for prompt, answer in zip(prompts, answers, strict=True):
-        whole = model.generate(prompt.tokens, max_new_tokens=prompt.max_tokens, eos=eos, temperature=0)
+        (whole,) = model.generate([prompt.tokens], max_new_tokens=prompt.max_tokens, eos=eos, temperature=0)
         expected = tokenizer.decode(whole[len(prompt.tokens) :])
         for mark in stop:
             expected = expected.split(mark)[0]
@@ -41,7 +41,7 @@ def test_answers_are_those_of_single_prompts(tokenizer: Tokenizer, stop: tuple[s
 def test_answer_ends_with_eos(tokenizer: Tokenizer) -> None:
     model, prompts = model_with(tokenizer), prompts_of(tokenizer)[::3]
     free = GreedyDecoder(tokenizer, TokenizerConfig()).answers(model, prompts)
-    second = tokenizer.id_to_token(model.generate(prompts[0].tokens, max_new_tokens=2, temperature=0)[-1])
+    second = tokenizer.id_to_token(model.generate([prompts[0].tokens], max_new_tokens=2, temperature=0)[0][-1])
     ended = GreedyDecoder(tokenizer, TokenizerConfig(eos_token=second)).answers(model, prompts)
     assert free[0].startswith(ended[0])
     assert len(ended[0]) < len(free[0])

@@ -91,6 +91,16 @@ def test_script_answers_questions_from_a_pipe(
     assert err == ""
 
 
+@pytest.mark.parametrize("command", ["/help", "/exit"])
+def test_script_prints_its_commands_for_other_words_with_a_slash(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    chat(monkeypatch, f"{command}\n", "--checkpoint", run_folder)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "/reset clears the conversation" in err
+
+
 def test_script_without_checkpoint_ends_with_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,9 @@ def write_run(run: Path) -> None:
     """Write the files of a run, apart from the checkpoints."""
     config = TrainConfig(data="/home/someone/en.txt=3,hi|text.csv=1", steps=40, lr=0.002)
     (run / "config.toml").write_text(config.to_toml())
-    (run / "data.json").write_text(json.dumps({"train_tokens": 123456, "val_tokens": 7890, "trigram": None}))
+    (run / "data.json").write_text(
+        json.dumps({"train_tokens": 123456, "val_tokens": 7890, "baselines": {"unigram": 6.5}})
+    )
     log = TrainingLog(run / "training_log.csv")
     for step, validation in ((1, None), (2, 2.25), (3, 2.5)):
         log.write(
@@ -103,6 +105,7 @@ def test_export_contains_the_card_of_its_run(run_folder: Path, tmp_path: Path) -
         ["source", "en.txt (75%)"],
         ["source", "hi¦text.csv (25%)"],
         ["training tokens", "123,456"],
+        ["loss of a unigram model in nats per token", "6.5"],
         ["steps", "40"],
         ["lr", "0.002"],
         ["training loss", "2.625"],

@@ -200,3 +200,22 @@ def test_rish_config_accepts_names_of_transformers() -> None:
     assert RishAICausalLM(config).generate(IDS[:1], max_length=12).shape == (1, 12)
     with pytest.raises(AttributeError, match="mooshak has no num_experts"):
         FiraLMConfig(shape={"family": "mooshak"}, num_experts=3)
+
+
+def test_classes_are_imported_from_transformers() -> None:
+    """As in the document of Rish AI."""
+    from transformers import RishAIConfig as Config
+    from transformers import RishAIModel as Model
+
+    assert (Config, Model) == (RishAIConfig, RishAIModel)
+
+
+def test_flash_attention_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers accepts the name where the package is installed, here as if it were."""
+    config = RishAIConfig(shape=to_document(small("rish")))
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="flash_attention_2")
+    monkeypatch.setattr(RishAICausalLM, "_flash_attn_import_error", lambda *_, **__: None)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="flash_attention_2", dtype=torch.bfloat16)
+    assert model.config._attn_implementation == "flash_attention_2"
+    assert model(IDS).logits.isfinite().all()

@@ -1,10 +1,11 @@
 """The lines of the console, with a clock that the test controls."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from fira.metrics.console import ConsoleProgress, next_command
+from fira.metrics.console import ConsoleProgress, beginning, next_command
 from tests.fira.metrics.test_csv_log import row
 
 
@@ -71,5 +72,25 @@ def test_accuracy_of_preferences_is_in_the_line_of_a_validation(capsys: pytest.C
 def test_next_command_is_a_chat_after_training_on_chats() -> None:
     run = Path("runs/x")
     assert next_command(run, True, chats=True).endswith("chat.py --checkpoint runs/x")
-    assert next_command(run, True, chats=False).endswith('generate.py --checkpoint runs/x --prompt "def "')
+    assert next_command(run, True, chats=False, prompt="def ").endswith(
+        'generate.py --checkpoint runs/x --prompt "def "'
+    )
+    assert next_command(run, True, chats=False).endswith("generate.py --checkpoint runs/x")
     assert "--tokenizer" in next_command(run, False, chats=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("यह एक वाक्य है।", "यह एक वाक्य "),
+        ("One\nline", "One line "),
+        ("costs 5$ now", "costs "),
+        ('"quoted"', ""),
+        (" ", ""),
+    ],
+)
+def test_beginning_of_a_text_can_be_quoted(text: str, words: str) -> None:
+    assert beginning(text) == words
+    assert (
+        subprocess.run(["bash", "-c", f'printf %s "{beginning(text)}"'], capture_output=True).stdout.decode() == words
+    )

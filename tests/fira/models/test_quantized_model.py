@@ -121,4 +121,6 @@ def test_head_that_is_tied_is_not_quantised() -> None:
 def test_beam_search_with_a_quantised_model() -> None:
     model = quantized(make_model(CONFIGS["mooshak"], torch.float32), "int8+head")
     prompt: list[int] = make_tokens(model.config, batch=1)[0].tolist()
-    assert beam_search(model, prompt, 5, 1, eos=SMALL["vocab_size"]) == model.generate(prompt, 5, temperature=0)[12:]
+    assert (
+        beam_search(model, prompt, 5, 1, eos=SMALL["vocab_size"]) == model.generate([prompt], 5, temperature=0)[0][12:]
+    )

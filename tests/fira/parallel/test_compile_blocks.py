@@ -89,7 +89,7 @@ def test_one_graph_serves_all_blocks(family: str, counters: Any) -> None:
             assert torch.equal(value, expected[name]), name
     with torch.no_grad():
         assert torch.equal(compiled(tokens(3), Context()), plain(tokens(3), Context()))
-    prompt = tokens(1)[0, :5].tolist()
+    prompt = tokens(1)[:, :5].tolist()
     assert compiled.generate(prompt, 3, temperature=0) == plain.generate(prompt, 3, temperature=0)
     assert counters["stats"]["unique_graphs"] == GRAPHS[family]
     assert not counters["graph_break"]

@@ -141,5 +141,12 @@ def test_new_run_does_not_take_the_settings_of_another(run: Path, configured: An
 def test_files_are_complete_and_contain_no_permission_to_override(run: Path) -> None:
     stored = tomllib.loads((run / "config.toml").read_text())
     assert (stored["lr"], stored["steps"], "override" in stored) == (0.5, 500, False)
-    assert json.loads((run / "data.json").read_text())["baselines"] == {"unigram": 6.0}
+    stored_counts = json.loads((run / "data.json").read_text())
+    assert stored_counts["baselines"] == {"unigram": 6.0}
+    assert "unigram" not in stored_counts
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.toml", "data.json"]
+
+
+def test_run_that_starts_from_a_model_names_no_preset() -> None:
+    assert tomllib.loads(TrainConfig().to_toml())["model"] == "fira-tiny"
+    assert "model" not in tomllib.loads(TrainConfig(init="llama").to_toml())

@@ -3,6 +3,7 @@
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from fira.errors import UserError
@@ -10,7 +11,8 @@ from fira.metrics.csv_log import read_log
 from fira.parallel.batch_split import BatchSplit
 from fira.training.config import TrainConfig
 from fira.training.run_lock import RunLock
-from fira.training.run_report import RunReport
+from fira.training.run_report import RunReport, suggested_prompt
+from tests.fira.small_model import TEXT, make_tokenizer
 from tests.fira.training.small_runs import kill_all, losses, start, wait_for
 
 
@@ -51,3 +53,23 @@ def test_folder_that_is_removed_during_a_run_is_written_again(settings, uninterr
     assert len(losses(run)) == 40  # of which the first lines were written before the removal
     assert {path.name for path in run.iterdir()} == {path.name for path in uninterrupted.iterdir()}
     assert (run / "checkpoints" / "step-000040").is_dir()
+
+
+class Tokens(list[int]):
+    """The tokens of a source."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.array(self[start:stop])
+
+
+def test_suggested_prompt_is_the_beginning_of_the_training_data():
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode(TEXT).ids
+    corpus = SimpleNamespace(sources=[SimpleNamespace(train=Tokens([tokenizer.token_to_id("</s>"), *ids]))])
+    files = {"tokenizer.json": tokenizer.to_str().encode()}
+    run = SimpleNamespace(config=TrainConfig(data="wald.txt"), corpus=corpus, tokenizer=files)
+    assert suggested_prompt(run) == "Die Bäume stehen "
+    run.tokenizer = {}  # shards without a tokenizer
+    assert suggested_prompt(run) == ""
+    run.config = TrainConfig()
+    assert suggested_prompt(run) == "def "

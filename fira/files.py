@@ -3,7 +3,7 @@
 import errno
 import os
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -98,6 +98,14 @@ def read_toml(path: str | Path, name: str) -> dict[str, Any]:
         raise UserError(f"{name}: {error.strerror}; give a TOML file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is not TOML: {error}") from None
+
+
+def listing(names: Sequence[str], named: int = 3) -> str:
+    """Return the number of files and the names of the first ones, as one printable line."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:named]]  # no lone surrogate either
+    return f"{len(names)} file{'s' if len(names) > 1 else ''}: {', '.join(shown)}" + (
+        ", …" if len(names) > named else ""
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -24,6 +24,8 @@ def add_arguments(parser: cli.Parser) -> None:
     data_help = "text, CSV, JSONL, Parquet, or folders"
     parser.add_argument("--data", type=str, nargs="+", default=[], metavar="FILE", help=data_help)
     parser.add_argument("--text-column", type=str, default="text", help="column of the text (default: %(default)s)")
+    mask_help = "keep the documents of --data apart, as in training with --document-mask"
+    parser.add_argument("--document-mask", action="store_true", help=mask_help)
     tasks_help = "comma-separated JSONL files of examples and names of lm-eval tasks (pip install -e '.[eval]')"
     parser.add_argument("--tasks", type=str, metavar="TASKS", help=tasks_help)
     folder_help = "a folder of task files of lm-eval; default: its own"

@@ -51,8 +51,10 @@ def text_losses(model: LanguageModel, options: Namespace) -> Iterator[tuple[Text
     tokenizer = own_tokenizer(model)
     for file in options.data:
         texts = list(documents(file, options.text_column))
-        ids = list(chain.from_iterable([eos_id(tokenizer), *encode(text, tokenizer)] for text in texts))
-        yield perplexity(model, ids, progress=not options.quiet), sum(len(text.encode()) for text in texts)
+        separator = eos_id(tokenizer)
+        ids = list(chain.from_iterable([separator, *encode(text, tokenizer)] for text in texts))
+        loss = perplexity(model, ids, not options.quiet, separator if options.document_mask else None)
+        yield loss, sum(len(text.encode()) for text in texts)
 
 
 def print_losses(model: LanguageModel, options: Namespace, saved: list[TextLoss]) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """Cache folders named by the hash of their inputs, each created atomically and verified by checksums."""
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fira.data.compression import suffix_of
 from fira.errors import UserError
 from fira.files import sync
 from fira.json_reader import integer, mapping, read
@@ -41,7 +43,7 @@ def total_size(files: list[Path]) -> int:
 def content_key(cache: Path, files: list[Path], settings: list[Any], progress: bool) -> str:
     """Return the SHA-256 of the settings and of every file's content and suffix, which determines its reader."""
     with progress_bar(total_size(files), "hashing the data", progress) as bar:
-        contents = [(path.suffix.lower(), _content_hash(cache, path, bar)) for path in files]
+        contents = [(suffix_of(path), _content_hash(cache, path, bar)) for path in files]
     return hashlib.sha256(json.dumps([settings, contents]).encode()).hexdigest()
 
 
@@ -119,9 +121,9 @@ def _checksum(path: Path, advance: Callable[[int], object]) -> int:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Context manager that yields a temporary folder, which is synced and renamed to `folder` when the block ends.
 
-    The checksums of its files are written to CHECKSUMS before.
-
-    The temporary folder is removed when the block raises, or when another process has created `folder` meanwhile.
+    The checksums of its files are written to CHECKSUMS before. The temporary folder contains what a process that was
+    killed in the same block has written. It is removed when the block raises an Exception, or when another process has
+    created `folder` meanwhile.
     """
     cache = folder.parent
     cache.mkdir(parents=True, exist_ok=True)
@@ -129,19 +131,46 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         with suppress(FileNotFoundError):  # the process that owns it may finish at this moment
             if time.time() - abandoned.stat().st_mtime > PARTIAL_LIFETIME:
                 shutil.rmtree(abandoned)
-    temporary = cache / f".{folder.name}-{uuid.uuid4().hex}.partial"
-    temporary.mkdir()
-    try:
-        yield temporary
-        checksums = {path.name: _checksum(path, lambda _: None) for path in sorted(temporary.iterdir())}
-        (temporary / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
-        for path in [*temporary.iterdir(), temporary]:
-            sync(path)
+    with _own_folder(cache / f".{folder.name}.partial") as temporary:
         try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process created it first, with the same content
-                raise
-        sync(cache)
+            yield temporary
+            checksums = {path.name: _checksum(path, lambda _: None) for path in sorted(temporary.iterdir())}
+            (temporary / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n")
+            for path in [*temporary.iterdir(), temporary]:
+                sync(path)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process created it first, with the same content
+                    raise
+                shutil.rmtree(temporary)
+            sync(cache)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _own_folder(path: Path) -> Iterator[Path]:
+    """Context manager that creates a folder, or locks an existing one that no other process uses, and returns it.
+
+    If another process uses it, or if the file system has no locks, this is a new folder with another name.
+    """
+    path.mkdir(exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if not _locked(descriptor, path):
+            path = path.with_name(f"{path.stem}-{uuid.uuid4().hex}.partial")
+            path.mkdir()
+        yield path
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, path: Path) -> bool:
+    """Lock an open folder. Return whether no other process has locked it, or renamed or removed it before."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False

@@ -86,7 +86,10 @@ def _prepared(
 ) -> Path:
     """The folder of the cache with the corpus, which is prepared if it is missing or damaged."""
     files = [path for entry in inputs for path in entry.files]
-    layout = [[entry.weight, text_column, len(entry.files), entry.shards] for entry in inputs]
+    layout = [
+        [entry.weight, text_column, len(entry.files), len(entry.shards.train) if entry.shards else None]
+        for entry in inputs
+    ]
     settings = [CORPUS_FORMAT, vocab_size, bool(tokenizer_path), layout]
     tokenizer_files = [Path(tokenizer_path)] if tokenizer_path else []
 

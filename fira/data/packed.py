@@ -1,27 +1,35 @@
-"""Tokens on disk: one or more one-dimensional `.npy` files, read as one concatenated array."""
+"""Tokens on disk: one or more files, read as one concatenated array, and files that are written."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.lib import format as npy
 
-from fira.data.sources import check_regular
+from fira.data.token_files import map_tokens
 from fira.errors import UserError
-from fira.files import one_line
 
 SCAN_TOKENS = 2**22  # tokens read at a time when a whole array is scanned
 
 
-class PackedTokens:
-    """The concatenated tokens of `.npy` files. The files are memory-mapped, so only requested tokens are loaded."""
+class TokenSpan(NamedTuple):
+    """Tokens [start, stop) of a file; None: to its end."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._arrays = [_map(path) for path in paths]
+    path: Path
+    start: int = 0
+    stop: int | None = None
+
+
+class PackedTokens:
+    """The concatenated tokens of files. The files are memory-mapped, so only requested tokens are loaded."""
+
+    def __init__(self, spans: Sequence[TokenSpan]) -> None:
+        self._arrays = [map_tokens(span.path)[span.start : span.stop] for span in spans]
         self._ends = list(accumulate(len(array) for array in self._arrays))
 
     def __len__(self) -> int:
@@ -44,24 +52,6 @@ class PackedTokens:
             yield self.read(start, min(start + SCAN_TOKENS, len(self)))
 
 
-def _map(path: Path) -> np.ndarray:
-    try:
-        with path.open("rb") as file:
-            read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
-            shape, _, dtype = read_header(file)
-            offset = file.tell()
-    except OSError:
-        raise
-    except Exception as error:  # numpy parses the header as Python, and raises what the parser raises
-        raise UserError(f"{path}: not a complete .npy file ({one_line(error)}); download it again") from None
-    if len(shape) != 1 or dtype.kind not in "ui":
-        raise UserError(f"{path}: holds {dtype} {shape}, not a 1-d array of token ids; give other shards")
-    size = offset + shape[0] * dtype.itemsize
-    if path.stat().st_size != size:
-        raise UserError(f"{path}: not a complete .npy file ({path.stat().st_size} bytes of {size}); download it again")
-    return np.memmap(path, dtype, "r", offset, shape)
-
-
 @dataclass(frozen=True)
 class Source:
     """The tokens of a source and its share of the training sequences."""
@@ -71,40 +61,24 @@ class Source:
     val: PackedTokens
 
 
-def find_shards(data: str | None) -> tuple[list[Path], list[Path]] | None:
-    """Find FineWeb-Edu style shards in the folder `data`: (`*_train_*.npy`, `*_val_*.npy`), or None if it has none.
-
-    Raises UserError if there are shards of one kind only, or where `data` is a single shard.
-    """
-    if data is None:
-        return None
-    if data.lower().endswith(".npy"):
-        raise UserError(f"{data}: a single shard; give the folder that contains *_train_*.npy and *_val_*.npy")
-    train, val = (
-        sorted(path for path in Path(data).glob(f"*_{split}_*") if path.suffix.lower() == ".npy")
-        for split in ("train", "val")
-    )
-    if bool(train) != bool(val):
-        raise UserError(
-            f"{data}: no *_{'val' if train else 'train'}_*.npy in this folder; training needs both kinds of shard"
-        )
-    for path in train + val:
-        check_regular(path)
-    return (train, val) if train else None
-
-
 class TokenWriter:
     """Writes a `.npy` file of tokens in several calls of `append`, complete when the `with` block ends.
 
-    length: the number of tokens written. The dtype is uint16 where the vocabulary allows it, else uint32.
+    length: the number of tokens written. The dtype is uint16 where the vocabulary allows it, else uint32. A file that
+    has been written before is continued after its first `length` tokens. Raises UserError if it has fewer.
     """
 
-    def __init__(self, path: Path, vocab_size: int) -> None:
+    def __init__(self, path: Path, vocab_size: int, length: int = 0) -> None:
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._vocab_size = vocab_size
-        self._file = path.open("wb")
-        self.length = 0
+        self._file = path.open("r+b" if length else "wb")
+        self.length = length
         self._write_header()
+        end = self._file.tell() + length * self._dtype.itemsize
+        if self._file.seek(0, os.SEEK_END) < end:
+            raise UserError(f"{path}: less than {length} tokens; remove its folder, and prepare the data again")
+        self._file.truncate(end)
+        self._file.seek(end)
 
     def append(self, ids: Sequence[int]) -> None:
         """Write ids. Raises OverflowError for an id outside the vocabulary."""
@@ -114,6 +88,11 @@ class TokenWriter:
         self._file.write(array.astype(self._dtype).tobytes())
         self.length += len(array)
 
+    def flush(self) -> None:
+        """Write all tokens to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def __enter__(self) -> Self:
         return self
 
@@ -121,10 +100,11 @@ class TokenWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            self._file.seek(0)
             self._write_header()
+            self.flush()
 
     def _write_header(self) -> None:
         """Write the header; numpy pads it such that its size does not depend on the length of the first axis."""
+        self._file.seek(0)
         description = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
         npy.write_array_header_1_0(self._file, description)

@@ -1,6 +1,7 @@
 """Readers of data files: each yields the documents of text, or the records of a table, of one format.
 
-Files are streamed, so that they may be larger than memory. To add a format, write a reader and register it in TABLES.
+Files are streamed, so that they may be larger than memory. To add a format, write a reader and register it in STREAMED,
+if it reads a stream of bytes that may be decompressed or a part of an archive, or else in COLUMNAR.
 """
 
 import ast
@@ -8,6 +9,7 @@ import codecs
 import csv
 import io
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from fira.data.archives import is_archive, members
+from fira.data.compression import Advance, compression_of, format_of, open_bytes
 from fira.data.text_encoding import HEAD, text_encoding
 from fira.errors import UserError
 from fira.files import one_line
@@ -26,52 +30,91 @@ LIMIT = 2**26  # characters in a CSV field or in a line of CSV or JSONL; a longe
 ROWS = 128  # rows of Parquet and Arrow that are converted together
 END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
 
-Advance = Callable[[int], object]  # called with the number of bytes that were read, for a progress bar
 Record = dict[str, Any]  # by the names of the columns of a table, or by the keys of a JSON object
-TableReader = Callable[[Path, str | None, Advance], Iterator[tuple[str, Record]]]  # of one column, None: of all
+Records = Iterator[tuple[str, Record]]  # each with its place, the file and the line or row
+Bytes = io.BufferedReader
 
 
 def read_file(path: Path, column: str, advance: Advance) -> Iterator[str]:
-    """Yield the documents of a file. Raises UserError, which names the file, if it cannot be read as text.
+    """Yield the documents of a file or of an archive. Raises UserError, which names it, if it cannot be read as text.
 
     column: of a table, which contains the documents; the case of its name may differ.
     """
-    with _errors(path):
-        if not has_reader(path):
-            yield from (_topics if path.parts[-2:] == ("pydoc_data", "topics.py") else _text)(path, advance)
-            return
-        for where, record in _table(path)(path, column, advance):
-            text = record[_name_in(record, column)]
-            if not isinstance(text, str | None):
-                raise UserError(f"{where}: {column!r} holds {type(text).__name__}, not text; name another key")
-            yield valid_text(text or "")
+    with reading_errors(path):
+        if is_archive(path):
+            for name, file in members(path, advance):
+                with reading_errors(path, name):
+                    yield from _documents(file, f"{path}: {name}", column)
+        elif format_of(path) in COLUMNAR:
+            yield from _column(_table(path, column, advance), column)
+        else:
+            with open_bytes(path, advance) as file:
+                yield from _documents(file, str(path), column)
 
 
-def read_records(path: Path, advance: Advance) -> Iterator[tuple[str, Record]]:
+def _documents(file: Bytes, name: str, column: str) -> Iterator[str]:
+    """Yield the documents of a text or of a table. name: for messages; its suffix selects the reader."""
+    if reader := STREAMED.get(format_of(Path(name))):
+        yield from _column(reader(file, name, column), column)
+    else:
+        yield from (_topics if Path(name).parts[-2:] == ("pydoc_data", "topics.py") else _text)(file, name)
+
+
+def _column(records: Records, column: str) -> Iterator[str]:
+    for where, record in records:
+        text = record[_name_in(record, column)]
+        if not isinstance(text, str | None):
+            raise UserError(f"{where}: {column!r} holds {type(text).__name__}, not text; name another key")
+        yield valid_text(text or "")
+
+
+def read_records(path: Path, advance: Advance) -> Records:
     """Yield each record of a table with its place, the file and the row. Raises UserError as `read_file` does."""
     if not has_reader(path):
-        raise UserError(f"{path}: not a table; give a file {', '.join(TABLES)} (.jsonl: one JSON object per line)")
-    with _errors(path):
-        yield from _table(path)(path, None, advance)
+        formats = ", ".join([*STREAMED, *COLUMNAR])
+        raise UserError(f"{path}: not a table; give a file {formats} (.jsonl: one JSON object per line)")
+    with reading_errors(path):
+        yield from _table(path, None, advance)
+
+
+def has_reader(path: Path) -> bool:
+    """Return whether the suffix of the file names a format of tables; all other files are archives or plain text."""
+    return format_of(path) in (*STREAMED, *COLUMNAR)
+
+
+def _table(path: Path, column: str | None, advance: Advance) -> Records:
+    """Yield the records of a table, with one column, or (None) with all."""
+    suffix = format_of(path)
+    if suffix in STREAMED:
+        with open_bytes(path, advance) as file:
+            yield from STREAMED[suffix](file, str(path), column)
+    elif compression_of(path):
+        raise UserError(f"{path}: a {suffix} file is compressed inside; decompress the file")
+    else:
+        yield from COLUMNAR[suffix](path, column, advance)
 
 
 @contextmanager
-def _errors(path: Path) -> Iterator[None]:
-    """Context manager that raises errors of reading as a UserError that names the file."""
+def reading_errors(path: Path, member: str | None = None) -> Iterator[None]:
+    """Context manager that raises errors of reading as a UserError that names the file. member: of an archive."""
     try:
         yield
     except UnicodeDecodeError as error:
         byte, encoding = error.object[error.start], error.encoding.upper()
-        where = f"{path}, line {_undecodable_line(path, error.encoding)}"
-        raise UserError(f"{where}: byte 0x{byte:02x} is not {encoding}; convert the file to UTF-8 with iconv") from None
+        where = f"{path}: {member}" if member else f"{path}, line {_undecodable_line(path, error.encoding)}"
+        raise UserError(f"{where}: byte 0x{byte:02x} is not {encoding}; convert the text to UTF-8 with iconv") from None
+    except tarfile.TarError as error:
+        raise UserError(f"{path}: not a complete tar archive ({one_line(error)}); download it again") from None
     except OSError as error:
+        if error.errno is None:  # from decompression
+            raise UserError(f"{path}: damaged or incomplete ({one_line(error)}); download it again") from None
         raise UserError(f"{path}: {error.strerror or error}; check that the file can be read") from error
 
 
 def _undecodable_line(path: Path, encoding: str) -> int:
     """Return the number of the first line that cannot be decoded. A decoding error has the place in a block only."""
     decoder, line = codecs.getincrementaldecoder(encoding)(), 1
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         try:
             while block := file.read(HEAD):
                 line += decoder.decode(block).count("\n")
@@ -81,105 +124,78 @@ def _undecodable_line(path: Path, encoding: str) -> int:
     return line
 
 
-def has_reader(path: Path) -> bool:
-    """Return whether the suffix of the file names a format of tables; all other files are plain text."""
-    return path.suffix.lower() in TABLES
-
-
-def _table(path: Path) -> TableReader:
-    return TABLES[path.suffix.lower()]
-
-
 def valid_text(text: str) -> str:
     """Return a text with "?" in place of halves of surrogate pairs, which JSON can contain and are not characters."""
     return text.encode("utf-8", "replace").decode()
 
 
-class _CountedFile(io.FileIO):
-    """A file, opened for reading, that reports the number of bytes of each read."""
-
-    def __init__(self, path: Path, advance: Advance) -> None:
-        super().__init__(path)
-        self._advance = advance
-
-    def readinto(self, buffer: Any) -> int | None:
-        count = super().readinto(buffer)
-        self._advance(count or 0)
-        return count
-
-
-def _open(path: Path, advance: Advance, newline: str | None = None) -> TextIO:
-    with path.open("rb") as file:
-        head = file.read(HEAD)
+def _decoded(file: Bytes, name: str, newline: str | None = None) -> TextIO:
+    """Return the text of a stream of bytes in the encoding of its beginning."""
+    head = file.peek(HEAD)[:HEAD]
     encoding = text_encoding(head)
     if encoding is None and b"\0" in head:  # valid UTF-8, but no text
-        where = f"{path}, line {head[: head.index(0)].count(10) + 1}"
+        where = f"{name}, line {head[: head.index(0)].count(10) + 1}"
         raise UserError(f"{where}: contains zero bytes, as UTF-16 without a BOM does; convert it to UTF-8 with iconv")
-    encoding = encoding or "utf-8"  # decoding raises an error, with the byte
-    return io.TextIOWrapper(io.BufferedReader(_CountedFile(path, advance)), encoding, newline=newline)
+    return io.TextIOWrapper(file, encoding or "utf-8", newline=newline)  # decoding raises an error, with the byte
 
 
-def _lines(file: TextIO, path: Path) -> Iterator[str]:
+def _lines(file: TextIO, name: str) -> Iterator[str]:
     for number, line in enumerate(iter(partial(file.readline, LIMIT), ""), 1):
         if len(line) == LIMIT:
-            raise UserError(f"{path}, line {number}: longer than {LIMIT:,} characters; divide the document")
+            raise UserError(f"{name}, line {number}: longer than {LIMIT:,} characters; divide the document")
         yield line
 
 
-def _text(path: Path, advance: Advance) -> Iterator[str]:
+def _text(file: Bytes, name: str) -> Iterator[str]:
     lines: list[str] = []
     size = 0
-    with _open(path, advance) as file:
-        for line in iter(partial(file.readline, MAX_LENGTH), ""):
-            lines.append(line)
-            size += len(line)
-            if size >= MAX_LENGTH or (size >= MIN_LENGTH and line.isspace()):
-                yield "".join(lines)
-                lines, size = [], 0
+    for line in iter(partial(_decoded(file, name).readline, MAX_LENGTH), ""):
+        lines.append(line)
+        size += len(line)
+        if size >= MAX_LENGTH or (size >= MIN_LENGTH and line.isspace()):
+            yield "".join(lines)
+            lines, size = [], 0
     yield "".join(lines)
 
 
-def _topics(path: Path, advance: Advance) -> Iterator[str]:
+def _topics(file: Bytes, name: str) -> Iterator[str]:
     """Read the language reference of `pydoc_data/topics.py`, a dict literal from topic to text."""
-    assignment = ast.parse(path.read_text(encoding="utf-8")).body[-1]
+    assignment = ast.parse(_decoded(file, name).read()).body[-1]
     assert isinstance(assignment, ast.Assign)
     yield from ast.literal_eval(assignment.value).values()
-    advance(path.stat().st_size)
 
 
-def _csv(path: Path, column: str | None, advance: Advance) -> Iterator[tuple[str, Record]]:
+def _csv(file: Bytes, name: str, column: str | None) -> Records:
     csv.field_size_limit(LIMIT)  # the default limit rejects long articles
-    with _open(path, advance, newline="") as file:
-        rows = csv.DictReader(_lines(file, path), strict=True)  # otherwise an unclosed quote at the end is no error
+    rows = csv.DictReader(_lines(_decoded(file, name, newline=""), name), strict=True)  # else an unclosed quote passes
+    try:
+        if not rows.fieldnames:
+            raise UserError(f"{name}: empty; give a file whose first line has the names of the columns")
+        _require(column, rows.fieldnames, name)
+        for row in rows:
+            if None in row:
+                raise csv.Error("more fields than columns; quote text that contains commas")
+            yield f"{name}, line {rows.line_num}", row  # with None where the row is too short
+    except csv.Error as error:
+        raise UserError(f"{name}, near line {rows.line_num}: invalid CSV ({error}); correct the file") from None
+
+
+def _jsonl(file: Bytes, name: str, key: str | None) -> Records:
+    for number, line in enumerate(_lines(_decoded(file, name), name), 1):
+        if line.isspace():
+            continue
+        where = f"{name}, line {number}"
         try:
-            if not rows.fieldnames:
-                raise UserError(f"{path}: empty; give a file whose first line has the names of the columns")
-            _require(column, rows.fieldnames, path)
-            for row in rows:
-                if None in row:
-                    raise csv.Error("more fields than columns; quote text that contains commas")
-                yield f"{path}, line {rows.line_num}", row  # with None where the row is too short
-        except csv.Error as error:
-            raise UserError(f"{path}, near line {rows.line_num}: invalid CSV ({error}); correct the file") from None
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: invalid JSON ({error}); correct the file") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: not a JSON object; write one object per line")
+        _require(key, list(record), where)
+        yield where, record
 
 
-def _jsonl(path: Path, key: str | None, advance: Advance) -> Iterator[tuple[str, Record]]:
-    with _open(path, advance) as file:
-        for number, line in enumerate(_lines(file, path), 1):
-            if line.isspace():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: invalid JSON ({error}); correct the file") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: not a JSON object; write one object per line")
-            _require(key, list(record), where)
-            yield where, record
-
-
-def _columnar(path: Path, column: str | None, advance: Advance) -> Iterator[tuple[str, Record]]:
+def _columnar(path: Path, column: str | None, advance: Advance) -> Records:
     """Read Parquet, or a stream of Arrow batches as in the cache of `datasets`."""
     import pyarrow as pa  # here, because it is large and only these files require it
 
@@ -242,16 +258,12 @@ def _check_schema(schema: Any, column: str | None, path: Path) -> None:
     if column is None:
         return
     dtype = schema.field(_name_in(schema.names, column)).type
-    if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype)):
+    if not any(is_text(dtype) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
         raise UserError(f"{path}: column {column!r} holds {dtype}, not text; name another with --text-column")
 
 
-TABLES: dict[str, TableReader] = {
-    ".csv": _csv,
-    ".jsonl": _jsonl,
-    ".parquet": _columnar,
-    ".arrow": _columnar,
-}
+STREAMED: dict[str, Callable[[Bytes, str, str | None], Records]] = {".csv": _csv, ".jsonl": _jsonl}
+COLUMNAR: dict[str, Callable[[Path, str | None, Advance], Records]] = {".parquet": _columnar, ".arrow": _columnar}
 
 
 def _require(column: str | None, present: Iterable[str], where: object) -> None:

@@ -2,18 +2,20 @@
 
 import logging
 import os
-import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from fira.data.readers import Advance, has_reader, read_file
+from fira.data.archives import is_archive
+from fira.data.compression import open_bytes
+from fira.data.hub_datasets import dataset_files
+from fira.data.readers import has_reader, reading_errors
 from fira.data.text_encoding import HEAD, Content, content
+from fira.data.text_stream import TextStream
 from fira.errors import UserError
-from fira.files import errors_naming, one_line
+from fira.files import listing
 
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-NAMED = 3  # files that a message about several files names
 
 log = logging.getLogger(__name__)
 
@@ -24,19 +26,7 @@ def documents(data: str | None, text_column: str) -> Iterator[str]:
     The order is deterministic; blank documents are skipped. `text_column` is the column of CSV and Parquet or the key
     of JSONL. Raises UserError if a file cannot be read as text or no document is found.
     """
-    return read_files(data, input_files(data), text_column, lambda _: None)
-
-
-def read_files(data: str | None, files: Sequence[Path], text_column: str, advance: Advance) -> Iterator[str]:
-    """Yield the documents of `files`, the input files of `data`. advance: called with the number of bytes read."""
-    found = False
-    for path in files:
-        for text in read_file(path, text_column, advance):
-            if text and not text.isspace():
-                found = True
-                yield text
-    if not found:
-        raise UserError(f"{data}: contains no text; give a file or folder with text")
+    return iter(TextStream(data, input_files(data), text_column, lambda _: None))
 
 
 def input_files(data: str | None) -> list[Path]:
@@ -47,10 +37,10 @@ def input_files(data: str | None) -> list[Path]:
     if path.is_dir():
         return _folder(path)
     if not path.exists():
-        return _hugging_face(data)
+        return dataset_files(data)
     check_regular(path)
     if _content(path) is Content.BINARY:
-        raise UserError(f"{data}: binary, not UTF-8 text; give text, CSV, JSONL, Parquet or a folder of .npy shards")
+        raise UserError(f"{data}: binary, not UTF-8 text; give text, a table, an archive or a folder of shards")
     return [path]
 
 
@@ -73,7 +63,7 @@ def _folder(folder: Path) -> list[Path]:
         names = _listing(folder, others)
         raise UserError(f"{folder}: text not in UTF-8 ({names}); convert it with iconv, or move it out of the folder")
     if not texts:
-        raise UserError(f"{folder}: no text in this folder; give one with text, CSV, JSONL, Parquet or .npy shards")
+        raise UserError(f"{folder}: no text in this folder; give one with text, tables, archives or shards")
     if skipped:
         log.warning(f"{folder}: skipped what is not text ({_listing(folder, skipped)})")
     return texts
@@ -94,18 +84,14 @@ def _visible(folder: Path) -> Iterator[Path]:
 
 
 def _listing(folder: Path, paths: list[Path]) -> str:
-    """Return the number of files and the names of the first ones."""
-    names = [str(path.relative_to(folder)) for path in paths]
-    names = [name if name.isprintable() else ascii(name) for name in names]  # one line, and no lone surrogate
-    named = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-    return f"{len(names)} file{'s' if len(names) > 1 else ''}: {named}"
+    return listing([str(path.relative_to(folder)) for path in paths])
 
 
 def _content(path: Path) -> Content:
     """Return what a regular file contains, from its suffix if it has a reader, else from its beginning."""
-    if has_reader(path):
+    if has_reader(path) or is_archive(path):
         return Content.TEXT
-    with errors_naming(path), path.open("rb") as file:
+    with reading_errors(path), open_bytes(path) as file:
         return content(file.read(HEAD))
 
 
@@ -119,21 +105,3 @@ def _standard_library() -> list[Path]:
     if not files:
         raise UserError(f"{root}: the source files of this Python are missing; give --data")
     return files
-
-
-def _hugging_face(name: str) -> list[Path]:
-    """Return the Arrow files of a dataset's train split in the cache of `datasets`."""
-    missing = f"{name}: no such file or folder"
-    like_a_file = has_reader(Path(name)) or Path(name).suffix.lower() in (".txt", ".md")
-    if like_a_file or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{missing}; check the path")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f"{missing}; if it is a Hugging Face dataset, pip install datasets") from None
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # no line for each attempt that fails
-    try:
-        dataset = load_dataset(name, split="train")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{missing}, and no Hugging Face dataset with a train split ({one_line(error)})") from None
-    return [Path(file["filename"]) for file in dataset.cache_files]

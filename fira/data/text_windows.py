@@ -1,6 +1,10 @@
 """Windows of a text.
 
 tokens: t₀ t₁ t₂ … cut into windows of seq_len inputs; the last target of a window is the first input of the next one.
+
+    window      b b E c c c E d     E: the separator, EOS of the tokenizer
+    documents   0 0 1 1 1 1 2 2     of the inputs
+    targets     b E c c c E d d     none is ignored: a separator is the last target of a document, and begins the next
 """
 
 from collections.abc import Sequence
@@ -18,10 +22,11 @@ class TextWindows:
 
     complete: leave out the last window if it is shorter, as in training. Otherwise it is padded with the target −100,
     so that every token counts, and a validation text that is shorter than one window has a loss.
+    separator: the token that begins each document; documents are kept apart. None: a window is one document.
     Raises UserError if there is no window.
     """
 
-    def __init__(self, tokens: PackedTokens, seq_len: int, complete: bool = True) -> None:
+    def __init__(self, tokens: PackedTokens, seq_len: int, complete: bool = True, separator: int | None = None) -> None:
         targets = len(tokens) - 1  # the first token is not predicted
         self._count = targets // seq_len if complete else -(-targets // seq_len)
         if self._count < 1 and complete:
@@ -30,7 +35,7 @@ class TextWindows:
             )
         if self._count < 1:
             raise UserError(f"{len(tokens)} validation tokens: none to predict; give more text")
-        self._tokens, self._seq_len = tokens, seq_len
+        self._tokens, self._seq_len, self._separator = tokens, seq_len, separator
 
     def __len__(self) -> int:
         return self._count
@@ -44,4 +49,14 @@ class TextWindows:
             ids = self._tokens.read(start, min(start + self._seq_len + 1, len(self._tokens)))
             inputs[row, : len(ids) - 1] = ids[:-1]
             targets[row, : len(ids) - 1] = ids[1:]
-        return Rows(inputs, targets)
+        rows = Rows(inputs, targets)
+        if self._separator is None:
+            return rows
+        tokens = np.arange(self._seq_len) < rows.lengths()[:, None]
+        return rows._replace(documents=np.where(tokens, document_numbers(inputs, self._separator), -1))
+
+
+def document_numbers(tokens: np.ndarray, separator: int) -> np.ndarray:
+    """Return the number of each token's document in its row, int64 [B, T], ascending from 0. tokens: [B, T]."""
+    begins = tokens == separator
+    return begins.cumsum(1) - begins[:, :1]

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fira.data.text_windows import document_numbers
 from fira.errors import UserError
 from fira.models.language_model import LanguageModel
 from fira.nn.context import Context, DecodingContext
+from fira.nn.documents import Documents
 from fira.progress_bar import progress_bar
 
 TOKENS_PER_FORWARD = 2048  # large products are faster; limited by the memory of the logits
@@ -54,11 +56,14 @@ class TextLoss:
 
 
 @torch.no_grad()
-def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor, progress: bool = False) -> TextLoss:
+def perplexity(
+    model: LanguageModel, ids: Sequence[int] | Tensor, progress: bool = False, separator: int | None = None
+) -> TextLoss:
     """Return the mean loss of a text [N] over all tokens except the first, without dropout or auxiliary loss.
 
     The windows overlap by half, so that every token after the first half window is predicted from at least half a
-    context. progress: show a progress bar. Raises UserError for fewer than two tokens or an id outside the vocabulary.
+    context. progress: show a progress bar. separator: the token that begins each document; documents are kept apart.
+    Raises UserError for fewer than two tokens or an id outside the vocabulary.
     """
     ids = torch.as_tensor(ids, dtype=torch.int64, device=next(model.parameters()).device)
     count = len(ids) - 1
@@ -75,6 +80,9 @@ def perplexity(model: LanguageModel, ids: Sequence[int] | Tensor, progress: bool
         for batch, new in zip(windows.split(size), fresh.split(size), strict=True):
             kept = int(new.max())
             context = Context(decoding=DecodingContext(logits_to_keep=kept))
+            if separator is not None:
+                numbers = document_numbers(batch[:, :-1].cpu().numpy(), separator)
+                context.documents = Documents.of(torch.from_numpy(numbers).to(ids.device))
             logits, targets = model(batch[:, :-1], context), batch[:, -kept:]
             losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
             total += float(losses.cpu().double()[torch.arange(kept) >= kept - new[:, None]].sum())

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 
 from fira.data.cache import cache_folder, cached, content_key, total_size
 from fira.data.chat_template import Chat, ChatTemplate
+from fira.data.compression import Advance
 from fira.data.mixture import parse_mixture
-from fira.data.preparation import VALIDATION
-from fira.data.readers import Advance
+from fira.data.shards import VALIDATION
 from fira.data.sources import input_files
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary, with_role_tokens
 from fira.data.tokenizer_config import CHAT_TEMPLATE, TOKENIZER_CONFIG, TokenizerConfig, read_config_beside

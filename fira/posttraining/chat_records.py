@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fira.data.chat_template import Chat, Message
-from fira.data.readers import Advance, Record, has_reader, read_records, valid_text
+from fira.data.compression import Advance
+from fira.data.readers import Record, has_reader, read_records, valid_text
 from fira.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fira.data.chat_template import EncodedChat
-from fira.data.packed import PackedTokens
+from fira.data.packed import PackedTokens, TokenSpan
 from fira.data.rows import Rows
 from fira.nn.cross_entropy import IGNORE_INDEX
 from fira.posttraining.packing import pack
@@ -34,7 +34,7 @@ class PackedExamples:
     """Sequences of at most `seq_len` tokens, memory-mapped. split: as given to `write_examples`."""
 
     def __init__(self, folder: Path, split: str, seq_len: int) -> None:
-        arrays = {name: PackedTokens([folder / f"{split}-{name}.npy"]) for name in ARRAYS}
+        arrays = {name: PackedTokens([TokenSpan(folder / f"{split}-{name}.npy")]) for name in ARRAYS}
         self._ids, self._trained = arrays["ids"], arrays["trained"]
         self._documents, self._sequences = arrays["documents"], arrays["sequences"]
         self.seq_len = seq_len

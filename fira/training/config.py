@@ -39,15 +39,16 @@ LITERALS = {"true": True, "false": False, "none": None}
 
 # Settings that a resumed run takes from the run's config.toml: all but those of the machine, the layout and the output.
 INHERITED = [
-    *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "batch_size"),
-    *("micro_batch_size", "steps", "lr", "min_lr", "warmup", "lr_schedule", "lr_decay"),
+    *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len"),
+    *("document_mask", "batch_size", "micro_batch_size", "steps", "lr", "min_lr", "warmup", "lr_schedule", "lr_decay"),
     *("optimizer", "embedding_lr_scale", "router_lr_scale", "beta1", "beta2", "eps", "weight_decay", "cautious_decay"),
     *("clip", "precision", "seed"),
     *("dpo_loss", "dpo_beta", "teacher", "teacher_top_k", "teacher_online", "distill_beta", "distill_temperature"),
     *("on_policy", "group_size", "answer_after", "answer_tokens", "init", "lora", "threads"),
     *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
 ]
-EARLIER = {**asdict(OptimizerSettings()), "lr_schedule": "cosine"}  # settings that earlier versions did not store
+# Settings that earlier versions did not store.
+EARLIER = {**asdict(OptimizerSettings()), "lr_schedule": "cosine", "document_mask": False}
 PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute", "shard")  # settings that the planner chooses
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
 
@@ -69,7 +70,9 @@ class TrainConfig:
     model: str = _option("fira-tiny", f"preset: FAMILY-tiny or FAMILY-base, where FAMILY is {PRESET_FAMILIES}")
     model_set: AnyText = _option("", "changes to the preset, such as d_model=256,num_layers=6")
     data: str | None = _option(
-        None, "text file or folder, .csv, .jsonl, .parquet, folder of .npy shards, or dataset name; A=0.7,B=0.3 mixes"
+        None,
+        "text file or folder, .csv, .jsonl, .parquet or .tar, also as .gz or .zst; shards of token ids; or the name of "
+        "a dataset; A=0.7,B=0.3 mixes",
     )
     objective: str = _option(
         "pretrain",
@@ -104,6 +107,9 @@ class TrainConfig:
     )
     vocab_size: Tokens | None = _option(None, "vocabulary; default: the preset's")
     seq_len: Tokens | None = _option(None, "tokens per sequence; default: the preset's context")
+    document_mask: bool = _option(
+        False, "keep documents of text apart: a token attends only to its own, and a recurrent state begins with it"
+    )
     batch_size: Sequences | None = _option(None, "sequences in the global batch; default: the preset's recipe")
     micro_batch_size: Sequences | None = _option(None, "sequences in a micro-batch; default: see --plan")
     steps: int | None = _option(None, "total optimizer steps; default: the recipe's, also for lr, min-lr, warmup")

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from fira.checkpoint.ranks import gather
+from fira.cores import own_cores, running_on
 from fira.data.corpus import Corpus, prepare
 from fira.data.loader import Loader, ValidationSequences, Windows
 from fira.data.mixture import Joined, Mixture, parse_mixture
-from fira.data.packed import Source
 from fira.data.sources import input_files
 from fira.data.text_windows import TextWindows
-from fira.data.tokenizer import TOKENIZER, load_tokenizer
+from fira.data.tokenizer import TOKENIZER, eos_id, load_tokenizer
 from fira.data.tokenizer_config import TOKENIZER_CONFIG, read_config_beside
 from fira.errors import UserError
 from fira.nn.objective import CrossEntropy, Objective
-from fira.posttraining.chat_corpus import ChatCorpus, ChatSource, prepare_chats
+from fira.posttraining.chat_corpus import ChatCorpus, prepare_chats
 from fira.posttraining.chat_records import contains_chats
 from fira.posttraining.distillation import Distillation
 from fira.posttraining.dpo import PreferenceLoss
@@ -41,7 +41,8 @@ def objective_of(config: TrainConfig) -> Objective:
 def load_corpus(
     config: TrainConfig, tokenizer: str | None, model: Any, world: World, quiet: bool
 ) -> Corpus | ChatCorpus:
-    """The data, prepared or verified by one rank of each node, then read by the others (collective).
+    """The data, prepared or verified by one rank of each node on the cores of all its ranks, then read by the others
+    (collective).
 
     model: the config of the model.
     """
@@ -51,9 +52,11 @@ def load_corpus(
             return chats(config, tokenizer, model, progress, verified)
         return prepare(config.data, config.text_column, tokenizer, model.vocab_size, None, progress, verified)
 
+    nodes = gather((platform.node(), own_cores()))
+    cores = set[int]().union(*(cores for node, cores in nodes if node == platform.node()))
     prepared = None
     if world.local_rank == 0:
-        with doing("data preparation", long=True):  # may take longer than the timeout, while the other ranks wait
+        with doing("data preparation", long=True), running_on(cores):  # may take longer than the timeout of the others
             prepared = corpus(progress=world.rank == 0 and not quiet)
     folders = {node: folder for node, folder in gather((platform.node(), prepared and prepared.folder)) if folder}
     return prepared or corpus(progress=False, verified=folders[platform.node()])
@@ -86,7 +89,7 @@ def tokenizer_files(corpus: Corpus | ChatCorpus, given: str | None) -> dict[str,
 
 def open_data(corpus: Corpus | ChatCorpus, seq_len: int, config: TrainConfig) -> tuple[Mixture, Joined]:
     """The training batches and the validation sequences of a corpus, each source in proportion to its weight."""
-    return open_windows([windows_of(source, seq_len) for source in corpus.sources], corpus, config)
+    return open_windows(windows_of(corpus, seq_len, config), corpus, config)
 
 
 def open_windows(
@@ -99,8 +102,19 @@ def open_windows(
     return Mixture([Loader(train, config.seed) for train, _ in windows], weights), Joined(validation)
 
 
-def windows_of(source: Source | ChatSource, seq_len: int) -> tuple[Windows, Windows]:
-    """The sequences of a source for training and for validation."""
-    if isinstance(source, ChatSource):
-        return source.train, source.val
-    return TextWindows(source.train, seq_len), TextWindows(source.val, seq_len, complete=False)
+def windows_of(corpus: Corpus | ChatCorpus, seq_len: int, config: TrainConfig) -> list[tuple[Windows, Windows]]:
+    """The sequences of each source for training and for validation; with --document-mask, documents are kept apart."""
+    if isinstance(corpus, ChatCorpus):
+        return [(source.train, source.val) for source in corpus.sources]
+    separator = separator_of(corpus) if config.document_mask else None
+    return [
+        (TextWindows(source.train, seq_len, True, separator), TextWindows(source.val, seq_len, False, separator))
+        for source in corpus.sources
+    ]
+
+
+def separator_of(corpus: Corpus) -> int:
+    """The token between documents. Raises UserError if the corpus are shards of tokens without a tokenizer."""
+    if corpus.tokenizer is None:
+        raise UserError("--document-mask: shards do not say which token ends a document; give their --tokenizer")
+    return eos_id(load_tokenizer(corpus.tokenizer))

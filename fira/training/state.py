@@ -54,7 +54,7 @@ def run_settings(config: TrainConfig, corpus: Corpus | ChatCorpus) -> dict[str, 
 
     config: with the chosen precision and micro-batch size. `data` is the key of the corpus, the hash of its content.
     """
-    names = ["micro_batch_size", "clip", "precision", "seed", "objective"]
+    names = ["micro_batch_size", "clip", "precision", "seed", "objective", "document_mask"]
     if config.recipe().lr_schedule == "wsd":
         names.append("lr_decay")
     if config.objective == "dpo":

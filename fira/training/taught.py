@@ -22,7 +22,6 @@ from fira.checkpoint.ranks import this_rank
 from fira.data.derived_batches import DerivedBatches, DerivedSequences
 from fira.data.loader import Windows
 from fira.data.mixture import Joined, Mixture
-from fira.data.packed import Source
 from fira.data.rows import Rows
 from fira.data.tokenizer import TOKENIZER
 from fira.devices import AUTOCAST_DTYPES, parameter_dtype
@@ -31,7 +30,6 @@ from fira.models.registry import build
 from fira.parallel.forward_pass import ForwardPass
 from fira.parallel.kernel_loading import KernelLoading
 from fira.parallel.parallelize import parallelize
-from fira.posttraining.chat_corpus import ChatSource
 from fira.posttraining.distillation import TeacherTokens
 from fira.posttraining.teacher import Teacher, columns
 from fira.posttraining.window_store import StoredWindows, WindowStore
@@ -130,11 +128,13 @@ def _stored_windows(run: Run, out: Path, loading: _Loading, first: int, quiet: b
         "temperature": run.config.distill_temperature,
         "precision": run.config.precision,
     }
+    if run.config.document_mask:
+        key["document_mask"] = True
     result = []
-    sources: Sequence[Source | ChatSource] = run.corpus.sources
+    sources = windows_of(run.corpus, student.seq_len, run.config)
     for number, (source, needed) in enumerate(zip(sources, _needed(run, first), strict=True)):
         pair: list[Windows] = []
-        for split, windows, numbers in zip(("train", "val"), windows_of(source, student.seq_len), needed, strict=True):
+        for split, windows, numbers in zip(("train", "val"), source, needed, strict=True):
             store = WindowStore(out / FOLDER, f"{split}-{number}", len(windows), arrays, key)
             with doing("teacher"):
                 store.fill(windows, numbers, batch, loading.stored, f"teacher, {split}", not quiet)

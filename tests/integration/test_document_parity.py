@@ -19,6 +19,8 @@ from tests.ranks.packed_sequences import PackedSequences
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]  # the first test waits for all trainings
 
 SETTINGS = {"microbatch": 2, "dtype": "float64", "steps": 2, "observe": True}
+MASKED = ["fira", "microrwkv"]  # attention, and a recurrent state with token shift
+MASKED_LAYOUTS = [[2, 1, 1], [1, 2, 1], [1, 2, 2]]
 COUNTS = [len(PackedSequences(61, 13).documents(number)) for number in range(5)]
 
 
@@ -41,8 +43,15 @@ def layouts(name: str) -> list[str]:
     return plain + ([case(name, [1, 2, 2])] if hasattr(MODELS[name], "num_experts") else [])
 
 
+def masked(name: str, layout: list[int]) -> str:
+    """A training on windows of a text whose documents are kept apart, as with --document-mask."""
+    return case(name, layout, documents="masked")
+
+
 def cases() -> list[str]:
-    result = []
+    result = [masked(name, layout) for name in MASKED for layout in (ONE, *MASKED_LAYOUTS)]
+    result += [case(name, ONE, documents="") for name in MASKED]
+    result += [first_step(name, documents=documents) for name in MASKED for documents in ("masked", "separate")]
     for name in MODELS:
         single = first_step(name, documents="single", batch=sum(COUNTS))
         result += [*layouts(name), case(name, ONE), case(name, ONE, devices=2), first_step(name), single]
@@ -90,3 +99,16 @@ def test_packed_documents_equal_documents_in_sequences_of_their_own(name: str) -
     """Loss, auxiliary loss, gradient norm, expert statistics, and the validation loss after the step."""
     assert max(COUNTS) > 1
     assert_close(first_step(name), first_step(name, documents="single", batch=sum(COUNTS)))
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_windows_are_bitwise_identical_to_one_rank(name: str) -> None:
+    plain = result(masked(name, ONE))
+    for layout in MASKED_LAYOUTS:
+        assert result(masked(name, layout)) == plain, layout
+    assert plain["steps"] != result(case(name, ONE, documents=""))["steps"]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_masked_windows_equal_their_documents_in_sequences_of_their_own(name: str) -> None:
+    assert_close(first_step(name, documents="masked"), first_step(name, documents="separate"))

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from fira.data.rows import Rows
+from fira.data.loader import Loader, ValidationSequences
+from fira.data.rows import Rows, concatenate
 from fira.nn.cross_entropy import IGNORE_INDEX
 
 
@@ -53,3 +54,30 @@ class SingleDocuments(PackedSequences):
     def batch(self, first: int, count: int) -> Rows:
         documents = [document for number in range(count) for document in self.documents(number)]
         return self.rows([[document] for document in documents[first : first + count]])
+
+
+class SeparateDocuments:
+    """The documents of the first sequences of a loader, each in a sequence of its own, in their order."""
+
+    def __init__(self, loader: Loader | ValidationSequences, sequences: int) -> None:
+        self.consumed = 0
+        rows = loader.batch(0, sequences)
+        assert rows.documents is not None
+        parts = []
+        for tokens, targets, documents in zip(rows.tokens, rows.targets, rows.documents, strict=True):
+            for number in range(documents.max() + 1):
+                span = np.flatnonzero(documents == number)
+                padding = len(tokens) - len(span)
+                inputs = np.pad(tokens[span], (0, padding))
+                following = np.pad(targets[span], (0, padding), constant_values=IGNORE_INDEX)
+                parts.append(Rows(inputs[None], following[None]))
+        self._rows = concatenate(parts)
+
+    def __len__(self) -> int:
+        return len(self._rows.tokens)
+
+    def batch(self, first: int, count: int) -> Rows:
+        """Return sequences first … first + count − 1, of which those beyond the end are padding."""
+        tokens, targets = (array[first : first + count] for array in self._rows[:2])
+        missing = ((0, count - len(tokens)), (0, 0))
+        return Rows(np.pad(tokens, missing), np.pad(targets, missing, constant_values=IGNORE_INDEX))

@@ -22,10 +22,11 @@ from fira.parallel.parallelize import parallelize
 from fira.training.trainer import Trainer
 from pipeline.mesh import CPU, Layout, make_mesh
 from pipeline.schedule import SCHEDULES
-from tests.ranks.packed_sequences import PackedSequences, SingleDocuments
+from tests.ranks.packed_sequences import PackedSequences, SeparateDocuments, SingleDocuments
 from tests.ranks.plain_reduction import PlainReduction
 
 SEQ_LEN = 13
+SEPARATOR = 5  # the token that begins a document where they are "masked"
 
 
 class Tokens:
@@ -73,7 +74,8 @@ def train(
     model: the document of a config; by default a small fira. observe: also evaluate after each step, and trace all
     steps. parts: of the experts' exchange. reduction: of gradients, "tree", or as on GPUs "plain" (after the backward)
     or "overlapped" (during it, where kernels are loaded first). documents: instead of windows of a text, train and
-    validate on documents that are "packed" into sequences, or "single" ones. optimizer: its settings.
+    validate on documents that are "packed" into sequences, or "single" ones; or on windows whose documents are kept
+    apart, "masked", or are sequences of their own, "separate". optimizer: its settings.
     shard: what the replicas divide.
 
     Returns loss, auxiliary loss and gradient norm of each step, the last step's expert statistics, and the SHA-256 of
@@ -112,9 +114,14 @@ def train(
     if reduction != "tree":
         trainer.reduction = {"plain": PlainReduction, "overlapped": OverlappedReduction}[reduction](built, mesh)
         trainer.kernels.needed = reduction == "overlapped"
-    loader: Any = Loader(TextWindows(Tokens(config.vocab_size), SEQ_LEN), seed=3)  # type: ignore[arg-type]
-    unseen: Any = ValidationSequences(TextWindows(Tokens(config.vocab_size, 100), SEQ_LEN, complete=False))  # type: ignore[arg-type]
-    if documents:
+    separator = SEPARATOR if documents in ("masked", "separate") else None
+    tokens: Any = (Tokens(config.vocab_size), Tokens(config.vocab_size, 100))
+    loader: Any = Loader(TextWindows(tokens[0], SEQ_LEN, separator=separator), seed=3)
+    unseen: Any = ValidationSequences(TextWindows(tokens[1], SEQ_LEN, complete=False, separator=separator))
+    if documents == "separate":
+        loader, unseen = SeparateDocuments(loader, batch), SeparateDocuments(unseen, len(unseen))
+        batch = len(loader)
+    elif documents in ("packed", "single"):
         loader = unseen = {"packed": PackedSequences, "single": SingleDocuments}[documents](config.vocab_size, SEQ_LEN)
     results, validation, traced = [], [], []
     for step in range(1, steps + 1):

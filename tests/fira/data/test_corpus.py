@@ -86,7 +86,7 @@ def test_cache_key_is_the_content_and_the_settings(tmp_path, monkeypatch) -> Non
     data = jsonl(tmp_path / "a.jsonl", STORIES)
     first = prepare(data, vocab_size=400)
     with monkeypatch.context() as no_work:
-        no_work.setattr(module.Preparation, "pack", None)
+        no_work.setattr(module.Preparation, "run", None)
         shutil.copy(data, tmp_path / "copy.jsonl")
         assert prepare(str(tmp_path / "copy.jsonl"), vocab_size=400).folder == first.folder
     keys = {first.folder, prepare(data, vocab_size=401).folder, prepare(data, "text", first.tokenizer, 400).folder}

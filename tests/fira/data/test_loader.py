@@ -1,12 +1,13 @@
 """Sequences of training and validation: order, windows and resumption."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fira.data.loader import Loader, ValidationSequences
-from fira.data.packed import PackedTokens
+from fira.data.packed import PackedTokens, TokenSpan
 from fira.data.text_windows import TextWindows
 from fira.errors import UserError
 from fira.nn.cross_entropy import IGNORE_INDEX
@@ -16,7 +17,7 @@ def packed(folder: Path, count: int) -> PackedTokens:
     """Tokens 0, 1, 2, …, such that the value of a token is its position."""
     folder.mkdir(exist_ok=True)
     np.save(folder / "t.npy", np.arange(count, dtype=np.uint16))
-    return PackedTokens([folder / "t.npy"])
+    return PackedTokens([TokenSpan(folder / "t.npy")])
 
 
 def test_epoch_contains_every_window_once_and_is_reshuffled(tmp_path) -> None:
@@ -95,3 +96,24 @@ def test_first_read_in_a_later_epoch_equals_an_uninterrupted_run(tmp_path, epoch
     expected, *_ = Loader(TextWindows(tokens, 10), seed=7).batch(0, 40)
     batch, *_ = Loader(TextWindows(tokens, 10), seed=7).batch(10 * epoch, 3)
     np.testing.assert_array_equal(batch, expected[10 * epoch : 10 * epoch + 3])
+
+
+def test_separator_begins_a_document_of_a_window(tmp_path) -> None:
+    """Against a division of the text at every separator; tokens, targets and padding are those of plain windows."""
+    ids = np.random.default_rng(0).integers(0, 5, 104)
+    np.save(tmp_path / "t.npy", ids.astype(np.uint16))
+    tokens = PackedTokens([TokenSpan(tmp_path / "t.npy")])
+    plain = ValidationSequences(TextWindows(tokens, 10, complete=False)).batch(0, 13)
+    rows = ValidationSequences(TextWindows(tokens, 10, complete=False, separator=3)).batch(0, 13)
+    for one, other in zip(rows[:2], plain[:2], strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert rows.documents is not None
+    np.testing.assert_array_equal(rows.lengths(), plain.lengths())
+    expected = np.full((13, 10), -1)
+    for start in range(0, 103, 10):
+        window = "".join(map(str, ids[start : min(start + 10, 103)]))
+        parts = re.findall("^[^3]+|3[^3]*", window)
+        numbers = [number for number, part in enumerate(parts) for _ in part]
+        expected[start // 10, : len(numbers)] = numbers
+    np.testing.assert_array_equal(rows.documents, expected)
+    assert rows.documents.max() > 2

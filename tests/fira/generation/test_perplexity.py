@@ -46,3 +46,19 @@ def test_text_requires_two_tokens_of_the_vocabulary() -> None:
 def test_mean_of_several_texts_is_weighted_by_tokens() -> None:
     loss = TextLoss.mean([TextLoss(1.0, 30), TextLoss(2.0, 10)])
     assert (loss.nats, loss.tokens) == (1.25, 40)
+
+
+@torch.no_grad()
+def test_documents_that_are_kept_apart_have_the_loss_of_each_by_itself() -> None:
+    """Token 0 begins a document. All are shorter than half a context, so that no window cuts off what a token sees."""
+    model, total = make_model().eval(), 0.0
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 2, *torch.randint(1, CONFIG.seq_len // 2, (20,), generator=generator).tolist()]
+    documents = [[0, *torch.randint(1, 300, (length - 1,), generator=generator).tolist()] for length in lengths]
+    for document, following in zip(documents, [*documents[1:], []], strict=True):
+        logits = model(torch.tensor([document]))[0].double().log_softmax(-1)
+        targets = [*document[1:], *following[:1]]
+        total -= sum(logits[i, target].item() for i, target in enumerate(targets))
+    ids = [token for document in documents for token in document]
+    assert perplexity(model, ids, separator=0).nats == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    assert perplexity(model, ids).nats != pytest.approx(total / (len(ids) - 1), rel=1e-3)

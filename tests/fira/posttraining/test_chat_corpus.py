@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fira.data.chat_template import Chat, ChatTemplate, EncodedChat
-from fira.data.packed import PackedTokens
+from fira.data.packed import PackedTokens, TokenSpan
 from fira.data.tokenizer import load_tokenizer
 from fira.data.tokenizer_config import TOKENIZER_CONFIG, TokenizerConfig, default_config, read_config_beside
 from fira.errors import UserError
@@ -130,7 +130,7 @@ def test_vocabulary_without_roles_is_extended(folder: Path) -> None:
     assert config == default_config(extended)
     chat = next(ChatTemplate(extended, config).encode([Chat([{"role": "assistant", "content": "Was"}])]))
     assert chat.ids.tolist() == [65, 2, 1]
-    assert PackedTokens([corpus.folder / "train-0-ids.npy"]).read(0, 2).tolist() == [64, 2]
+    assert PackedTokens([TokenSpan(corpus.folder / "train-0-ids.npy")]).read(0, 2).tolist() == [64, 2]
     with pytest.raises(UserError, match="66 tokens with those of the chat template, the model has 65"):
         prepare_chats(data, folder / "tokenizer.json", 65, SEQ_LEN, progress=False)
 

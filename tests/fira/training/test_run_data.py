@@ -1,9 +1,12 @@
-"""Supervised fine-tuning with train.py: the loss of a plain loop over the chats, layouts, resumption and errors."""
+"""Data of train.py. Supervised fine-tuning: the loss of a plain loop over the chats, layouts, resumption and errors."""
 
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +25,12 @@ from fira.models.fira import FiraConfig
 from fira.models.registry import build
 from fira.nn.context import Context
 from fira.posttraining.chat_corpus import prepare_chats
+from fira.training import run_data
+from fira.training.config import TrainConfig
+from pipeline.mpi import World
 from tests.chats import BYTES, tokenizer_without_roles
 from tests.fira.small_model import save
-from tests.fira.training.small_runs import ONE, PP2_DP2_EP2, TRAIN, cache, losses, train
+from tests.fira.training.small_runs import ONE, PP2_DP2_EP2, TRAIN, cache, errors, losses, train
 from tests.launch import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -124,3 +130,43 @@ def test_bad_data_end_with_one_line(
     assert result.returncode == 2
     (line,) = filter(None, result.stderr.splitlines())
     assert re.search(message, line)
+
+
+def test_run_with_a_document_mask_is_resumed_on_another_layout(settings: Path, tmp_path: Path) -> None:
+    texts = "".join(json.dumps({"text": f"{i} and {i} is {2 * i}."}) + "\n" for i in range(400))
+    (tmp_path / "a.jsonl").write_text(texts)
+    flags = ["--data", tmp_path / "a.jsonl", "--seq-len", 64, "--threads", 1, "--save-every", 4, "--steps", 8]
+    train(settings, 1, *flags, "--document-mask", "--out", tmp_path / "run")
+    run = shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    shutil.rmtree(run / "checkpoints" / "step-000008")
+    resumed = run_ranks(4, TRAIN, *PP2_DP2_EP2, "--out", run, "--resume", "auto", timeout=100, env=cache(settings))
+    assert resumed.returncode == 0, resumed.stderr
+    np.testing.assert_array_equal(losses(run), losses(tmp_path / "run"))
+    without = ["--no-document-mask", "--out", run, "--resume", "auto", "--steps", 9]
+    assert "document_mask is True (here False)" in errors(settings, 1, [without])[0]
+
+
+def test_document_mask_of_shards_requires_their_tokenizer(settings: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        np.save(tmp_path / f"x_{part}_0.npy", np.arange(300, dtype=np.uint16))
+    flags = ["--data", tmp_path, "--document-mask", "--out", tmp_path / "run"]
+    assert "--document-mask: shards do not say" in errors(settings, 1, [flags])[0]
+
+
+def test_data_are_prepared_on_the_cores_of_all_ranks_of_a_machine(monkeypatch) -> None:
+    corpus, used = SimpleNamespace(folder=Path("prepared")), []
+    gathered = iter(
+        [[("a", {0, 1}), ("b", {7}), ("a", {3})], [("a", corpus.folder), ("b", corpus.folder), ("a", None)]]
+    )
+
+    @contextmanager
+    def running_on(cores: set[int]) -> Iterator[None]:
+        used.append(cores)
+        yield
+
+    monkeypatch.setattr(run_data.platform, "node", lambda: "a")
+    monkeypatch.setattr(run_data, "gather", lambda value: next(gathered))
+    monkeypatch.setattr(run_data, "running_on", running_on)
+    monkeypatch.setattr(run_data, "prepare", lambda *arguments: corpus)
+    assert run_data.load_corpus(TrainConfig(), None, SMALL, World(0, 3, 0, 2), quiet=True) is corpus
+    assert used == [{0, 1, 3}]

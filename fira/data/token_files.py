@@ -8,6 +8,7 @@ x.bin, x.ds        only tokens, with an index, see `document_index`
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -18,7 +19,10 @@ from fira.files import one_line
 
 SUFFIXES = (".npy", ".bin", ".ds")
 HEADER = 1024  # bytes of the header of llm.c
-DTYPES = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # by magic number and version: GPT-2, Llama 3
+DTYPES: dict[tuple[int, int], np.dtype[Any]] = {  # by magic number and version
+    (20240520, 1): np.dtype("<u2"),  # GPT-2
+    (20240801, 7): np.dtype("<u4"),  # Llama 3
+}
 
 
 def map_tokens(path: Path) -> np.ndarray:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fira.data.mixture import parse_mixture
-from fira.data.packed import find_shards
+from fira.data.shards import find_shards
 from fira.data.tiktoken_tokenizer import is_tiktoken, tiktoken_file
 from fira.data.tokenizer import TOKENIZER
 

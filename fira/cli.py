@@ -13,7 +13,8 @@ from fira.errors import UserError
 from fira.value_types import FLAG_TYPES, FlagType
 from fira.wait_policy import share_cores
 from pipeline.mpi.failure import abort_on_failure, fail
-from pipeline.mpi.world import MissingMPIError, init, launched_rank
+from pipeline.mpi.launchers import launched_rank
+from pipeline.mpi.world import MissingMPIError, init
 
 SCRIPTS = {"prepare": "prepare_data"}  # commands whose script in scripts/ has another name
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from fira import cli
 from fira.doctor import screen
 from fira.errors import UserError
-from pipeline.mpi.world import launched_rank
+from pipeline.mpi.launchers import launched_rank
 
 show_line = partial(print, flush=True)
 

@@ -13,8 +13,8 @@ from fira.metrics.timeline_plot import write_timeline
 from fira.models.registry import build, make_config
 from fira.planner.best_candidates import plan_for, plan_here
 from fira.planner.device_specs import load
-from fira.planner.model_profile import profile_of
-from fira.planner.plan_report import command_line, describe_plan
+from fira.planner.model_profile import ModelProfile, profile_of
+from fira.planner.plan_report import command_line, describe_plan, recompute_flag
 from fira.training.auto_layout import constraints_of
 from fira.training.config import PLANNED, TrainConfig
 from fira.training.flags import given_flags
@@ -24,14 +24,8 @@ logger = logging.getLogger(__name__)
 
 def plan(config: TrainConfig, options: Namespace, world: pipeline.World | None) -> None:
     """Print the best candidates for this machine, measured by all ranks of `world`, or for a described device."""
-    with torch.device("meta"):
-        model = build(make_config(config.model, config.model_changes()))
-    profile = profile_of(model, config.optimizer_settings().optimizer)
+    config, profile = with_batch(config, options.ranks)
     batch = config.recipe().batch_size
-    if config.batch_size is None and batch < options.ranks:
-        batch = options.ranks
-        logger.info("the recipe's batch is smaller than the number of ranks; planned for %s sequences", f"{batch:,}")
-    config = dataclasses.replace(config, batch_size=batch)
     constraints = constraints_of(config, batch)
     if options.device == "this":
         assert world
@@ -45,7 +39,7 @@ def plan(config: TrainConfig, options: Namespace, world: pipeline.World | None) 
     if world and world.rank > 0:
         return
     command = given_flags(config, without=PLANNED)
-    print(describe_plan(result, hardware, precision, batch * model.config.seq_len, command))
+    print(describe_plan(result, hardware, precision, batch * profile.tokens, command))
     if options.timeline:
         best = result.best[0]
         if best.timeline is None:
@@ -53,3 +47,43 @@ def plan(config: TrainConfig, options: Namespace, world: pipeline.World | None) 
                 f"--timeline: {best.candidate.schedule} over {best.candidate.layout.pp} ranks is not simulated"
             )
         print("picture:", write_timeline(best.timeline, options.timeline, command_line(best.candidate, [])))
+
+
+def plan_in_advance(
+    config: TrainConfig, device: str, nodes: int, ranks_per_node: int | None
+) -> tuple[TrainConfig, int, str]:
+    """Choose the layout for nodes of a described device.
+
+    Return the settings with the layout, the number of ranks per node, and a description of the layout.
+    """
+    hardware = load(device, "--hardware")
+    hardware = dataclasses.replace(hardware, ranks_per_node=ranks_per_node or hardware.ranks_per_node)
+    ranks = nodes * hardware.ranks_per_node
+    config, profile = with_batch(config, ranks)
+    precision = hardware.fastest_precision() if config.precision == "auto" else config.precision
+    constraints = constraints_of(config, config.recipe().batch_size)
+    best = plan_for(profile, constraints, precision, ranks, hardware, 1).best[0]
+    candidate = best.candidate
+    layout = candidate.layout
+    planned = dataclasses.replace(
+        config,
+        pp=layout.pp,
+        dp=layout.dp,
+        ep=layout.ep,
+        schedule=candidate.schedule,
+        micro_batch_size=candidate.microbatch,
+        shard=candidate.shard,
+        recompute=recompute_flag(candidate),
+    )
+    return planned, hardware.ranks_per_node, f"{layout}, about {best.seconds:.3g} s per step on {hardware.name}"
+
+
+def with_batch(config: TrainConfig, ranks: int) -> tuple[TrainConfig, ModelProfile]:
+    """The settings with a batch size of at least one sequence per rank, and the profile of their model."""
+    with torch.device("meta"):
+        model = build(make_config(config.model, config.model_changes()))
+    batch = config.recipe().batch_size
+    if config.batch_size is None and batch < ranks:
+        batch = ranks
+        logger.info("the recipe's batch is smaller than the number of ranks; planned for %s sequences", f"{batch:,}")
+    return dataclasses.replace(config, batch_size=batch), profile_of(model, config.optimizer_settings().optimizer)

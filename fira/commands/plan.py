@@ -11,7 +11,7 @@ from fira import cli
 from fira.training.config import PLANNED, TrainConfig
 from fira.training.flags import add_options
 from fira.value_types import PathName, Size
-from pipeline.mpi.world import launched_rank
+from pipeline.mpi.launchers import launched_rank
 
 KEYS = ("model", "model_set", "vocab_size", "seq_len", "batch_size", "optimizer", "precision", *PLANNED)
 

@@ -13,7 +13,7 @@ from fira.commands.entry_point import parse_arguments, run_command
 from fira.errors import UserError
 from fira.training.config import SUPERVISED, TrainConfig
 from fira.value_types import PathName
-from pipeline.mpi.world import launched_rank
+from pipeline.mpi.launchers import launched_rank
 
 if TYPE_CHECKING:
     from fira.recipes.recipe_file import Recipe

@@ -13,9 +13,9 @@ import pipeline
 from fira import cli
 from fira.errors import UserError
 from fira.training.config import SUPERVISED, TrainConfig
-from fira.training.flags import add_options
+from fira.training.flags import add_deepspeed, add_options
 from fira.training.signals import Signals
-from pipeline.mpi.world import launched_rank
+from pipeline.mpi.launchers import launched_rank
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
     def settings() -> tuple[TrainConfig, bool, bool]:
         values = vars(parser.parse_args(arguments))
-        del values["config"]
+        del values["config"], values["deepspeed"], values["local_rank"]
         quiet, verbose = values.pop("quiet"), values.pop("verbose")
         return TrainConfig(**values), quiet, verbose
 
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
 
 def add_arguments(parser: cli.Parser) -> None:
     add_options(parser)
+    add_deepspeed(parser)
 
 
 def supervise(config: TrainConfig, quiet: bool, verbose: bool) -> None:

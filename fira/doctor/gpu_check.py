@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-from pipeline.mpi.world import launched_rank
+from pipeline.mpi.launchers import launched_rank
 
 RESULT = "result of the check:"  # the line before the result, which separates it from warnings
 

@@ -12,8 +12,9 @@ from fira.doctor import operation_checks, rank_checks, screen, step_checks, trai
 from fira.doctor.finding import Finding, ShowLine
 from fira.doctor.gpu_check import RESULT, GpuCheck, Target
 from fira.doctor.gpus import find_devices
-from fira.doctor.limited_process import run_limited, without_launcher
+from fira.doctor.limited_process import run_limited
 from fira.errors import UserError
+from pipeline.mpi.launchers import without_launcher
 from pipeline.schedule import SCHEDULES
 
 REPORT = Path("fira-doctor.md")

@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.mpi.launchers import without_launcher
+
 EXIT_S = 5.0  # time for the other processes of a program to end after its first one
-# Variables that a launcher sets for its ranks. A program that inherits them would join the launcher's job.
-LAUNCHER_VARIABLES = (
-    *("PMI_", "PMIX_", "PALS_", "HYDI_", "HYDRA_", "MPI_LOCAL", "PRTE_", "SLURM_", "OPAL_"),
-    *("OMPI_COMM_WORLD_", "OMPI_WORLD_", "OMPI_UNIVERSE_SIZE", "OMPI_MCA_num_procs", "OMPI_FILE_LOCATION"),
-)
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,6 @@ def run_limited(command: Sequence[str], limit_s: float, env: Mapping[str, str] |
             _kill(process)
         output.seek(0)
         return Outcome(status, output.read().decode(errors="replace"), seconds, left)
-
-
-def without_launcher(variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the variables that an MPI launcher sets for its ranks."""
-    return {name: value for name, value in variables.items() if not name.startswith(LAUNCHER_VARIABLES)}
 
 
 def _remaining(session: int) -> int:

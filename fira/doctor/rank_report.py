@@ -11,7 +11,7 @@ from fira.doctor.launcher import find_library, foreign_launcher
 from fira.doctor.links import describe_links, measure_links
 from fira.doctor.schedule_check import check_schedules
 from pipeline.mpi import init
-from pipeline.mpi.world import launched_rank
+from pipeline.mpi.launchers import launched_rank
 
 TIMEOUT_S = 240.0  # longer than the other ranks wait while rank 0 examines the machine
 

@@ -55,7 +55,7 @@ class Hardware:
         return self.inside if (ranks - 1) * stride < self.ranks_per_node else self.between
 
 
-def load(name: str) -> Hardware:
+def load(name: str, flag: str = "--device") -> Hardware:
     """Load a shipped description by name, or a TOML file by path.
 
     Raises UserError if there is no such description, or if it is incomplete.
@@ -65,8 +65,9 @@ def load(name: str) -> Hardware:
         path = Path(name)
         if path.suffix != ".toml" or not path.exists():
             known = ", ".join(sorted(file.stem for file in DEVICES.glob("*.toml")))
-            raise UserError(f"--device {name}: no such device; choose this, {known}, or give a TOML file")
-    values = read_toml(path, f"--device {name}")
+            first = "this, " if flag == "--device" else ""
+            raise UserError(f"{flag} {name}: no such device; choose {first}{known}, or give a TOML file")
+    values = read_toml(path, f"{flag} {name}")
     try:
         efficiency = float(values["efficiency"])
         hardware = Hardware(
@@ -83,11 +84,11 @@ def load(name: str) -> Hardware:
     except KeyError as error:
         example = DEVICES / "h200.toml"
         raise UserError(
-            f"--device {name}: the file has no value for {error.args[0]}; {example} is a complete example"
+            f"{flag} {name}: the file has no value for {error.args[0]}; {example} is a complete example"
         ) from None
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"--device {name}: a value has the wrong type: {error}") from None
-    _check(hardware, f"--device {name}:")
+        raise UserError(f"{flag} {name}: a value has the wrong type: {error}") from None
+    _check(hardware, f"{flag} {name}:")
     return hardware
 
 

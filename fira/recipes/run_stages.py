@@ -23,7 +23,6 @@ import torch
 from tqdm import tqdm
 
 from fira.checkpoint.ranks import gather, gather_results, this_rank
-from fira.doctor.limited_process import without_launcher
 from fira.errors import UserError
 from fira.recipes.eta import TimeLeft
 from fira.recipes.recipe_file import Recipe, Stage
@@ -33,6 +32,7 @@ from fira.training.finish_marker import FINISHED
 from fira.training.run_lock import RunLock
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
+from pipeline.mpi.launchers import without_launcher
 
 POLL_S = 0.5
 T = TypeVar("T")

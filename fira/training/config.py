@@ -12,7 +12,7 @@ from typing import Any
 from fira.errors import UserError
 from fira.models.family import Recipe
 from fira.nn.lora import FORM, Lora
-from fira.optim.lr_schedule import LR_SCHEDULES
+from fira.optim.lr_schedule import LR_SCHEDULES, WARMUP_SHAPES
 from fira.optim.settings import OPTIMIZERS, OptimizerSettings
 from fira.training.save_interval import SaveInterval
 from fira.value_types import (
@@ -25,7 +25,6 @@ from fira.value_types import (
     Seconds,
     Seed,
     Sequences,
-    Share,
     Size,
     Steps,
     Threads,
@@ -39,8 +38,8 @@ LITERALS = {"true": True, "false": False, "none": None}
 
 # Settings that a resumed run takes from the run's config.toml: all but those of the machine, the layout and the output.
 INHERITED = [
-    *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len"),
-    *("document_mask", "batch_size", "micro_batch_size", "steps", "lr", "min_lr", "warmup", "lr_schedule", "lr_decay"),
+    *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "document_mask"),
+    *("batch_size", "micro_batch_size", "steps", "lr", "min_lr", "warmup", "warmup_shape", "lr_schedule", "lr_decay"),
     *("optimizer", "embedding_lr_scale", "router_lr_scale", "beta1", "beta2", "eps", "weight_decay", "cautious_decay"),
     *("clip", "precision", "seed"),
     *("dpo_loss", "dpo_beta", "teacher", "teacher_top_k", "teacher_online", "distill_beta", "distill_temperature"),
@@ -48,7 +47,7 @@ INHERITED = [
     *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
 ]
 # Settings that earlier versions did not store.
-EARLIER = {**asdict(OptimizerSettings()), "lr_schedule": "cosine", "document_mask": False}
+EARLIER = {**asdict(OptimizerSettings()), "lr_schedule": "cosine", "warmup_shape": "linear", "document_mask": False}
 PLANNED = ("micro_batch_size", "pp", "dp", "ep", "schedule", "recompute", "shard")  # settings that the planner chooses
 SUPERVISED = ("elastic", "max_restarts", "hosts", "launcher")  # settings of the supervisor, which the ranks do not get
 
@@ -115,11 +114,12 @@ class TrainConfig:
     steps: int | None = _option(None, "total optimizer steps; default: the recipe's, also for lr, min-lr, warmup")
     lr: Positive | None = _option(None, "peak learning rate")
     min_lr: NotNegative | None = _option(None, "learning rate at the last step")
-    warmup: Steps | None = _option(None, "steps of linear warmup")
+    warmup: Steps | None = _option(None, "steps of warmup")
+    warmup_shape: str = _option("linear", "linear, or log as in DeepSpeed's WarmupLR", WARMUP_SHAPES)
     lr_schedule: str | None = _option(
         None, "after the warmup; wsd: constant, then a linear decay; default: the recipe's", LR_SCHEDULES
     )
-    lr_decay: Share = _option(0.2, "share of the steps in which --lr-schedule wsd decays")
+    lr_decay: ClosedShare = _option(0.2, "share of the steps in which --lr-schedule wsd decays; 0: none")
     optimizer: str | None = _option(
         None,
         "adamw, or muon for the matrices of the blocks and AdamW for all others; default: the recipe's",

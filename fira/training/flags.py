@@ -1,6 +1,7 @@
-"""The flags of the settings of a training run, and the files of --config, whose keys are the flags."""
+"""The flags of the settings of a training run, and the files of --config and --deepspeed, which set them."""
 
-from argparse import Action, ArgumentParser, BooleanOptionalAction, Namespace
+import sys
+from argparse import SUPPRESS, Action, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
@@ -8,9 +9,13 @@ from typing import Any
 
 from fira.cli import Parser
 from fira.errors import UserError
-from fira.files import read_toml
-from fira.training.config import TrainConfig
+from fira.files import LONGEST_TOML, read_toml
+from fira.json_reader import anything, mapping
+from fira.json_reader import read as read_json
+from fira.training.config import SUPERVISED, TrainConfig
+from fira.training.deepspeed_config import translate
 from fira.value_types import AnyText, check, flag_type
+from pipeline.mpi.launchers import launched_rank, launched_size
 
 
 class _LoadConfig(Action):
@@ -18,6 +23,22 @@ class _LoadConfig(Action):
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
         _parse_file(Path(value), f"--config {value}", namespace)
+
+
+class _LoadDeepSpeed(Action):
+    """`--deepspeed FILE`: set what a DeepSpeed configuration says at its position in the command line."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
+        name = f"--deepspeed {value}"
+        document = read_json(Path(value), mapping(anything), LONGEST_TOML)
+        ranks = None if any(getattr(namespace, flag) is not None for flag in SUPERVISED) else launched_size()
+        try:
+            found = translate(document, ranks, vars(namespace))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        _set_keys(found.settings, name, namespace)
+        if found.ignored and not launched_rank():
+            print(f"{name}: without counterpart: {', '.join(found.ignored)}", file=sys.stderr)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -31,7 +52,11 @@ def _parse_file(path: Path, name: str, namespace: Namespace) -> dict[str, Any]:
 
     name: of the file in error messages.
     """
-    values = read_toml(path, name)
+    return _set_keys(read_toml(path, name), name, namespace)
+
+
+def _set_keys(values: dict[str, Any], name: str, namespace: Namespace) -> dict[str, Any]:
+    """Parse values by the names of flags as `_parse_file` does."""
     keys = Parser(None, name)  # without the flags that the program requires; it names the file in its messages
     _add_settings(keys, only=vars(namespace))
     keys.add_verbosity()
@@ -59,6 +84,13 @@ def given_flags(config: TrainConfig, without: Collection[str] = ()) -> list[str]
             else:
                 words += [flag, str(value)]
     return words
+
+
+def add_deepspeed(parser: ArgumentParser) -> None:
+    """Add `--deepspeed`, and the flag by which the command deepspeed passes the local rank, which MPI finds itself."""
+    text = "a DeepSpeed configuration, which sets these flags as --config does"
+    parser.add_argument("--deepspeed", metavar="JSON", action=_LoadDeepSpeed, help=text)
+    parser.add_argument("--local-rank", help=SUPPRESS)
 
 
 def add_options(parser: ArgumentParser, only: Collection[str] | None = None) -> None:

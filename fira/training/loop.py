@@ -102,9 +102,8 @@ def _run_steps(
     while step < recipe.steps and not end:
         step += 1
         started = time.perf_counter()
-        lr = learning_rate(
-            step, recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup, recipe.lr_schedule, config.lr_decay
-        )
+        of_recipe = recipe.steps, recipe.lr, recipe.min_lr, recipe.warmup, recipe.lr_schedule
+        lr = learning_rate(step, *of_recipe, config.lr_decay, config.warmup_shape)
         trace = config.trace if step == first + TRACED_STEP - 1 else None
         requests = signals.take_requests()
         elapsed = report is not None and interval.has_elapsed()  # rank 0 decides by its clock

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NoReturn
 
-from pipeline.mpi import guardian
+from pipeline.mpi import guardian, process_manager
 from pipeline.mpi.activity import activity, activity_of, share
 
 NOTIFY_S = 1.0
@@ -73,6 +73,7 @@ def abort(status: int) -> NoReturn:
 
     guardian.release(guardian.ABORTING)
     guardian.wait_until_read(2)
+    process_manager.abort(status)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # suppresses the line that MPICH adds, which has less information
     MPI.COMM_WORLD.Abort(status)
     raise AssertionError("MPI_Abort returned")

@@ -1,4 +1,4 @@
-"""Initialization: one call creates a ``torch.distributed`` process group on the ranks of ``mpirun``."""
+"""Initialization: one call creates a ``torch.distributed`` process group on the ranks of a launcher."""
 
 import math
 import os
@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.mpi import guardian
+from pipeline.mpi import guardian, process_manager
 from pipeline.mpi.activity import share
 from pipeline.mpi.failure import abort, fail, install
+from pipeline.mpi.launchers import Launcher, launcher
 
 TIMEOUT_S = 600.0
 DEPRECATED_VARIABLES = {  # still read in this release
@@ -60,9 +61,12 @@ def init(timeout_s: float | None = None, cuda: bool = True) -> World:
         deprecated = _rename_deprecated_variables()
         given = os.environ.get("PIPELINE_MPI_TIMEOUT_S", TIMEOUT_S) if timeout_s is None else timeout_s
         seconds = _seconds(given)
+        started_by = launcher()
+        if started_by is not None and not started_by.is_mpi:
+            process_manager.start(started_by)
         MPI = _load_mpi()
         try:
-            _world = _start(MPI.COMM_WORLD, seconds or TIMEOUT_S, cuda)
+            _world = _start(MPI.COMM_WORLD, started_by, seconds or TIMEOUT_S, cuda)
         except BaseException as error:
             if MPI.COMM_WORLD.Get_size() > 1 and not isinstance(error, SystemExit):  # the others would wait forever
                 traceback.print_exc()
@@ -120,7 +124,7 @@ def prefer_installed_library() -> None:
         os.environ.setdefault("MPI4PY_LIBMPI", str(folder))
 
 
-def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
+def _start(comm: Any, started_by: Launcher | None, timeout_s: float, cuda: bool) -> World:
     import torch
     from mpi4py import MPI
 
@@ -129,7 +133,7 @@ def _start(comm: Any, timeout_s: float, cuda: bool) -> World:
     from pipeline.mpi.watch import Watch
     from pipeline.mpi.work import ProgressEngine
 
-    _refuse_foreign_launcher(comm.Get_size())
+    _refuse_foreign_launcher(comm.Get_size(), started_by)
     local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
     world = World(comm.Get_rank(), comm.Get_size(), local.Get_rank(), local.Get_size())
     cores = set().union(*local.allgather(os.sched_getaffinity(0)))
@@ -154,25 +158,10 @@ def _seconds(timeout: str | float) -> float | None:
     return seconds if 0 < seconds < math.inf else None
 
 
-_MPIRUN = "mpirun and the MPI library do not belong together; use the mpirun of that library (`which -a mpirun`)"
-_LAUNCHERS = [  # name, variables with the number of ranks and the rank, advice if MPI finds one rank only
-    ("mpirun", "PMI_SIZE", "PMI_RANK", _MPIRUN),
-    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _MPIRUN),
-    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "use srun --mpi=pmi2 for MPICH, --mpi=pmix for Open MPI"),
-]
-
-
-def launched_rank() -> int | None:
-    """Return this process's rank if a launcher started several. Unlike ``init()``, this loads neither MPI nor torch."""
-    ranks = (os.environ.get(rank) for _, size, rank, _ in _LAUNCHERS if int(os.environ.get(size, 1)) > 1)
-    return next((int(rank) for rank in ranks if rank is not None), None)
-
-
-def _refuse_foreign_launcher(size: int) -> None:
+def _refuse_foreign_launcher(size: int, started_by: Launcher | None) -> None:
     """Exit with status 2 if the launcher does not support this MPI library and has started n jobs of one rank each."""
-    for name, ranks, rank, advice in _LAUNCHERS:
-        if size == 1 and int(os.environ.get(ranks, 1)) > 1:
-            started = os.environ[ranks]
-            if os.environ.get(rank) == "0":
-                print(f"{name} started {started} ranks but MPI sees one: {advice}", file=sys.stderr)
-            raise SystemExit(2)
+    if size == 1 and started_by is not None:
+        if os.environ[started_by.rank] == "0":
+            started = os.environ[started_by.size]
+            print(f"{started_by.name} started {started} ranks but MPI sees one: {started_by.advice}", file=sys.stderr)
+        raise SystemExit(2)

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from fira.doctor import limited_process
-from fira.doctor.limited_process import run_limited, without_launcher
+from fira.doctor.limited_process import run_limited
+from pipeline.mpi.launchers import without_launcher
 
 START_CHILD = "import subprocess, sys; child = subprocess.Popen(['sleep', '60']{}); print(child.pid, flush=True){}"
 

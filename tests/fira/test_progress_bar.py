@@ -14,7 +14,7 @@ def text(total: int, done: int, seconds: float, unit: str) -> str:
 def test_small_counts_are_integers_and_a_rate_is_in_units_per_second() -> None:
     line = text(6, 3, 6, " layouts")
     assert line.startswith("label:  50%|")
-    assert line.endswith("| 3/6 [00:06<00:06, 0.50 layouts/s]")
+    assert line.endswith("| 3/6 [00:06<00:06,  0.50 layouts/s]")
 
 
 def test_bytes_have_prefixes() -> None:

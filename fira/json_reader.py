@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def parse(raw: bytes, source: Path, schema: Schema) -> Any:
         raise UserError(f"{source} is nested too deeply; {REMEDY}")
     check(document, source, schema)
     return document
+
+
+def complete_objects(path: Path) -> list[dict[str, Any]]:
+    """The objects in a log with one JSON object per line, to which another process may be writing.
+
+    Other lines, such as an incomplete last one, are left out, and a file that cannot be read is empty.
+    """
+    found = []
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                entry = json.loads(line)
+                found += [entry] if isinstance(entry, dict) else []
+    return found
 
 
 def check(document: Any, source: Path, schema: Schema) -> None:

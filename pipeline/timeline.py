@@ -5,8 +5,9 @@ with one track per rank. The time between two actions of a rank becomes an event
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.schedule import Action, ActionKind
 from pipeline.simulate import Timeline
@@ -25,8 +26,17 @@ EVENT_COLOURS = (  # colour names that the format defines; a micro-batch has the
 )
 
 
-def write_trace(timeline: Timeline, path: Path, title: str = "pipeline") -> None:
-    """Write a timeline in seconds. Raises OSError when the path is not writable."""
+class Phase(NamedTuple):
+    """A part of a step that is not an action of the schedule, such as the optimizer. rank: row of the timeline."""
+
+    rank: int
+    name: str
+    start: float
+    end: float
+
+
+def write_trace(timeline: Timeline, path: Path, title: str = "pipeline", phases: Sequence[Phase] = ()) -> None:
+    """Write a timeline and phases after it, in seconds. Raises OSError when the path is not writable."""
     events: list[dict[str, Any]] = [{"ph": "M", "pid": 0, "name": "process_name", "args": {"name": title}}]
     for rank, spans in enumerate(timeline.spans):
         events.append({"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": {"name": f"rank {rank}"}})
@@ -39,16 +49,17 @@ def write_trace(timeline: Timeline, path: Path, title: str = "pipeline") -> None
             colour = EVENT_COLOURS[microbatch % len(EVENT_COLOURS)]
             events.append(_event(rank, str(action), start, end, cname=colour, args=arguments))
             clock = end
+    events += [_event(rank, name, start, end) for rank, name, start, end in phases]
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
 def read_trace(path: Path) -> Timeline:
-    """Read a timeline that `write_trace` wrote."""
+    """Read a timeline that `write_trace` wrote, without its phases."""
     events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     ranks = sum(event["name"] == "thread_name" for event in events)
     spans: list[list[tuple[Action, float, float]]] = [[] for _ in range(ranks)]
     for event in events:
-        if event["ph"] == "X" and event["name"] != WAIT:
+        if event["ph"] == "X" and "kind" in event.get("args", {}):
             arguments = event["args"]
             action = Action(ActionKind(arguments["kind"]), arguments["stage"], arguments["microbatch"])
             spans[event["tid"]].append((action, event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6))

@@ -17,7 +17,7 @@ from fira.checkpoint.manifest import read_index, read_manifest
 from fira.checkpoint.shards import Checkpoint
 from fira.checkpoint.step_folders import find
 from fira.metrics.csv_log import LOG_NAME, read_log
-from fira.supervisor.events import EVENTS
+from fira.metrics.events import EVENTS
 from fira.supervisor.job import processes
 
 SAMPLE_S = 0.25

@@ -41,7 +41,7 @@ def first_step(ranks: int, environ: dict[str, str]) -> tuple[float, float]:
             end = time.perf_counter() - started
             job.stdout.read()
         with (Path(folder) / "training_log.csv").open() as file:
-            speed = float(next(csv.DictReader(file))["tokens_per_s"])
+            speed = next(float(row["tokens_per_s"]) for row in csv.DictReader(file) if row["iter"] == "1")
     return end - TOKENS / speed, end
 
 

@@ -13,7 +13,7 @@ from fira.errors import UserError
 
 COMMANDS = (
     *("train", "generate", "chat", "serve", "evaluate", "prepare", "questions", "plan", "plot", "doctor", "export"),
-    *("recipe", "slurm"),
+    *("recipe", "slurm", "watch"),
 )
 PARALLEL = ("train", "plan", "doctor", "recipe")  # the commands that all ranks run together
 

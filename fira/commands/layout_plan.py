@@ -15,6 +15,7 @@ from fira.planner.best_candidates import plan_for, plan_here
 from fira.planner.device_specs import load
 from fira.planner.model_profile import ModelProfile, profile_of
 from fira.planner.plan_report import command_line, describe_plan, recompute_flag
+from fira.planner.step_timeline import step_timeline
 from fira.training.auto_layout import constraints_of
 from fira.training.config import PLANNED, TrainConfig
 from fira.training.flags import given_flags
@@ -46,7 +47,9 @@ def plan(config: TrainConfig, options: Namespace, world: pipeline.World | None) 
             raise UserError(
                 f"--timeline: {best.candidate.schedule} over {best.candidate.layout.pp} ranks is not simulated"
             )
-        print("picture:", write_timeline(best.timeline, options.timeline, command_line(best.candidate, [])))
+        title = command_line(best.candidate, [])
+        timeline, phases, rows = step_timeline(best, best.timeline)
+        print("picture:", write_timeline(timeline, options.timeline, title, phases, rows))
 
 
 def plan_in_advance(

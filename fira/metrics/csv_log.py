@@ -1,4 +1,4 @@
-"""The training log: one CSV row per step, also after a resume."""
+"""The training log: one CSV row per step, also after a resume, and row 0 for the validation before the first step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fira.errors import UserError
 from fira.files import errors_naming, is_at, replace, write_remedy
@@ -80,11 +80,17 @@ class TrainingLog:
 
     def write(self, row: Row) -> None:
         """Append a row. Raises UserError if it cannot be written, as on a full disk; the rows before it remain."""
+        self._append({**{name: getattr(row, name) for name in COLUMNS}, **row.metrics})
+
+    def write_initial(self, val_loss: float, metrics: Mapping[str, float]) -> None:
+        """Append row 0: the validation before the first step. metrics: its numbers, named val_NAME."""
+        self._append({"iter": 0, "val_loss": val_loss, **metrics})
+
+    def _append(self, values: Mapping[str, Any]) -> None:
         try:
             if not is_at(self._file, self._path):
                 self._restore()
-            values = [getattr(row, name) for name in COLUMNS] + [row.metrics.get(name) for name in self._metrics]
-            self._file.write(",".join(map(_cell, values)) + "\n")
+            self._file.write(",".join(_cell(values.get(name)) for name in (*COLUMNS, *self._metrics)) + "\n")
             self._file.flush()
         except OSError as error:
             with suppress(OSError):  # the rest of the row, which would be written at exit
@@ -106,9 +112,10 @@ class TrainingLog:
         self._file.close()
 
 
-def read_log(path: Path) -> DataFrame:
-    """Return the log as a frame with the columns of `Row`, and those of metrics.
+def read_log(path: Path, first: int = 1) -> DataFrame:
+    """Return the log from the step `first` as a frame with the columns of `Row`, and those of metrics.
 
+    Row 0 has the validation before the first step, and no other number.
     An empty cell is NaN; columns of PER_LAYER contain text (see `parse_layers`). Only the first five columns are
     required. Raises UserError if the file is missing or not a training log.
     """
@@ -126,9 +133,10 @@ def read_log(path: Path) -> DataFrame:
     numbers = [name for name in columns if name not in PER_LAYER]
     frame = pd.DataFrame(rows, columns=header).reindex(columns=columns)
     try:
-        return frame.astype(dict.fromkeys(numbers, float) | {"iter": int})
+        frame = frame.astype(dict.fromkeys(numbers, float) | {"iter": int})
     except (ValueError, TypeError) as error:
         raise _foreign(path, str(error)) from None
+    return frame[frame["iter"] >= first].reset_index(drop=True)
 
 
 def parse_layers(cell: str) -> list[list[float]]:

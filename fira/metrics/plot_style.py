@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
     from pandas import Series
 
-# Okabe and Ito's palette, suitable for colour-blind readers.
+# Okabe and Ito's palette, suitable for colour-blind readers, without its yellow, which is too light for lines.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-RUN_COLOURS = [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY]
-INK, GREY = "#333333", "#8a8a8a"
+BLACK, INK, GREY = "#000000", "#333333", "#8a8a8a"
+RUN_COLOURS = [BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, BLACK]
+RUN_STYLES = ["solid", "dashed", "dashdot"]  # the next one is used when the colours are exhausted
+MARKERS = 40  # of a line, at most
 MAX_POINTS = 2000  # of a line; more than the pixels of a panel's width
 MAX_COLUMNS = 300  # of a heat map
 
@@ -50,6 +53,27 @@ def plot_line(axes: Axes, steps: Series, values: Series, **style: Any) -> None:
     steps, values = steps[values.notna()], values.dropna()
     marker = {"marker": "o"} if len(values) == 1 else {}
     axes.plot(downsample(steps), downsample(values), **marker | style)
+
+
+def plot_markers(axes: Axes, steps: Series, values: Series, **style: Any) -> None:
+    """Plot the values that are not NaN, such as those of validations, as a line with markers on at most MARKERS."""
+    count = int(values.notna().sum())
+    plot_line(axes, steps, values, **{"marker": "o", "markersize": 4, "markevery": -(-count // MARKERS) or 1} | style)
+
+
+def run_styles(count: int) -> list[dict[str, str]]:
+    """Colour and line style of each of several runs, all different for up to 21."""
+    pairs = [{"color": colour, "linestyle": style} for style in RUN_STYLES for colour in RUN_COLOURS]
+    return list(islice(cycle(pairs), count))
+
+
+def legend_above(axes: Axes, columns: int = 3, **options: Any) -> None:
+    """Put the legend above the panel on the right, where it covers no line."""
+    axes.legend(
+        **{"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.1, "frameon": False}
+        | {"ncols": columns, "columnspacing": 1.2, "handlelength": 1.6, "fontsize": 9}
+        | options
+    )
 
 
 def smooth(values: Series) -> Series:

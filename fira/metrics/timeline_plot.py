@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -12,7 +12,7 @@ from fira.errors import UserError
 from fira.metrics.plot_style import save_png
 from pipeline.schedule import ActionKind
 from pipeline.simulate import Timeline
-from pipeline.timeline import write_trace
+from pipeline.timeline import Phase, write_trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,42 +31,60 @@ LABELS = {
     ActionKind.BACKWARD_INPUT: "gradient of the input",
     ActionKind.BACKWARD_WEIGHT: "gradients of the weights",
 }
+PHASE_COLOURS = ("#bcbddc", "#bdbdbd")  # of the names of phases, in the order of their first occurrence
 MAX_NUMBERED = 400  # spans in a row; with more, numbers are too small to read
 
 
-def draw_timelines(panels: Mapping[str, Timeline], out: Path, columns: int = 1) -> None:
+def draw_timelines(
+    panels: Mapping[str, Timeline],
+    out: Path,
+    columns: int = 1,
+    phases: Sequence[Phase] = (),
+    rows: Sequence[str] | None = None,
+) -> None:
     """Draw timelines, in seconds, by title into a PNG with a common time axis.
 
+    phases: of the first timeline. rows: names of the rows of all timelines; default: "rank 0", "rank 1", ….
     Raises UserError if the file cannot be written.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    rows = -(-len(panels) // columns)
-    height = 0.9 + rows * (0.75 + 0.36 * max(len(timeline.spans) for timeline in panels.values()))
+    lines = -(-len(panels) // columns)
+    height = 0.9 + lines * (0.75 + 0.36 * max(len(timeline.spans) for timeline in panels.values()))
     figure = Figure(figsize=(13, min(height, 30)), layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+    grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
     for axes, (title, timeline) in zip(grid.flat, panels.items(), strict=False):
-        _draw(axes, title, timeline)
-    grid[0, 0].set_xlim(0, 1.02e3 * max(timeline.length for timeline in panels.values()))  # shared by all panels
+        _draw(axes, title, timeline, rows)
+    colours = dict(zip(dict.fromkeys(phase.name for phase in phases), PHASE_COLOURS, strict=False))
+    for rank, name, start, end in phases:
+        _bar(grid[0, 0], rank, start, end, colours[name])
+    ends = [*(timeline.length for timeline in panels.values()), *(phase.end for phase in phases)]
+    grid[0, 0].set_xlim(0, 1.02e3 * max(ends))  # shared by all panels
     for axes in grid[-1]:
         axes.set_xlabel("milliseconds", fontsize=9)
     kinds = {action.kind for timeline in panels.values() for spans in timeline.spans for action, _, _ in spans}
     patches = [Patch(color=ACTION_COLOURS[kind][0], label=LABELS[kind]) for kind in LABELS if kind in kinds]
-    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    patches += [Patch(color=colour, label=name) for name, colour in colours.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     save_png(figure, out)
 
 
-def _draw(axes: Axes, title: str, timeline: Timeline) -> None:
+def _bar(axes: Axes, row: int, start: float, end: float, colour: str) -> None:
+    axes.barh(row, (end - start) * 1e3, left=start * 1e3, height=0.86, color=colour, edgecolor="white", lw=0.4)
+
+
+def _draw(axes: Axes, title: str, timeline: Timeline, rows: Sequence[str] | None) -> None:
     for rank, spans in enumerate(timeline.spans):
         for action, start, end in spans:
             shade = ACTION_COLOURS[action.kind][action.microbatch % 2]
-            axes.barh(rank, (end - start) * 1e3, left=start * 1e3, height=0.86, color=shade, edgecolor="white", lw=0.4)
+            _bar(axes, rank, start, end, shade)
             if len(spans) <= MAX_NUMBERED and end - start > timeline.length / 120:
                 middle = (start + end) / 2 * 1e3
                 axes.text(middle, rank, str(action.microbatch), ha="center", va="center", fontsize=7)
     axes.set_title(title, fontsize=10, loc="left")
-    axes.set_yticks(range(len(timeline.spans)), [f"rank {rank}" for rank in range(len(timeline.spans))], fontsize=8)
+    names = rows or [f"rank {rank}" for rank in range(len(timeline.spans))]
+    axes.set_yticks(range(len(timeline.spans)), names, fontsize=8)
     axes.set_ylim(len(timeline.spans) - 0.4, -0.6)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
@@ -74,17 +92,19 @@ def _draw(axes: Axes, title: str, timeline: Timeline) -> None:
         axes.spines[side].set_visible(False)
 
 
-def write_timeline(timeline: Timeline, out: str, title: str) -> Path:
+def write_timeline(
+    timeline: Timeline, out: str, title: str, phases: Sequence[Phase] = (), rows: Sequence[str] | None = None
+) -> Path:
     """Write a timeline as a trace file, and as a PNG next to it; returns the path of the PNG.
 
-    Raises UserError if a file cannot be written.
+    phases, rows: see `draw_timelines`. Raises UserError if a file cannot be written.
     """
     path = Path(out)
     picture = path.with_suffix(".png")
     with _errors_of(out):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_trace(timeline, path, title)
-    draw_timelines({title: timeline}, picture)
+        write_trace(timeline, path, title, phases)
+    draw_timelines({title: timeline}, picture, phases=phases, rows=rows)
     return picture
 
 

@@ -24,6 +24,7 @@ class Estimate:
     """The estimate of one candidate.
 
     breakdown: seconds of a step by cause, as the mean over ranks; their sum is the step time.
+    reductions: by rank of the pipeline, seconds from its last action to the end of its gradient reduction.
     """
 
     candidate: Candidate
@@ -31,6 +32,7 @@ class Estimate:
     memory: tuple[float, ...]  # bytes, by rank of the pipeline
     breakdown: Mapping[str, float]
     timeline: Timeline | None  # of one pipeline; None if it was not simulated
+    reductions: tuple[float, ...] = ()
 
     @property
     def bubble(self) -> float:
@@ -60,7 +62,8 @@ def predict(costs: CandidateCosts) -> Estimate:
     work = count * sum(costs.work) / pp
     ends = _with_shared_cores(costs, ends)
     spans = timeline.spans if timeline else [None] * pp
-    reduced = max(end + visible_reduction(costs, rank, spans[rank]) for rank, end in enumerate(ends))
+    reductions = tuple(visible_reduction(costs, rank, spans[rank]) for rank in range(pp))
+    reduced = max(map(sum, zip(ends, reductions, strict=True)))
     length, mean_work, update = max(ends), sum(costs.work) / pp, update_seconds(costs)
     exchange = count * sum(sum(sum(costs.exchange[i]) for i in layers) for layers in costs.rank_layers) / pp
     uneven = min(length - work, count * (max(costs.work) - mean_work))
@@ -72,7 +75,7 @@ def predict(costs: CandidateCosts) -> Estimate:
         "reduce": reduced - length,
         "optimizer": update,
     }
-    return Estimate(costs.candidate, reduced + update, rank_memory(costs), breakdown, timeline)
+    return Estimate(costs.candidate, reduced + update, rank_memory(costs), breakdown, timeline, reductions)
 
 
 def least_seconds(costs: CandidateCosts) -> float:

@@ -6,5 +6,4 @@ elastic_layouts.py   the numbers of ranks that can run, and the settings that al
 hosts.py             the hosts that exist now, and the ranks on each
 job.py               one job: a launcher and its ranks
 exit_cause.py        which rank ended a job, and how
-events.py            events.jsonl
 """

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fira.errors import UserError
+from fira.metrics.events import EventLog
 from fira.supervisor.decision import End, Ended, Restart, decide
 from fira.supervisor.elastic_layouts import elastic, threads_per_rank
-from fira.supervisor.events import EventLog
 from fira.supervisor.exit_cause import ExitCause, find_cause
 from fira.supervisor.hosts import Slots, lost, place, read_hosts
 from fira.supervisor.job import Job, launch_command, launcher_words
@@ -86,7 +86,7 @@ class Supervisor:
             if isinstance(following, End):
                 state = read_state(self._out)
                 level = logging.WARNING if following.status else logging.INFO
-                self._events.write("end", following.reason, level, step=state.saved_step, status=following.status)
+                self._events.report("end", following.reason, level, step=state.saved_step, status=following.status)
                 return following.status
             restarts = following.without_progress
             self._stop.wait(following.delay_s)
@@ -102,7 +102,9 @@ class Supervisor:
                 return Ranks(count, place(slots, count) if slots else None)
             if not waiting:
                 needed = min(self._elastic.layouts)
-                self._events.write("wait", f"{available} slots, {needed} are needed; waiting for more", slots=available)
+                self._events.report(
+                    "wait", f"{available} slots, {needed} are needed; waiting for more", slots=available
+                )
                 waiting = True
             self._stop.wait(HOSTS_S)
         return None
@@ -121,7 +123,7 @@ class Supervisor:
         layout, step = self._layout(ranks), self._resumed_step(before)
         job = Job(launch_command(self._launcher, ranks.count, ranks.placement, self._command(before)), self._variables)
         try:
-            self._events.write(
+            self._events.report(
                 "start",
                 f"{ranks.text}, {layout}, from {'the given checkpoint' if step is None else f'step {step}'}",
                 step=step,
@@ -159,7 +161,7 @@ class Supervisor:
                 reason = self._why_resize(ranks, before)
                 read_at = time.monotonic()
             if reason:
-                self._events.write("stop", reason, step=read_state(self._out).logged_step, cause=reason)
+                self._events.report("stop", reason, step=read_state(self._out).logged_step, cause=reason)
                 return self._save(job, before)
         return status
 
@@ -203,7 +205,7 @@ class Supervisor:
         if isinstance(following, Restart):
             message += f"; restart {following.without_progress} of {self._limit} without a newer checkpoint"
             message += f", in {following.delay_s:.0f} s" if following.delay_s else ""
-        self._events.write(
+        self._events.report(
             "exit",
             message,
             logging.WARNING,
@@ -220,7 +222,7 @@ class Supervisor:
         """The exit status after a signal: 130 for SIGINT; 0 for SIGTERM, as of a training run."""
         step = read_state(self._out).saved_step
         name = signal.Signals(self._stop.number or signal.SIGTERM).name
-        self._events.write("end", f"{name}: ended at the checkpoint of step {step}", step=step, cause=name)
+        self._events.report("end", f"{name}: ended at the checkpoint of step {step}", step=step, cause=name)
         return 128 + signal.SIGINT if self._stop.immediate else 0
 
     def _layout(self, ranks: Ranks) -> str:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from fira.errors import UserError
+from fira.metrics.trackers import TRACKERS, parse_names
 from fira.models.family import Recipe
 from fira.nn.lora import FORM, Lora
 from fira.optim.lr_schedule import LR_SCHEDULES, WARMUP_SHAPES
 from fira.optim.settings import OPTIMIZERS, OptimizerSettings
 from fira.training.save_interval import SaveInterval
+from fira.training.setting_values import parse_value, to_toml
 from fira.value_types import (
     AnyText,
     ClosedShare,
@@ -34,8 +36,6 @@ from fira.value_types import (
 )
 from pipeline.schedule import SCHEDULES
 
-LITERALS = {"true": True, "false": False, "none": None}
-
 # Settings that a resumed run takes from the run's config.toml: all but those of the machine, the layout and the output.
 INHERITED = [
     *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "document_mask"),
@@ -45,6 +45,7 @@ INHERITED = [
     *("dpo_loss", "dpo_beta", "teacher", "teacher_top_k", "teacher_online", "distill_beta", "distill_temperature"),
     *("on_policy", "group_size", "answer_after", "answer_tokens", "init", "lora", "threads"),
     *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
+    *("sample_prompts", "sample_every", "track"),
 ]
 # Settings that earlier versions did not store.
 EARLIER = {**asdict(OptimizerSettings()), "lr_schedule": "cosine", "warmup_shape": "linear", "document_mask": False}
@@ -176,6 +177,9 @@ class TrainConfig:
     eval_sequences: int = _option(128, "sequences per validation, evenly spaced in the validation set")
     eval_tasks: str | None = _option(None, "comma-separated JSONL files of examples to evaluate, as in evaluate.py")
     eval_tasks_every: int | None = _option(None, "steps between evaluations; default: after the last step only")
+    sample_prompts: PathName | None = _option(None, "text file with a prompt per line, after which the model generates")
+    sample_every: int | None = _option(None, "steps between these samples; default: after the last step only")
+    track: str | None = _option(None, f"trackers that get all numbers, with commas between: {', '.join(TRACKERS)}")
     save_every: str = _option("100", "steps between checkpoints, or a time such as 600s, 10m or 2h")
     keep: int = _option(2, "checkpoints kept")
     on_spike: str = _option(
@@ -216,7 +220,10 @@ class TrainConfig:
             raise UserError("--group-size 1: an answer is compared with others to the same prompt; give at least 2")
         if self.answer_after == "":
             raise UserError("--answer-after: the text is empty; omit the flag to compare whole answers")
+        if self.sample_every is not None and self.sample_prompts is None:
+            raise UserError("--sample-every: no prompts; give a text file with a prompt per line as --sample-prompts")
         SaveInterval(self.save_every)
+        parse_names(self.track)
 
     @property
     def samples_answers(self) -> bool:
@@ -272,34 +279,20 @@ class TrainConfig:
             name, separator, value = item.partition("=")
             if not separator:
                 raise UserError(f"--model-set {item}: give NAME=VALUE, as in d_model=256 or norm_order=post")
-            changes[name.strip().replace("-", "_")] = _value(value.strip())
+            changes[name.strip().replace("-", "_")] = parse_value(value.strip())
         for name in ("vocab_size", "seq_len"):
             if getattr(self, name) is not None:
                 changes[name] = getattr(self, name)
         return changes
 
-    def to_toml(self) -> str:
-        """The settings as a file for --config."""
+    def given(self) -> dict[str, Any]:
+        """The settings of the run that are not None."""
         values = asdict(self) | asdict(self.recipe())
         del values["override"]  # applies to one command only
         if self.init:
             del values["model"]  # not used: the model is that of `init`
-        return "".join(f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None)
+        return {name: value for name, value in values.items() if value is not None}
 
-
-def _value(text: str) -> bool | int | float | str | None:
-    """Parse true, false, none or a number; any other text is returned unchanged."""
-    if text.lower() in LITERALS:
-        return LITERALS[text.lower()]
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def _toml(value: bool | int | float | str) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return repr(value)
+    def to_toml(self) -> str:
+        """The settings as a file for --config."""
+        return "".join(f"{name} = {to_toml(value)}\n" for name, value in self.given().items())

@@ -20,7 +20,7 @@ from fira.training.numerical_faults import NumericalFault
 from fira.training.reference import with_reference
 from fira.training.rollback import roll_back, settle
 from fira.training.run_lock import RunLock
-from fira.training.run_report import RunReport
+from fira.training.run_report import RunReport, check_trackers
 from fira.training.sampled import with_samples
 from fira.training.save_interval import SaveInterval
 from fira.training.setup import Run, set_up
@@ -60,6 +60,7 @@ def _train(
 ) -> None:
     """Train in the folder `out`, from the checkpoint `saved` if there is one. lock: on rank 0."""
     check_trace(config.trace)  # before the data are prepared
+    check_trackers(config.track)
     devices = choose_devices(config.device, config.local_devices, world.local_rank)
     config = replace(config, precision=choose_precision(config.precision, devices))
     writer, first = CheckpointWriter(out / "checkpoints", config.keep), 1
@@ -76,13 +77,15 @@ def _train(
     report = RunReport(lock, run, first, quiet) if lock else None
     if report:
         remove_marker(out)
-    initial_loss = None if saved else _validate(run, 0).loss
+    initial = None if saved else _validate(run, 0)
+    if report and initial:
+        report.initial(initial)
     signals.catch_termination()
     last, final = _run_steps(world, run, report, writer, signals, first)
     writer.finish()
     if report:
         with doing("plots", long=True):  # the other ranks have ended
-            report.finish(initial_loss, final)
+            report.finish(initial.loss if initial else None, final)
         if last == config.recipe().steps:
             mark_finished(out, last)
 
@@ -121,6 +124,7 @@ def _run_steps(
             scheduled = step == recipe.steps or step % config.eval_every == 0
             validation = _validate(run, step) if end or scheduled else None
             scores = _evaluate(run, step) if run.evaluation.is_due(step, recipe.steps) else None
+            samples = run.samples.generate() if run.samples and run.samples.is_due(step, recipe.steps) else None
         except NumericalFault as fault:
             settle(writer, step)
             if config.on_spike != "rollback":
@@ -136,6 +140,8 @@ def _run_steps(
             report.step(step, result, lr, seconds, validation if scheduled else None)
             if scores:
                 report.evaluation(step, scores)
+            if samples:
+                report.samples(step, samples)
         writer.advance(finished=finished)
         if save or end or elapsed or interval.is_step(step):
             state.save(writer, step, run.trainer, run.loader, run.tokenizer, run.settings, run.adapters)

@@ -4,12 +4,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from fira.checkpoint.ranks import collective_errors, this_rank
 from fira.data.tokenizer import TOKENIZER, parse_tokenizer
 from fira.evaluation.evaluation_log import EVALUATIONS, EvaluationLog
 from fira.evaluation.task_scores import RESULTS, TaskScores, table, write_scores
 from fira.metrics import console
 from fira.metrics.csv_log import LOG_NAME, Row, TrainingLog
+from fira.metrics.events import EventLog
 from fira.metrics.run_plots import plot_files
+from fira.metrics.samples_log import SAMPLES, Sample, SamplesLog
+from fira.metrics.trackers import Trackers, check_packages
 from fira.parallel.forward_pass import Mean
 from fira.posttraining.chat_corpus import ChatCorpus
 from fira.training import run_folder
@@ -18,6 +22,13 @@ from fira.training.setup import Run
 from fira.training.trainer import StepResult
 
 logger = logging.getLogger(__name__)
+
+
+def check_trackers(names: str | None) -> None:
+    """Raise UserError on all ranks if the package of a tracker is not installed (collective). names: see --track."""
+    with collective_errors():
+        if this_rank() == 0:
+            check_packages(names)
 
 
 class RunReport:
@@ -35,7 +46,13 @@ class RunReport:
         )  # first, because it refuses a file that is not a log
         self.evaluations = EvaluationLog(out / EVALUATIONS)
         self.evaluations.keep(first - 1)
+        self.sample_log = SamplesLog(out / SAMPLES)
+        self.sample_log.keep(first - 1)
         run_folder.write_settings(out, run.config, run.corpus.summary)
+        layout = run.trainer.mesh.layout
+        self.events = EventLog(out)
+        self.events.append("train", step=first - 1, ranks=layout.world, layout=str(layout))
+        self.trackers = Trackers(run.config.track, out, run.config.given(), first)
         self.lock, self.quiet = lock, quiet
         self._show(run.description)
         if first > 1:
@@ -44,6 +61,12 @@ class RunReport:
         self.tokens = recipe.batch_size * run.trainer.model.config.seq_len
         self.progress = None if quiet else console.ConsoleProgress(recipe.steps, first, self.tokens)
         self.last: Row | None = None
+
+    def initial(self, validation: Mean) -> None:
+        """Report the validation before the first step of a new run."""
+        metrics = {f"val_{name}": value for name, value in validation.metrics.items()}
+        self.log.write_initial(validation.loss, metrics)
+        self.trackers.numbers(0, {"val_loss": validation.loss, **metrics})
 
     def step(self, step: int, result: StepResult, lr: float, seconds: float, validation: Mean | None) -> None:
         """Report a step that took `seconds`, its validation excluded."""
@@ -68,6 +91,7 @@ class RunReport:
         if not self.lock.is_held():
             self._restore_folder()
         self.log.write(self.last)
+        self.trackers.row(self.last)
         if self.progress:
             self.progress.update(self.last)
 
@@ -76,12 +100,23 @@ class RunReport:
         self.evaluations.write(step, scores)
         write_scores(self.out / RESULTS, f"{self.out.resolve()}, step {step}", scores)
         self._show(table(scores))
+        for result in scores:
+            numbers = {f"{result.task}/{metric}": score.value for metric, score in result.scores.items()}
+            self.trackers.numbers(step, numbers)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Report the text samples of a step."""
+        self.sample_log.write(step, samples)
+        self.trackers.samples(step, samples)
 
     def rewind(self, step: int) -> None:
         """Remove the steps after `step` from the log, because they will be repeated."""
         self.log.close()
         self.log = TrainingLog(self.out / LOG_NAME, step, self.metrics)
         self.evaluations.keep(step)
+        self.sample_log.keep(step)
+        self.events.append("rollback", step=step)
+        self.trackers.rewind(step)
 
     def _restore_folder(self) -> None:
         """Write the folder again after it was removed: the weights in memory may be the only ones that are left."""
@@ -105,6 +140,8 @@ class RunReport:
             logger.info(
                 "stopped by a signal after step %d; the same command with --resume auto continues", self.last.iter
             )
+        for hint in self.trackers.finish(self.last.iter):
+            self._show(f"tracker: {hint}")
         chats = isinstance(self.run.corpus, ChatCorpus)
         has_tokenizer = bool(self.run.tokenizer)
         self._show(console.next_command(self.out, has_tokenizer, chats, suggested_prompt(self.run)))

@@ -39,6 +39,7 @@ from fira.training.base_model import AdaptedModel, open_base
 from fira.training.config import TrainConfig
 from fira.training.run_data import CHATS, load_corpus, objective_of, open_data, tokenizer_files
 from fira.training.run_evaluation import RunEvaluation, prepare_evaluation
+from fira.training.text_samples import TextSamples, prepare_samples
 from fira.training.trainer import Trainer
 from pipeline.mesh import Layout, make_mesh
 from pipeline.mpi import World
@@ -64,6 +65,7 @@ class Run:
     teacher: Saved | None  # of a distillation
     tokenizer: dict[str, bytes]  # the content of its files by name; empty for shards of tokens without a tokenizer
     evaluation: RunEvaluation
+    samples: TextSamples | None
     flops_per_token: float  # forward and backward
     peak: float  # FLOP/s of all ranks together
     description: str  # printed before the first step
@@ -124,6 +126,7 @@ def set_up(
         teacher=chosen.teacher,
         tokenizer=tokenizer,
         evaluation=prepare_evaluation(config, trainer, tokenizer, world),
+        samples=prepare_samples(config, trainer, tokenizer, isinstance(corpus, ChatCorpus), world),
         # Forward, gradients of inputs, and gradients of weights, which are few if only adapters are trained.
         flops_per_token=(2 if adapted else 3) * distributed.flops_per_token,
         peak=measure_peak(devices, autocast or dtype),

@@ -9,7 +9,7 @@ message and aborts the job, whatever the other ranks are waiting for.
 |---|---|
 | uncaught exception | ``sys.excepthook``, ``threading.excepthook`` |
 | non-zero ``SystemExit`` inside ``abort_on_failure()`` | the context manager |
-| any other exit of one rank | ``atexit``: the exiting rank announces its exit, see ``watch.py`` |
+| any other exit of one rank | ``atexit``: the exiting rank announces its exit, see ``rank_watch.py`` |
 """
 
 import atexit

@@ -18,9 +18,9 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 from pipeline.mpi.buffers import EMPTY
 from pipeline.mpi.operations import Operations
+from pipeline.mpi.rank_watch import Watch
 from pipeline.mpi.store import MPIStore
 from pipeline.mpi.trace import GroupTrace
-from pipeline.mpi.watch import Watch
 from pipeline.mpi.work import Operation, ProgressEngine, Steps
 
 SUPPORTS_PYTHON_BACKENDS = torch.__version__ >= "2.14"  # a backend for one device type of a group, in Python

@@ -2,9 +2,9 @@
 
 MPICH's ``mpirun`` notices the death of a rank when the rank's connection to it closes. It then kills the other ranks
 before these can report, and returns 0 if the rank called ``os._exit(0)``. The guardian holds the connection open as
-well. When its rank dies, the other ranks therefore have ``REPORT_S`` seconds to report it (``watch.py``) and to end the
-job. If they have not, because they have not reached ``init()`` yet, the guardian does both. After a signal, ``mpirun``
-may still kill the other ranks at any moment; then the guardian prints the line that names the rank.
+well. When its rank dies, the other ranks therefore have ``REPORT_S`` seconds to report it (``rank_watch.py``) and to
+end the job. If they have not, because they have not reached ``init()`` yet, the guardian does both. After a signal,
+``mpirun`` may still kill the other ranks at any moment; then the guardian prints the line that names the rank.
 
 Open MPI and Slurm name the rank themselves. There, and on systems without ``pidfd_open``, no guardian is started.
 

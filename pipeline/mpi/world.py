@@ -130,7 +130,7 @@ def _start(comm: Any, started_by: Launcher | None, timeout_s: float, cuda: bool)
 
     from pipeline.mpi.cuda_transport import choose_transport, destroy_nccl_groups
     from pipeline.mpi.group import start
-    from pipeline.mpi.watch import Watch
+    from pipeline.mpi.rank_watch import Watch
     from pipeline.mpi.work import ProgressEngine
 
     _refuse_foreign_launcher(comm.Get_size(), started_by)

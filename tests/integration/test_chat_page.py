@@ -1,7 +1,6 @@
 """The chat page of the server in Chromium."""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,43 +10,13 @@ import pytest
 from fira.generation.conversation import Conversation
 from tests.fira.serving.running_server import running, served_model
 from tests.fira.small_model import make_tokenizer
-
-webdriver = pytest.importorskip("selenium.webdriver")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",  # which root needs
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-]
+from tests.integration.browser import chromium, emulate
 
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("chromium and chromium-driver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]:
-        options.add_argument(flag)
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    try:
-        browser.set_page_load_timeout(60)
-        yield browser
-    finally:
-        browser.quit()
-
-
-def emulate(browser: Any, width: int, height: int, scheme: str) -> None:
-    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    with chromium(tmp_path / "profile") as opened:
+        yield opened
 
 
 @pytest.mark.slow

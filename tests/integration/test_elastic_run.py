@@ -21,7 +21,7 @@ import pytest
 
 from fira.checkpoint.manifest import read_index, read_manifest
 from fira.checkpoint.shards import Checkpoint
-from fira.supervisor.events import EVENTS
+from fira.metrics.events import EVENTS
 from fira.supervisor.job import processes
 from fira.supervisor.run_state import read_state
 from tests.launch import ROOT, inherited

@@ -40,6 +40,7 @@ def make_checkout(folder: Path) -> Path:
     (folder / "preferences.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     problems = [{"prompt": f"{n} + 1 = ?", "completion": f"{n}+1={n + 1} so {n + 1}"} for n in range(40)]
     (folder / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    (folder / "prompts.txt").write_text("def main\nimport \n")
     question = {"query": "A module is imported with", "choices": ["import", "return"], "answer": 0}
     (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
     rows = [f'"{line}","{line}"\n' for line in text.replace('"', "'").splitlines() if line]

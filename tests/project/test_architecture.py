@@ -17,6 +17,7 @@ ORDER = [
     "fira.recipes",
     "fira.supervisor",
     "fira.doctor",
+    "fira.watching",
     "fira.training",
     "fira.evaluation",
     "fira.posttraining",

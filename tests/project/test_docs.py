@@ -27,6 +27,7 @@ NOT_RUN = {
     "--tasks hellaswag": "lm-eval downloads the tasks; tests/fira/huggingface/test_tasks.py runs local tasks",
     "train.py --compile": "compiles for minutes; tests/fira/parallel/test_compile_blocks.py compiles all families",
     "serve.py --checkpoint": "runs until a signal; tests/fira/commands/test_serve.py runs it",
+    "watch.py runs": "runs until Ctrl-C; tests/integration/test_watch_page.py opens the page",
     "recipe.py recipes/": "takes up to days; tests/fira/recipes runs small ones, and parses these",
     "doctor.py --gpu": "needs a GPU; tests/fira/doctor runs the tests on the CPU",
     "git worktree add before main": "needs a second checkout; its three following lines depend on it",

@@ -46,7 +46,7 @@ def test_notebook_trains_shows_the_loss_generates_and_checks_itself(
 
     for run, steps in (("fira-torchgpipe", ["1", "2", "3"]), ("fira-ranks", ["1", "2"])):
         lines = (tmp_path / run / "training_log.csv").read_text().splitlines()
-        assert [line.split(",")[0] for line in lines] == ["iter", *steps]
+        assert [line.split(",")[0] for line in lines] == ["iter", "0", *steps]
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     text = "".join(output.text for output in outputs if output.output_type == "stream")

@@ -1,6 +1,7 @@
 """The training log, read with the csv module and compared with hand-written files."""
 
 import csv
+import math
 import resource
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fira.errors import UserError
-from fira.metrics.csv_log import COLUMNS, Row, TrainingLog, parse_layers, read_log
+from fira.metrics.csv_log import COLUMNS, LOG_NAME, Row, TrainingLog, parse_layers, read_log
 
 
 def row(step: int, **changed: object) -> Row:
@@ -204,3 +205,17 @@ def test_logging_imports_neither_pandas_nor_matplotlib() -> None:
         "import sys, fira.metrics.console, fira.metrics.run_plots; print({'pandas', 'matplotlib'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60).strip() == "set()"
+
+
+def test_validation_before_the_first_step_is_row_0(tmp_path):
+    log = TrainingLog(tmp_path / LOG_NAME, metrics=["reward_margin"])
+    log.write_initial(7.25, {"val_reward_margin": 0.5})
+    log.write(Row(iter=1, train_loss=7.0, lr=0.1, tokens_per_s=1.0, grad_norm=1.0))
+    log.close()
+    assert (tmp_path / LOG_NAME).read_text().splitlines()[1].startswith("0,,7.25,,")
+    assert read_log(tmp_path / LOG_NAME)["iter"].tolist() == [1]
+    first = read_log(tmp_path / LOG_NAME, first=0).iloc[0]
+    assert (first["iter"], first["val_loss"], first["val_reward_margin"]) == (0, 7.25, 0.5)
+    assert math.isnan(first["train_loss"])
+    TrainingLog(tmp_path / LOG_NAME, resume_step=1, metrics=["reward_margin"]).close()
+    assert read_log(tmp_path / LOG_NAME, first=0)["iter"].tolist() == [0, 1]  # a resumed run keeps it

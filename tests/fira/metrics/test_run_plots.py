@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fira.metrics.csv_log import LOG_NAME, Row, TrainingLog, read_log
+from fira.metrics.events import EventLog
+from fira.metrics.plotted_run import PlottedRun
 from fira.metrics.run_plots import plot_files, plot_runs
 from tests.launch import ROOT
 
@@ -28,6 +30,7 @@ def make_run(folder: Path, steps: int = 40, **changed: Any) -> Path:
     folder.mkdir()
     names = [name for name in changed.get("metrics", ()) if not name.startswith("val_")]
     log = TrainingLog(folder / LOG_NAME, metrics=names)
+    log.write_initial(7.5, {})
     for step in range(1, steps + 1):
         loss = 3 + 4 * math.exp(-step / 10)
         values: dict[str, Any] = {
@@ -45,7 +48,8 @@ def make_run(folder: Path, steps: int = 40, **changed: Any) -> Path:
 
 
 def draw(logs: dict[str, Any], out: Path, baselines: dict[str, float] | None = None) -> Figure:
-    return figure_of(lambda: plot_runs(logs, out, baselines), out)
+    runs = {name: PlottedRun(log) for name, log in logs.items()}
+    return figure_of(lambda: plot_runs(runs, out, baselines or {}), out)
 
 
 def figure_of(plot: Callable[[], Any], out: Path) -> Figure:
@@ -74,19 +78,19 @@ def line_labelled(axes: Any, label: str) -> Any:
 
 
 def test_single_run_has_losses_baselines_and_a_title(tmp_path: Path) -> None:
-    log = read_log(make_run(tmp_path / "run", bubble=0.25) / LOG_NAME)
+    log = read_log(make_run(tmp_path / "run", bubble=0.25) / LOG_NAME, 0)
     figure = draw({"my-run": log}, tmp_path / "p.png", {"unigram": 6.1, "trigram": 4.93})
     loss = axes_titled(figure, "Loss")
     validation = line_labelled(loss, "validation")
-    assert list(validation.get_xdata()) == [10, 20, 30, 40]
-    np.testing.assert_allclose(validation.get_ydata(), 3.1 + 4 * np.exp([-1, -2, -3, -4]), rtol=1e-6)
+    assert list(validation.get_xdata()) == [0, 10, 20, 30, 40]
+    np.testing.assert_allclose(validation.get_ydata(), [7.5, *(3.1 + 4 * np.exp([-1, -2, -3, -4]))], rtol=1e-6)
     assert [text.get_text().strip() for text in loss.texts] == ["unigram 6.10", "trigram 4.93"]
     title = "my-run: step 40, training loss 3.073, best validation loss 3.173 at step 40, pipeline bubble 25%"
     assert figure.get_suptitle() == title
 
 
 def test_throughput_and_utilisation_have_their_units_and_do_not_overlap(tmp_path: Path) -> None:
-    log = read_log(make_run(tmp_path / "run") / LOG_NAME)
+    log = read_log(make_run(tmp_path / "run") / LOG_NAME, 0)
     left = axes_titled(draw({"run": log}, tmp_path / "p.png"), "Throughput")
     right = next(axes for axes in left.figure.axes if axes is not left and axes.bbox.bounds == left.bbox.bounds)
     heights = []
@@ -97,18 +101,18 @@ def test_throughput_and_utilisation_have_their_units_and_do_not_overlap(tmp_path
 
 
 def test_heat_map_is_the_mean_over_layers_relative_to_a_balanced_share(tmp_path: Path) -> None:
-    log = read_log(make_run(tmp_path / "run", expert_load=SKEWED) / LOG_NAME)
+    log = read_log(make_run(tmp_path / "run", expert_load=SKEWED) / LOG_NAME, 0)
     figure = draw({"run": log}, tmp_path / "p.png")
     [image] = [image for axes in figure.axes for image in axes.images]
     np.testing.assert_allclose(image.get_array(), np.tile([[2.0], [1.2], [0.4], [0.4]], 40))
-    worst = axes_titled(figure, "Expert load").lines[-1]
+    worst = axes_titled(figure, "Largest expert load").lines[-1]
     np.testing.assert_allclose(worst.get_ydata(), 2.8)
 
 
 def test_run_on_preferences_has_a_panel_of_rewards_and_accuracy(tmp_path: Path) -> None:
     rewards = {"reward_chosen": 0.5, "reward_rejected": -0.7, "reward_accuracy": 0.8, "reward_margin": 1.2}
     metrics = rewards | {f"val_{name}": value / 2 for name, value in rewards.items()}
-    log = read_log(make_run(tmp_path / "run", metrics=metrics) / LOG_NAME)
+    log = read_log(make_run(tmp_path / "run", metrics=metrics) / LOG_NAME, 0)
     figure = draw({"run": log}, tmp_path / "p.png")
     left = axes_titled(figure, "Rewards")
     right = next(axes for axes in figure.axes if axes is not left and axes.bbox.bounds == left.bbox.bounds)
@@ -123,7 +127,7 @@ def test_run_on_preferences_has_a_panel_of_rewards_and_accuracy(tmp_path: Path) 
 
 
 def test_layers_may_have_different_numbers_of_experts(tmp_path: Path) -> None:
-    log = read_log(make_run(tmp_path / "run", expert_load=[[0.5, 0.5], [0.1, 0.3, 0.6]]) / LOG_NAME)
+    log = read_log(make_run(tmp_path / "run", expert_load=[[0.5, 0.5], [0.1, 0.3, 0.6]]) / LOG_NAME, 0)
     figure = draw({"run": log}, tmp_path / "p.png")
     [image] = [image for axes in figure.axes for image in axes.images]
     np.testing.assert_allclose(image.get_array()[:, 0], [0.9, 1.2, 1.8])
@@ -142,21 +146,21 @@ def test_layers_may_have_different_numbers_of_experts(tmp_path: Path) -> None:
     ids=["one row", "dense", "empty columns", "nan and inf", "zeros"],
 )
 def test_unusual_logs_are_plotted_single_and_in_a_comparison(tmp_path: Path, changed: dict[str, Any]) -> None:
-    unusual = read_log(make_run(tmp_path / "unusual", **changed) / LOG_NAME)
+    unusual = read_log(make_run(tmp_path / "unusual", **changed) / LOG_NAME, 0)
     draw({"unusual": unusual}, tmp_path / "single.png")
-    draw({"plain": read_log(make_run(tmp_path / "plain") / LOG_NAME), "unusual": unusual}, tmp_path / "both.png")
+    draw({"plain": read_log(make_run(tmp_path / "plain") / LOG_NAME, 0), "unusual": unusual}, tmp_path / "both.png")
 
 
 def test_single_point_is_plotted_as_a_dot(tmp_path: Path) -> None:
-    log = read_log(make_run(tmp_path / "run", steps=1) / LOG_NAME)
+    log = read_log(make_run(tmp_path / "run", steps=1) / LOG_NAME, 0)
     line = line_labelled(axes_titled(draw({"run": log}, tmp_path / "p.png"), "Loss"), "training")
     assert line.get_marker() == "o"
 
 
 def test_line_connects_values_between_empty_cells(tmp_path: Path) -> None:
-    log = read_log(make_run(tmp_path / "run", expert_load=SKEWED) / LOG_NAME)
+    log = read_log(make_run(tmp_path / "run", expert_load=SKEWED) / LOG_NAME, 0)
     log.loc[log["iter"] % 10 != 0, ["expert_load", "load_imbalance"]] = None
-    line = axes_titled(draw({"run": log}, tmp_path / "p.png"), "Expert load").lines[-1]
+    line = axes_titled(draw({"run": log}, tmp_path / "p.png"), "Largest expert load").lines[-1]
     np.testing.assert_allclose(line.get_xydata(), [(step, 2.8) for step in (10, 20, 30, 40)])
 
 
@@ -169,13 +173,39 @@ def test_long_log_is_downsampled(tmp_path: Path) -> None:
     assert (steps[0], steps[-1]) == (1, 100_000)
 
 
-def test_each_of_several_runs_has_a_name_and_a_colour(tmp_path: Path) -> None:
-    logs = {name: read_log(make_run(tmp_path / name) / LOG_NAME) for name in ("one", "two", "three")}
-    figure = draw(logs, tmp_path / "p.png")
+def test_few_validations_have_a_marker_each_and_many_share_40(tmp_path: Path) -> None:
+    log = read_log(make_run(tmp_path / "run", steps=2000) / LOG_NAME, 0)
+    for steps, count in ((20, 3), (2000, 201)):  # a validation every tenth step, and the one before the first
+        figure = draw({"run": log[log["iter"] <= steps]}, tmp_path / "p.png")
+        validation = line_labelled(axes_titled(figure, "Loss"), "validation")
+        assert len(validation.get_xdata()) == count
+        markers = len(range(0, count, validation.get_markevery()))
+        assert markers == count or 30 <= markers <= 40
+
+
+def test_legend_is_above_the_panel_and_covers_no_baseline(tmp_path: Path) -> None:
+    log = read_log(make_run(tmp_path / "run") / LOG_NAME, 0)
+    loss = axes_titled(draw({"run": log}, tmp_path / "p.png", {"unigram": 6.9}), "Loss")
+    assert loss.get_legend().get_window_extent().y0 >= loss.bbox.y1
+
+
+def test_resumes_are_marked_in_every_panel_over_steps(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for step, layout in ((0, "pp 4 × dp 1 (ep 1)"), (20, "pp 2 × dp 2 (ep 2)")):
+        EventLog(run).append("train", step=step, layout=layout)
+    figure = figure_of(lambda: plot_files([run]), run / "training_progress.png")
     loss = axes_titled(figure, "Loss")
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["one", "two", "three", "validation"]
-    assert len({line_labelled(loss, name).get_color() for name in logs}) == 3
-    assert not any(axes.images for axes in figure.axes)
+    assert [text.get_text() for text in loss.texts] == ["resumed, pp 2 × dp 2 (ep 2)"]
+    for title in ("Loss", "Learning rate", "Throughput", "Largest expert load"):
+        assert [20.5, 20.5] in [list(line.get_xdata()) for line in axes_titled(figure, title).lines]
+
+
+def test_utilisation_is_at_most_100_percent(tmp_path: Path) -> None:
+    log = read_log(make_run(tmp_path / "run", mfu=0.82) / LOG_NAME, 0)
+    left = axes_titled(draw({"run": log}, tmp_path / "p.png"), "Throughput")
+    right = next(axes for axes in left.figure.axes if axes is not left and axes.bbox.bounds == left.bbox.bounds)
+    assert right.get_ylim()[1] == 100
+    assert abs(12 / left.get_ylim()[1] - 0.82) > 0.2  # the lines are apart
 
 
 def test_default_paths_and_common_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from fira.errors import UserError
 from fira.metrics.timeline_plot import draw_timelines, write_timeline
 from pipeline.schedule import ActionKind, gpipe, zero_bubble_h1
 from pipeline.simulate import simulate
-from pipeline.timeline import read_trace
+from pipeline.timeline import Phase, read_trace
 
 
 def unit(stages: int) -> dict[ActionKind, list[float]]:
@@ -46,3 +46,21 @@ def test_panels_share_an_axis_that_contains_the_longest_timeline(tmp_path, monke
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
     draw_timelines(panels, tmp_path / "both.png", columns=2)
     assert all(axes.get_xlim()[1] >= panels["long"].length * 1e3 for axes in figures[0].axes)
+
+
+def test_phases_are_drawn_after_the_actions_and_left_out_when_a_trace_is_read(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    timeline = simulate(gpipe(2, 2), unit(2))
+    phases = [Phase(0, "gradient reduction", 9.0, 11.0), Phase(1, "optimizer", 11.0, 12.0)]
+    write_timeline(timeline, str(tmp_path / "step.json"), "step", phases, ["ranks 0–3", "ranks 4–7"])
+    (axes,) = figures[0].axes
+    bars = {(bar.get_x(), bar.get_width()): round(bar.get_y() + bar.get_height() / 2) for bar in axes.patches}
+    assert (bars[9000.0, 2000.0], bars[11000.0, 1000.0]) == (0, 1)
+    assert axes.get_xlim()[1] >= 12_000
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ranks 0–3", "ranks 4–7"]
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert labels == ["forward", "backward", "gradient reduction", "optimizer"]
+    assert read_trace(tmp_path / "step.json") == timeline
+    names = {event["name"] for event in json.loads((tmp_path / "step.json").read_text())["traceEvents"]}
+    assert {"gradient reduction", "optimizer"} <= names

@@ -19,7 +19,7 @@ from tests.fira.training.small_runs import kill_all, losses, start, wait_for
 def test_run_folder_contents(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     files = {".lock", "config.toml", "data.json", "training_log.csv", "training_progress.png", "finished.json"}
-    assert names == files | {"checkpoints"}
+    assert names == files | {"checkpoints", "events.jsonl"}
     header = (uninterrupted / "training_log.csv").read_text().splitlines()[0]
     assert header.startswith("iter,train_loss,val_loss,lr,mfu,")
     assert (uninterrupted / "training_progress.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,105 @@
+"""Picture of several runs: a panel per number, and a colour and line style per run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fira.metrics.csv_log import parse_layers
+from fira.metrics.plot_style import (
+    INK,
+    MAX_COLUMNS,
+    downsample,
+    plot_line,
+    plot_markers,
+    run_styles,
+    smooth,
+    style_axes,
+)
+from fira.metrics.plotted_run import SCALES, PlottedRun, draw_baselines, draw_imbalance, loss_unit, style_imbalance
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TITLES = {
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_s": "Throughput",
+    "mfu": "Utilisation",
+}
+FEW = 0.5  # share of the balanced load below which an expert counts as unused
+LONGEST_NAME = 40  # characters
+
+Runs = Mapping[str, PlottedRun]
+Styles = Mapping[str, dict[str, str]]
+
+
+def draw_comparison(runs: Runs, baselines: Mapping[str, float]) -> Figure:
+    """Return the picture. baselines: losses in nats per token."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.lines import Line2D
+
+    styles = dict(zip(runs, run_styles(len(runs)), strict=True))
+    has_experts = any(run.log["expert_load"].notna().any() for run in runs.values())
+    rows = 4 if has_experts else 3
+    figure = Figure(figsize=(13, 3.4 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1))
+    figure.suptitle(f"{len(runs)} runs compared", fontsize=13, color=INK)
+    grid = figure.subplots(rows, 2)
+    _plot_losses(grid[0, 0], grid[0, 1], runs, styles, baselines)
+    for axes, column in zip(grid[1:3].flat, SCALES, strict=True):
+        _plot_column(axes, runs, styles, column)
+    if has_experts:
+        _plot_experts(grid[3, 0], grid[3, 1], runs, styles)
+    handles = [Line2D([], [], **style, label=_shortened(name)) for name, style in styles.items()]
+    if any(run.marks for run in runs.values()):
+        handles.append(Line2D([], [], color=INK, linestyle="none", marker="^", label="resumed"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _plot_losses(left: Axes, right: Axes, runs: Runs, styles: Styles, baselines: Mapping[str, float]) -> None:
+    """Plot training losses with triangles at resumes, and validation losses."""
+    for axes, title in ((left, "Training loss, smoothed"), (right, "Validation loss")):
+        style_axes(axes, title, loss_unit(runs.values()))
+        draw_baselines(axes, runs.values(), baselines)
+    for name, run in runs.items():
+        steps, style = run.steps, styles[name]
+        plot_line(left, steps["iter"], smooth(steps["train_loss"]), **style)
+        plot_markers(right, run.log["iter"], run.log["val_loss"], **style)
+        if resumes := [mark.step for mark in run.marks]:  # an empty line with a transform has no extent
+            place = {"transform": left.get_xaxis_transform(), "linestyle": "none", "marker": "^", "clip_on": False}
+            left.plot(resumes, [0.02] * len(resumes), color=style["color"], **place)
+
+
+def _plot_column(axes: Axes, runs: Runs, styles: Styles, column: str) -> None:
+    label, scale, is_noisy = SCALES[column]
+    style_axes(axes, TITLES[column], label)
+    for name, run in runs.items():
+        values = run.steps[column] * scale
+        plot_line(axes, run.steps["iter"], smooth(values) if is_noisy else values, **styles[name])
+    highest = max(float(line.get_ydata().max()) for line in axes.lines) if axes.lines else 0.0
+    axes.set_ylim(0, min(1.15 * highest, 100) if column == "mfu" and highest else 1.15 * highest or 1)
+
+
+def _plot_experts(left: Axes, right: Axes, runs: Runs, styles: Styles) -> None:
+    """Plot the largest load of an expert, and how many experts have less than half of the balanced load."""
+    style_imbalance(left)
+    style_axes(right, f"Experts with less than {FEW} × balanced load", "% of all experts")
+    for name, run in runs.items():
+        draw_imbalance(left, run, **styles[name])
+        loads = downsample(run.steps.loc[run.steps["expert_load"].notna(), ["iter", "expert_load"]], MAX_COLUMNS)
+        unused = loads["expert_load"].map(_unused).astype(float)
+        plot_line(right, loads["iter"], smooth(100 * unused), **styles[name])
+    right.set_ylim(-2, 102)
+
+
+def _unused(cell: str) -> float:
+    """The share of the experts in all layers whose load is below FEW."""
+    is_low = [share * len(layer) < FEW for layer in parse_layers(cell) for share in layer]
+    return sum(is_low) / len(is_low)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"…{name[-LONGEST_NAME:]}"

@@ -1,0 +1,74 @@
+"""A run as the pictures show it, and what the pictures of one and of several runs have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fira.metrics.plot_style import GREY, plot_line, smooth, style_axes
+from fira.metrics.run_marks import Mark
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
+# Axis label and scale factor of a column, and whether it is smoothed.
+SCALES = {
+    "lr": ("learning rate", 1, False),
+    "grad_norm": ("gradient norm", 1, True),
+    "tokens_per_s": ("thousand tokens per second", 1e-3, True),
+    "mfu": ("model FLOPs utilisation (%)", 100, True),
+}
+
+
+@dataclass(frozen=True)
+class PlottedRun:
+    """log: as returned by `read_log` with `first` 0. marks: see `marks_of`."""
+
+    log: DataFrame
+    marks: Sequence[Mark] = ()
+
+    @property
+    def steps(self) -> DataFrame:
+        """The rows of the log without the validation before the first step."""
+        return self.log[self.log["iter"] > 0]
+
+    def finite(self) -> PlottedRun:
+        """The run with NaN in place of infinite values, which are not drawn."""
+        return replace(self, log=self.log.replace([np.inf, -np.inf], np.nan))
+
+
+def loss_unit(runs: Iterable[PlottedRun]) -> str:
+    """The label of the losses, from a column that logs of the objective have."""
+    for column, label in (("reward_margin", "mean over pairs"), ("answer_tokens", "share of wrong answers")):
+        if all(column in run.log for run in runs):
+            return label
+    return "nats per token"
+
+
+def draw_baselines(axes: Axes, runs: Iterable[PlottedRun], baselines: Mapping[str, float]) -> None:
+    """Draw a line for the loss of each n-gram model, unless a run's loss is a divergence, which is another number."""
+    from matplotlib.patheffects import withStroke
+
+    if any("cross_entropy" in run.log for run in runs):
+        return
+    for name, loss in baselines.items():
+        axes.axhline(loss, color=GREY, linestyle=(0, (5, 3)), linewidth=1, zorder=1)
+        place = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform(), "zorder": 3}
+        halo = [withStroke(linewidth=3, foreground="white")]  # over the curves
+        axes.text(1, loss, f"{name} {loss:.2f} ", color=GREY, path_effects=halo, **place)
+
+
+def draw_imbalance(axes: Axes, run: PlottedRun, **style: str) -> None:
+    """Plot the largest load of an expert in the worst layer."""
+    plot_line(axes, run.steps["iter"], smooth(run.steps["load_imbalance"]), **style)
+
+
+def style_imbalance(axes: Axes) -> None:
+    """Set the title, and draw the line of equal loads."""
+    style_axes(axes, "Largest expert load, worst layer", "× balanced")
+    axes.axhline(1, color=GREY, linewidth=1, zorder=1)
+    axes.margins(y=0.15)

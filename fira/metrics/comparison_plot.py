@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fira.metrics.csv_log import parse_layers
 from fira.metrics.plot_style import (
@@ -32,7 +34,7 @@ FEW = 0.5  # share of the balanced load below which an expert counts as unused
 LONGEST_NAME = 40  # characters
 
 Runs = Mapping[str, PlottedRun]
-Styles = Mapping[str, dict[str, str]]
+Styles = Mapping[str, dict[str, Any]]
 
 
 def draw_comparison(runs: Runs, baselines: Mapping[str, float]) -> Figure:
@@ -69,7 +71,12 @@ def _plot_losses(left: Axes, right: Axes, runs: Runs, styles: Styles, baselines:
         plot_line(left, steps["iter"], smooth(steps["train_loss"]), **style)
         plot_markers(right, run.log["iter"], run.log["val_loss"], **style)
         if resumes := [mark.step for mark in run.marks]:  # an empty line with a transform has no extent
-            place = {"transform": left.get_xaxis_transform(), "linestyle": "none", "marker": "^", "clip_on": False}
+            place: dict[str, Any] = {
+                "transform": left.get_xaxis_transform(),
+                "linestyle": "none",
+                "marker": "^",
+                "clip_on": False,
+            }
             left.plot(resumes, [0.02] * len(resumes), color=style["color"], **place)
 
 
@@ -79,7 +86,7 @@ def _plot_column(axes: Axes, runs: Runs, styles: Styles, column: str) -> None:
     for name, run in runs.items():
         values = run.steps[column] * scale
         plot_line(axes, run.steps["iter"], smooth(values) if is_noisy else values, **styles[name])
-    highest = max(float(line.get_ydata().max()) for line in axes.lines) if axes.lines else 0.0
+    highest = max(float(np.max(line.get_ydata())) for line in axes.lines) if axes.lines else 0.0
     axes.set_ylim(0, min(1.15 * highest, 100) if column == "mfu" and highest else 1.15 * highest or 1)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import mlflow
 
 from fira.metrics.samples_log import Sample
-from fira.metrics.trackers import PROJECT
+from fira.metrics.tracker_protocol import PROJECT
 
 BATCH = 1000  # largest number of values in a request
 
 
 class MlflowTracker:
-    """See `trackers.Tracker`."""
+    """See `Tracker`."""
 
     def __init__(self, out: Path, name: str, settings: Mapping[str, Any], first: int) -> None:
         experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)).experiment_id

@@ -61,7 +61,7 @@ def plot_markers(axes: Axes, steps: Series, values: Series, **style: Any) -> Non
     plot_line(axes, steps, values, **{"marker": "o", "markersize": 4, "markevery": -(-count // MARKERS) or 1} | style)
 
 
-def run_styles(count: int) -> list[dict[str, str]]:
+def run_styles(count: int) -> list[dict[str, Any]]:
     """Colour and line style of each of several runs, all different for up to 21."""
     pairs = [{"color": colour, "linestyle": style} for style in RUN_STYLES for colour in RUN_COLOURS]
     return list(islice(cycle(pairs), count))

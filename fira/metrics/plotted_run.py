@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -57,12 +57,12 @@ def draw_baselines(axes: Axes, runs: Iterable[PlottedRun], baselines: Mapping[st
         return
     for name, loss in baselines.items():
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 3)), linewidth=1, zorder=1)
-        place = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform(), "zorder": 3}
+        place: dict[str, Any] = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform(), "zorder": 3}
         halo = [withStroke(linewidth=3, foreground="white")]  # over the curves
         axes.text(1, loss, f"{name} {loss:.2f} ", color=GREY, path_effects=halo, **place)
 
 
-def draw_imbalance(axes: Axes, run: PlottedRun, **style: str) -> None:
+def draw_imbalance(axes: Axes, run: PlottedRun, **style: Any) -> None:
     """Plot the largest load of an expert in the worst layer."""
     plot_line(axes, run.steps["iter"], smooth(run.steps["load_imbalance"]), **style)
 

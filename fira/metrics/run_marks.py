@@ -50,6 +50,6 @@ def draw_marks(axes: Axes, marks: Sequence[Mark], labelled: bool = False) -> Non
         if labelled and mark.step >= free:
             free = mark.step + NARROW * (right - left)
             label = f" {mark.label}"
-            place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top", "ha": "left"}
+            place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top", "ha": "left"}
             axes.text(mark.step + 0.5, 0.98, label.strip(), color=INK, fontsize=8, **place)
     axes.set_xlim(left, right)

@@ -12,11 +12,11 @@ from fira.metrics.samples_log import Sample
 
 
 class TensorBoardTracker:
-    """See `trackers.Tracker`. Steps from `first` on that earlier files contain are not shown."""
+    """See `Tracker`. Steps from `first` on that earlier files contain are not shown."""
 
     def __init__(self, out: Path, name: str, settings: Mapping[str, Any], first: int) -> None:
         folder = out / "tensorboard"
-        self._writer = SummaryWriter(str(folder), purge_step=first if first > 1 else None)
+        self._writer = SummaryWriter(str(folder), purge_step=first if first > 1 else None, flush_secs=10)
         self.hint = f"tensorboard --logdir {folder}"
         rows = [f"| {key} | {value} |" for key, value in settings.items()]
         self._writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]), first - 1)

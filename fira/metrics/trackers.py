@@ -12,42 +12,20 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Protocol
+from typing import Any
 
 from fira.errors import UserError
 from fira.files import one_line, replace
 from fira.json_reader import read, record, text
 from fira.metrics.csv_log import COLUMNS, PER_LAYER, Row
 from fira.metrics.samples_log import Sample
+from fira.metrics.tracker_protocol import Adapter, Tracker
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # the names of their packages as well
-PROJECT = "fira"  # or experiment, of all runs
 TRACKED = "tracking.json"  # file in run folders
 MOST_PER_STEP = 256  # numbers of experts in a column, as a mean over steps; larger models have them every few steps
 
 logger = logging.getLogger(__name__)
-
-
-class Tracker(Protocol):
-    """Adapter of one tracker, made from the arguments of `Adapter`. hint: how to view the run."""
-
-    hint: str
-
-    def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the numbers of a step by name."""
-
-    def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Write the samples of a step."""
-
-    def picture(self, step: int, path: Path) -> None:
-        """Write a PNG."""
-
-    def close(self) -> None:
-        """Wait until everything is written."""
-
-
-# (run folder, name of the run, settings, first step) → the tracker's run of this name, which is continued if it exists
-Adapter = Callable[[Path, str, Mapping[str, Any], int], Tracker]
 
 
 def parse_names(names: str | None) -> list[str]:

@@ -10,11 +10,11 @@ import pandas as pd
 import trackio
 
 from fira.metrics.samples_log import Sample
-from fira.metrics.trackers import PROJECT
+from fira.metrics.tracker_protocol import PROJECT
 
 
 class TrackioTracker:
-    """See `trackers.Tracker`."""
+    """See `Tracker`."""
 
     def __init__(self, out: Path, name: str, settings: Mapping[str, Any], first: int) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # the hint has the same content

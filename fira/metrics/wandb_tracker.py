@@ -8,11 +8,11 @@ from typing import Any
 import wandb
 
 from fira.metrics.samples_log import Sample
-from fira.metrics.trackers import PROJECT
+from fira.metrics.tracker_protocol import PROJECT
 
 
 class WandbTracker:
-    """See `trackers.Tracker`. Without an API key and without WANDB_MODE, nothing is sent.
+    """See `Tracker`. Without an API key and without WANDB_MODE, nothing is sent.
 
     Steps are numbers of their own, so that repeated ones are accepted.
     """

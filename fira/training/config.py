@@ -36,6 +36,8 @@ from fira.value_types import (
 )
 from pipeline.schedule import SCHEDULES
 
+CONFIG_NAME = "config.toml"  # file name in run folders
+
 # Settings that a resumed run takes from the run's config.toml: all but those of the machine, the layout and the output.
 INHERITED = [
     *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "document_mask"),

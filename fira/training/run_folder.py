@@ -12,12 +12,11 @@ from fira.checkpoint.step_folders import find
 from fira.errors import UserError
 from fira.files import replace
 from fira.metrics.csv_log import LOG_NAME
-from fira.training.config import EARLIER, INHERITED, TrainConfig
+from fira.training.config import CONFIG_NAME, EARLIER, INHERITED, TrainConfig
 from fira.training.flags import read_settings
 from fira.training.run_lock import RunLock
 
 RUNS = Path("runs")
-CONFIG_NAME = "config.toml"
 BASELINES = ("unigram", "trigram")  # losses in the summary of a corpus
 
 

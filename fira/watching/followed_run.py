@@ -14,8 +14,8 @@ from fira.metrics.csv_log import LOG_NAME
 from fira.metrics.events import read_events
 from fira.metrics.run_marks import marks_of
 from fira.metrics.samples_log import SAMPLES
+from fira.training.config import CONFIG_NAME
 from fira.training.finish_marker import FINISHED
-from fira.training.run_folder import CONFIG_NAME
 from fira.watching.log_follower import LogFollower
 from pipeline.timeline import read_trace
 
@@ -101,8 +101,9 @@ class FollowedRun:
             return None
         with suppress(KeyError, TypeError, ValueError):
             began, first = datetime.fromisoformat(starts[-1]["time"]).timestamp(), int(starts[-1]["step"])
-            if step > first:
-                return round((time.time() - age - began) / (step - first) * (steps - step))
+            elapsed = time.time() - age - began
+            if step > first and elapsed > 0:
+                return round(elapsed / (step - first) * (steps - step))
         return None
 
     def _baselines(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_mpich(), reason="torch
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port={port}"],
     "accelerate": [
-        *("-m", "accelerate.commands.launch", "--cpu", "--multi_gpu", "--num_machines=1", "--num_processes=2"),
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2"),
         *("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port={port}"),
     ],
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port={port}"],

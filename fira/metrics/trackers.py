@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from operator import methodcaller
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -105,8 +106,8 @@ class Trackers:
 
     def finish(self, step: int) -> list[str]:
         """Write the pictures in the run folder, and end. Return how to view the run in each tracker."""
-        pictures = sorted(self._out.glob("*.png"))
-        self._each(lambda tracker: [tracker.picture(step, picture) for picture in pictures])
+        for picture in sorted(self._out.glob("*.png")):
+            self._each(methodcaller("picture", step, picture))
         self._each(lambda tracker: tracker.close())
         return [tracker.hint for tracker in self._open.values()]
 

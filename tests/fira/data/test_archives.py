@@ -68,7 +68,7 @@ def test_tables_compressed_members_and_what_is_skipped(tmp_path, caplog) -> None
     rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
     members = {
         "a.jsonl": rows,
-        "b.jsonl.gz": gzip.compress(rows),
+        "b.jsonl.gz": gzip.compress(rows, mtime=0),
         "c.csv": b"text\nfrom a table\n",
         "d.txt.zst": zstd(b"compressed"),
         ".hidden/e.txt": b"hidden",
@@ -88,7 +88,7 @@ def test_tables_compressed_members_and_what_is_skipped(tmp_path, caplog) -> None
         ("latin.txt", "crème brûlée".encode("latin-1"), "latin.txt is text, but not in UTF-8"),
         ("late.txt", b"a line\n" * 9999 + b"caf\xe9 \n", "late.txt: byte 0xe9 is not UTF-8"),
         ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: 'text' holds int"),
-        ("a.txt.gz", gzip.compress(b"text")[:-2], "damaged or incomplete"),
+        ("a.txt.gz", gzip.compress(b"text", mtime=0)[:-2], "damaged or incomplete"),
     ],
 )
 def test_member_that_cannot_be_read_is_named(tmp_path, name: str, content: bytes, reason: str) -> None:
@@ -112,4 +112,4 @@ def test_damaged_archive_is_refused(tmp_path) -> None:
     }
     for content in damaged.values():
         assert "not a complete tar archive" in error(tmp_path / "a.tar", content)
-    assert "damaged or incomplete" in error(tmp_path / "a.tar.gz", gzip.compress(PLAIN)[:-4])
+    assert "damaged or incomplete" in error(tmp_path / "a.tar.gz", gzip.compress(PLAIN, mtime=0)[:-4])

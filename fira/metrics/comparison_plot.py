@@ -86,7 +86,7 @@ def _plot_column(axes: Axes, runs: Runs, styles: Styles, column: str) -> None:
     for name, run in runs.items():
         values = run.steps[column] * scale
         plot_line(axes, run.steps["iter"], smooth(values) if is_noisy else values, **styles[name])
-    highest = max(float(np.max(line.get_ydata())) for line in axes.lines) if axes.lines else 0.0
+    highest = max((float(y) for line in axes.lines for y in np.asarray(line.get_ydata())), default=0.0)
     axes.set_ylim(0, min(1.15 * highest, 100) if column == "mfu" and highest else 1.15 * highest or 1)
 
 

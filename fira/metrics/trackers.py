@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from operator import methodcaller
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -107,11 +106,14 @@ class Trackers:
     def finish(self, step: int) -> list[str]:
         """Write the pictures in the run folder, and end. Return how to view the run in each tracker."""
         for picture in sorted(self._out.glob("*.png")):
-            self._each(methodcaller("picture", step, picture))
+            self._picture(step, picture)
         self._each(lambda tracker: tracker.close())
         return [tracker.hint for tracker in self._open.values()]
 
-    def _each(self, call: Callable[[Tracker], Any]) -> None:
+    def _picture(self, step: int, path: Path) -> None:
+        self._each(lambda tracker: tracker.picture(step, path))
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._open.items()):
             with self._reported(name):
                 call(tracker)

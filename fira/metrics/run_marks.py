@@ -49,7 +49,6 @@ def draw_marks(axes: Axes, marks: Sequence[Mark], labelled: bool = False) -> Non
         axes.axvline(mark.step + 0.5, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=1)
         if labelled and mark.step >= free:
             free = mark.step + NARROW * (right - left)
-            label = f" {mark.label}"
             place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top", "ha": "left"}
-            axes.text(mark.step + 0.5, 0.98, label.strip(), color=INK, fontsize=8, **place)
+            axes.text(mark.step + 0.5, 0.98, mark.label, color=INK, fontsize=8, **place)
     axes.set_xlim(left, right)

@@ -1,4 +1,4 @@
-"""Memory that this process can allocate on its machine and in its control groups (a container or a Slurm job)."""
+"""Memory that this process can allocate: on its machine, in its control groups (containers, Slurm jobs), by ulimit."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def available_memory(groups: Sequence[Path] | None = None, meminfo: Path = Path(
     Pages of files count as available, because the kernel frees them when it needs memory. groups: the control groups
     of this process; default: read from /proc/self/cgroup.
     """
-    available = _numbers(meminfo).get("MemAvailable:", math.inf) * 1024.0
+    available = min(_numbers(meminfo).get("MemAvailable:", math.inf) * 1024.0, _address_space())
     for group in [own_group(), own_group("memory")] if groups is None else groups:
         for folder in (group, *group.parents):
             for limit_file, used_file, reclaimable in FILES:
@@ -28,6 +28,14 @@ def available_memory(groups: Sequence[Path] | None = None, meminfo: Path = Path(
                         available, float(limit) - float(used) + sum(stat.get(key, 0) for key in reclaimable)
                     )
     return available
+
+
+def _address_space() -> float:
+    """Bytes that the limit of addresses (ulimit -v) leaves this process."""
+    rows = [line.split() for line in read_text(Path("/proc/self/limits")).splitlines() if "address space" in line]
+    if not rows or not rows[0][3].isdecimal():
+        return math.inf
+    return max(0.0, float(rows[0][3]) - _numbers(Path("/proc/self/status")).get("VmSize:", 0) * 1024)
 
 
 def own_group(controller: str = "") -> Path:

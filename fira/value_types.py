@@ -21,6 +21,7 @@ from fira.errors import UserError
 LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes; NAME_MAX and PATH_MAX of Linux
 LONGEST_SHOWN = 80  # characters
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, sys.float_info.max
+SMALLEST_FP32 = 2.0**-126  # without a loss of digits
 
 
 class Allowed(Protocol):
@@ -120,6 +121,7 @@ Steps = Annotated[int, Range(int, 0, LARGEST_INT)]
 Port = Annotated[int, Range(int, 0, 2**16 - 1)]
 Seconds = Annotated[float, Range(float, 0, 10**9, excluded=(0,))]
 Positive = Annotated[float, Range(float, 0, excluded=(0,))]
+InFp32 = Annotated[float, Range(float, SMALLEST_FP32)]  # positive, and not rounded to 0 in fp32
 NotNegative = Annotated[float, Range(float, 0)]
 RepetitionPenalty = Annotated[float, Range(float, 1e-3, 10**3)]
 PresencePenalty = Annotated[float, Range(float, -(10**3), 10**3)]

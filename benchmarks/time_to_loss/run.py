@@ -35,6 +35,8 @@ def main() -> None:
     rows = pd.read_csv(RESULTS) if RESULTS.exists() else pd.DataFrame(columns=COLUMNS)
     records = {None: dict, "corpus": corpus, "characters": partial(characters, options.text)}
     contenders = records[options.record]()
+    if unknown := set(options.only or ()) - set(contenders):
+        parser.error(f"--only: no contender {', '.join(sorted(unknown))}; choose from {', '.join(contenders)}")
     turns = [(seed, name) for seed in options.seeds for name in contenders if name in (options.only or contenders)]
     for seed, name in tqdm(turns, disable=None):
         new = [[options.record, name, seed, *measurement] for measurement in contenders[name](seed)]

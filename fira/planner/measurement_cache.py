@@ -30,10 +30,17 @@ def machine_identity(device: torch.device, world: World) -> list[Any]:
     return [FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 
 
-def cached(key: list[Any], measure: Callable[[], Any], parse: Callable[[Any], T], world: World) -> T:
+def cached(
+    key: list[Any],
+    measure: Callable[[], Any],
+    parse: Callable[[Any], T],
+    world: World,
+    is_valid: Callable[[Any], bool] = lambda found: True,
+) -> T:
     """Read a result from the user's cache, or measure it on all ranks and let rank 0 store it (collective).
 
     measure: returns the result as JSON values. parse: converts them, and may raise for values of another form.
+    is_valid: whether a stored result can be used; otherwise it is measured again.
     """
     path = cache_folder() / "planner" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()}.json"
     box: list[Any] = [None]
@@ -42,7 +49,7 @@ def cached(key: list[Any], measure: Callable[[], Any], parse: Callable[[Any], T]
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             found = json.loads(path.read_text())
             parse(found)
-            box = [found]
+            box = [found if is_valid(found) else None]
     dist.broadcast_object_list(box, src=0)
     if box[0] is None:
         box = [measure()]

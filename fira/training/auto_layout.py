@@ -65,11 +65,13 @@ class Trial:
 
 
 def describe(candidate: Candidate) -> str:
-    """The layout, schedule and micro-batches of a candidate."""
+    """The layout, schedule and micro-batches of a candidate, and the flags with which it saves memory."""
     count, size = candidate.count, candidate.microbatch
     batches = f"{count} micro-batches of {size}" if count > 1 else f"one micro-batch of {size}"
     schedule = f", {candidate.schedule}" if candidate.layout.pp > 1 else ""
-    return f"{candidate.layout}{schedule}, {batches}"
+    shard = f", --shard {candidate.shard}" if candidate.shard else ""
+    recompute = f", --recompute {candidate.recompute}" if candidate.recompute else ""
+    return f"{candidate.layout}{schedule}, {batches}{shard}{recompute}"
 
 
 @dataclass(frozen=True)
@@ -167,14 +169,17 @@ def plan_layout(
         }
 
     with doing("plan of the layout", long=True):
-        return cached(key, tried, lambda found: stored_plan(found, memory), world)
+        return cached(key, tried, plan_of, world, lambda found: is_for_memory(found, memory))
 
 
-def stored_plan(found: dict[str, Any], memory: float) -> LayoutPlan:
-    """The plan of a stored result. Raises ValueError if other candidates fit into this memory of a rank, in bytes."""
-    if not found["needed"] <= memory <= MORE_MEMORY * found["memory"]:
-        raise ValueError("the result is for another size of memory")
+def plan_of(found: dict[str, Any]) -> LayoutPlan:
+    """The plan of a stored result."""
     return LayoutPlan(in_order([Trial.of(trial) for trial in found["trials"]]), found["considered"])
+
+
+def is_for_memory(found: dict[str, Any], memory: float) -> bool:
+    """Whether a stored result has the candidates that fit into this memory of a rank, in bytes."""
+    return bool(found["needed"] <= memory <= MORE_MEMORY * found["memory"])
 
 
 def shortlist_of(estimates: list[Estimate]) -> list[Estimate]:

@@ -21,6 +21,7 @@ from fira.value_types import (
     AnyText,
     ClosedShare,
     Fraction,
+    InFp32,
     NotNegative,
     PathName,
     Positive,
@@ -132,7 +133,7 @@ class TrainConfig:
     router_lr_scale: Positive | None = _option(None, "factor of the learning rate of routers")
     beta1: Fraction = _option(0.9, "decay rate of AdamW's average of gradients")
     beta2: Fraction = _option(0.95, "decay rate of AdamW's average of squared gradients")
-    eps: Positive = _option(1e-8, "added to the denominator of AdamW")
+    eps: InFp32 = _option(1e-8, "added to the denominator of AdamW")
     weight_decay: NotNegative = _option(0.1, "weight decay of matrices")
     cautious_decay: bool = _option(False, "decay only those weights that the update moves towards zero")
     clip: NotNegative = _option(1.0, "maximum global gradient norm; 0: no clipping")

@@ -88,7 +88,7 @@ def set_up(
     tokenizer_path, model_config = chosen.tokenizer_path, model.config
     keep_freed_memory()
     tuned = replace(config, optimizer=None).recipe().optimizer
-    if config.lr is None and config.optimizer not in (None, tuned):
+    if world.rank == 0 and config.lr is None and config.optimizer not in (None, tuned):
         logger.warning("--optimizer %s: the learning rate of the recipe is for %s; see --lr", config.optimizer, tuned)
     if config.compile:
         check_compiler(devices[0])

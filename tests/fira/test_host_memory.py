@@ -1,5 +1,8 @@
 """Available memory of a machine and of control groups of both versions."""
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from fira.host_memory import available_memory
@@ -31,3 +34,10 @@ def test_control_groups_of_version_1(tmp_path: Path):
 
 def test_memory_of_this_machine():
     assert 1e6 < available_memory() < 1e15
+
+
+def test_a_limit_of_addresses_counts():
+    program = "from fira.host_memory import available_memory; print(available_memory())"
+    command = f"ulimit -v 1000000 && {shlex.quote(sys.executable)} -c {shlex.quote(program)}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=60)
+    assert 1e8 < float(result.stdout) < 1e9

@@ -212,5 +212,5 @@ def test_classes_are_imported_from_transformers() -> None:
 
 def test_flash_attention_is_refused_only_because_its_package_is_missing() -> None:
     config = RishAIConfig(shape=to_document(small("rish")))
-    with pytest.raises(ImportError, match="kernels|FlashAttention2"):  # transformers looks for both packages
+    with pytest.raises(ImportError, match=r"kernels|FlashAttention2"):  # transformers looks for both packages
         AutoModelForCausalLM.from_config(config, attn_implementation="flash_attention_2")

@@ -52,6 +52,15 @@ def test_damaged_measurement_is_repeated(monkeypatch, tmp_path, damaged):
     assert cached(["key"], lambda: 4, int, world) == 3
 
 
+def test_a_stored_result_that_is_not_valid_is_repeated_and_a_new_one_is_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("FIRA_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda *_, **__: None)
+    world = World(0, 1, 0, 1)
+    assert cached(["key"], lambda: 1, int, world, lambda found: False) == 1
+    assert cached(["key"], lambda: 2, int, world, lambda found: found == 1) == 1
+    assert cached(["key"], lambda: 3, int, world, lambda found: found == 2) == 3
+
+
 def test_a_measurement_that_cannot_be_stored_is_used(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("FIRA_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda *_, **__: None)

@@ -9,7 +9,16 @@ import pytest
 
 from fira.planner.candidates import Candidate
 from fira.planner.step_time import Estimate
-from fira.training.auto_layout import PER_LAYOUT, LayoutPlan, Trial, in_order, shortlist_of, stored_plan
+from fira.training.auto_layout import (
+    PER_LAYOUT,
+    LayoutPlan,
+    Trial,
+    describe,
+    in_order,
+    is_for_memory,
+    plan_of,
+    shortlist_of,
+)
 from pipeline.mesh import Layout
 from tests.fira.training.small_runs import losses, train
 
@@ -66,11 +75,13 @@ def test_text_of_a_plan() -> None:
 def test_a_stored_plan_is_for_a_range_of_memory(memory: float, valid: bool) -> None:
     """Its candidates must fit, and with much more memory others may."""
     found = {"trials": [asdict(trial(REPLICAS, 2, 10))], "considered": 5, "needed": 3e9, "memory": 4e9}
-    if valid:
-        assert stored_plan(found, memory) == LayoutPlan([trial(REPLICAS, 2, 10)], 5)
-    else:
-        with pytest.raises(ValueError, match="memory"):
-            stored_plan(found, memory)
+    assert plan_of(found) == LayoutPlan([trial(REPLICAS, 2, 10)], 5)
+    assert is_for_memory(found, memory) == valid
+
+
+def test_a_description_names_what_saves_memory() -> None:
+    candidate = Candidate(REPLICAS, "1f1b", 2, 1, recompute=3, shard="optimizer")
+    assert describe(candidate) == "pp 1 × dp 2 (ep 1), one micro-batch of 2, --shard optimizer, --recompute 3"
 
 
 def test_a_run_is_that_of_the_chosen_flags(settings, tmp_path) -> None:

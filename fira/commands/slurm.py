@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         command=[*cli.command_words("train"), *given_flags(config)],
     )
     write(script, job_script(job).encode())
-    print(f"{script}: {job.nodes} nodes of {per_node} ranks; {comment}")
+    print(f"{script}: {options.nodes} × {per_node} ranks; {comment}")
     print(f"next: sbatch {shlex.quote(str(script))}")
 
 
@@ -71,7 +71,10 @@ def add_arguments(parser: cli.Parser) -> None:
         "--grace", type=Size, default=300, help="seconds before the time limit to save in (default: %(default)s)"
     )
     parser.add_argument(
-        "--sbatch", type=AnyText, default="", help='further flags of sbatch, as in "--partition=gpu --account=me"'
+        "--sbatch",
+        type=AnyText,
+        default="",
+        help='further flags of sbatch, as in --sbatch="--partition=gpu --account=me"',
     )
     parser.add_argument(
         "--script", type=PathName, default="train.sbatch", help="the file to write (default: %(default)s)"

@@ -147,7 +147,7 @@ def _optimizer(block: _Block, settings: dict[str, Any]) -> None:
     kind, params = block.take("type", ""), block.block("params")
     name = kind.lower() if isinstance(kind, str) else ""
     if name not in ("adam", "adamw", "muon"):
-        raise UserError(f"optimizer.type {kind}: no counterpart; choose AdamW, Adam or Muon")
+        raise UserError(f"{block.name}.type {kind}: no counterpart; choose AdamW, Adam or Muon")
     settings["optimizer"] = "muon" if name == "muon" else "adamw"
     _set(settings, "lr", params.number("lr", None if name == "muon" else 1e-3))
     decay = params.number("weight_decay", 0.0)

@@ -38,12 +38,18 @@ def run_command(name: str, arguments: list[str]) -> None:
 
 
 def parse_arguments(name: str, arguments: Sequence[str]) -> Namespace:
-    """Parse the arguments of a command that has a function `add_arguments`, without running it."""
+    """Parse the arguments of a command that has a function `add_arguments`, without running it.
+
+    Raises UserError if its function `check`, where there is one, finds that they do not fit together.
+    """
     module = import_module(f"fira.commands.{name}")
     parser = cli.Parser(module.__doc__, f"fira {name}")
     module.add_arguments(parser)
     parser.add_verbosity()
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if hasattr(module, "check"):
+        module.check(options)
+    return options
 
 
 def first_line(command: str) -> str:

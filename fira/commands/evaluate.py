@@ -1,5 +1,6 @@
 """Evaluate a model on texts, on tasks in JSONL files and on tasks of lm-eval, and count the tokens of each expert."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 
 from fira import cli
@@ -12,11 +13,16 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser = cli.Parser(__doc__, prog)
     add_arguments(parser)
     options = parser.start(arguments)
-    if not options.data and not options.tasks:
-        raise UserError("nothing to evaluate; give --data or --tasks")
+    check(options)
     from fira.commands.evaluation_report import report
 
     report(options)
+
+
+def check(options: Namespace) -> None:
+    """Raise UserError if the flags do not fit together."""
+    if not options.data and not options.tasks:
+        raise UserError("nothing to evaluate; give --data or --tasks")
 
 
 def add_arguments(parser: cli.Parser) -> None:

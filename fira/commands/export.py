@@ -1,8 +1,10 @@
 """Write a trained model as a folder that transformers loads."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 
 from fira import cli
+from fira.errors import UserError
 from fira.generation.options import CHECKPOINT
 from fira.value_types import PathName
 
@@ -17,8 +19,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser = cli.Parser(__doc__, prog)
     add_arguments(parser)
     options = parser.start(arguments)
-    if options.type and options.format != "gguf":
-        parser.error("--type is for --format gguf")
+    check(options)
     from fira.huggingface.export_model import export, gguf_path
 
     kind = options.type or "f16"
@@ -30,6 +31,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     elif not options.quiet:
         trust = ", trust_remote_code=True" if options.format == "fira" else ""
         print(f'next: AutoModelForCausalLM.from_pretrained("{out}"{trust})')
+
+
+def check(options: Namespace) -> None:
+    """Raise UserError if the flags do not fit together."""
+    if options.type and options.format != "gguf":
+        raise UserError("--type is for --format gguf; give both, or neither")
 
 
 def add_arguments(parser: cli.Parser) -> None:

@@ -69,8 +69,8 @@ class GenerationTask:
         scores = [example.scores(answer) for example, answer in zip(self.examples, answers, strict=True)]
         truncated = sum(prompt.truncated for prompt in self.prompts)
         generated = tuple(
-            GeneratedAnswer(example.prompt, example.answer, answer)
-            for example, answer in zip(self.examples, answers, strict=True)
+            GeneratedAnswer(example.prompt, example.answer, answer, bool(score["exact_match"]))
+            for example, answer, score in zip(self.examples, answers, scores, strict=True)
         )
         return TaskScores(self.name, len(scores), summarise(scores), truncated, answers=generated)
 

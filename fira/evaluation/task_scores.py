@@ -23,11 +23,12 @@ class Score(NamedTuple):
 
 
 class GeneratedAnswer(NamedTuple):
-    """The prompt is a text, or the messages of a chat."""
+    """The prompt is a text, or the messages of a chat. right: whether `generated` counts as the answer."""
 
     prompt: str | list[Message]
     answer: str
     generated: str
+    right: bool
 
 
 @dataclass(frozen=True)

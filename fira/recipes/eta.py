@@ -24,8 +24,11 @@ class TimeLeft:
         self._taken_s: defaultdict[str, float] = defaultdict(float)
 
     def skip(self, stage: Stage) -> None:
-        """Note that a stage is done without having been run."""
-        del self._left[stage.name]
+        """Note that a stage is done. Its duration is that of the run in which it ended."""
+        if stage.name in self._measured:
+            self.finish(stage, self._measured[stage.name])
+        else:
+            del self._left[stage.name]
 
     def finish(self, stage: Stage, seconds: float) -> None:
         """Note the duration of a stage that was run."""

@@ -1,5 +1,6 @@
 """Tables of the report as HTML: scores, answers to the same questions, and times and sizes of the stages."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -27,12 +28,13 @@ class Evaluated:
 
 def evaluations(recipe: Recipe) -> list[Evaluated]:
     """The evaluations among the stages, in their order."""
-    found = []
+    found: list[Evaluated] = []
     for stage in recipe.stages:
         path = recipe.output(stage.name) / RESULTS
         if stage.command == "evaluate" and path.exists():
             content = read(path, SCHEMA)
-            found.append(Evaluated(stage.title, content["tasks"], content.get("texts", {})))
+            title = stage.title if stage.title not in {entry.title for entry in found} else stage.name
+            found.append(Evaluated(title, content["tasks"], content.get("texts", {})))
     return found
 
 
@@ -48,11 +50,18 @@ def scores(found: Sequence[Evaluated]) -> str:
                 chance = result.get("chance") if metric.startswith("acc") else None
                 notes[row] = f"{result['examples']}" + (f", chance {chance:.0%}" if chance else "")
         for file, values in entry.texts.items():
-            row = f"{Path(file).stem} · bits per byte"
+            row = f"{_short(file, found)} · bits per byte"
             rows.setdefault(row, [None] * len(found))[number] = values["bits_per_byte"]
             notes[row] = f"{values['tokens']:,} tokens"
     body = ([escape(row), *_values(row, values), notes[row]] for row, values in rows.items())
     return table(["score", *(entry.title for entry in found), "examples"], body)
+
+
+def _short(file: str, found: Sequence[Evaluated]) -> str:
+    """The stem of a text, or its path if another text has the same stem."""
+    files = {other for entry in found for other in entry.texts}
+    stems = [Path(other).stem for other in files]
+    return Path(file).stem if stems.count(Path(file).stem) == 1 else file
 
 
 def _values(row: str, values: Sequence[float | None]) -> list[str]:
@@ -74,12 +83,20 @@ def answers(found: Sequence[Evaluated]) -> str:
 
 
 def _answers(task: str, found: Sequence[Evaluated]) -> str:
-    by_title = {entry.title: entry.tasks[task]["answers"] for entry in found if task in entry.tasks}
+    """A table of the evaluations of a task, or several if other files of the same name have other questions."""
+    groups: dict[str, dict[str, list[Any]]] = {}
+    for entry in found:
+        if answers := entry.tasks.get(task, {}).get("answers", [])[:SHOWN]:
+            questions = json.dumps([answer["prompt"] for answer in answers])
+            groups.setdefault(questions, {})[entry.title] = answers
+    return "".join(map(_answer_table, groups.values()))
+
+
+def _answer_table(by_title: Mapping[str, Sequence[Any]]) -> str:
     rows = []
-    for examples in list(zip(*by_title.values(), strict=False))[:SHOWN]:
-        right = examples[0]["answer"]
-        cells = [_marked(example["generated"], right) for example in examples]
-        rows.append([escape(_question(examples[0]["prompt"])), escape(right), *cells])
+    for examples in zip(*by_title.values(), strict=True):
+        cells = [_marked(example["generated"], example["right"]) for example in examples]
+        rows.append([escape(_question(examples[0]["prompt"])), escape(examples[0]["answer"]), *cells])
     return table(["question", "right answer", *by_title], rows, "answers")
 
 
@@ -88,8 +105,8 @@ def _question(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def _marked(answer: str, right: str) -> str:
-    kind = "right" if answer.strip() == right else "wrong"
+def _marked(answer: str, right: bool) -> str:
+    kind = "right" if right else "wrong"
     return f'<span class="{kind}">{escape(answer.strip()) or "(empty)"}</span>'
 
 

@@ -21,13 +21,14 @@ from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 
-from fira.checkpoint.manifest import MANIFEST
 from fira.checkpoint.step_folders import preferred_folders
 from fira.data.cache import cache_folder, content_key
 from fira.errors import UserError
 from fira.files import errors_naming, replace
 from fira.json_reader import integer, nullable, number, read, record, text
+from fira.metrics.csv_log import LOG_NAME
 from fira.recipes.recipe_file import OLD, Recipe, Stage
+from fira.training.finish_marker import FINISHED
 
 FORMAT = 1  # part of the key; increment it when the same stage yields another result
 FOLDER = "stages"
@@ -101,30 +102,35 @@ def _paths(value: str) -> Iterator[Path]:
 def content_hash(path: Path) -> str | None:
     """The hash of a file, of all files in a folder, or of the newest checkpoint of a run; None if there is nothing.
 
-    The manifest of a checkpoint has the hashes of its other files.
+    Of the other files of a run, only the presence counts: its log has times, which differ if the run is repeated.
     """
-    if (path / "checkpoints").is_dir():
-        newest = preferred_folders(path / "checkpoints")[:1]
-        files = [folder / MANIFEST for folder in newest]
-    else:
-        files = [path] if path.is_file() else sorted(found for found in path.rglob("*") if found.is_file())
+    folder = next(iter(preferred_folders(path / "checkpoints")), None) if (path / "checkpoints").is_dir() else path
+    if folder is None:
+        return None
+    files = [folder] if folder.is_file() else sorted(found for found in folder.rglob("*") if found.is_file())
     names = [str(file.relative_to(path)) for file in files]
+    if folder != path:
+        names += [name for name in (FINISHED, LOG_NAME) if (path / name).is_file()]
     return content_key(cache_folder(), files, names, progress=False) if files else None
 
 
 def begin(recipe: Recipe, stage: Stage, ranks: int) -> State:
     """Write the record of a stage that starts, and return its state before.
 
-    An output that the stage had with another key is kept as NAME.old. Raises UserError if there is one without record.
+    An output that the stage had with another key is kept as NAME.old, but an incomplete one does not replace a complete
+    one there. Raises UserError if there is an output without record.
     """
     state, output = state_of(recipe, stage), recipe.output(stage.name)
     if state is State.NEW and output.exists():
         raise UserError(f"{output} exists, and no run of this recipe wrote it; move it away, or give another --out")
     with errors_naming(output):
         if state is State.CHANGED and output.exists():
-            old = output.with_name(f"{output.name}{OLD}")
-            _remove(old)
-            output.rename(old)
+            found, old = read_record(recipe, stage), output.with_name(f"{output.name}{OLD}")
+            if found and found.output is None and old.exists():
+                _remove(output)
+            else:
+                _remove(old)
+                output.rename(old)
         _remove(partial_output(recipe, stage).parent)
         partial_output(recipe, stage).parent.mkdir(parents=True)
     before = read_record(recipe, stage) if state is State.STARTED else None

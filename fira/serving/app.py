@@ -81,7 +81,8 @@ def create_app(model: ServedModel, scheduler: Scheduler, key: str | None, origin
         model.check_name(name)
         return description()
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
     async def health() -> JSONResponse:
         running, waiting = scheduler.load()
         alive = scheduler.is_alive()

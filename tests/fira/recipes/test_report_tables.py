@@ -19,7 +19,7 @@ def recipe(tmp_path: Path) -> Recipe:
     results = {
         "a": [
             TaskScores("t", 4, {"acc": Score(0.25, 0.1)}, chance=0.25),
-            TaskScores("u", 1, {"exact_match": Score(1, None)}, answers=(GeneratedAnswer(ASKED, "<b>", " <b>"),)),
+            TaskScores("u", 1, {"exact_match": Score(1, None)}, answers=(GeneratedAnswer(ASKED, "<b>", " <b>", True),)),
         ],
         "b": [TaskScores("t", 4, {"acc": Score(0.5, 0.1)}, chance=0.25)],
     }

@@ -14,11 +14,11 @@ from fira.data.cache import total_size
 from fira.data.document_index import index_of, open_index
 from fira.data.packed import PackedTokens, Source, TokenSpan
 from fira.data.pieces import split_long
-from fira.data.shards import Shards, find_shards
 from fira.data.sources import input_files
 from fira.data.summary import summarise
 from fira.data.text_packing import PROGRESS, TextPacker, fraction
 from fira.data.text_stream import TextStream
+from fira.data.token_shards import Shards, find_shards
 from fira.data.tokenizer import TOKENIZER, library_errors, load_tokenizer, train_tokenizer
 from fira.errors import UserError
 from fira.progress_bar import progress_bar

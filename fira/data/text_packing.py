@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 from fira import files
 from fira.data.packed import TokenWriter
 from fira.data.pieces import encode_documents
-from fira.data.shards import VALIDATION
 from fira.data.summary import Summary
 from fira.data.text_stream import TextStream
+from fira.data.token_shards import VALIDATION
 from fira.data.tokenizer import eos_id
 from fira.errors import UserError
 from fira.json_reader import array as array_of

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from fira.data.mixture import parse_mixture
-from fira.data.shards import find_shards
 from fira.data.tiktoken_tokenizer import is_tiktoken, tiktoken_file
+from fira.data.token_shards import find_shards
 from fira.data.tokenizer import TOKENIZER
 
 

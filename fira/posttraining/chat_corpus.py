@@ -21,8 +21,8 @@ from fira.data.cache import cache_folder, cached, content_key, total_size
 from fira.data.chat_template import Chat, ChatTemplate
 from fira.data.compression import Advance
 from fira.data.mixture import parse_mixture
-from fira.data.shards import VALIDATION
 from fira.data.sources import input_files
+from fira.data.token_shards import VALIDATION
 from fira.data.tokenizer import TOKENIZER, load_tokenizer, vocabulary, with_role_tokens
 from fira.data.tokenizer_config import CHAT_TEMPLATE, TOKENIZER_CONFIG, TokenizerConfig, read_config_beside
 from fira.errors import UserError

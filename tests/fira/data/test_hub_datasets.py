@@ -25,9 +25,9 @@ def calls(tmp_path, monkeypatch) -> list[tuple[str, dict[str, Any]]]:
     made: list[tuple[str, dict[str, Any]]] = []
     load = datasets.load_dataset
 
-    def load_dataset(name: str, **options: Any) -> Any:
-        made.append((name, options))
-        if name == "org/missing":
+    def load_dataset(path: str, **options: Any) -> Any:
+        made.append((path, options))
+        if path == "org/missing":
             raise FileNotFoundError("no such dataset")
         files = sorted(map(str, tmp_path.glob("?.parquet")))
         return load("parquet", data_files=files, split="train", streaming=options.get("streaming", False))

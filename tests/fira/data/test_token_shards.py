@@ -7,7 +7,7 @@ import pytest
 
 from fira.data.document_index import index_of
 from fira.data.packed import PackedTokens, TokenSpan
-from fira.data.shards import Shards, find_shards
+from fira.data.token_shards import Shards, find_shards
 from fira.errors import UserError
 from tests.fira.data.test_token_files import FIXTURES, INDEXED, MEGATRON, documents, llm_c
 

@@ -102,7 +102,7 @@ def reading_errors(path: Path, member: str | None = None) -> Iterator[None]:
     except UnicodeDecodeError as error:
         byte, encoding = error.object[error.start], error.encoding.upper()
         where = f"{path}: {member}" if member else f"{path}, line {_undecodable_line(path, error.encoding)}"
-        raise UserError(f"{where}: byte 0x{byte:02x} is not {encoding}; convert the file to UTF-8 with iconv") from None
+        raise UserError(f"{where}: byte 0x{byte:02x} is not {encoding}; convert the text to UTF-8 with iconv") from None
     except tarfile.TarError as error:
         raise UserError(f"{path}: not a complete tar archive ({one_line(error)}); download it again") from None
     except OSError as error:

@@ -202,14 +202,6 @@ def test_rish_config_accepts_names_of_transformers() -> None:
         FiraLMConfig(shape={"family": "mooshak"}, num_experts=3)
 
 
-def test_classes_are_imported_from_transformers() -> None:
-    """As in the document of Rish AI."""
-    from transformers import RishAIConfig as Config
-    from transformers import RishAIModel as Model
-
-    assert (Config, Model) == (RishAIConfig, RishAIModel)
-
-
 def test_flash_attention_is_refused_only_because_its_package_is_missing() -> None:
     config = RishAIConfig(shape=to_document(small("rish")))
     with pytest.raises(ImportError, match=r"kernels|FlashAttention2"):  # transformers looks for both packages

@@ -21,7 +21,7 @@ from fira.errors import UserError
 LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes; NAME_MAX and PATH_MAX of Linux
 LONGEST_SHOWN = 80  # characters
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, sys.float_info.max
-SMALLEST_FP32 = 2.0**-126  # without a loss of digits
+SMALLEST_FP32 = 1.2e-38  # without a loss of digits
 
 
 class Allowed(Protocol):

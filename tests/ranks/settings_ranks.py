@@ -30,7 +30,7 @@ from fira.cli import Parser
 from fira.devices import choose_devices, choose_precision
 from fira.errors import UserError
 from fira.models.registry import PRESETS, build
-from fira.optim.lr_schedule import LR_SCHEDULES
+from fira.optim.lr_schedule import LR_SCHEDULES, WARMUP_SHAPES
 from fira.optim.settings import OPTIMIZERS
 from fira.training import run_folder
 from fira.training.config import TrainConfig
@@ -62,6 +62,9 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "local_devices": st.sampled_from(["cpu", "cpu,cpu", "cuda:0", "meta", "cpu,cuda:0", ",", "mps", "cpu:7", "cpu:-1"]),
     "recompute": st.sampled_from(["none", "full", "auto", "3"]),
     "lr_schedule": st.sampled_from(LR_SCHEDULES),
+    "warmup_shape": st.sampled_from(WARMUP_SHAPES),
+    "track": st.sampled_from(["tensorboard", "tensorboard,trackio"]),
+    "sample_prompts": st.just(__file__),
     "optimizer": st.sampled_from(OPTIMIZERS),
     "shard": st.just("optimizer"),
     **dict.fromkeys(("beta1", "beta2", "lr_decay", "distill_beta", "min_lr", "eps"), st.sampled_from([0.1, 0.5, 0.9])),
@@ -135,7 +138,8 @@ def set_up(words: list[str]) -> None:
     parser.add_verbosity()
     options = vars(parser.parse_args(["--plan", "none", *words]))
     config = TrainConfig(**{name: options[name] for name in asdict(TrainConfig())})
-    stored = {name: value for name, value in asdict(config).items() if value is not None and name != "override"}
+    unused = ("override", "model") if config.init else ("override",)
+    stored = {name: value for name, value in asdict(config).items() if value is not None and name not in unused}
     assert tomllib.loads(config.to_toml()) == stored | asdict(config.recipe())
     with run_folder.claim(config):
         pass

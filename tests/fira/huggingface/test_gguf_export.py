@@ -224,5 +224,5 @@ def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for module in [name for name in sys.modules if name.startswith("fira.huggingface.gguf_")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(UserError, match=r"needs the package gguf; pip install \.\[gguf\]"):
+    with pytest.raises(UserError, match=r"needs the package gguf; pip install -e '\.\[gguf\]'"):
         export(step, tmp_path / "out", "gguf")

@@ -85,7 +85,7 @@ def test_missing_package_is_an_error_also_next_to_a_folder_of_its_name(
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if "PathFinder" in str(finder)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with pytest.raises(UserError, match=r"--track wandb needs the package wandb; pip install \.\[wandb\]"):
+    with pytest.raises(UserError, match=r"--track wandb needs the package wandb; pip install -e '\.\[wandb\]'"):
         check_packages("wandb")
 
 

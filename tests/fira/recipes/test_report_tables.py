@@ -50,3 +50,13 @@ def test_losses_and_answers_are_in_evaluation_json(recipe):
     assert document["texts"]["x/y.txt"]["loss"] == 2.0
     assert document["tasks"]["u"]["answers"] == [{"prompt": ASKED, "answer": "<b>", "generated": " <b>", "right": True}]
     assert "answers" not in document["tasks"]["t"]
+
+
+def test_texts_and_questions_of_the_same_name_are_kept_apart(recipe):
+    found = evaluations(recipe)
+    found[1].texts["z/y.txt"] = {"bits_per_byte": 3.5, "tokens": 10}
+    other = {"prompt": "2 < 1?", "answer": "no", "generated": "no", "right": True}
+    found[1].tasks["u"] = found[0].tasks["u"] | {"answers": [other]}
+    table = scores(found)
+    assert table.index("x/y.txt · bits per byte") < table.index("z/y.txt · bits per byte")
+    assert answers(found).count("<table") == 2

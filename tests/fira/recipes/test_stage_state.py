@@ -7,7 +7,7 @@ import pytest
 
 from fira.errors import UserError
 from fira.recipes.recipe_file import Recipe, read_recipe
-from fira.recipes.stage_state import begin, complete, interrupt, partial_output, read_record, state_of
+from fira.recipes.stage_state import begin, complete, content_hash, interrupt, partial_output, read_record, state_of
 
 CONTENT = """
 [stages.a]
@@ -133,3 +133,35 @@ def test_the_durations_of_attempts_are_added(folder):
     entry = read_record(recipe, first)
     assert entry is not None
     assert 25 <= entry.seconds < 26
+
+
+def write_run(folder: Path) -> Path:
+    """The files of a finished training run whose weights are those of step 2."""
+    step = folder / "checkpoints" / "step-000002"
+    step.mkdir(parents=True)
+    for path in (step / "manifest.json", step / "model.safetensors", folder / "finished.json"):
+        path.write_text(path.name)
+    (folder / "training_log.csv").write_text(f"iter,seconds\n2,{time.monotonic()}\n")
+    return folder
+
+
+@pytest.mark.parametrize("damaged", ["checkpoints/step-000002/model.safetensors", "finished.json", "training_log.csv"])
+def test_damage_of_a_run_is_a_change_and_its_times_are_not(folder, damaged):
+    one, other = write_run(folder / "run"), write_run(folder / "same")
+    assert content_hash(one) == content_hash(other) is not None
+    (other / damaged).unlink()
+    assert content_hash(one) != content_hash(other)
+    if damaged.endswith("safetensors"):
+        (other / damaged).write_text("x")
+        assert content_hash(one) != content_hash(other)
+
+
+def test_an_incomplete_output_does_not_replace_a_complete_one(folder):
+    recipe = recipe_in(folder)
+    run_all(recipe)
+    changed = recipe_in(folder, "size = 1", "size = 2")
+    begin(changed, changed.stages[2], 1)
+    (folder / "out" / "c").mkdir()  # as a training run that is killed leaves it
+    begin(recipe, recipe.stages[2], 1)
+    assert (folder / "out" / "c.old" / "two.txt").exists()
+    assert not (folder / "out" / "c").exists()

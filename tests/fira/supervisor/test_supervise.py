@@ -130,15 +130,20 @@ def test_the_run_follows_the_hosts(tmp_path: Path):
     jobs = ["train 10", "save 20; train 25", "save 30; train 40", "finish"]
     run = supervisor(tmp_path, *jobs, hosts=str(hosts), elastic="1:4")
 
+    def write(text: str) -> None:
+        """At once: between truncating and writing, the file would have no hosts."""
+        (tmp_path / "new").write_text(text)
+        (tmp_path / "new").replace(hosts)
+
     def change_hosts() -> None:
         until(lambda: (tmp_path / "run" / "training_log.csv").exists())
-        hosts.write_text("node2:1\n")
+        write("node2:1\n")
         until(lambda: "step-000020" in (tmp_path / "run" / "checkpoints" / "latest").read_text())
-        hosts.write_text("")
+        write("")
         until(lambda: any(event["event"] == "wait" for event in events(tmp_path)))
-        hosts.write_text("node1:2\n")
+        write("node1:2\n")
         until(lambda: "step-000030" in (tmp_path / "run" / "checkpoints" / "latest").read_text())
-        hosts.write_text("node1:2\nnode3:1\n")
+        write("node1:2\nnode3:1\n")
 
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "latest").write_text("")

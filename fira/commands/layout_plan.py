@@ -48,7 +48,7 @@ def plan(config: TrainConfig, options: Namespace, world: pipeline.World | None) 
                 f"--timeline: {best.candidate.schedule} over {best.candidate.layout.pp} ranks is not simulated"
             )
         title = command_line(best.candidate, [])
-        timeline, phases, rows = step_timeline(best, best.timeline)
+        timeline, phases, rows = step_timeline(best)
         print("picture:", write_timeline(timeline, options.timeline, title, phases, rows))
 
 

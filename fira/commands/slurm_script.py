@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fira.training.finish_marker import FINISHED
+
 # SIGTERM is not used, because scancel sends it as well, and a cancelled job must not be requeued.
 BODY = """
 export PATH={path}:"$PATH"{threads}
@@ -70,6 +72,6 @@ def job_script(job: SlurmJob) -> str:
         path=shlex.quote(str(Path(sys.executable).parent)),
         threads=THREADS if job.cpus_per_rank else "",
         command=shlex.join(job.command),
-        finished=shlex.quote(f"{job.out}/finished.json"),
+        finished=shlex.quote(f"{job.out}/{FINISHED}"),
     )
     return "\n".join(["#!/bin/bash", *directives, f"# {job.comment}", *body.split("\n")[1:]])

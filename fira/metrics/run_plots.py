@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fira.errors import UserError
-from fira.json_reader import mapping, number, read, record
+from fira.metrics.baselines import read_baselines
 from fira.metrics.comparison_plot import draw_comparison
 from fira.metrics.csv_log import LOG_NAME, read_log
 from fira.metrics.events import read_events
@@ -28,7 +28,7 @@ def plot_files(paths: Sequence[Path], out: Path | None = None) -> Path:
         name = file.resolve().parent.name if is_run else file.stem
         marks = marks_of(read_events(file.parent)) if is_run else []
         runs[str(file) if name in runs else name] = PlottedRun(read_log(file, first=0), marks)
-    baselines = [_read_baselines(file.with_name("data.json")) for file in files]
+    baselines = [read_baselines(file.parent) for file in files]
     shared = {name: loss for name, loss in baselines[0].items() if all(other.get(name) == loss for other in baselines)}
     if out is None:
         out = files[0].with_name("training_progress.png") if len(files) == 1 else Path("comparison.png")
@@ -50,11 +50,3 @@ def plot_runs(runs: Mapping[str, PlottedRun], out: Path, baselines: Mapping[str,
         save_png(draw_run(name, run, baselines), out)
     else:
         save_png(draw_comparison(finite, baselines), out)
-
-
-def _read_baselines(path: Path) -> dict[str, float]:
-    """Read `{"baselines": {name: loss}}` from a data.json; empty where the file or the key does not exist."""
-    if not path.exists():
-        return {}
-    baselines: dict[str, float] = read(path, record({}, {"baselines": mapping(number())})).get("baselines", {})
-    return baselines

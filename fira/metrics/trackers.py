@@ -73,16 +73,15 @@ class Trackers:
     """
 
     def __init__(self, names: str | None, out: Path, settings: Mapping[str, Any], first: int) -> None:
-        self._requested, self._out, self._settings = parse_names(names), out, settings
+        self._out, self._settings = out, settings
         self._open: dict[str, Tracker] = {}
-        self._start(first)
+        self._start(parse_names(names), first)
 
-    def _start(self, first: int) -> None:
-        name = _run_name(self._out, first) if self._requested else ""
-        for tracker in self._requested:
+    def _start(self, trackers: Sequence[str], first: int) -> None:
+        name = _run_name(self._out, first) if trackers else ""
+        for tracker in trackers:
             with self._reported(tracker):
                 self._open[tracker] = _adapter(tracker)(self._out, name, self._settings, first)
-        self._requested = list(self._open)
 
     def row(self, row: Row) -> None:
         """Write a row of the training log."""
@@ -100,8 +99,7 @@ class Trackers:
     def rewind(self, step: int) -> None:
         """Continue after an earlier step, because the later ones will be repeated."""
         self._each(lambda tracker: tracker.close())
-        self._requested = list(self._open)
-        self._start(step + 1)
+        self._start(list(self._open), step + 1)
 
     def finish(self, step: int) -> list[str]:
         """Write the pictures in the run folder, and end. Return how to view the run in each tracker."""

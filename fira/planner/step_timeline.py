@@ -18,12 +18,14 @@ class StepTimeline(NamedTuple):
     rows: list[str]
 
 
-def step_timeline(estimate: Estimate, timeline: Timeline) -> StepTimeline:
-    """Return the timeline of a step from that of one of its pipelines.
+def step_timeline(estimate: Estimate) -> StepTimeline:
+    """Return the timeline of a step from that of one of its pipelines, which must have been simulated.
 
     The optimizer begins when the gradients of all ranks have been reduced. The replicas of a pipeline rank do the same
     at the same time.
     """
+    timeline = estimate.timeline
+    assert timeline is not None
     dp, world = estimate.candidate.layout.dp, estimate.candidate.layout.world
     ranks = [[rank] for rank in range(world)] if world <= MAX_RANKS else _by_pipeline_rank(world, dp)
     spans = [timeline.spans[group[0] // dp] for group in ranks]

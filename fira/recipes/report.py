@@ -2,6 +2,7 @@
 
 import os
 import platform
+from contextlib import suppress
 from datetime import datetime
 from html import escape
 from importlib.metadata import version
@@ -12,7 +13,7 @@ import torch
 from fira.checkpoint.pretrained import open_saved, stored_config
 from fira.errors import UserError
 from fira.files import replace
-from fira.json_reader import mapping, number, read, record
+from fira.metrics.baselines import read_baselines
 from fira.metrics.csv_log import LOG_NAME, read_log
 from fira.models.registry import build, family_of
 from fira.recipes import report_figures, report_tables
@@ -85,11 +86,9 @@ def _facts(runs: list[Path], ranks: int) -> str:
 
 def _baselines(run: Path) -> dict[str, float]:
     """The losses of the n-gram models on the data of a run; empty if there are none."""
-    try:
-        content = read(run / "data.json", record({}, {"baselines": mapping(number())}))
-    except UserError:
-        return {}
-    return dict(content.get("baselines", {}))
+    with suppress(UserError):
+        return read_baselines(run)
+    return {}
 
 
 def size(path: Path) -> int:

@@ -44,11 +44,10 @@ INHERITED = [
     *("model", "model_set", "data", "objective", "text_column", "tokenizer", "vocab_size", "seq_len", "document_mask"),
     *("batch_size", "micro_batch_size", "steps", "lr", "min_lr", "warmup", "warmup_shape", "lr_schedule", "lr_decay"),
     *("optimizer", "embedding_lr_scale", "router_lr_scale", "beta1", "beta2", "eps", "weight_decay", "cautious_decay"),
-    *("clip", "precision", "seed"),
+    *("clip", "precision", "seed", "sample_prompts", "sample_every", "track"),
     *("dpo_loss", "dpo_beta", "teacher", "teacher_top_k", "teacher_online", "distill_beta", "distill_temperature"),
     *("on_policy", "group_size", "answer_after", "answer_tokens", "init", "lora", "threads"),
     *("eval_every", "eval_sequences", "eval_tasks", "eval_tasks_every", "save_every", "keep", "on_spike"),
-    *("sample_prompts", "sample_every", "track"),
 ]
 # Settings that earlier versions did not store.
 EARLIER = {**asdict(OptimizerSettings()), "lr_schedule": "cosine", "warmup_shape": "linear", "document_mask": False}

@@ -1,6 +1,5 @@
 """One run folder as JSON for the page. Files that are missing, incomplete or invalid are left out."""
 
-import json
 import time
 from contextlib import suppress
 from datetime import datetime
@@ -10,6 +9,7 @@ from typing import Any
 from fira import files
 from fira.errors import UserError
 from fira.json_reader import complete_objects
+from fira.metrics.baselines import read_baselines
 from fira.metrics.csv_log import LOG_NAME
 from fira.metrics.events import read_events
 from fira.metrics.run_marks import marks_of
@@ -107,9 +107,8 @@ class FollowedRun:
         return None
 
     def _baselines(self) -> dict[str, float]:
-        with suppress(UserError, ValueError, AttributeError):
-            found = json.loads(files.read(self.folder / "data.json")).get("baselines", {})
-            return {str(name): float(loss) for name, loss in found.items()}
+        with suppress(UserError):
+            return read_baselines(self.folder)
         return {}
 
     def _timeline(self) -> list[list[list[Any]]] | None:

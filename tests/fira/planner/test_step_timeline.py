@@ -17,7 +17,7 @@ def inputs(tiny, hardware, round_costs) -> PlanInputs:
 
 def test_replicas_have_rows_and_the_optimizer_begins_after_the_last_reduction(inputs):
     estimate = predict(CandidateCosts(inputs, Candidate(Layout(2, 2, 1), "1f1b", 1, 2, 0)))
-    timeline, phases, rows = step_timeline(estimate, estimate.timeline)
+    timeline, phases, rows = step_timeline(estimate)
     assert rows == ["rank 0", "rank 1", "rank 2", "rank 3"]
     one = estimate.timeline.spans
     assert timeline.spans == (one[0], one[0], one[1], one[1])  # replicas of a stage have neighbouring ranks
@@ -32,13 +32,13 @@ def test_replicas_have_rows_and_the_optimizer_begins_after_the_last_reduction(in
 
 def test_one_replica_has_no_reduction(inputs):
     estimate = predict(CandidateCosts(inputs, Candidate(Layout(2, 1, 1), "1f1b", 1, 2, 0)))
-    _, phases, _ = step_timeline(estimate, estimate.timeline)
+    _, phases, _ = step_timeline(estimate)
     assert [phase.name for phase in phases] == ["optimizer"] * 2
 
 
 def test_replicas_of_many_ranks_share_a_row(inputs):
     estimate = predict(CandidateCosts(inputs, Candidate(Layout(2, 2000, 1), "1f1b", 1, 2, 0)))
-    timeline, phases, rows = step_timeline(estimate, estimate.timeline)
+    timeline, phases, rows = step_timeline(estimate)
     assert rows == ["ranks 0–1,999", "ranks 2,000–3,999"]
     assert len(timeline.spans) == 2
     assert {phase.rank for phase in phases} == {0, 1}

@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     print_counts(summary)
     if options.out:
         copy_files(corpus, Path(options.out))
-    print(f"{'kept in':>15}  {corpus.folder}\n\nTrain on it:\n{shlex.join(training_command(options))}")
+    print(f"{'kept in':>15}  {corpus.folder}")
+    if not options.quiet:
+        print(f"\nTrain on it:\n{shlex.join(training_command(options))}")
 
 
 def add_arguments(parser: cli.Parser) -> None:

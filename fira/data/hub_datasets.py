@@ -34,9 +34,8 @@ def dataset_files(data: str) -> list[Path]:
 
     Raises UserError if `data` is no name of a dataset, or if there is no such dataset.
     """
-    missing, path = f"{data}: no such file or folder", Path(data)
-    like_a_file = has_reader(path) or is_archive(path) or format_of(path) in (".txt", ".md")
-    if like_a_file or not (found := NAME.fullmatch(data)):
+    missing = f"{data}: no such file or folder"
+    if not (found := parse_name(data)):
         raise UserError(f"{missing}; check the path")
     name, config, count = found.groups()
     sample = cache_folder() / "samples" / f"{_key(data)}.parquet"
@@ -59,6 +58,13 @@ def dataset_files(data: str) -> list[Path]:
     except Exception as error:  # of the network, of which each library has its own
         raise UserError(f"{data}: the stream ended early ({one_line(error)}); try again") from None
     return [sample]
+
+
+def parse_name(data: str) -> re.Match[str] | None:
+    """Match the name of a dataset, its configuration and the size of the sample; None if `data` looks like a file."""
+    path = Path(data)
+    like_a_file = has_reader(path) or is_archive(path) or format_of(path) in (".txt", ".md")
+    return None if like_a_file else NAME.fullmatch(data)
 
 
 def _key(data: str) -> str:

@@ -19,6 +19,7 @@ class TimeLeft:
     def __init__(self, recipe: Recipe) -> None:
         records = {stage.name: read_record(recipe, stage) for stage in recipe.stages}
         self._measured = {name: entry.seconds for name, entry in records.items() if entry and entry.output}
+        self._interrupted = {name: entry.seconds for name, entry in records.items() if entry and not entry.output}
         self._left = {stage.name: stage for stage in recipe.stages}
         self._expected_s: defaultdict[str, float] = defaultdict(float)  # of the stages that have ended, by command
         self._taken_s: defaultdict[str, float] = defaultdict(float)
@@ -51,7 +52,8 @@ class TimeLeft:
             return self._measured[stage.name]
         expected_s = self._expected_s[stage.command]
         scale = self._taken_s[stage.command] / expected_s if expected_s else 1.0
-        return None if stage.seconds is None else stage.seconds * scale
+        done = self._interrupted.get(stage.name, 0.0) if stage.command == "train" else 0.0  # others start again
+        return None if stage.seconds is None else max(0.0, stage.seconds * scale - done)
 
 
 def _interval(seconds: float) -> str:

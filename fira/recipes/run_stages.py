@@ -26,6 +26,7 @@ from fira.checkpoint.ranks import gather, gather_results, this_rank
 from fira.errors import UserError
 from fira.recipes.eta import TimeLeft
 from fira.recipes.recipe_file import Recipe, Stage
+from fira.recipes.stage_inputs import check_inputs
 from fira.recipes.stage_state import State, begin, complete, interrupt, partial_output, state_of
 from fira.supervisor.job import LIBC, PR_SET_PDEATHSIG
 from fira.training.finish_marker import FINISHED
@@ -57,6 +58,7 @@ def run_stages(recipe: Recipe, world: World, commands: Commands) -> bool:
     Raises UserError if a stage fails; the following ones are not started.
     """
     with _lock(recipe):
+        _on_rank_0(lambda: check_inputs(recipe))
         left = TimeLeft(recipe)
         return all(_run_stage(recipe, stage, world, commands, left) for stage in recipe.stages)
 
@@ -77,7 +79,7 @@ def _run_stage(recipe: Recipe, stage: Stage, world: World, commands: Commands, l
             logger.info("%s: stopped by a signal; the same command continues it", label)
             return False
         seconds = _on_rank_0(lambda: complete(recipe, stage, started)).seconds
-    left.finish(stage, time.monotonic() - started)
+    left.finish(stage, seconds)
     logger.info("%s: took %s", label, tqdm.format_interval(round(seconds)))
     return True
 

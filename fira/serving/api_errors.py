@@ -11,6 +11,14 @@ from starlette.exceptions import HTTPException
 from fira.errors import UserError
 from fira.serving.scheduler import SHUTTING_DOWN, QueueFullError, ShuttingDownError
 
+_ERROR = {"type": "object", "properties": {name: {} for name in ("message", "type", "param", "code")}}
+_BODY = {"type": "object", "properties": {"error": _ERROR}, "required": ["error"]}
+# For /openapi.json. FastAPI would declare status 422 for invalid requests, which are answered with 400.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": description, "content": {"application/json": {"schema": _BODY}}}
+    for status, description in (("4XX", "The request is not valid."), ("5XX", "The server cannot answer."))
+}
+
 
 class APIError(Exception):
     """An error that the client receives. param: field of the request. code: identifier of the error for programs."""

@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from fira.serving.api_answers import Answer
-from fira.serving.api_errors import add_error_handlers
+from fira.serving.api_errors import ERROR_RESPONSES, add_error_handlers
 from fira.serving.api_requests import ChatRequest, CompletionRequest, GenerationRequest
 from fira.serving.choice import Choice
 from fira.serving.middleware import LimitBody, LogRequests, RequireKey
@@ -42,7 +42,7 @@ def create_app(model: ServedModel, scheduler: Scheduler, key: str | None, origin
         await run_in_threadpool(scheduler.close)
 
     # The documentation pages of FastAPI would load scripts from another server.
-    app = FastAPI(title="Fira", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Fira", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERROR_RESPONSES)
     add_error_handlers(app)
     app.add_middleware(LimitBody, limit=BODY_BYTES)
     if key:

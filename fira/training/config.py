@@ -200,9 +200,7 @@ class TrainConfig:
         None,
         "MIN:MAX: start this many ranks with mpirun or srun, and restart them after a failure, also with fewer or more",
     )
-    max_restarts: Steps | None = _option(
-        None, "successive restarts without a newer checkpoint before the run ends; default: 3"
-    )
+    max_restarts: Steps | None = _option(None, "successive restarts without a newer checkpoint; default: 3")
     hosts: PathName | None = _option(
         None, "with --elastic: available hosts, as a host file of mpirun or a program that prints one"
     )
@@ -214,6 +212,8 @@ class TrainConfig:
         for setting in fields(self):
             check(f"--{setting.name.replace('_', '-')}", getattr(self, setting.name), setting.type)
         self.recomputed()  # raises UserError if `recompute` is invalid
+        if self.init and self.model != TrainConfig.model:
+            raise UserError(f"--model {self.model}: the model is that of --init; omit one of the flags")
         if self.adapters() and not self.init:
             raise UserError("--lora: no model to adapt; give a run, a checkpoint or an exported folder as --init")
         if self.on_policy and not (self.objective == "distill" and self.teacher_online):

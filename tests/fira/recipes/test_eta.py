@@ -7,7 +7,7 @@ import pytest
 
 from fira.recipes.eta import TimeLeft, overview
 from fira.recipes.recipe_file import read_recipe
-from fira.recipes.stage_state import begin, complete
+from fira.recipes.stage_state import begin, complete, interrupt
 
 SECONDS = {"a": "seconds = 10", "b": "seconds = 60", "c": ""}
 COMMANDS = {"a": "x", "b": "x", "c": "x"}
@@ -54,3 +54,14 @@ def test_a_stage_takes_as_long_as_before(recipe):
         "b      x        new    about 01:00",
         "c      x        done   01:30",
     ]
+
+
+def test_a_run_that_was_stopped_takes_the_rest_of_its_time(tmp_path):
+    (tmp_path / "r.toml").write_text(content(COMMANDS | {"b": "train"}))
+    recipe = read_recipe(tmp_path / "r.toml", str(tmp_path / "out"), lambda command, arguments: None)
+    a, b, _ = recipe.stages
+    for stage in (a, b):
+        begin(recipe, stage, 1)
+        interrupt(recipe, stage, time.monotonic() - 8)
+    assert TimeLeft(recipe).describe(a) == ", about 00:10; the recipe ends in at least 01:02"  # it starts again
+    assert TimeLeft(recipe).describe(b) == ", about 00:52; the recipe ends in at least 01:02"

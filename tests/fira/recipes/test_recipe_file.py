@@ -8,6 +8,7 @@ import pytest
 from fira.commands.recipe import check_arguments, main
 from fira.errors import UserError
 from fira.recipes.recipe_file import Recipe, read_recipe
+from fira.recipes.stage_inputs import check_inputs
 from tests.launch import ROOT
 
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
@@ -88,3 +89,22 @@ def test_a_mistake_is_one_line_that_names_the_place(tmp_path, content, message):
         read(tmp_path, content)
     assert str(error.value).startswith(str(tmp_path / "r.toml"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing"),
+    [
+        ('command = "train"\ndata = "chats.jsonl=0.5,{a}/x.jsonl=0.5"', "data chats.jsonl"),
+        ('command = "train"\ninit = "runs/gone"', "init runs/gone"),
+        ('command = "evaluate"\ncheckpoint = "{a}"\ndata = ["{a}/x.txt", "y.txt"]', "data y.txt"),
+        ('command = "evaluate"\ncheckpoint = "{a}"\ntasks = "arc_easy,q.jsonl"', "tasks q.jsonl"),
+    ],
+)
+def test_missing_files_are_found_before_the_first_stage(tmp_path, flags, missing):
+    recipe = read(tmp_path, f"{TRAIN}[stages.b]\n{flags}")
+    with pytest.raises(UserError, match=f"stage b: {missing}: no such file or folder"):
+        check_inputs(recipe)
+
+
+def test_names_of_datasets_and_outputs_of_stages_need_no_file(tmp_path):
+    check_inputs(read(tmp_path, TWO + 'data = ["org/name:config[:100]", "{a}/x.txt"]\ntasks = "arc_easy"'))

@@ -67,6 +67,7 @@ INVALID_FLAGS = {
     "--init runs --lora rank=0,alpha=16,targets=head": "targets=head: give an integer from 1 to 262,144, not '0'",
     "--init runs --lora rank=8,alpha=16,targets=mlp": "no target 'mlp'; the targets are attention, experts, head",
     "--init runs --lora rank=8,targets=head": "give rank, alpha and targets once each, as in rank=8,alpha=16,targets=",
+    "--init runs/a --model rish-tiny": "--model rish-tiny: the model is that of --init",
     "--lora rank=8,alpha=16,targets=head": "--lora: no model to adapt; give a run",
     "--plan maybe": "invalid choice: 'maybe'",
     "--seq-len 100000": "--seq-len",

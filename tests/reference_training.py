@@ -55,9 +55,10 @@ def learning_rate(step: int, s: Settings) -> float:
     return s.low + (s.peak - s.low) * (math.cos(angle) + 1) / 2
 
 
-def is_vector(name: str, value: Tensor) -> bool:
-    """Whether weight decay excludes a parameter; experts' parameters have one dim more, which counts the experts."""
-    return value.dim() - (name.rsplit(".", 1)[1] in ("w1", "b1", "w2", "b2")) < 2
+def is_decayed(name: str, value: Tensor) -> bool:
+    """Whether weight decay applies: to matrices that are no embeddings, with one dim more if they are experts'."""
+    table = name.endswith(("token.weight", "position.weight"))
+    return value.dim() - (name.rsplit(".", 1)[1] in ("w1", "b1", "w2", "b2")) >= 2 and not table
 
 
 def train(family: str, config: Any, initial: Parameters, ids: np.ndarray, s: Settings) -> dict[str, Any]:
@@ -65,8 +66,8 @@ def train(family: str, config: Any, initial: Parameters, ids: np.ndarray, s: Set
     model = FAMILIES[family]
     p = {name: value.double().clone().requires_grad_() for name, value in initial.items()}
     groups = [
-        {"params": [v for n, v in p.items() if not is_vector(n, v)], "weight_decay": s.weight_decay},
-        {"params": [v for n, v in p.items() if is_vector(n, v)], "weight_decay": 0.0},
+        {"params": [v for n, v in p.items() if is_decayed(n, v)], "weight_decay": s.weight_decay},
+        {"params": [v for n, v in p.items() if not is_decayed(n, v)], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, foreach=False)
     rows = []

@@ -9,9 +9,9 @@ OPTIMIZERS = ("adamw", "muon")
 class OptimizerSettings:
     """Names and defaults are those of the flags of train.py.
 
-    optimizer: "adamw", or "muon" for the matrices of the blocks. weight_decay: of matrices. cautious_decay: of those
-    elements of a matrix that the update moves towards zero only. embedding_lr_scale, router_lr_scale: factors of the
-    learning rate, for embeddings of tokens and for routers.
+    optimizer: "adamw", or "muon" for the matrices of the blocks. weight_decay: of matrices other than embeddings.
+    cautious_decay: of those elements of a matrix that the update moves towards zero only. embedding_lr_scale,
+    router_lr_scale: factors of the learning rate, for embeddings of tokens and for routers.
     """
 
     optimizer: str = "adamw"

@@ -59,7 +59,7 @@ class ParamShard:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the parameter, or each expert's slice of it, is a matrix; weight decay applies to these only."""
+        """Whether the parameter, or each expert's slice of it, is a matrix."""
         return len(self.shape) - self.expert >= 2
 
     @property

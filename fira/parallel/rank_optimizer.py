@@ -63,6 +63,11 @@ def not_hidden(modules: Iterable[nn.Module]) -> set[Tensor]:
 
 
 def decayed_matrices(model: DistributedModel) -> list[ParamShard]:
-    """The matrices of the model, without the tables of value embeddings."""
-    tables = model.value_tables()
-    return [shard for shard in model.shards if shard.is_matrix and shard.name not in tables]
+    """The matrices of the model, without embeddings.
+
+    A row of an embedding has a gradient only if its token is read, so that decay would take rare rows to zero. A norm
+    divides by the size of its input: behind a row near zero gradients explode (OLMo et al. 2025, arXiv 2501.00656).
+    """
+    tables = {p for module in model.modules() if isinstance(module, TokenTable) for p in module.parameters()}
+    excluded = {shard.name for shard in model.shards if shard.parameter in tables} | model.value_tables()
+    return [shard for shard in model.shards if shard.is_matrix and shard.name not in excluded]

@@ -133,7 +133,7 @@ class TrainConfig:
     beta1: Fraction = _option(0.9, "decay rate of AdamW's average of gradients")
     beta2: Fraction = _option(0.95, "decay rate of AdamW's average of squared gradients")
     eps: InFp32 = _option(1e-8, "added to the denominator of AdamW")
-    weight_decay: NotNegative = _option(0.1, "weight decay of matrices")
+    weight_decay: NotNegative = _option(0.1, "weight decay of matrices other than embeddings")
     cautious_decay: bool = _option(False, "decay only those weights that the update moves towards zero")
     clip: NotNegative = _option(1.0, "maximum global gradient norm; 0: no clipping")
     pp: Size | None = _option(None, "pipeline stages")

@@ -39,6 +39,15 @@ class KVCache:
         self.states[place] = joined = room.narrow(2, 0, end)
         return joined
 
+    def row(self, row: int, length: int) -> "KVCache":
+        """The cache of one row, which holds its last `length` tokens; those before are padding."""
+        cache = KVCache()
+        cache.length = length
+        for name, state in self.states.items():
+            own = state[row : row + 1]
+            cache.states[name] = own[:, :, -length:] if name.endswith((".k", ".v")) else own
+        return cache
+
     def select(self, rows: Tensor) -> None:
         """Index the batch dimension by rows [B'] int64; rows may repeat."""
         self.states = {name: state.index_select(0, rows.to(state.device)) for name, state in self.states.items()}

@@ -2,7 +2,7 @@
 
 step          1    2    3    4    5    6
 text 0        ●    ●    ●    ●    ●    ●        ●  token that the batch decodes
-text 1        ○    ○    ●    ●    ●             ○  piece of a prompt, a forward pass of its own
+text 1        ○    ○    ●    ●    ●             ○  piece of a prompt, in another forward pass
 text 2                       ○    ●    ●
 """
 
@@ -34,6 +34,12 @@ class Text:
     experts: dict[int, Tensor] | None = None
     cache: KVCache | None = field(default_factory=KVCache)  # of the prompt, until the text joins the batch
 
+    @property
+    def length_read(self) -> int:
+        """Number of tokens of the prompt that have been processed, before the text joins the batch."""
+        assert self.cache is not None
+        return self.cache.length
+
 
 class RunningBatch:
     """A batch of at most `rows` texts. A text equals its continuation alone, apart from rounding errors.
@@ -59,14 +65,31 @@ class RunningBatch:
     @torch.inference_mode()
     def read_prompt(self, text: Text, limit: int) -> int | None:
         """Process at most `limit` further tokens of a prompt. After the last one, return the first new token."""
-        cache = text.cache
-        assert cache is not None
-        piece = text.tokens[cache.length : cache.length + limit]
-        context = Context(decoding=DecodingContext(cache, logits_to_keep=1))
-        logits = self.model(torch.tensor([piece], device=self.device), context)[:, -1]
-        if cache.length < len(text.tokens):
+        assert text.cache is not None
+        piece = text.tokens[text.length_read : text.length_read + limit]
+        logits = self.model(torch.tensor([piece], device=self.device), self._context(text.cache, [0]))[:, -1]
+        if text.length_read < len(text.tokens):
             return None
         return self._choose([text], logits)[0]
+
+    @torch.inference_mode()
+    def read_prompts(self, texts: Sequence[Text]) -> list[int]:
+        """Process whole prompts together. Return the first new token of each."""
+        longest = max(len(text.tokens) for text in texts)
+        starts = [longest - len(text.tokens) for text in texts]
+        padded = [[0] * start + text.tokens for start, text in zip(starts, texts, strict=True)]
+        cache = KVCache()
+        logits = self.model(torch.tensor(padded, device=self.device), self._context(cache, starts))[:, -1]
+        for row, text in enumerate(texts):
+            text.cache = cache.row(row, len(text.tokens))
+        return self._choose(texts, logits)
+
+    def _context(self, cache: KVCache, starts: list[int]) -> Context:
+        """Context of a forward pass whose rows begin with `starts` columns of padding."""
+        return Context(
+            starts=torch.tensor(starts, device=self.device) if any(starts) else None,
+            decoding=DecodingContext(cache, logits_to_keep=1),
+        )
 
     @torch.inference_mode()
     def join(self, text: Text) -> None:
@@ -88,11 +111,7 @@ class RunningBatch:
     def step(self) -> list[int]:
         """Decode one token of every text; return them in the order of `texts`."""
         last = torch.tensor([text.tokens[-1:] for text in self.texts], device=self.device)
-        starts = self.cache.starts()
-        context = Context(
-            starts=torch.tensor(starts, device=self.device) if any(starts) else None,
-            decoding=DecodingContext(self.cache, logits_to_keep=1),
-        )
+        context = self._context(self.cache, self.cache.starts())
         self._counted = self.texts
         try:
             logits = self.model(last, context)[:, -1]

@@ -131,13 +131,35 @@ class Scheduler:
         """Read prompts of waiting texts up to PROMPT_TOKENS, so that the running texts do not wait for long."""
         remaining = PROMPT_TOKENS
         while remaining > 0 and self._waiting and len(self._running) < self.rows:
-            choice = self._waiting[0]
-            assert choice.text.cache is not None
-            before = choice.text.cache.length
-            token = self._batch.read_prompt(choice.text, remaining)
-            remaining -= choice.text.cache.length - before
-            if token is None:
-                return
+            if together := self._short_prompts(remaining):
+                tokens = self._batch.read_prompts([choice.text for choice in together])
+                remaining -= len(together) * max(len(choice.prompt) for choice in together)
+            else:
+                together = [self._waiting[0]]
+                before = together[0].text.length_read
+                token = self._batch.read_prompt(together[0].text, remaining)
+                remaining -= together[0].text.length_read - before
+                if token is None:
+                    return
+                tokens = [token]
+            self._start(together, tokens)
+
+    def _short_prompts(self, limit: int) -> list[Choice]:
+        """The first waiting texts whose whole prompts, with padding to the longest, have at most `limit` tokens."""
+        found: list[Choice] = []
+        longest = 0
+        with self._changed:
+            for choice in self._waiting:
+                longest = max(longest, len(choice.prompt))
+                full = len(self._running) + len(found) == self.rows
+                if full or choice.text.length_read or (len(found) + 1) * longest > limit:
+                    break
+                found.append(choice)
+        return found
+
+    def _start(self, choices: Sequence[Choice], tokens: Sequence[int]) -> None:
+        """Add the first waiting texts to the running batch, with their first tokens."""
+        for choice, token in zip(choices, tokens, strict=True):
             with self._changed:
                 self._waiting.popleft()
             if not self._add(choice, token):

@@ -97,6 +97,24 @@ def test_prompts_in_pieces_and_other_options(family: str) -> None:
     assert batched(model, wanted, rows=8, piece=7)[0] == [single(model, request) for request in wanted]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_that_are_read_together_equal_single_runs(family: str) -> None:
+    model = small(family, seq_len=30)
+    made = requests(40, 30, 50, [GREEDY, Sampling(seed=1, top_p=0.9)])
+    wanted = [request for request in made if request[1] > 5]
+    batch = RunningBatch(model, len(wanted))
+    texts = [Text(list(prompt), sampler(sampling)) for prompt, _, sampling in wanted]
+    batch.read_prompts(texts)
+    for text in texts:
+        batch.join(text)
+    for _ in range(min(count for _, count, _ in wanted) - 1):
+        batch.step()
+    assert len(texts) > 5
+    for text, request in zip(texts, wanted, strict=True):
+        new = text.tokens[len(request[0]) :]
+        assert new == single(model, request)[: len(new)]
+
+
 def test_a_rotary_base_that_grows_with_each_text() -> None:
     """Rotated keys depend on the length of their own text, not on that of the longest in the batch."""
     model = small("rish", max_position=6)

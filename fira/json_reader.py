@@ -52,7 +52,7 @@ def complete_objects(path: Path) -> list[dict[str, Any]]:
     """
     found = []
     with suppress(OSError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with suppress(ValueError):
                 entry = json.loads(line)
                 found += [entry] if isinstance(entry, dict) else []

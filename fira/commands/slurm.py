@@ -5,6 +5,7 @@ at their start. In the job a supervisor starts the ranks, and restarts them afte
 """
 
 import shlex
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,11 +22,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     add_arguments(parser)
     options = parser.start(arguments)
     config = TrainConfig(**{field.name: getattr(options, field.name) for field in fields(TrainConfig)})
-    script = Path(options.script)
+    script = options.script = Path(options.script)
     if script.exists():
         raise UserError(f"--script {script}: exists already; remove it, or give another name")
+    check(config, options)
     from fira.commands.slurm_script import SlurmJob, job_script
     from fira.files import replace as write
+    from fira.training.run_folder import new_folder
 
     per_node, comment = options.ranks_per_node or 1, "the ranks choose their layout at the start"
     if options.hardware:
@@ -34,9 +37,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         config, per_node, comment = plan_in_advance(config, options.hardware, options.nodes, options.ranks_per_node)
     config = replace(
         config,
-        out=config.out or f"runs/{config.name()}",
+        out=config.out or str(new_folder(config.name())),
         elastic=config.elastic or str(options.nodes * per_node),
-        resume=config.resume or "auto",
+        resume="auto",
     )
     job = SlurmJob(
         nodes=options.nodes,
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         cpus_per_rank=options.cpus_per_rank,
         time=options.time,
         grace_s=options.grace,
-        options=shlex.split(options.sbatch),
+        options=words(options.sbatch),
         comment=comment,
         out=str(config.out),
         command=[*cli.command_words("train"), *given_flags(config)],
@@ -53,6 +56,43 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     write(script, job_script(job).encode())
     print(f"{script}: {options.nodes} × {per_node} ranks; {comment}")
     print(f"next: sbatch {shlex.quote(str(script))}")
+
+
+def check(config: TrainConfig, options: Namespace) -> None:
+    """Raise UserError for settings with which the job would not continue, or would never get to a checkpoint."""
+    if config.resume and (config.resume != "auto" or not config.out):
+        raise UserError(
+            f"--resume {config.resume}: a job continues from the newest checkpoint in --out; "
+            "give its run folder as --out, and --resume auto"
+        )
+    seconds = time_limit(options.time) if options.time else None
+    if seconds is not None and seconds <= options.grace:
+        raise UserError(f"--time {options.time}: not longer than --grace, {options.grace} s; change one of them")
+    if not options.script.parent.is_dir():
+        raise UserError(f"--script {options.script}: there is no folder {options.script.parent}; create it")
+
+
+def time_limit(text: str) -> float | None:
+    """Seconds of a time as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None for others, as UNLIMITED."""
+    days, _, clock = text.rpartition("-")
+    try:
+        parts = [int(part) for part in clock.split(":")]
+        given = int(days) if days else 0
+    except ValueError:
+        return None
+    if days:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, seconds = {1: (0, *parts, 0), 2: (0, *parts)}.get(len(parts), (*parts, 0, 0))[:3]
+    return ((given * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def words(text: str) -> list[str]:
+    """Split flags as a shell does. Raises UserError for an unclosed quote."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--sbatch {text}: {error}; close the quote") from None
 
 
 def add_arguments(parser: cli.Parser) -> None:

@@ -67,7 +67,7 @@ def job_script(job: SlurmJob) -> str:
         "open-mode": "append",
     }
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
-    directives = [f"#SBATCH {flag}" for flag in (*given, "--requeue", *map(shlex.quote, job.options))]
+    directives = [f"#SBATCH {flag}" for flag in map(shlex.quote, (*given, "--requeue", *job.options))]
     body = BODY.format(
         path=shlex.quote(str(Path(sys.executable).parent)),
         threads=THREADS if job.cpus_per_rank else "",

@@ -6,7 +6,9 @@ without mpirun, the command starts the ranks itself and restarts them after a fa
 
 import gc
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import pipeline
@@ -24,13 +26,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     add_arguments(parser)
     parser.add_verbosity()
 
-    def settings() -> tuple[TrainConfig, bool, bool]:
-        values = vars(parser.parse_args(arguments))
-        del values["config"], values["deepspeed"], values["local_rank"]
-        quiet, verbose = values.pop("quiet"), values.pop("verbose")
-        return TrainConfig(**values), quiet, verbose
+    def settings() -> tuple[TrainConfig, Namespace]:
+        options = parser.parse_args(arguments)
+        return TrainConfig(**{field.name: getattr(options, field.name) for field in fields(TrainConfig)}), options
 
-    config, quiet, verbose = settings()
+    config, options = settings()
+    quiet, verbose = options.quiet, options.verbose
+    if options.deepspeed and not launched_rank():
+        print(options.deepspeed, file=sys.stderr)
     if not quiet and not launched_rank() and "torch" not in sys.modules:
         print(f"{config.name()}: loading PyTorch and MPI", flush=True)  # which takes seconds
     gc.disable()  # searching the imported modules for garbage would take a tenth of the time of their import
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     cli.start_logging(quiet, verbose, world.rank if world else 0)
     if config.resume:
         parser.set_defaults(**resumed_settings(config))
-        config, quiet, verbose = settings()
+        config, _ = settings()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.plan == "explain":

@@ -54,10 +54,19 @@ def read_file(path: Path, column: str, advance: Advance) -> Iterator[str]:
 
 def _documents(file: Bytes, name: str, column: str) -> Iterator[str]:
     """Yield the documents of a text or of a table. name: for messages; its suffix selects the reader."""
-    if reader := STREAMED.get(format_of(Path(name))):
+    suffix = format_of(Path(name))
+    if suffix == ".json" and _has_json_lines(file, column):
+        suffix = ".jsonl"
+    if reader := STREAMED.get(suffix):
         yield from _column(reader(file, name, column), column)
     else:
         yield from (_topics if Path(name).parts[-2:] == ("pydoc_data", "topics.py") else _text)(file, name)
+
+
+def _has_json_lines(file: Bytes, column: str) -> bool:
+    """Whether the first line is an object with the key `column`, as of JSON Lines in a .json file."""
+    line = file.peek(HEAD).partition(b"\n")[0].lower()
+    return line.startswith(b"{") and json.dumps(column.lower()).encode() in line
 
 
 def _column(records: Records, column: str) -> Iterator[str]:
@@ -262,7 +271,11 @@ def _check_schema(schema: Any, column: str | None, path: Path) -> None:
         raise UserError(f"{path}: column {column!r} holds {dtype}, not text; name another with --text-column")
 
 
-STREAMED: dict[str, Callable[[Bytes, str, str | None], Records]] = {".csv": _csv, ".jsonl": _jsonl}
+STREAMED: dict[str, Callable[[Bytes, str, str | None], Records]] = {
+    ".csv": _csv,
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+}
 COLUMNAR: dict[str, Callable[[Path, str | None, Advance], Records]] = {".parquet": _columnar, ".arrow": _columnar}
 
 

@@ -41,10 +41,10 @@ class EvaluationLog:
             return []
         try:
             with errors_naming(self.path):
-                lines = self.path.read_text(encoding="utf-8").splitlines()
+                lines = self.path.read_text(encoding="utf-8").split("\n")
             if lines[:1] != [HEADER]:
                 raise ValueError(f"its first line is not {HEADER}")
-            return [line for line in lines[1:] if int(line.partition(",")[0]) <= step]
+            return [line for line in lines[1:] if line and int(line.partition(",")[0]) <= step]
         except ValueError as error:
             raise UserError(f"{self.path}: not a log of evaluations ({error}); move it away") from None
 

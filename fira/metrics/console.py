@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections import deque
@@ -41,10 +42,10 @@ def next_command(run: Path, has_tokenizer: bool, chats: bool, prompt: str = "") 
     A corpus of token ids comes without a tokenizer. prompt: the text to continue; empty: a new one begins.
     """
     if chats:
-        return f"next: {' '.join(command_words('chat'))} --checkpoint {run}"
+        return f"next: {' '.join(command_words('chat'))} --checkpoint {shlex.quote(str(run))}"
     tokenizer = "" if has_tokenizer else " --tokenizer TOKENIZER.json"
     given = f' --prompt "{prompt}"' if prompt else ""
-    return f"next: {' '.join(command_words('generate'))} --checkpoint {run}{tokenizer}{given}"
+    return f"next: {' '.join(command_words('generate'))} --checkpoint {shlex.quote(str(run))}{tokenizer}{given}"
 
 
 def beginning(text: str, words: int = 3) -> str:

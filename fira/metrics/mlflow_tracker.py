@@ -1,6 +1,7 @@
 """Adapter of MLflow: the store that MLFLOW_TRACKING_URI names, by default a database in the current folder."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class MlflowTracker:
         self.hint = f"mlflow ui --backend-store-uri {mlflow.get_tracking_uri()}"
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        items = list(values.items())
+        items = [(re.sub(r"[^\w./ -]", "_", name, flags=re.ASCII), value) for name, value in values.items()]
         for start in range(0, len(items), BATCH):
             mlflow.log_metrics(dict(items[start : start + BATCH]), step, synchronous=False)
 

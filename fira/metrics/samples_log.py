@@ -43,7 +43,7 @@ class SamplesLog:
             return []
         try:
             with errors_naming(self.path):
-                lines = self.path.read_text(encoding="utf-8").splitlines()
-            return [line for line in lines if json.loads(line)["step"] <= step]
+                lines = self.path.read_text(encoding="utf-8").split("\n")
+            return [line for line in lines if line and json.loads(line)["step"] <= step]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path}: not a log of samples ({error}); move it away") from None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ class TensorBoardTracker:
 
     def __init__(self, out: Path, name: str, settings: Mapping[str, Any], first: int) -> None:
         folder = out / "tensorboard"
-        self._writer = SummaryWriter(str(folder), purge_step=first if first > 1 else None, flush_secs=10)
-        self.hint = f"tensorboard --logdir {folder}"
+        self._writer = SummaryWriter(str(folder), purge_step=first if first > 1 else 0, flush_secs=10)
+        self.hint = f"tensorboard --logdir {quote(str(folder))}"
         rows = [f"| {key} | {value} |" for key, value in settings.items()]
         self._writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]), first - 1)
 

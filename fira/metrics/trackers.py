@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from fira.metrics.tracker_protocol import Adapter, Tracker
 
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # the names of their packages as well
 TRACKED = "tracking.json"  # file in run folders
+NAME_LENGTH = 100  # characters of the folder's name in that of the run
 MOST_PER_STEP = 256  # numbers of experts in a column, as a mean over steps; larger models have them every few steps
 
 logger = logging.getLogger(__name__)
@@ -133,7 +135,8 @@ def _run_name(out: Path, first: int) -> str:
     if first > 1 and path.exists():
         stored: str = read(path, record({"run": text(r".{1,255}")}))["run"]
         return stored
-    name = f"{out.resolve().name}-{token_hex(4)}"
+    folder = re.sub(r"[^\w.-]", "-", out.resolve().name, flags=re.ASCII)[:NAME_LENGTH]  # as all trackers accept it
+    name = f"{folder}-{token_hex(4)}"
     replace(path, json.dumps({"run": name}).encode() + b"\n")
     return name
 

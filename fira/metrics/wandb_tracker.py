@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import wandb
@@ -33,7 +34,7 @@ class WandbTracker:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         folder = Path(self._run.dir).parent
-        self.hint = f"wandb sync {folder}" if self._run.offline else str(self._run.url)
+        self.hint = f"wandb sync {quote(str(folder))}" if self._run.offline else str(self._run.url)
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, **values})

@@ -5,6 +5,7 @@ that a given block leaves out is DeepSpeed's default. A key without a counterpar
 speed or output; otherwise the file is refused.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,15 +21,8 @@ IGNORED = {
     *("tensorboard", "wandb", "csv_monitor", "comet", "communication_data_type", "prescale_gradients"),
     *("gradient_predivide_factor", "sparse_gradients", "disable_allgather", "fp32_allreduce", "aio", "autotuning"),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "checkpoint", "dataloader_drop_last"),
-    *(
-        "compile",
-        "nebula",
-        "hybrid_engine",
-        "graph_harvesting",
-        "use_node_local_storage",
-        "tensor_parallel",
-        "log_level",
-    ),
+    *("compile", "nebula", "hybrid_engine", "graph_harvesting", "use_node_local_storage"),
+    *("tensor_parallel", "log_level"),
     *("disable_python_gc", "use_data_before_expert_parallelism", "seq_parallel_communication_data_type"),
 }
 # Blocks that change what is computed, unless "enabled" is false or missing.
@@ -152,13 +146,13 @@ def _optimizer(block: _Block, settings: dict[str, Any]) -> None:
     _set(settings, "lr", params.number("lr", None if name == "muon" else 1e-3))
     decay = params.number("weight_decay", 0.0)
     _set(settings, "weight_decay", decay)
-    betas = params.take("betas", [0.9, 0.999])
+    betas = params.take("betas", [0.9, 0.95] if name == "muon" else [0.9, 0.999])
     if betas != AUTO:
         if not isinstance(betas, list) or len(betas) != 2:
             raise UserError(f'optimizer.params.betas: give two numbers or "auto", not {betas!r}')
         for setting, beta in zip(("beta1", "beta2"), betas, strict=True):
             _set(settings, setting, _number("optimizer.params.betas", beta))
-    _set(settings, "eps", params.number("eps", 1e-8))
+    _set(settings, "eps", params.number("eps", 1e-10 if name == "muon" else 1e-8))
     if name == "adam" and params.take("adam_w_mode", True) is False and decay != 0:
         params.refuse("adam_w_mode", "false", "no counterpart: weight decay is not a part of the gradient; use AdamW")
     for key, own in (("bias_correction", True), ("amsgrad", False), ("adam_w_mode", True)):
@@ -187,13 +181,13 @@ def _muon(params: _Block, settings: dict[str, Any], ignored: list[str]) -> None:
 def _scheduler(block: _Block, settings: dict[str, Any], given: Mapping[str, Any]) -> None:
     kind, params = block.take("type"), block.block("params")
     schedules = {"WarmupLR": "wsd", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-    if kind not in schedules:
+    if not isinstance(kind, str) or kind not in schedules:
         raise UserError(f"scheduler.type {kind}: no counterpart; choose {', '.join(schedules)}")
     settings["lr_schedule"] = schedules[kind]
     warmup = params.number("warmup_num_steps", WARMUP_STEPS)
     _set(settings, "warmup", warmup)
     shape = params.take("warmup_type", "log")
-    if warmup != 0:
+    if warmup != 0 and shape != AUTO:
         settings["warmup_shape"] = shape
     if kind == "WarmupCosineLR":
         lowest, start = params.number("cos_min_ratio"), params.number("warmup_min_ratio", 0.0)
@@ -201,7 +195,7 @@ def _scheduler(block: _Block, settings: dict[str, Any], given: Mapping[str, Any]
             params.refuse("warmup_min_ratio", f"{start:g}", "no counterpart; the warmup begins at 0")
         peak = settings.get("lr", given.get("lr"))
         if lowest and peak is None:
-            params.refuse("cos_min_ratio", f"{lowest:g}", "give a number as optimizer.params.lr, or write 0")
+            params.refuse("cos_min_ratio", f"{lowest:g}", "give optimizer.params.lr, or --lr before --deepspeed")
         settings["min_lr"] = (1e-4 if lowest is None else lowest) * (peak or 0.0)
     else:
         peak = params.number("warmup_max_lr", None if kind == "WarmupLR" else 1e-3)
@@ -224,6 +218,9 @@ def _precision(document: dict[str, Any], ignored: list[str], settings: dict[str,
     enabled = {name: block.take("enabled", False) for name, block in blocks.items()}
     for block in blocks.values():
         block.ignore()
+    for name, value in enabled.items():
+        if value not in (True, False, AUTO) or not isinstance(value, bool | str):
+            raise UserError(f'{name}.enabled: give true, false or "auto", not {value!r}')
     chosen = [name for name, value in enabled.items() if value is True]
     if len(chosen) > 1:
         raise UserError("bf16 and fp16 are both enabled; enable one of them")
@@ -234,11 +231,11 @@ def _precision(document: dict[str, Any], ignored: list[str], settings: dict[str,
 def _zero(block: _Block, settings: dict[str, Any]) -> None:
     stage = block.take("stage", 0)
     for key in ZERO_REFUSED:
-        if block.take(key, False):
+        if block.take(key, False) not in (False, None):
             block.refuse(key, "true", "no counterpart: replicas exchange values that are not quantized; remove it")
     if stage == AUTO:
         return
-    if isinstance(stage, bool) or stage not in SHARD:
+    if isinstance(stage, bool) or not isinstance(stage, int) or stage not in SHARD:
         raise UserError(f"zero_optimization.stage: give 0, 1, 2 or 3, not {stage!r}")
     settings["pp"] = 1  # every rank is a replica
     _set(settings, "shard", SHARD[stage])
@@ -264,6 +261,8 @@ def _batch(
 ) -> None:
     """Set batch and micro-batch: train_batch_size = micro-batch × accumulation steps × ranks."""
     total, micro, accumulation = (_count(key, document.get(key)) for key in _BATCH)
+    if micro and not any(document.get(key) for key in (_BATCH[0], _BATCH[2])):
+        accumulation = 1  # DeepSpeed's default
     total = total or (None if micro and accumulation else batch_size)
     if micro and accumulation and ranks is None and total is None:
         raise UserError(f"{_BATCH[0]}: the number of ranks is not known; give a number")
@@ -290,6 +289,6 @@ def _batch(
 
 def _count(name: str, value: Any) -> int | None:
     number = _number(name, value)
-    if number is not None and (number != int(number) or number < 1):
+    if number is not None and (not 1 <= number < math.inf or number != int(number)):
         raise UserError(f"{name}: give a number of at least 1, not {number}")
     return None if number is None else int(number)

@@ -1,6 +1,5 @@
 """The flags of the settings of a training run, and the files of --config and --deepspeed, which set them."""
 
-import sys
 from argparse import SUPPRESS, Action, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Collection
 from dataclasses import fields
@@ -15,7 +14,7 @@ from fira.json_reader import read as read_json
 from fira.training.config import SUPERVISED, TrainConfig
 from fira.training.deepspeed_config import translate
 from fira.value_types import AnyText, check, flag_type
-from pipeline.mpi.launchers import launched_rank, launched_size
+from pipeline.mpi.launchers import launched_size
 
 
 class _LoadConfig(Action):
@@ -30,6 +29,8 @@ class _LoadDeepSpeed(Action):
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
         name = f"--deepspeed {value}"
+        if not Path(value).is_file():
+            raise UserError(f"{name}: no such file; give a ds_config.json")
         document = read_json(Path(value), mapping(anything), LONGEST_TOML)
         ranks = None if any(getattr(namespace, flag) is not None for flag in SUPERVISED) else launched_size()
         try:
@@ -37,8 +38,7 @@ class _LoadDeepSpeed(Action):
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         _set_keys(found.settings, name, namespace)
-        if found.ignored and not launched_rank():
-            print(f"{name}: without counterpart: {', '.join(found.ignored)}", file=sys.stderr)
+        namespace.deepspeed = f"{name}: without counterpart: {', '.join(found.ignored)}" if found.ignored else None
 
 
 def read_settings(path: Path) -> dict[str, Any]:

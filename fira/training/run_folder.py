@@ -57,7 +57,7 @@ def claim(config: TrainConfig) -> Iterator[tuple[Path, RunLock | None]]:
     try:
         with collective_errors():
             if this_rank() == 0:
-                out = Path(config.out) if config.out is not None else _new_folder(config.name())
+                out = Path(config.out) if config.out is not None else new_folder(config.name())
                 lock = RunLock(out)
                 if config.resume is None and (out / LOG_NAME).exists():
                     raise UserError(
@@ -70,7 +70,7 @@ def claim(config: TrainConfig) -> Iterator[tuple[Path, RunLock | None]]:
             lock.release()
 
 
-def _new_folder(model: str) -> Path:
+def new_folder(model: str) -> Path:
     """Create the next run folder of a model. Of two jobs that start together, each gets its own."""
     number = max((number for number, _ in _numbered(model)), default=0)
     try:

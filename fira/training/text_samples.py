@@ -103,9 +103,11 @@ def _encode(prompts: Sequence[str], tokenizer: Tokenizer, config: TokenizerConfi
 
 def _read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank."""
+    if not path.is_file():
+        raise UserError(f"--sample-prompts {path}: no such file; give a text file with a prompt per line")
     try:
         with errors_naming(path):
-            prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except UnicodeDecodeError:
         raise UserError(
             f"--sample-prompts {path}: not text in UTF-8; give a text file with a prompt per line"

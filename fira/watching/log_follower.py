@@ -46,7 +46,7 @@ class LogFollower:
         file.seek(self._offset)
         new = file.read()
         new = new[: new.rfind(b"\n") + 1]  # without an incomplete last row
-        lines = new.decode(errors="replace").splitlines()
+        lines = new.decode(errors="replace").split("\n")[:-1]
         if lines and self._offset == 0:
             self._header = lines.pop(0).split(",")
             if self._header[:5] != COLUMNS[:5]:

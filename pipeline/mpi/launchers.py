@@ -53,7 +53,7 @@ def launcher() -> Launcher | None:
     """Return what has started this process as one of several ranks; None if it is the only one."""
     for candidate in _LAUNCHERS:
         size = os.environ.get(candidate.size, "1")
-        if all(name in os.environ for name in (candidate.rank, *candidate.needed)) and int(size) > 1:
+        if all(name in os.environ for name in (candidate.rank, *candidate.needed)) and size.isdigit() and int(size) > 1:
             return candidate
     return None
 

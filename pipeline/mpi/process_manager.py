@@ -58,7 +58,8 @@ _connection = -1  # to the manager of this rank
 def abort(status: int) -> None:
     """End all ranks at once, this one with an exit status, if it has a process manager."""
     if _connection >= 0:
-        os.write(_connection, f"cmd=abort exitcode={status}\n".encode())
+        with suppress(OSError):  # the manager may have been killed
+            os.write(_connection, f"cmd=abort exitcode={status}\n".encode())
         os._exit(status)
 
 

@@ -37,6 +37,37 @@ def test_flags_of_sbatch_and_of_train(capsys: pytest.CaptureFixture[str]):
         slurm.main(["--nodes", "2"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume", "runs/a/checkpoints/step-000005", "--out", "b"], "a job continues from the newest checkpoint"),
+        (["--resume", "auto"], "give its run folder as --out"),
+        (["--time", "5"], "--time 5: not longer than --grace, 300 s"),
+        (["--time", "0:04:59"], "not longer than --grace"),
+        (["--sbatch", "'"], "close the quote"),
+        (["--script", "none/x"], "there is no folder none"),
+    ],
+)
+def test_a_job_that_could_not_continue_is_refused(flags: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        slurm.main(["--nodes", "1", *flags])
+    assert not Path("train.sbatch").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("10", 600), ("10:30", 630), ("1:00:05", 3605), ("2-3", 183600), ("1-0:30", 88200), ("1-0:0:1", 86401)],
+)
+def test_time_limits_of_slurm(text: str, seconds: int):
+    assert slurm.time_limit(text) == seconds
+    assert slurm.time_limit("UNLIMITED") is None
+
+
+def test_each_script_has_its_own_run_folder_and_names_may_have_spaces():
+    assert "--out runs/fira-tiny-2 " in write() + write("--script", "b") + Path("b").read_text()
+    assert "#SBATCH '--job-name=my run'" in write("--script", "c", "--out", "my run") + Path("c").read_text()
+
+
 def test_cores_reach_the_ranks():
     text = write("--cpus-per-rank", "6")
     assert "#SBATCH --cpus-per-task=6" in text

@@ -146,3 +146,17 @@ def test_error_of_any_type_from_pyarrow_names_the_file(tmp_path, monkeypatch, su
     monkeypatch.setattr(pq, "ParquetFile", fail)
     monkeypatch.setattr(pa.ipc, "open_stream", fail)
     assert "returned NULL without setting an exception" in error(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "documents"),
+    [
+        ("c4.json", '{"url": "x", "text": "one"}\n{"text": "two"}\n', ["one", "two"]),
+        ("c4.ndjson", '{"text": "one"}\n', ["one"]),
+        ("package.json", '{\n  "text": "one"\n}\n', ['{\n  "text": "one"\n}\n']),
+        ("minified.json", '{"name":"one"}', ['{"name":"one"}']),
+    ],
+)
+def test_json_lines_by_other_names(tmp_path, name: str, content: str, documents: list[str]) -> None:
+    (tmp_path / name).write_text(content)
+    assert list(read_file(tmp_path / name, "text", lambda _: None)) == documents

@@ -8,6 +8,8 @@ from tests.fira.metrics.tracked_run import EXPERTS, LOSSES, track
 
 pytest.importorskip("tensorboard")
 
+from fira.metrics.tensorboard_tracker import TensorBoardTracker
+
 
 def test_numbers_texts_and_pictures_are_read_back(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,3 +30,16 @@ def test_numbers_texts_and_pictures_are_read_back(tmp_path: Path) -> None:
     assert "| steps | 5 |" in texts["settings/text_summary"][-1]
     (picture,) = events.Images("training_progress")
     assert (picture.step, picture.width, picture.height) == (4, 4, 3)
+
+
+def test_steps_before_the_first_checkpoint_are_shown_once(tmp_path: Path) -> None:
+    """A run that was killed before its first checkpoint begins again in the same folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for last in (3, 2):
+        tracker = TensorBoardTracker(tmp_path, "run", {}, 1)
+        for step in range(last):
+            tracker.numbers(step, {"loss": 10.0 * last + step})
+        tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(0, 20), (1, 21)]

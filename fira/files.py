@@ -75,6 +75,8 @@ def errors_naming(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        if isinstance(error, SafetensorError):
+            reason += "; copy the file again"
         raise UserError(f"{path}: {reason}") from error
 
 

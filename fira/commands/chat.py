@@ -44,7 +44,7 @@ def answer_questions(conversation: "Conversation", options: Namespace) -> None:
             break
         if question == "/reset":
             conversation.reset()
-        elif re.fullmatch(r"/\w+", question):  # /help, or a command that does not exist
+        elif re.match(r"/\w+(\s|$)", question):  # /help, or a command that does not exist
             print(__doc__, file=sys.stderr)
         elif question:
             cli.print_pieces(conversation.ask(question, options.max_new_tokens, **sampling(options)))

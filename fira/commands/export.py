@@ -1,5 +1,6 @@
 """Write a trained model as a folder that transformers loads."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -20,8 +21,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     add_arguments(parser)
     options = parser.start(arguments)
     check(options)
+    from transformers.utils.logging import disable_progress_bar
+
     from fira.huggingface.export_model import export, gguf_path
 
+    if options.quiet or not sys.stderr.isatty():
+        disable_progress_bar()  # of transformers
     kind = options.type or "f16"
     out = export(options.checkpoint, options.out, options.format, kind, progress=not options.quiet)
     if not options.quiet and options.format == "peft":

@@ -29,5 +29,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         host = "127.0.0.1" if options.host == "0.0.0.0" else options.host
         if options.host not in LOOPBACK:
             logger.warning("--host %s: everyone in the network can read logs, settings and samples", options.host)
-        logger.info("%d runs; open http://%s:%d/ in a browser; Ctrl-C ends", len(runs.overviews()), host, port)
+        count = len(runs.overviews())
+        found = f"{count} run{'s' * (count != 1)}"
+        logger.info("%s; open http://%s:%d/ in a browser; Ctrl-C ends", found, host, port)
         server.serve_forever()

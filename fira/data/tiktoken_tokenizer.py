@@ -49,6 +49,8 @@ def tiktoken_file(given: str) -> Path:
         tokenizer = converted(_encoding(name, None if given in NAMES else Path(given)))
         tokenizer.save(str(folder / TOKENIZER))
 
+    if given not in NAMES and not Path(given).is_file():
+        raise UserError(f"--tokenizer {given}: no such file")
     key = hashlib.sha256(json.dumps(["tiktoken", FORMAT, name]).encode()).hexdigest()
     return cached(cache_folder(), key, False, write) / TOKENIZER
 
@@ -98,8 +100,10 @@ def _encoding(name: str, ranks: Path | None) -> Any:
         try:
             return tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:  # no network, or another SHA-256
+            if ranks:
+                raise UserError(f"--tokenizer {ranks}: not the ranks of {name}; copy {URL}{name}{SUFFIX}") from None
             remedy = f"give a file {name}{SUFFIX} with the ranks as --tokenizer"
-            raise UserError(f"--tokenizer {ranks or name}: no valid ranks ({one_line(error)}); {remedy}") from None
+            raise UserError(f"--tokenizer {name}: no ranks ({one_line(error)}); {remedy}") from None
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a `tokenizer.json`, without truncation and padding. Raises UserError for a missing or invalid file."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such tokenizer; give the path of a tokenizer.json")
+        raise UserError(f"{path}: no such tokenizer; give a tokenizer.json, o200k_base or r50k_base")
     return parse_tokenizer(read(Path(path)), Path(path))
 
 

@@ -87,7 +87,8 @@ def _plot_column(axes: Axes, runs: Runs, styles: Styles, column: str) -> None:
         values = run.steps[column] * scale
         plot_line(axes, run.steps["iter"], smooth(values) if is_noisy else values, **styles[name])
     highest = max((float(y) for line in axes.lines for y in np.asarray(line.get_ydata())), default=0.0)
-    axes.set_ylim(0, min(1.15 * highest, 100) if column == "mfu" and highest else 1.15 * highest or 1)
+    capped = column == "mfu" and 0 < highest <= 100
+    axes.set_ylim(0, min(1.15 * highest, 100) if capped else 1.15 * highest or 1)
 
 
 def _plot_experts(left: Axes, right: Axes, runs: Runs, styles: Styles) -> None:

@@ -51,15 +51,12 @@ def loss_unit(runs: Iterable[PlottedRun]) -> str:
 
 def draw_baselines(axes: Axes, runs: Iterable[PlottedRun], baselines: Mapping[str, float]) -> None:
     """Draw a line for the loss of each n-gram model, unless a run's loss is a divergence, which is another number."""
-    from matplotlib.patheffects import withStroke
-
     if any("cross_entropy" in run.log for run in runs):
         return
     for name, loss in baselines.items():
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 3)), linewidth=1, zorder=1)
-        place: dict[str, Any] = {"ha": "right", "va": "bottom", "transform": axes.get_yaxis_transform(), "zorder": 3}
-        halo = [withStroke(linewidth=3, foreground="white")]  # over the curves
-        axes.text(1, loss, f"{name} {loss:.2f} ", color=GREY, path_effects=halo, **place)
+        place: dict[str, Any] = {"ha": "left", "va": "center", "transform": axes.get_yaxis_transform()}
+        axes.text(1.01, loss, f"{name}\n{loss:.2f}", color=GREY, fontsize=8, **place)  # right of the panel
 
 
 def draw_imbalance(axes: Axes, run: PlottedRun, **style: Any) -> None:

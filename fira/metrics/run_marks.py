@@ -10,7 +10,7 @@ from fira.metrics.plot_style import GREY, INK
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NARROW = 0.04  # of a panel's width; marks that are closer have one label
+NARROW = 0.04  # of a panel's width; marks that are closer have one label, with the last layout
 
 
 class Mark(NamedTuple):
@@ -44,11 +44,28 @@ def marks_of(events: Iterable[Mapping[str, Any]]) -> list[Mark]:
 def draw_marks(axes: Axes, marks: Sequence[Mark], labelled: bool = False) -> None:
     """Draw vertical lines at the marks. Call it after the lines of the panel, whose width labels depend on."""
     left, right = axes.get_xlim()
-    free = left
+    narrow = NARROW * (right - left)
     for mark in marks:
         axes.axvline(mark.step + 0.5, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=1)
-        if labelled and mark.step >= free:
-            free = mark.step + NARROW * (right - left)
-            place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top", "ha": "left"}
-            axes.text(mark.step + 0.5, 0.98, mark.label, color=INK, fontsize=8, **place)
+    for group in _groups(marks, narrow) if labelled else []:
+        label = group[0].label if len(group) == 1 else f"{len(group)} × {max(group, key=_has_layout).label}"
+        side = "right" if group[0].step + narrow > right else "left"
+        place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top", "ha": side}
+        axes.text(group[0].step + 0.5, 0.98, label, color=INK, fontsize=8, **place)
     axes.set_xlim(left, right)
+
+
+def _has_layout(mark: Mark) -> tuple[bool, int]:
+    """Order of marks by which the last one with a new layout is the largest."""
+    return "," in mark.label, mark.step
+
+
+def _groups(marks: Sequence[Mark], narrow: float) -> list[list[Mark]]:
+    """Marks in groups, each of those that are at most `narrow` steps behind its first one."""
+    groups: list[list[Mark]] = []
+    for mark in marks:
+        if groups and mark.step - groups[-1][0].step <= narrow:
+            groups[-1].append(mark)
+        else:
+            groups.append([mark])
+    return groups

@@ -79,16 +79,20 @@ def from_original(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError for another value than that in FIXED, and if two names of a field have different values.
     """
     values: dict[str, Any] = {}
+    names: dict[str, str] = {}
     for name, value in given.items():
         field = NAMES.get(name, name)
         if values.setdefault(field, value) != value:
-            raise UserError(f"microrwkv: {name} differs from another name of {field}; give one of them")
+            raise UserError(f"microrwkv: {names[field]} and {name} are both {field}, and differ; give one of them")
+        names[field] = name
     for name, value in FIXED.items():
         if values.pop(name, value) != value:
             raise UserError(f"microrwkv: {name} is always {str(value).lower()}; omit it")
     if "expert_dim" in values:
         check("expert_dim", values["expert_dim"], Size)
-        values["d_moe"] = int(1.2 * values.pop("expert_dim"))
+        width = int(1.2 * values.pop("expert_dim"))
+        if values.setdefault("d_moe", width) != width:
+            raise UserError(f"microrwkv: expert_dim makes d_moe {width}, which differs from d_moe; give one of them")
     return values
 
 

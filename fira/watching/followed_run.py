@@ -23,7 +23,9 @@ TRACE = "trace.json"  # in the run folder, if config.toml names no other
 LARGEST_TRACE = 2**26  # bytes
 RECENT_EVENTS, RECENT_SAMPLES = 100, 200
 LIVE_S = 60.0  # without a new row for so many seconds, a run does not count as running
-CONFIG_SHOWN = ("model", "objective", "data", "batch_size", "seq_len", "lr", "optimizer", "precision", "seed")
+CONFIG_SHOWN = ("model", "init", "objective", "data", "batch_size", "seq_len", "lr", "optimizer", "precision", "seed")
+
+Timeline = list[list[list[Any]]]  # [rank][action] kind, micro-batch, start and end in ms
 
 
 class FollowedRun:
@@ -32,6 +34,7 @@ class FollowedRun:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._log = LogFollower(folder / LOG_NAME)
+        self._trace: tuple[tuple[Path, int, int], Timeline] | None = None  # path, time of the change and size
 
     def overview(self) -> dict[str, Any]:
         """State, progress and curves."""
@@ -44,6 +47,7 @@ class FollowedRun:
             "folder": str(self.folder),
             "state": problem or self._state(),
             "step": step,
+            "latest_loss": self._log.latest_loss,
             "steps": config.get("steps"),
             "remaining_s": self._remaining(step, config.get("steps"), starts),
             "layout": starts[-1].get("layout") if starts else None,
@@ -111,14 +115,23 @@ class FollowedRun:
             return read_baselines(self.folder)
         return {}
 
-    def _timeline(self) -> list[list[list[Any]]] | None:
+    def _timeline(self) -> Timeline | None:
         """[rank][action] kind, micro-batch, start and end in ms of the traced step; None without a trace."""
         given = self._config().get("trace")
         for path in ([Path(str(given))] if given else []) + [self.folder / TRACE]:
             with suppress(OSError, ValueError, KeyError, TypeError, IndexError):
-                if path.stat().st_size <= LARGEST_TRACE:
-                    return [
-                        [[str(a.kind), a.microbatch, round(1e3 * s, 3), round(1e3 * e, 3)] for a, s, e in spans]
-                        for spans in read_trace(path).spans
-                    ]
+                status = path.stat()
+                key = path, status.st_mtime_ns, status.st_size
+                if self._trace is None or self._trace[0] != key:
+                    self._trace = key, _timeline(path) if status.st_size <= LARGEST_TRACE else []
+                return self._trace[1] or None
         return None
+
+
+def _timeline(path: Path) -> Timeline:
+    """The actions of a trace; empty if it has none."""
+    ranks = [
+        [[str(a.kind), a.microbatch, round(1e3 * start, 3), round(1e3 * end, 3)] for a, start, end in spans]
+        for spans in read_trace(path).spans
+    ]
+    return ranks if any(ranks) else []

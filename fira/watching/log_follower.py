@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from array import array
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from fira.metrics.csv_log import COLUMNS, parse_layers
 
 MAX_POINTS = 800  # of a curve
 MAX_COLUMNS = 200  # of a heat map
+COMPARED = 1000  # bytes before the new rows, by which a log that has been replaced is recognised
 CURVES = ("train_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "load_imbalance", "bubble", "dropped")
 
 
@@ -27,19 +27,19 @@ class LogFollower:
         self._reset()
 
     def _reset(self) -> None:
-        self._inode, self._offset, self._header = 0, 0, [""]
+        self._offset, self._end, self._header = 0, b"", [""]
         self.steps = array("d")
         self._columns = {name: array("d") for name in (*CURVES, "val_loss")}
         self._loads: list[tuple[float, str]] = []  # of every `_stride`th row
         self._stride, self._rows = 1, 0
+        self.latest_loss = ""  # the last cell, which is not finite if the run has diverged
 
     def update(self) -> None:
         """Read the rows that have been completed since the last call. A file that is missing is an empty log."""
         with suppress(OSError), self._path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_ino != self._inode or status.st_size < self._offset:
+            file.seek(self._offset - len(self._end))
+            if file.read(len(self._end)) != self._end:
                 self._reset()
-                self._inode = status.st_ino
             self._read(file)
 
     def _read(self, file: IO[bytes]) -> None:
@@ -52,14 +52,16 @@ class LogFollower:
             if self._header[:5] != COLUMNS[:5]:
                 raise UserError(f"{self._path} is not a training log of Fira; give another folder")
         self._offset += len(new)
+        self._end = (self._end + new)[-COMPARED:]
         for line in lines:
             self._add(dict(zip(self._header, line.split(","), strict=False)))
 
     def _add(self, row: dict[str, str]) -> None:
         step = _number(row.get("iter", ""))
-        if math.isnan(step):
+        if not math.isfinite(step):
             return
         self.steps.append(step)
+        self.latest_loss = row.get("train_loss") or self.latest_loss
         for name, values in self._columns.items():
             values.append(_number(row.get(name, "")))
         if row.get("expert_load"):
@@ -83,7 +85,10 @@ class LogFollower:
     def expert_load(self) -> dict[str, list[list[list[float]]] | list[float]]:
         """The steps, and [layer][column][expert] the load relative to the balanced one; empty without experts."""
         loads = self._loads[:: -(-len(self._loads) // MAX_COLUMNS) or 1]
-        parsed = [(step, parse_layers(cell)) for step, cell in loads]
+        parsed = []
+        for step, cell in loads:
+            with suppress(UserError, ValueError):
+                parsed.append((step, parse_layers(cell)))
         layers = min((len(layers) for _, layers in parsed), default=0)
         relative = [
             [[round(share * len(step[layer]), 2) for share in step[layer]] for _, step in parsed]

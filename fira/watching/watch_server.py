@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from fira.errors import UserError
 from fira.metrics.csv_log import LOG_NAME
+from fira.training.config import CONFIG_NAME
 from fira.watching.followed_run import FollowedRun
 
 PAGE = Path(__file__).with_name("watch_page.html")
@@ -24,7 +27,9 @@ LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class FollowedRuns:
-    """The runs of folders that are run folders themselves or contain some, also those that are created later.
+    """The runs of folders that are run folders themselves or contain some, in themselves or in folders of recipes.
+
+    Runs may be created later.
 
     Raises UserError if a folder does not exist.
     """
@@ -53,15 +58,37 @@ class FollowedRuns:
     def _folders(self) -> list[Path]:
         found: list[Path] = []
         for path in self._paths:
-            inside = sorted(log.parent for log in path.glob(f"*/{LOG_NAME}"))
-            found += [path] if (path / LOG_NAME).exists() or not inside else inside
+            if (path / LOG_NAME).exists() or (path / CONFIG_NAME).exists():
+                found.append(path)
+            else:  # a folder of runs, or of recipes
+                logs = (log for pattern in (f"*/{LOG_NAME}", f"*/*/{LOG_NAME}") for log in path.glob(pattern))
+                found += sorted(log.parent for log in logs)
         return list(dict.fromkeys(found))
+
+
+class Server(ThreadingHTTPServer):
+    """Server that reports no error if a browser closes its connection."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def _as_json(value: Any) -> Any:
+    """A value that JSON can represent: numbers that are not finite become null, and other types text."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)
 
 
 def make_server(runs: FollowedRuns, host: str, port: int) -> ThreadingHTTPServer:
     """Return a server that accepts connections; port 0 is a free one. Raises UserError if that is not possible."""
     try:
-        server = ThreadingHTTPServer((host, port), _handler(runs, host))
+        server = Server((host, port), _handler(runs, host))
     except (OSError, UnicodeError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: {error}; give another host or port") from None
     server.daemon_threads = True
@@ -98,7 +125,7 @@ def _handler(runs: FollowedRuns, host: str) -> type[BaseHTTPRequestHandler]:
             except KeyError:
                 self._send(HTTPStatus.NOT_FOUND, "text/plain", b"no such run\n")
             else:
-                body = json.dumps(document, separators=(",", ":")).encode(errors="replace")
+                body = json.dumps(_as_json(document), separators=(",", ":")).encode(errors="replace")
                 self._send(HTTPStatus.OK, "application/json", body)
 
         def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:

@@ -43,5 +43,5 @@ def test_lines_are_between_steps_and_close_ones_share_a_label() -> None:
     limits = axes.get_xlim()
     draw_marks(axes, [Mark(10, "resumed"), Mark(11, "resumed"), Mark(60, "rollback")], labelled=True)
     assert [line.get_xdata()[0] for line in axes.lines[1:]] == [10.5, 11.5, 60.5]
-    assert [text.get_text() for text in axes.texts] == ["resumed", "rollback"]
+    assert [text.get_text() for text in axes.texts] == ["2 × resumed", "rollback"]
     assert axes.get_xlim() == limits

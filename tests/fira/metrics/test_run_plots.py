@@ -84,7 +84,7 @@ def test_single_run_has_losses_baselines_and_a_title(tmp_path: Path) -> None:
     validation = line_labelled(loss, "validation")
     assert list(validation.get_xdata()) == [0, 10, 20, 30, 40]
     np.testing.assert_allclose(validation.get_ydata(), [7.5, *(3.1 + 4 * np.exp([-1, -2, -3, -4]))], rtol=1e-6)
-    assert [text.get_text().strip() for text in loss.texts] == ["unigram 6.10", "trigram 4.93"]
+    assert [text.get_text().strip() for text in loss.texts] == ["unigram\n6.10", "trigram\n4.93"]
     title = "my-run: step 40, training loss 3.073, best validation loss 3.173 at step 40, pipeline bubble 25%"
     assert figure.get_suptitle() == title
 

@@ -43,7 +43,8 @@ def test_names_of_the_original_code() -> None:
     [
         ({"dropout": 0.1}, r"dropout is always 0\.0"),
         ({"bias": True}, "bias is always false"),
-        ({"n_embd": 8, "dim": 16}, "dim differs from another name of d_model"),
+        ({"n_embd": 8, "dim": 16}, "n_embd and dim are both d_model, and differ"),
+        ({"expert_dim": 20, "d_moe": 30}, "expert_dim makes d_moe 24, which differs"),
         ({"expert_dim": "wide"}, "expert_dim: give an integer"),
         ({"n_layers": 2}, "no field n_layers"),
     ],

@@ -75,3 +75,31 @@ def test_other_file_is_refused(tmp_path: Path) -> None:
     path.write_text("my,own,notes\n")
     with pytest.raises(UserError, match="is not a training log"):
         LogFollower(path).update()
+
+
+def test_new_run_in_the_file_of_a_removed_one_is_read_from_its_beginning(tmp_path: Path) -> None:
+    """File systems reuse inodes, and a longer log does not show that it is another one."""
+    path = tmp_path / LOG_NAME
+    follower = LogFollower(path)
+    for steps, loss in ((20, 1.0), (40, 2.0)):
+        path.write_text("")
+        log = TrainingLog(path)
+        for step in range(1, steps + 1):
+            log.write(row(step, train_loss=loss))
+        log.close()
+        follower.update()
+        assert follower.curves()["train_loss"] == [list(range(1, steps + 1)), [loss] * steps]
+
+
+def test_damaged_rows_do_not_hide_the_others(tmp_path: Path) -> None:
+    path = tmp_path / LOG_NAME
+    log = TrainingLog(path)
+    log.write(row(1))
+    log.close()
+    good = path.read_text().splitlines()[-1]
+    with path.open("a") as file:
+        file.write(good.replace("1,", "inf,", 1) + "\n" + good.replace("1,", "2,", 1).replace("0.75", "a lot") + "\n")
+    follower = LogFollower(path)
+    follower.update()
+    assert list(follower.steps) == [1, 2]
+    assert follower.expert_load()["steps"] == [1]

@@ -64,7 +64,7 @@ def write_run(folder: Path, steps: int) -> None:
 
 
 def test_runs_appear_run_and_finish(client: Client) -> None:
-    assert client.get("/state.json")[1]["runs"][0]["state"] == "waiting"  # the folder itself, which has no runs
+    assert client.get("/state.json")[1]["runs"] == []
     write_run(client.runs / "a", 3)
     (run,) = client.get("/state.json")[1]["runs"]
     expected = {"name": "a", "state": "running", "step": 3, "steps": 30, "ranks": 2, "baselines": {"unigram": 6.0}}
@@ -91,6 +91,31 @@ def test_damaged_files_leave_the_rest(client: Client) -> None:
     assert details["timeline"] is None
     assert [sample["text"] for sample in details["samples"]] == ["b"]
     assert [event["event"] for event in details["events"]] == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.toml", "lr = inf\nsteps = 30\ndata = 2026-01-01\n"),
+        ("samples.jsonl", '{"step": NaN, "prompt": "a", "text": "b"}\n'),
+        ("events.jsonl", '{"event": "train", "step": 0, "loss": NaN}\n'),
+        (LOG_NAME, "iter,train_loss,val_loss,lr,mfu\ninf,1,,1,1\nnan,1,,1,1\n"),
+    ],
+)
+def test_values_that_json_cannot_represent_do_not_hide_other_runs(client: Client, name: str, content: str) -> None:
+    for folder in ("a", "b"):
+        write_run(client.runs / folder, 2)
+    (client.runs / "a" / name).write_text(content)
+    assert [run["step"] for run in client.get("/state.json")[1]["runs"]] == [0 if name == LOG_NAME else 2, 2]
+    assert client.get(f"/run.json?run={client.runs / 'a'}")[0] == 200
+
+
+def test_diverged_run_shows_its_last_loss_and_runs_of_a_recipe_are_found(client: Client) -> None:
+    write_run(client.runs / "recipe" / "base", 2)
+    with (client.runs / "recipe" / "base" / LOG_NAME).open("a") as file:
+        file.write("3,nan,,0.2\n")
+    (run,) = client.get("/state.json")[1]["runs"]
+    assert (run["name"], run["latest_loss"], run["curves"]["train_loss"][0]) == ("base", "nan", [1, 2])
 
 
 def test_unchanged_document_is_not_sent_again(client: Client) -> None:

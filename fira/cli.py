@@ -120,6 +120,8 @@ def run(main: Callable[[], None], parallel: bool = False) -> None:
     A UserError ends all ranks with one line on stderr and exit status 2. A closed stdout ends the program quietly.
     parallel: whether the ranks of mpirun run the command together. Any other command runs on rank 0 only.
     """
+    if sys.platform == "win32":
+        fail("Fira's commands need Linux or macOS; on Windows, run them in WSL 2 (wsl --install)", 2)
     rank = launched_rank()
     if rank and not parallel:
         return

@@ -50,6 +50,16 @@ def replace(path: Path, content: bytes) -> None:
         temporary.replace(path)
 
 
+def lock(file: int | IO[Any]) -> None:
+    """Lock a file or folder for this process (flock), until it is closed.
+
+    Raises BlockingIOError or PermissionError if another process has locked it, and OSError if no lock is possible.
+    """
+    import fcntl  # here, because there is none on Windows
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def is_at(file: IO[Any], path: Path) -> bool:
     """Return whether `path` is still the file that was opened, and has not been removed or replaced."""
     try:

@@ -1,6 +1,7 @@
 """Memory that this process can allocate: on its machine, in its control groups (containers, Slurm jobs), by ulimit."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,12 @@ FILES = (  # limit, use, and the keys of memory.stat that count pages of files, 
 def available_memory(groups: Sequence[Path] | None = None, meminfo: Path = Path("/proc/meminfo")) -> float:
     """Bytes of memory that are available to this process and its children, without swap.
 
-    Pages of files count as available, because the kernel frees them when it needs memory. groups: the control groups
-    of this process; default: read from /proc/self/cgroup.
+    Pages of files count as available, because the kernel frees them when it needs memory. On systems other than Linux
+    this is the memory of the machine. groups: the control groups of this process; default: read from /proc/self/cgroup.
     """
-    available = min(_numbers(meminfo).get("MemAvailable:", math.inf) * 1024.0, _address_space())
+    free = _numbers(meminfo).get("MemAvailable:")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free * 1024
+    available = min(float(machine), _address_space())
     for group in [own_group(), own_group("memory")] if groups is None else groups:
         for folder in (group, *group.parents):
             for limit_file, used_file, reclaimable in FILES:

@@ -1,6 +1,5 @@
 """Cache folders named by the hash of their inputs, each created atomically and verified by checksums."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from fira.data.compression import suffix_of
 from fira.errors import UserError
-from fira.files import sync
+from fira.files import lock, sync
 from fira.json_reader import integer, mapping, read
 from fira.progress_bar import progress_bar
 
@@ -170,7 +169,7 @@ def _own_folder(path: Path) -> Iterator[Path]:
 def _locked(descriptor: int, path: Path) -> bool:
     """Lock an open folder. Return whether no other process has locked it, or renamed or removed it before."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
         return False

@@ -12,7 +12,7 @@ import gc
 import inspect
 import itertools
 import math
-import posix
+import os
 import re
 import sys
 import sysconfig
@@ -30,7 +30,7 @@ SKIPPED = {
 }
 # Modules in C by the name under which their functions are used.
 COMPILED: dict[ModuleType, str] = {
-    **{builtins: "", posix: "os"},
+    **{builtins: "", sys.modules[os.name]: "os"},
     **{module: module.__name__ for module in (binascii, cmath, gc, itertools, math, sys, time, zlib)},
 }
 TYPES = (bytes, dict, float, int, list, set, str)  # whose methods are included

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from fira.cores import own_cores
 from fira.doctor.finding import Finding, Level
 from fira.host_memory import own_group, read_text
 
@@ -43,7 +44,7 @@ class Cores:
 
 def read_cores(group: Path | None = None) -> Cores:
     """The cores of this process. group: its control group; default: read from /proc/self/cgroup."""
-    return Cores(os.cpu_count() or 1, len(os.sched_getaffinity(0)), _quota(group or own_group()))
+    return Cores(os.cpu_count() or 1, len(own_cores()), _quota(group or own_group()))
 
 
 def cores_finding(cores: Cores) -> Finding:

@@ -17,6 +17,7 @@ from pipeline.mpi import World
 HOPELESS = "fira cannot train on this machine; resolve the lines marked FATAL"
 USABLE = "fira can train on this machine"
 LIMITED = "fira can train on this machine; the lines marked PROBLEM say what does not work"
+SHARED_MEMORY = Path("/dev/shm")  # on Linux only
 
 
 def show(world: World | None, show_line: ShowLine = print) -> list[Finding]:
@@ -53,7 +54,9 @@ def all_findings(world: World | None) -> Iterator[Finding]:
         return [host.folder_finding("data cache", cache_folder().absolute(), "FIRA_CACHE")]
 
     def shared_memory() -> list[Finding]:
-        return [host.shared_memory_finding(shutil.disk_usage("/dev/shm").total, len(found[0].gpus) if found else 0)]
+        if not SHARED_MEMORY.is_dir():
+            return []
+        return [host.shared_memory_finding(shutil.disk_usage(SHARED_MEMORY).total, len(found[0].gpus) if found else 0)]
 
     return examine(
         [

@@ -5,7 +5,6 @@ measure ─ measure_machine  ─ memory bandwidth and links
 """
 
 import copy
-import os
 import platform
 import statistics
 import time
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fira.cores import own_cores
 from fira.data.rows import Rows
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, parameter_dtype
 from fira.host_memory import available_memory
@@ -52,7 +52,7 @@ def measure(
     of them would have, and durations are multiplied by the number of ranks per core.
     """
     keep_freed_memory()  # as in training
-    cores = len(os.sched_getaffinity(0))
+    cores = len(own_cores())
     simulated = world.size < ranks and device.type == "cpu"
     before = torch.get_num_threads()
     threads = max(1, cores // ranks) if simulated else before
@@ -106,7 +106,7 @@ def _hardware(machine: tuple[float, dict[str, Link]], device: torch.device, loca
         inside=links,
         between=links,
         overlaps_collectives=device.type != "cpu",
-        cores=min(1.0, len(os.sched_getaffinity(0)) / local_ranks) if device.type == "cpu" else 1.0,
+        cores=min(1.0, len(own_cores()) / local_ranks) if device.type == "cpu" else 1.0,
     )
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import platform
 import uuid
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fira.cores import own_cores
 from fira.data.cache import cache_folder
 from pipeline.mpi import World
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def machine_identity(device: torch.device, world: World) -> list[Any]:
     """What measurements depend on apart from the model: a part of the keys under which they are cached."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(own_cores())
     threads = torch.get_num_threads()
     return [FORMAT, platform.node(), device.type, cores, threads, torch.__version__, world.size]
 

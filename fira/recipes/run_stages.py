@@ -28,7 +28,7 @@ from fira.recipes.eta import TimeLeft
 from fira.recipes.recipe_file import Recipe, Stage
 from fira.recipes.stage_inputs import check_inputs
 from fira.recipes.stage_state import State, begin, complete, interrupt, partial_output, state_of
-from fira.supervisor.job import LIBC, PR_SET_PDEATHSIG
+from fira.supervisor.job import end_with_parent
 from fira.training.finish_marker import FINISHED
 from fira.training.run_lock import RunLock
 from pipeline.mpi import World
@@ -164,7 +164,6 @@ def _pause(child: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _end_with(parent: int) -> None:
     """Let the kernel kill this process when the rank that started it ends, also by SIGKILL."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

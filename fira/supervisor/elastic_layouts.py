@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fira.checkpoint.pretrained import open_saved
+from fira.cores import own_cores
 from fira.errors import UserError
 from fira.models.registry import build
 from fira.parallel.layout import choose_layout
@@ -74,7 +75,7 @@ def threads_per_rank(most: int, slots: Mapping[str, int] | None) -> int:
     slots: by host; None: all ranks run on this machine.
     """
     local = min(most, max(slots.values(), default=1)) if slots else most
-    return max(1, len(os.sched_getaffinity(0)) // local)
+    return max(1, len(own_cores()) // local)
 
 
 def _size(config: TrainConfig) -> tuple[int, int]:

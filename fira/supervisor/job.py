@@ -26,7 +26,8 @@ LINES = 2000  # of the output that are kept for the cause of a failure
 STOP_S = 5.0  # for the launcher to end the ranks of all machines
 POLL_S = 0.02
 PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
-LIBC = ctypes.CDLL(None)  # loaded here, because little is safe between fork and exec
+if sys.platform == "linux":
+    LIBC = ctypes.CDLL(None)  # loaded here, because little is safe between fork and exec
 
 
 def launcher_words(given: str | None) -> list[str]:
@@ -75,7 +76,7 @@ class Job:
         environment = {**os.environ, **variables, JOB: self.name}
         with errors_naming(Path(command[0])):
             self._process = subprocess.Popen(  # type: ignore[call-overload]
-                command, **pipes, env=environment, start_new_session=True, preexec_fn=_end_with_supervisor
+                command, **pipes, env=environment, start_new_session=True, preexec_fn=end_with_parent
             )
         self._lines: deque[bytes] = deque(maxlen=LINES)
         self._silent = False
@@ -135,10 +136,13 @@ class Job:
                         target.flush()
 
 
-def _end_with_supervisor() -> None:
-    """Let the kernel send SIGTERM to the launcher when the supervisor dies: its ranks save a checkpoint and end."""
+def end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Let the kernel send a signal to this process when its parent ends. Without Linux this does nothing.
+
+    After SIGTERM to a launcher, its ranks save a checkpoint and end.
+    """
     if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
 def processes(job: str) -> list[int]:

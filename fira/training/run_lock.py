@@ -4,7 +4,6 @@ The lock is an `flock` of the file `.lock` in the folder, which also names its h
 process ends for any reason, SIGKILL included. On NFS, Linux passes it to the server, so that it holds between machines.
 """
 
-import fcntl
 import logging
 import os
 import socket
@@ -13,7 +12,7 @@ from io import FileIO
 from pathlib import Path
 
 from fira.errors import UserError
-from fira.files import is_at
+from fira.files import is_at, lock
 
 LOCK_NAME = ".lock"
 
@@ -46,7 +45,7 @@ class RunLock:
             except OSError as error:
                 raise UserError(f"--out {self.folder}: {error.strerror}; choose a writable folder") from None
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file)
             except (BlockingIOError, PermissionError):
                 with file:
                     file.seek(0)

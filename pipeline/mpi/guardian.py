@@ -11,7 +11,6 @@ Open MPI and Slurm name the rank themselves. There, and on systems without ``pid
 This file is also the guardian's program, which imports only a few modules and needs 20 ms and 10 MB.
 """
 
-import fcntl
 import mmap
 import os
 import select
@@ -19,7 +18,6 @@ import socket
 import stat
 import struct
 import sys
-import termios
 import time
 from contextlib import suppress
 
@@ -122,6 +120,8 @@ def wait_status(pid: int) -> int | None:
 
 def _exit_info(process: int) -> int | None:
     """Return the status of an ended process from its pidfd, which Linux 6.15 and later keep after the wait."""
+    import fcntl  # here and below, because Windows has none
+
     information = bytearray(struct.pack("=Q56x", INFO_EXIT))
     try:
         fcntl.ioctl(process, PIDFD_GET_INFO, information)
@@ -147,6 +147,9 @@ def claim(memory: mmap.mmap | None) -> bool:
 
 def wait_until_read(descriptor: int) -> None:
     """Wait at most ``READ_S`` until the launcher has read the pipe, because an abort discards unread output."""
+    import fcntl
+    import termios
+
     deadline = time.monotonic() + READ_S
     while stat.S_ISFIFO(os.fstat(descriptor).st_mode) and time.monotonic() < deadline:
         unread = int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)

@@ -43,6 +43,16 @@ def test_quiet_and_verbose_exclude_each_other():
         parser.parse_args(["--quiet", "--verbose"])
 
 
+def test_windows_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: pytest.fail("a command has started"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "Fira's commands need Linux or macOS; on Windows, run them in WSL 2 (wsl --install)\n"
+    )
+
+
 def test_underscores_in_flag_names_equal_hyphens():
     """Underscores in values are unchanged."""
     parser = cli.Parser("test")

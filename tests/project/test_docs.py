@@ -30,6 +30,7 @@ NOT_RUN = {
     "watch.py runs": "runs until Ctrl-C; tests/integration/test_watch_page.py opens the page",
     "recipe.py recipes/": "takes up to days; tests/fira/recipes runs small ones, and parses these",
     "doctor.py --gpu": "needs a GPU; tests/fira/doctor runs the tests on the CPU",
+    "tests.platforms.run": "creates environments of 8 GB from the network",
     "git worktree add before main": "needs a second checkout; its three following lines depend on it",
     "for tree in before": "compares two checkouts",
     "do diff <(cut": "compares two checkouts",

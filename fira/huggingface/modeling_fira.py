@@ -18,6 +18,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils import can_return_tuple
 
 from fira.huggingface.configuration_fira import FiraLMConfig, RishAIConfig
+from fira.huggingface.padding import starts_and_ends
 from fira.models.registry import FAMILIES, build, from_document
 from fira.nn.context import Context
 from fira.nn.init import initial_values
@@ -91,7 +92,9 @@ class FiraLMModel(FiraLMPreTrainedModel):
         with torch.device("meta"):
             # The config is rebuilt, because with remote code it may belong to another copy of the family's module.
             model = build(from_document(config.shape))
-        self.layers = model.layers if device.type == "meta" else model.layers.to_empty(device=device)
+        # DeepSpeed's zero.Init has already created the weights, and sharded them.
+        on_meta = next(model.parameters()).is_meta
+        self.layers = model.layers.to_empty(device=device) if on_meta and device.type != "meta" else model.layers
         self.gradient_checkpointing = False
         last = len(self.layers) - 1
         if model.tied:
@@ -148,26 +151,29 @@ class FiraLMModel(FiraLMPreTrainedModel):
             past_key_values = FiraLMCache()
 
         context = self._context(x, attention_mask, past_key_values, return_attentions, return_routers)
-        hidden = []
-        *body, head = self.layers
+        embedding, *blocks, head = self.layers
+        x = embedding(x, context)
+        hidden, aux_losses = [x], []
         with _router_logits(self if return_routers else nn.Identity()) as routers:
-            for layer in body:
+            for index, block in enumerate(blocks, 1):
                 if self.gradient_checkpointing and self.training:
-                    x = self._gradient_checkpointing_func(layer.__call__, x, context)
+                    x, aux = self._gradient_checkpointing_func(_run_block, index, block, x, context)
                 else:
-                    x = layer(x, context)
+                    x, aux = _run_block(index, block, x, context)
                 hidden.append(x)
+                if aux is not None:
+                    aux_losses.append(aux)
         x = head.get_submodule("norm")(x)
         if past_key_values is not None:
             past_key_values.kv_cache.length += x.shape[1]
-        attentions, stats = context.decoding.attentions, context.training.stats.values()
+        attentions = context.decoding.attentions
         return FiraLMOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=(*hidden[:-1], x) if return_hidden else None,
             attentions=None if attentions is None else tuple(attentions.values()),
             router_logits=tuple(routers) if return_routers else None,  # type: ignore[arg-type]
-            aux_loss=sum((s.aux.to(x.device) for s in stats), x.new_zeros(())) if stats else None,
+            aux_loss=sum((aux.to(x.device) for aux in aux_losses), x.new_zeros(())) if aux_losses else None,
         )
 
     def _context(
@@ -180,7 +186,7 @@ class FiraLMModel(FiraLMPreTrainedModel):
         context.decoding.cache = None if cache is None else cache.kv_cache
         context.decoding.attentions = {} if attentions else None
         if mask is not None:
-            context.starts, context.lengths = _starts_and_ends(mask)
+            context.starts, context.lengths = starts_and_ends(mask)
         if self.training or routers:
             tokens = context.valid(x).sum(1)
             context.training.aux_weights = tokens / tokens.sum().clamp(min=1)
@@ -264,22 +270,14 @@ class RishAICausalLM(FiraLMForCausalLM):
     config_class = RishAIConfig
 
 
-def _starts_and_ends(mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Attention mask [B, T] → first token [B] and end [B] of each sequence; None if no sequence has padding there."""
-    if mask.dim() != 2:
-        raise ValueError(f"attention_mask has {mask.dim()} dimensions; give [batch, tokens]")
-    ones = mask.bool()
-    if ones.all():
-        return None, None
-    starts = ones.int().argmax(1)
-    ends = starts + ones.sum(1)
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    if not torch.equal(ones, (positions >= starts[:, None]) & (positions < ends[:, None])):
-        raise ValueError(
-            "attention_mask has a zero between ones; padding is allowed before and after a sequence only. If a prompt "
-            "contains the padding token, pass attention_mask to generate()"
-        )
-    return starts if starts.any() else None, None if ones[:, -1].all() else ends
+def _run_block(index: int, block: nn.Module, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
+    """x [B, T, d] → output [B, T, d] of the block `layers[index]` and its auxiliary loss, None if it has no experts.
+
+    Both are returned, because with `use_reentrant`, which ZeRO-3 needs, checkpointing differentiates nothing else.
+    """
+    x = block(x, context)
+    stats = context.training.stats.get((index, 0))
+    return x, None if stats is None else stats.aux
 
 
 @contextmanager

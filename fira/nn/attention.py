@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
         shape: (B, T, −1, hd).
         """
         if norm is not None:
-            y = norm(y.unflatten(-1, (-1, len(norm.weight))))
+            y = norm(y.unflatten(-1, (-1, norm.width)))
         return y.view(shape).transpose(1, 2)
 
     def _mask(self, q: Tensor, k: Tensor, length: int, context: Context) -> Tensor | None:

@@ -5,6 +5,7 @@ sequence: nothing here depends on how sequences are grouped into micro-batches o
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -72,7 +73,6 @@ class DecodingContext:
     attentions: dict[str, Tensor] | None = None
 
 
-@dataclass
 class Context:
     """Describes the sequences of one call and holds what training and decoding need.
 
@@ -84,17 +84,31 @@ class Context:
     noise; None: neither.
     chunk: index of these sequences among the chunks into which torchgpipe splits a micro-batch.
     tokens: [B, T] int64, the model's input, for layers that embed tokens again; None: the input are vectors.
+
+    It is not a dataclass, because FSDP2 copies dataclasses among the arguments of a layer, and what the layer stores in
+    the copy would be lost.
     """
 
-    lengths: Tensor | None = None
-    starts: Tensor | None = None
-    documents: Documents | None = None
-    keys: Tensor | None = None
-    chunk: int = 0
-    tokens: Tensor | None = None
-    training: TrainingContext = field(default_factory=TrainingContext)
-    decoding: DecodingContext = field(default_factory=DecodingContext)
-    _valid: Tensor | None = field(default=None, init=False, repr=False, compare=False)  # last result of `valid`
+    def __init__(
+        self,
+        *,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        documents: Documents | None = None,
+        keys: Tensor | None = None,
+        tokens: Tensor | None = None,
+        training: TrainingContext | None = None,
+        decoding: DecodingContext | None = None,
+    ) -> None:
+        self.lengths = lengths
+        self.starts = starts
+        self.documents = documents
+        self.keys = keys
+        self.tokens = tokens
+        self.training = training or TrainingContext()
+        self.decoding = decoding or DecodingContext()
+        self.chunk = 0
+        self._valid: Tensor | None = None  # last result of `valid`
 
     @classmethod
     def for_tokens(cls, tokens: Tensor, training: bool) -> Self:
@@ -107,7 +121,10 @@ class Context:
         def rows(chunk: int) -> Callable[[Tensor], Tensor]:
             return lambda x: x.split(sizes)[chunk]
 
-        return [replace(self._map(rows(chunk)), chunk=chunk) for chunk in range(len(sizes))]
+        chunks = [self._map(rows(chunk)) for chunk in range(len(sizes))]
+        for number, chunk in enumerate(chunks):
+            chunk.chunk = number
+        return chunks
 
     def to(self, device: torch.device) -> Self:
         """The same context with its tensors on a device. From a CPU to a GPU they are copied asynchronously."""
@@ -119,21 +136,17 @@ class Context:
         def apply(x: Tensor | None) -> Tensor | None:
             return None if x is None else change(x)
 
-        t = self.training
-        return replace(
-            self,
-            lengths=apply(self.lengths),
-            starts=apply(self.starts),
-            documents=None if self.documents is None else Documents(*map(change, self.documents)),
-            keys=apply(self.keys),
-            tokens=apply(self.tokens),
-            training=replace(
-                t,
-                targets=apply(t.targets),
-                aux_weights=apply(t.aux_weights),
-                stored={name: change(tensor) for name, tensor in t.stored.items()},
-            ),
+        new, t = copy(self), self.training
+        new._valid = None
+        new.lengths, new.starts, new.keys, new.tokens = map(apply, (self.lengths, self.starts, self.keys, self.tokens))
+        new.documents = None if self.documents is None else Documents(*map(change, self.documents))
+        new.training = replace(
+            t,
+            targets=apply(t.targets),
+            aux_weights=apply(t.aux_weights),
+            stored={name: change(tensor) for name, tensor in t.stored.items()},
         )
+        return new
 
     def token_keys(self, x: Tensor) -> Tensor | None:
         """[B, T] int32, one random number per token of x [B, T, …], counted from position 0; None: no dropout."""

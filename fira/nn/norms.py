@@ -22,6 +22,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
+        self.width = width
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 

@@ -1,13 +1,16 @@
 """The transformers models have the logits of our models and support caches, beams, padding, losses and saving."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, RishAIConfig, RishAIModel
@@ -124,17 +127,37 @@ def test_outputs_and_loss_with_and_without_gradient_checkpointing(family: str) -
 
     model.train()
     gradients: list[list[Tensor]] = []
-    for _ in range(2):
+    for checkpointing in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        if checkpointing:
+            model.activation_checkpointing_enable(checkpointing)
         model.zero_grad()
         torch.manual_seed(3)  # determines dropout and noise
         outputs = model(IDS, labels=IDS)
         outputs.loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-        model.activation_checkpointing_enable()
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
     assert (outputs.aux_loss is None) == (family == "mooshak")
     if outputs.aux_loss is not None and family != "blues":  # its routing noise changes the loss
         assert outputs.loss.item() == pytest.approx(nll.item() + outputs.aux_loss.item(), rel=1e-5)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-6), (torch.bfloat16, 0.05)])
+def test_auxiliary_losses_of_blocks_that_fsdp2_shards(one_rank: None, dtype: torch.dtype | None, tolerance: float):
+    """FSDP2 copies dataclasses among the arguments of a block, and converts their tensors."""
+    _, model = wrapped("fira")
+    expected = model.train()(IDS, labels=IDS)
+    for block in model.model.layers[1:-1]:
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, output_dtype=torch.float32))
+    outputs = model(IDS, labels=IDS)
+    assert outputs.aux_loss.item() == pytest.approx(expected.aux_loss.item(), rel=tolerance)
+    assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
 
 
 @families

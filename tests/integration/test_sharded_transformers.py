@@ -1,6 +1,6 @@
 """The transformers classes train under DeepSpeed, FSDP2, DDP and Trainer with the losses of this project's trainer.
 
-Two ranks, fp32. Losses include the auxiliary loss and are means over the ranks; gradient norms are those before clipping.
+Two ranks, fp32. Losses include the auxiliary loss and are means over the ranks; gradient norms are before clipping.
 """
 
 import json

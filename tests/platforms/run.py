@@ -114,7 +114,7 @@ def run_tests(program: Path, tree: Path, label: str, flags: list[str]) -> dict[s
     report = tree / "report.xml"
     report.unlink(missing_ok=True)
     command = [program, "-m", "pytest", "--color=no", f"--junitxml={report}", *flags]
-    log = (tree / "pytest.log").open("a", encoding="utf-8")
+    log = (tree / "pytest.log").open("a", buffering=1, encoding="utf-8")
     with (
         log,
         progress_bar(100, label, shown=True, unit="%") as bar,

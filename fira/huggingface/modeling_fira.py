@@ -153,7 +153,7 @@ class FiraLMModel(FiraLMPreTrainedModel):
         context = self._context(x, attention_mask, past_key_values, return_attentions, return_routers)
         embedding, *blocks, head = self.layers
         x = embedding(x, context)
-        hidden, aux_losses = [x], []
+        hidden, aux_losses = [x], list[Tensor]()
         with _router_logits(self if return_routers else nn.Identity()) as routers:
             for index, block in enumerate(blocks, 1):
                 if self.gradient_checkpointing and self.training:
@@ -273,7 +273,7 @@ class RishAICausalLM(FiraLMForCausalLM):
 def _run_block(index: int, block: nn.Module, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
     """x [B, T, d] → output [B, T, d] of the block `layers[index]` and its auxiliary loss, None if it has no experts.
 
-    Both are returned, because with `use_reentrant`, which ZeRO-3 needs, checkpointing differentiates nothing else.
+    Both are returned, because checkpointing with `use_reentrant` differentiates nothing else.
     """
     x = block(x, context)
     stats = context.training.stats.get((index, 0))

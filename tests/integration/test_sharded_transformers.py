@@ -93,5 +93,5 @@ def test_losses_equal_those_of_the_trainer(method: str, name: str, ours: dict[st
     if method not in INSTALLED:
         pytest.skip("needs deepspeed: pip install -e '.[deepspeed]'")
     expected = ours[name]
-    assert abs(np.diff(expected[:, 0])).max() > 0.05  # the weights change
+    assert abs(np.diff(expected[:, 0])).max() > 0.02  # the weights change
     np.testing.assert_allclose(theirs[method][name], expected, rtol=1e-6)

@@ -67,7 +67,7 @@ def lower_bounds(pyproject: Path) -> list[str]:
     lists = [project["dependencies"], *(project["optional-dependencies"][extra] for extra in EXTRAS)]
     bounds = {}
     for requirement in map(Requirement, chain(*lists)):
-        (bound,) = requirement.specifier
+        (bound,) = (part for part in requirement.specifier if part.operator == ">=")
         bounds[requirement.name] = f"{requirement.name}=={bound.version}"
     return list(bounds.values())
 

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     script = options.script = Path(options.script)
     if script.exists():
         raise UserError(f"--script {script}: exists already; remove it, or give another name")
-    check(config, options)
+    check_job(config, options)
     from fira.commands.slurm_script import SlurmJob, job_script
     from fira.files import replace as write
     from fira.training.run_folder import new_folder
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     print(f"next: sbatch {shlex.quote(str(script))}")
 
 
-def check(config: TrainConfig, options: Namespace) -> None:
+def check_job(config: TrainConfig, options: Namespace) -> None:
     """Raise UserError for settings with which the job would not continue, or would never get to a checkpoint."""
     if config.resume and (config.resume != "auto" or not config.out):
         raise UserError(

@@ -43,7 +43,8 @@ def run(layers: nn.Module, model: LanguageModel, calls: int, cast: bool, backwar
         losses = []
         for number in range(calls):
             tokens = (make_tokens(model.config, length=9) + number) % model.config.vocab_size
-            context = Context(torch.full((2,), tokens.shape[1]), tokens=tokens, training=TrainingContext(tokens))
+            lengths = torch.full((2,), tokens.shape[1])
+            context = Context(lengths=lengths, tokens=tokens, training=TrainingContext(tokens))
             losses.append(layers(tokens, context).sum())
             if backward:
                 losses[-1].backward()

@@ -19,7 +19,7 @@ def test_memory_of_layers_equals_that_of_torch(family):
     tokens = torch.randint(profile.config.vocab_size, (4, profile.tokens))
     x = tokens
     for layer, kind in zip(model.layers, profile.layers, strict=True):
-        context = Context(torch.full((4,), profile.tokens), keys=torch.arange(4), tokens=tokens)
+        context = Context(lengths=torch.full((4,), profile.tokens), keys=torch.arange(4), tokens=tokens)
         context.training = TrainingContext(tokens, aux_weights=torch.ones(4))
         x = x.detach().requires_grad_(x.is_floating_point())
         results: list[torch.Tensor] = []

@@ -26,6 +26,7 @@ SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
         (SRUN | TORCHRUN, "torchrun", 5, 16),  # srun torchrun …
         (SRUN | MPICH, "mpirun", 2, 4),  # mpirun in a job, or srun --mpi=pmi2
         (OPEN_MPI | DEEPSPEED, "mpirun", 7, 8),  # deepspeed --launcher openmpi …
+        (DEEPSPEED | {"WORLD_SIZE": "four"}, None, None, 1),
         ({"RANK": "3", "WORLD_SIZE": "4"}, None, None, 1),  # set for another purpose
         (TORCHRUN | {"WORLD_SIZE": "1"}, None, None, 1),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None, None, 1),  # salloc or sbatch

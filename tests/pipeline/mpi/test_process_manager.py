@@ -83,3 +83,9 @@ def test_the_failure_of_a_rank_ends_the_others(tmp_path: Path, end: str, message
         end_all(ranks)
     assert all(rank.returncode != 0 for rank in ranks), outputs
     assert message in "".join(outputs)
+
+
+def test_a_rank_whose_manager_was_killed_ends_when_it_aborts() -> None:
+    program = "import os\nfrom pipeline.mpi import process_manager\n"
+    program += "read, process_manager._connection = os.pipe()\nos.close(read)\nprocess_manager.abort(3)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 3

@@ -267,6 +267,8 @@ def _check_schema(schema: Any, column: str | None, path: Path) -> None:
     if column is None:
         return
     dtype = schema.field(_name_in(schema.names, column)).type
+    if pa.types.is_dictionary(dtype):  # categories of pandas
+        dtype = dtype.value_type
     if not any(is_text(dtype) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
         raise UserError(f"{path}: column {column!r} holds {dtype}, not text; name another with --text-column")
 

@@ -160,3 +160,12 @@ def test_error_of_any_type_from_pyarrow_names_the_file(tmp_path, monkeypatch, su
 def test_json_lines_by_other_names(tmp_path, name: str, content: str, documents: list[str]) -> None:
     (tmp_path / name).write_text(content)
     assert list(read_file(tmp_path / name, "text", lambda _: None)) == documents
+
+
+def test_categories_of_text_are_read(tmp_path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array(["one", "two", "one", None]).dictionary_encode()}), path)
+    assert list(read_file(path, "text", lambda _: None)) == ["one", "two", "one", ""]
+    pq.write_table(pa.table({"text": pa.array([1, 2]).dictionary_encode()}), path)
+    with pytest.raises(UserError, match="not text"):
+        list(read_file(path, "text", lambda _: None))

@@ -8,7 +8,7 @@ The source of a sequence, and the sequence of this source, are functions of the 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from os.path import exists  # False for a name that is too long
 from typing import Protocol
 
 import numpy as np
@@ -33,7 +33,7 @@ def parse_mixture(data: str | None) -> list[tuple[str | None, float]]:
 
     Without weights, or where a file has this name, `data` is one source. Raises UserError for an invalid weight.
     """
-    if data is None or "=" not in data or Path(data).exists():
+    if data is None or "=" not in data or exists(data):
         return [(data, 1.0)]
     sources, weights = [], []
     for item in data.split(","):

@@ -13,6 +13,7 @@ from fira.data.packed import TokenSpan
 from fira.data.sources import check_regular
 from fira.data.token_files import SUFFIXES, map_tokens
 from fira.errors import UserError
+from fira.files import errors_naming
 
 VALIDATION = 0.05  # fraction of the documents, or of their tokens
 
@@ -43,18 +44,22 @@ def find_shards(data: str | None) -> Shards | None:
     """
     if data is None:
         return None
-    path = Path(data)
+    with errors_naming(Path(data)):  # the name may be too long
+        return _find_shards(Path(data))
+
+
+def _find_shards(path: Path) -> Shards | None:
     if file := _indexed_file(path):
         return _divided([file])
     if path.suffix.lower() in SUFFIXES and path.is_file():
-        raise UserError(f"{data}: a single shard; give the folder that contains *_train_* and *_val_*")
+        raise UserError(f"{path}: a single shard; give the folder that contains *_train_* and *_val_*")
     paths = [file for file in sorted(path.glob("*")) if file.suffix.lower() in SUFFIXES]
     train, val = ([file for file in paths if re.search(f"(^|_){part}[_.]", file.name)] for part in ("train", "val"))
     if not train and not val:
         return _divided([file for file in paths if index_of(file)])
     if not train or not val:
         missing = "val" if train else "train"
-        raise UserError(f"{data}: no *_{missing}_* in this folder; training needs both kinds of shard")
+        raise UserError(f"{path}: no *_{missing}_* in this folder; training needs both kinds of shard")
     for file in train + val:
         check_regular(file)
     return Shards([TokenSpan(file) for file in train], [TokenSpan(file) for file in val])

@@ -36,7 +36,7 @@ class FiraLMConfig(PreTrainedConfig):
     """
 
     model_type = "fira"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     family: ClassVar[str] = "fira"  # used if `shape` does not name one
     classes: ClassVar[dict[str, str]] = {"AutoModel": "FiraLMModel", "AutoModelForCausalLM": "FiraLMForCausalLM"}
 

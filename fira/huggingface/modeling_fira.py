@@ -25,6 +25,9 @@ from fira.nn.init import initial_values
 from fira.nn.kv_cache import KVCache
 from fira.nn.moe.router import Routed, Router
 
+# The argument and the output that hold the cache; transformers 5.24 has renamed both.
+CACHE = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class FiraLMCache(Cache):
     """A KVCache with the interface of transformers' caches.
@@ -72,7 +75,7 @@ class FiraLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = {"Block"}  # noqa: RUF012 (the type is given by transformers)
-    _skip_keys_device_placement = {"past_key_values"}  # noqa: RUF012
+    _skip_keys_device_placement = {"past_key_values", "cache"}  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True  # by torch's kernel for scaled_dot_product_attention, which all names select
 
@@ -127,13 +130,14 @@ class FiraLMModel(FiraLMPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        cache: FiraLMCache | None = None,
         **kwargs: Any,
     ) -> FiraLMOutput:
         """input_ids [B, T], or inputs_embeds [B, T, d] instead of token embeddings → hidden states [B, T, d].
 
         attention_mask: [B, past + T], one for tokens and zero for padding, which is allowed before and after them.
         output_attentions: return the probabilities [B, H, T, past + T] of each attention layer.
-        output_router_logits: return the router logits [B · T, E] of each MoE layer.
+        output_router_logits: return the router logits [B · T, E] of each MoE layer. cache: see CACHE.
 
         Raises ValueError for other masks, for position_ids, and if both or neither of the inputs are given.
         """
@@ -147,10 +151,11 @@ class FiraLMModel(FiraLMPreTrainedModel):
         return_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_routers = config.output_router_logits if output_router_logits is None else output_router_logits
         use_cache = config.use_cache if use_cache is None else use_cache
-        if past_key_values is None and use_cache and not self.training:
-            past_key_values = FiraLMCache()
+        cache = past_key_values if cache is None else cache
+        if cache is None and use_cache and not self.training:
+            cache = FiraLMCache()
 
-        context = self._context(x, attention_mask, past_key_values, return_attentions, return_routers)
+        context = self._context(x, attention_mask, cache, return_attentions, return_routers)
         embedding, *blocks, head = self.layers
         x = embedding(x, context)
         hidden, aux_losses = [x], list[Tensor]()
@@ -164,16 +169,16 @@ class FiraLMModel(FiraLMPreTrainedModel):
                 if aux is not None:
                     aux_losses.append(aux)
         x = head.get_submodule("norm")(x)
-        if past_key_values is not None:
-            past_key_values.kv_cache.length += x.shape[1]
+        if cache is not None:
+            cache.kv_cache.length += x.shape[1]
         attentions = context.decoding.attentions
         return FiraLMOutput(
             last_hidden_state=x,
-            past_key_values=past_key_values,
             hidden_states=(*hidden[:-1], x) if return_hidden else None,
             attentions=None if attentions is None else tuple(attentions.values()),
             router_logits=tuple(routers) if return_routers else None,  # type: ignore[arg-type]
             aux_loss=sum((aux.to(x.device) for aux in aux_losses), x.new_zeros(())) if aux_losses else None,
+            **{CACHE: cache},
         )
 
     def _context(
@@ -207,8 +212,8 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_: Any
     ) -> None:
         """Use a FiraLMCache for generation, unless `use_cache` is false or a cache is given."""
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = FiraLMCache()
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = FiraLMCache()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.layers[-1].get_submodule("project")
@@ -251,10 +256,10 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=outputs.aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

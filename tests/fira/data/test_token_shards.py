@@ -107,3 +107,10 @@ def test_folder_of_indexed_files_has_both_parts_of_each(tmp_path) -> None:
     found = find_shards(str(tmp_path))
     assert found
     assert [span.path.name for span in found.train] == [span.path.name for span in found.val] == ["a.bin", "b.bin"]
+
+
+@pytest.mark.parametrize("length", [252, 255, 300])
+def test_name_that_is_too_long_is_a_user_error(length: int) -> None:
+    """Some of these names are only too long with the suffix of an index."""
+    with pytest.raises(UserError, match="too long"):
+        find_shards("a" * length)

@@ -209,11 +209,12 @@ def test_a_kill_in_each_kind_of_stage_does_not_change_the_result(tmp_path):
 
 @pytest.mark.slow
 def test_a_failing_stage_ends_all_ranks_with_one_line(tmp_path):
-    write_recipe(tmp_path, {"tokens": 'command = "prepare"\ndata = "missing/"'})
+    (tmp_path / "empty").mkdir()
+    write_recipe(tmp_path, {"tokens": 'command = "prepare"\ndata = "empty/"'})
     process = start(tmp_path, 2)
     lines = end(process).splitlines()
     assert process.returncode == 2
     assert (
         lines[-1] == "stage tokens: fira prepare ended with status 2; correct it, and the same command continues here"
     )
-    assert "missing/: no such file or folder" in lines[-2]
+    assert "empty: no text in this folder" in lines[-2]

@@ -79,7 +79,7 @@ def test_invalid_prompts_are_errors(settings: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes("Grüße\n".encode("latin-1"))
     cases = {
-        "nowhere.txt: No such file": ["--sample-prompts", tmp_path / "nowhere.txt"],
+        "nowhere.txt: no such file": ["--sample-prompts", tmp_path / "nowhere.txt"],
         "empty.txt: the file is empty; write a prompt per line": ["--sample-prompts", tmp_path / "empty.txt"],
         "latin.txt: not text in UTF-8": ["--sample-prompts", tmp_path / "latin.txt"],
         "--sample-every: no prompts; give": ["--sample-every", 3],

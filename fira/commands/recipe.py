@@ -3,7 +3,6 @@
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,8 @@ import pipeline
 from fira import cli
 from fira.commands.entry_point import parse_arguments, run_command
 from fira.errors import UserError
-from fira.training.config import SUPERVISED, TrainConfig
+from fira.training.config import SUPERVISED
+from fira.training.flags import train_config
 from fira.value_types import PathName
 from pipeline.mpi.launchers import launched_rank
 
@@ -78,9 +78,9 @@ def check_arguments(command: str, arguments: Sequence[str]) -> None:
     """Parse the arguments of a stage. Raises UserError if they are invalid, or if the command cannot be a stage."""
     if command not in STAGES:
         raise UserError(f"unknown command {command}; choose from {', '.join(STAGES)}")
-    given = vars(parse_arguments(command, arguments))
+    options = parse_arguments(command, arguments)
     if command == "train":
-        config = TrainConfig(**{field.name: given[field.name] for field in fields(TrainConfig)})
+        config = train_config(options)
         config.recipe()
         config.model_changes()
         for name in ("resume", *SUPERVISED):

@@ -7,13 +7,13 @@ at their start. In the job a supervisor starts the ranks, and restarts them afte
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fira import cli
 from fira.errors import UserError
 from fira.training.config import TrainConfig
-from fira.training.flags import add_options, given_flags
+from fira.training.flags import add_options, given_flags, train_config
 from fira.value_types import AnyText, PathName, Size, Steps
 
 
@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser = cli.Parser(__doc__, prog)
     add_arguments(parser)
     options = parser.start(arguments)
-    config = TrainConfig(**{field.name: getattr(options, field.name) for field in fields(TrainConfig)})
-    script = options.script = Path(options.script)
+    config = train_config(options)
+    script = Path(options.script)
     if script.exists():
         raise UserError(f"--script {script}: exists already; remove it, or give another name")
     check_job(config, options)
@@ -68,8 +68,9 @@ def check_job(config: TrainConfig, options: Namespace) -> None:
     seconds = time_limit(options.time) if options.time else None
     if seconds is not None and seconds <= options.grace:
         raise UserError(f"--time {options.time}: not longer than --grace, {options.grace} s; change one of them")
-    if not options.script.parent.is_dir():
-        raise UserError(f"--script {options.script}: there is no folder {options.script.parent}; create it")
+    folder = Path(options.script).parent
+    if not folder.is_dir():
+        raise UserError(f"--script {options.script}: there is no folder {folder}; create it")
 
 
 def time_limit(text: str) -> float | None:

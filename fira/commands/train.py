@@ -6,16 +6,14 @@ without mpirun, the command starts the ranks itself and restarts them after a fa
 
 import gc
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import pipeline
 from fira import cli
 from fira.errors import UserError
 from fira.training.config import SUPERVISED, TrainConfig
-from fira.training.flags import add_deepspeed, add_options
+from fira.training.flags import add_deepspeed, add_options, train_config
 from fira.training.signals import Signals
 from pipeline.mpi.launchers import launched_rank
 
@@ -26,11 +24,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     add_arguments(parser)
     parser.add_verbosity()
 
-    def settings() -> tuple[TrainConfig, Namespace]:
-        options = parser.parse_args(arguments)
-        return TrainConfig(**{field.name: getattr(options, field.name) for field in fields(TrainConfig)}), options
-
-    config, options = settings()
+    options = parser.parse_args(arguments)
+    config = train_config(options)
     quiet, verbose = options.quiet, options.verbose
     if options.deepspeed and not launched_rank():
         print(options.deepspeed, file=sys.stderr)
@@ -50,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     cli.start_logging(quiet, verbose, world.rank if world else 0)
     if config.resume:
         parser.set_defaults(**resumed_settings(config))
-        config, _ = settings()
+        config = train_config(parser.parse_args(arguments))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.plan == "explain":

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from fira.cores import own_cores
 from fira.doctor.finding import Finding, Level
 from fira.host_memory import own_group, read_text
+from pipeline.mpi.cores import own_cores
 
 GB = 1e9
 MEMORY_PER_RANK = 1.0 * GB  # of fira-tiny, with the libraries

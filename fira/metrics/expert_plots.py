@@ -59,7 +59,7 @@ def plot_experts(path: Path, out: Path | None = None) -> Path:
 
 def _plot_entropy(axes: Axes, steps: Series, values: np.ndarray, experts: int, first: bool) -> None:
     """Plot a router's entropy and, as a line, the entropy of the uniform distribution."""
-    style_axes(axes, "router entropy, nats" if first else "", "")
+    style_axes(axes, "router entropy; grey: uniform" if first else "", "")
     axes.axhline(np.log(experts), color=GREY, linewidth=1)
     axes.set_ylim(0, 1.1 * np.log(max(2, experts)))
     axes.plot(steps, values, color=BLUE)

@@ -48,14 +48,14 @@ def draw_marks(axes: Axes, marks: Sequence[Mark], labelled: bool = False) -> Non
     for mark in marks:
         axes.axvline(mark.step + 0.5, color=GREY, linestyle=(0, (1, 2)), linewidth=1, zorder=1)
     for group in _groups(marks, narrow) if labelled else []:
-        label = group[0].label if len(group) == 1 else f"{len(group)} × {max(group, key=_has_layout).label}"
+        label = group[0].label if len(group) == 1 else f"{len(group)} × {max(group, key=_by_layout).label}"
         side = "right" if group[0].step + narrow > right else "left"
         place: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "top", "ha": side}
         axes.text(group[0].step + 0.5, 0.98, label, color=INK, fontsize=8, **place)
     axes.set_xlim(left, right)
 
 
-def _has_layout(mark: Mark) -> tuple[bool, int]:
+def _by_layout(mark: Mark) -> tuple[bool, int]:
     """Order of marks by which the last one with a new layout is the largest."""
     return "," in mark.label, mark.step
 

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fira.cores import own_cores
 from fira.data.rows import Rows
 from fira.devices import AUTOCAST_DTYPES, keep_freed_memory, parameter_dtype
 from fira.host_memory import available_memory
@@ -35,6 +34,7 @@ from fira.planner.measurement_cache import cached, machine_identity
 from fira.planner.model_profile import ModelProfile
 from fira.planner.tensor_memory import LayerMemory, measure_layer_memory
 from pipeline.mpi import World
+from pipeline.mpi.cores import own_cores
 from pipeline.stage import DeviceLayers, Stage
 
 IN_FLIGHT = 2  # micro-batches, as in a pipeline

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from fira.cores import own_cores
 from fira.data.cache import cache_folder
 from pipeline.mpi import World
+from pipeline.mpi.cores import own_cores
 
 FORMAT = 8  # increase it when the cached values change
 T = TypeVar("T")

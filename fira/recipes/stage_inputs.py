@@ -30,5 +30,7 @@ def _files(key: str, text: str) -> Iterator[str]:
         yield text
     elif key == "data":
         yield from (source for source, _ in parse_mixture(text) if source and not parse_name(source))
-    elif key in ("tasks", "tokenizer"):
-        yield from (part for part in text.split(",") if Path(part).suffix in (".jsonl", ".json"))
+    elif key == "tasks":
+        yield from (part for part in text.split(",") if part.endswith(".jsonl"))
+    elif key == "tokenizer" and text.endswith(".json"):
+        yield text

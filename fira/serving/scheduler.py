@@ -135,13 +135,13 @@ class Scheduler:
                 tokens = self._batch.read_prompts([choice.text for choice in together])
                 remaining -= len(together) * max(len(choice.prompt) for choice in together)
             else:
-                together = [self._waiting[0]]
-                before = together[0].text.length_read
-                token = self._batch.read_prompt(together[0].text, remaining)
-                remaining -= together[0].text.length_read - before
+                choice = self._waiting[0]
+                before = choice.text.length_read
+                token = self._batch.read_prompt(choice.text, remaining)
                 if token is None:
                     return
-                tokens = [token]
+                remaining -= choice.text.length_read - before
+                together, tokens = [choice], [token]
             self._start(together, tokens)
 
     def _short_prompts(self, limit: int) -> list[Choice]:

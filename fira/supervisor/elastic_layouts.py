@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from fira.checkpoint.pretrained import open_saved
-from fira.cores import own_cores
 from fira.errors import UserError
 from fira.models.registry import build
 from fira.parallel.layout import choose_layout
 from fira.training.config import TrainConfig
 from fira.training.setup import choose_microbatch, choose_model
 from pipeline.mesh import Layout
+from pipeline.mpi.cores import own_cores
 from pipeline.schedule import SCHEDULES
 
 

@@ -219,7 +219,7 @@ def _precision(document: dict[str, Any], ignored: list[str], settings: dict[str,
     for block in blocks.values():
         block.ignore()
     for name, value in enabled.items():
-        if value not in (True, False, AUTO) or not isinstance(value, bool | str):
+        if not (isinstance(value, bool) or value == AUTO):
             raise UserError(f'{name}.enabled: give true, false or "auto", not {value!r}')
     chosen = [name for name, value in enabled.items() if value is True]
     if len(chosen) > 1:
@@ -231,7 +231,7 @@ def _precision(document: dict[str, Any], ignored: list[str], settings: dict[str,
 def _zero(block: _Block, settings: dict[str, Any]) -> None:
     stage = block.take("stage", 0)
     for key in ZERO_REFUSED:
-        if block.take(key, False) not in (False, None):
+        if block.take(key, False):
             block.refuse(key, "true", "no counterpart: replicas exchange values that are not quantized; remove it")
     if stage == AUTO:
         return

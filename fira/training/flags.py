@@ -25,7 +25,10 @@ class _LoadConfig(Action):
 
 
 class _LoadDeepSpeed(Action):
-    """`--deepspeed FILE`: set what a DeepSpeed configuration says at its position in the command line."""
+    """`--deepspeed FILE`: set what a DeepSpeed configuration says at its position in the command line.
+
+    The value in the namespace is a line about keys without a counterpart, or None.
+    """
 
     def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
         name = f"--deepspeed {value}"
@@ -39,6 +42,11 @@ class _LoadDeepSpeed(Action):
             raise UserError(f"{name}: {error}") from None
         _set_keys(found.settings, name, namespace)
         namespace.deepspeed = f"{name}: without counterpart: {', '.join(found.ignored)}" if found.ignored else None
+
+
+def train_config(options: Namespace) -> TrainConfig:
+    """The settings among parsed flags."""
+    return TrainConfig(**{setting.name: getattr(options, setting.name) for setting in fields(TrainConfig)})
 
 
 def read_settings(path: Path) -> dict[str, Any]:

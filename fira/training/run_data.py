@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from fira.checkpoint.ranks import gather
-from fira.cores import own_cores, running_on
 from fira.data.corpus import Corpus, prepare
 from fira.data.loader import Loader, ValidationSequences, Windows
 from fira.data.mixture import Joined, Mixture, parse_mixture
@@ -24,6 +23,7 @@ from fira.posttraining.grpo import PolicyGradient
 from fira.training.config import TrainConfig
 from pipeline.mpi import World
 from pipeline.mpi.activity import doing
+from pipeline.mpi.cores import own_cores, running_on
 
 CHATS = ("sft", "dpo", "grpo")  # objectives whose data are chats
 RECORDS = {"dpo": "prompt, chosen and rejected"}  # of a row, by objective; by default one chat

@@ -123,12 +123,12 @@ class FollowedRun:
                 status = path.stat()
                 key = path, status.st_mtime_ns, status.st_size
                 if self._trace is None or self._trace[0] != key:
-                    self._trace = key, _timeline(path) if status.st_size <= LARGEST_TRACE else []
+                    self._trace = key, _read_timeline(path) if status.st_size <= LARGEST_TRACE else []
                 return self._trace[1] or None
         return None
 
 
-def _timeline(path: Path) -> Timeline:
+def _read_timeline(path: Path) -> Timeline:
     """The actions of a trace; empty if it has none."""
     ranks = [
         [[str(a.kind), a.microbatch, round(1e3 * start, 3), round(1e3 * end, 3)] for a, start, end in spans]

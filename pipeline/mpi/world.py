@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.mpi import guardian, process_manager
 from pipeline.mpi.activity import share
+from pipeline.mpi.cores import own_cores
 from pipeline.mpi.failure import abort, fail, install
 from pipeline.mpi.launchers import Launcher, launcher
 
@@ -136,7 +137,7 @@ def _start(comm: Any, started_by: Launcher | None, timeout_s: float, cuda: bool)
     _refuse_foreign_launcher(comm.Get_size(), started_by)
     local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
     world = World(comm.Get_rank(), comm.Get_size(), local.Get_rank(), local.Get_size())
-    cores = set().union(*local.allgather(_own_cores()))
+    cores = set().union(*local.allgather(own_cores()))
     if not os.environ.get("OMP_NUM_THREADS"):  # which torch has read
         torch.set_num_threads(max(1, len(cores) // world.local_size))
     local.Free()
@@ -147,11 +148,6 @@ def _start(comm: Any, started_by: Launcher | None, timeout_s: float, cuda: bool)
     watch.start()
     install(comm, watch, destroy_nccl_groups)  # after torch, which installs its own excepthook
     return replace(world, waited_s=lambda: progress.waited_s, checksum=watch.checksum)
-
-
-def _own_cores() -> set[int]:
-    """Return the numbers of the cores on which this process may run; all cores on systems without binding."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _seconds(timeout: str | float) -> float | None:

@@ -296,6 +296,5 @@ def test_draining_server_finishes_answers_within_the_limit(small_model, monkeypa
 def test_description_of_the_api_declares_the_statuses_of_errors(served):
     described = httpx.get(f"{served.url}/openapi.json").json()["paths"]
     assert described.keys() == {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}", "/health"}
-    for operations in described.values():
-        for operation in operations.values():
-            assert operation["responses"].keys() == {"200", "4XX", "5XX"}  # 422 of FastAPI is answered with 400
+    for operation in (operation for operations in described.values() for operation in operations.values()):
+        assert operation["responses"].keys() == {"200", "4XX", "5XX"}  # 422 of FastAPI is answered with 400

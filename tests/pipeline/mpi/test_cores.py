@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from fira.cores import own_cores, running_on
+from pipeline.mpi.cores import own_cores, running_on
 from tests.launch import ROOT
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not bind threads")
@@ -31,7 +31,7 @@ def test_cores_that_do_not_exist_are_no_error() -> None:
 
 TOKENIZE = """
 import os
-from fira.cores import running_on
+from pipeline.mpi.cores import running_on
 from fira.data.tokenizer import train_tokenizer
 everything = os.sched_getaffinity(0)
 os.sched_setaffinity(0, {min(everything)})  # as a launcher binds a rank

@@ -8,14 +8,12 @@ from itertools import product
 from typing import Any
 
 import pytest
-import torch
 
 from fira.models.registry import FAMILIES, PRESETS
 from tests.launch import ROOT, inherited
+from tests.torch_versions import needs_fake_work
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch._C._distributed_c10d, "FakeWork"), reason="this torch has no FakeWork"
-)
+pytestmark = needs_fake_work
 MICROBATCHES = 2
 # Kernels of a block of <family>-base in bf16 with dropout, forward and backward: by PyTorch's operators, and with the
 # fused kernels. Update a number with the reason.

@@ -27,6 +27,7 @@ from fira.models.registry import build
 from fira.parallel.parallelize import DistributedModel, parallelize
 from pipeline.mesh import CPU, Layout, Mesh, make_mesh
 from pipeline.schedule import SCHEDULES
+from tests.torch_versions import needs_meta_send
 
 META = torch.device("meta")
 SMALL: dict[str, Any] = {"vocab_size": 31, "seq_len": 8, "d_model": 8, "d_ff": 4, "num_layers": 14}
@@ -39,9 +40,9 @@ CASES = [
     (FIRA, Layout(2, 4, 2), "interleaved"),
     (BLUES, Layout(4, 2, 1), "zb-v"),
     (FIRA, Layout(4, 16, 4), "zb-v"),
-    (BLUES, Layout(16, 4, 4), "1f1b"),
+    pytest.param(BLUES, Layout(16, 4, 4), "1f1b", marks=needs_meta_send),
     *(
-        pytest.param(config, layout, schedule, marks=[pytest.mark.slow, pytest.mark.timeout(600)])
+        pytest.param(config, layout, schedule, marks=[needs_meta_send, pytest.mark.slow, pytest.mark.timeout(600)])
         for config, layout, schedule in [
             (FIRA, Layout(1, 64, 16), "gpipe"),
             (BLUES, Layout(8, 128, 16), "interleaved"),

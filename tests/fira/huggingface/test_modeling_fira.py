@@ -17,6 +17,7 @@ from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, Ri
 from fira.models.language_model import LanguageModel
 from fira.models.registry import FAMILIES, PRESETS, build, to_document
 from fira.nn.context import Context
+from tests.torch_versions import needs_fsdp2_on_cpus
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 9, "pad_token_id": 0}
 IDS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -148,7 +149,7 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs a GPU")
+@needs_fsdp2_on_cpus
 @pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-6), (torch.bfloat16, 0.05)])
 def test_auxiliary_losses_of_blocks_that_fsdp2_shards(one_rank: None, dtype: torch.dtype | None, tolerance: float):
     """FSDP2 copies dataclasses among the arguments of a block, and converts their tensors."""

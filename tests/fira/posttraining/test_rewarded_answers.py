@@ -89,7 +89,7 @@ def test_sample_ends_at_eos_or_at_its_limit() -> None:
     model = build(
         MooshakConfig(vocab_size=12, seq_len=30, d_model=12, num_layers=1, n_head=2, n_kv_head=2, d_ff=8)
     ).eval()
-    prompts, limits = [[3, 4], [5], [6, 7, 8]], [9, 2, 7]
+    prompts, limits = 4 * [[3, 4], [5], [6, 7, 8]], 4 * [9, 2, 7]
     answers = sample(model, prompts, limits, eos=1, seed=4)
     alone = [[new[0] for new in continuation(model, [p], 9, Sampling(seed=4 + n))] for n, p in enumerate(prompts)]
     for answer, limit, long in zip(answers, limits, alone, strict=True):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fira.nn.dropout import token_keys
 from fira.nn.moe.experts import Experts
 from fira.nn.moe.grouped_linear import RowGroups, _add_bias, _grouped_mm
+from tests.torch_versions import needs_grouped_mm
 
 COUNTS = [3, 0, 5, 1]
 KEYS = token_keys(torch.arange(4) << 40, 0, 40).flatten()
@@ -64,7 +64,7 @@ def test_bias_alone(compare, dtype: torch.dtype, tolerance: float, ragged: bool)
     assert launches == ["_forward", "_sum_by_group"]
 
 
-@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+@needs_grouped_mm
 @pytest.mark.parametrize("ragged", [False, True])
 def test_plain_bias_equals_a_loop_over_the_experts(ragged: bool) -> None:
     groups, n = RowGroups(torch.tensor(COUNTS), ragged=ragged), sum(COUNTS)

@@ -10,8 +10,7 @@ from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from fira.nn.moe.grouped_linear import RowGroups, _grouped_mm, _has_grouped_kernel, add_rows, grouped_linear
-
-kernel = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+from tests.torch_versions import needs_grouped_mm
 
 
 def test_input_and_weight_gradients_are_computed_separately() -> None:
@@ -28,7 +27,7 @@ def test_input_and_weight_gradients_are_computed_separately() -> None:
         assert flops.get_total_flops() == 2 * 8 * 4 * 6
 
 
-@kernel
+@needs_grouped_mm
 def test_rows_without_expert_have_zero_output_and_gradient() -> None:
     """Both implementations; the grouped kernel leaves such rows uninitialised, so that they must be cleared."""
     counts, weight, bias = torch.tensor([3, 0, 2]), torch.randn(3, 8, 4), torch.randn(3, 8)
@@ -43,7 +42,7 @@ def test_rows_without_expert_have_zero_output_and_gradient() -> None:
         assert not one[5:].any()
 
 
-@kernel
+@needs_grouped_mm
 @pytest.mark.parametrize(("inputs", "outputs"), [(614, 1228), (616, 1228), (614, 1232), (13, 5)])
 def test_kernel_for_widths_whose_rows_are_no_multiple_of_16_bytes(inputs: int, outputs: int) -> None:
     """In bf16 against products in float64 of the same rounded values, with all gradients."""
@@ -63,7 +62,7 @@ def test_kernel_for_widths_whose_rows_are_no_multiple_of_16_bytes(inputs: int, o
         assert (low - exact).norm() < 0.01 * exact.norm()
 
 
-@kernel
+@needs_grouped_mm
 @pytest.mark.parametrize(
     ("dtype", "widths", "padded"),
     [
@@ -101,7 +100,7 @@ class OnDevice:
         self.dtype = dtype
 
 
-@kernel
+@needs_grouped_mm
 @pytest.mark.parametrize(
     ("capability", "dtype", "expected"),
     [
@@ -185,7 +184,7 @@ def test_autocast_computes_in_its_dtype(biased: bool, enabled: bool) -> None:
     torch.testing.assert_close(y.float(), loop(x, [(2, 1), (0, 3)], weight, bias), rtol=0.05, atol=0.05)
 
 
-@kernel
+@needs_grouped_mm
 @pytest.mark.parametrize("biased", [True, False])
 def test_single_kernel_equals_a_loop_over_rows(biased: bool) -> None:
     """Without rows of no expert, the input is passed unchanged."""
@@ -197,7 +196,7 @@ def test_single_kernel_equals_a_loop_over_rows(biased: bool) -> None:
     assert (groups.sizes, groups.ragged) == ({0: 0, 1: 3, 2: 0, 3: 5}, False)
 
 
-@pytest.mark.parametrize("product", [grouped_linear, pytest.param(_grouped_mm, marks=kernel)])
+@pytest.mark.parametrize("product", [grouped_linear, pytest.param(_grouped_mm, marks=needs_grouped_mm)])
 def test_frozen_weights_have_no_gradient_and_cost_no_product(product) -> None:
     torch.manual_seed(0)
     groups = RowGroups(torch.tensor([3, 0, 5]))

@@ -4,8 +4,8 @@
 
 For each row, a copy of this checkout is installed with its extras by pip into a new virtual environment, and the
 documented test command runs there. Tests that fail are repeated once in one process, because those that start ranks
-have time limits, which a busy machine can exceed. The results are merged into results.csv and printed as a table. A
-row whose Python is not on PATH is reported as not run.
+have time limits, which a busy machine can exceed. The results are merged into results.csv and into the table of
+docs/platforms.md. A row whose Python is not on PATH is reported as not run.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from fira.progress_bar import progress_bar
 ROOT = Path(__file__).parents[2]
 ROWS = tomllib.loads(Path(__file__).with_name("rows.toml").read_text(encoding="utf-8"))
 RESULTS = Path(__file__).with_name("results.csv")
+PAGE = ROOT / "docs" / "platforms.md"
 EXTRAS = ("mpich", "gguf", "serve", "tiktoken", "tensorboard", "trackio", "hf", "docs", "dev")
 IGNORED = shutil.ignore_patterns(".git", "runs", ".*_cache", "__pycache__", ".venv", "*.egg-info")
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH")  # variables of this environment
@@ -183,12 +184,14 @@ def read_results() -> list[Result]:
 
 
 def merge(results: list[Result]) -> None:
-    """Add results to results.csv, in the order of rows.toml, in place of earlier ones of the same rows."""
-    stored = {result.row: result for result in [*read_results(), *results]}
+    """Add results to results.csv and to the page, in the order of rows.toml, in place of earlier ones of these rows."""
+    before = read_results()
+    stored = {result.row: result for result in [*before, *results]}
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(stored[name]) for name in ROWS if name in stored)
+    PAGE.write_text(PAGE.read_text("utf-8").replace(table(before), table(read_results())), "utf-8")
 
 
 def table(results: list[Result]) -> str:
@@ -211,7 +214,7 @@ def main() -> int:
         results.append(test_row(name, options.work.resolve()))
         merge(results)
         print(f"{name}: {results[-1].note or 'passed'}", flush=True)
-    print(f"\n{table(read_results())}\n\nnext: copy this table into docs/platforms.md")
+    print(f"\n{table(read_results())}\n\nnext: read {PAGE.relative_to(ROOT)}, whose table has these results")
     return int(any(result.failed != 0 for result in results))
 
 

@@ -14,7 +14,7 @@ from fira.models.registry import build, make_config
 from fira.planner.best_candidates import plan_for, plan_here
 from fira.planner.device_specs import load
 from fira.planner.model_profile import ModelProfile, profile_of
-from fira.planner.plan_report import command_line, describe_plan, recompute_flag
+from fira.planner.plan_report import command_line, describe_plan, describe_seconds, recompute_flag
 from fira.planner.step_timeline import step_timeline
 from fira.training.auto_layout import constraints_of
 from fira.training.config import PLANNED, TrainConfig
@@ -47,7 +47,11 @@ def plan(config: TrainConfig, options: Namespace, world: pipeline.World | None) 
             raise UserError(
                 f"--timeline: {best.candidate.schedule} over {best.candidate.layout.pp} ranks is not simulated"
             )
-        title = command_line(best.candidate, [])
+        ranks = f"{options.ranks:,} rank{'s' * (options.ranks != 1)}"
+        planned = (
+            f"{config.name()} on {ranks} of {hardware.name} in {precision}, {describe_seconds(best.seconds)} per step"
+        )
+        title = f"{planned}: {command_line(best.candidate, command)}"
         timeline, phases, rows = step_timeline(best)
         print("picture:", write_timeline(timeline, options.timeline, title, phases, rows))
 

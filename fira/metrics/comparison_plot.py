@@ -32,6 +32,7 @@ TITLES = {
 }
 FEW = 0.5  # share of the balanced load below which an expert counts as unused
 LONGEST_NAME = 40  # characters
+MARK_SHAPES = {"resumed": "^", "rollback": "v"}
 
 Runs = Mapping[str, PlottedRun]
 Styles = Mapping[str, dict[str, Any]]
@@ -55,29 +56,27 @@ def draw_comparison(runs: Runs, baselines: Mapping[str, float]) -> Figure:
     if has_experts:
         _plot_experts(grid[3, 0], grid[3, 1], runs, styles)
     handles = [Line2D([], [], **style, label=_shortened(name)) for name, style in styles.items()]
-    if any(run.marks for run in runs.values()):
-        handles.append(Line2D([], [], color=INK, linestyle="none", marker="^", label="resumed"))
+    kinds = {mark.kind for run in runs.values() for mark in run.marks}
+    for kind, shape in MARK_SHAPES.items():
+        if kind in kinds:
+            handles.append(Line2D([], [], color=INK, linestyle="none", marker=shape, label=kind))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
 def _plot_losses(left: Axes, right: Axes, runs: Runs, styles: Styles, baselines: Mapping[str, float]) -> None:
-    """Plot training losses with triangles at resumes, and validation losses."""
+    """Plot training losses with triangles at resumes and rollbacks, and validation losses."""
     for axes, title in ((left, "Training loss, smoothed"), (right, "Validation loss")):
         style_axes(axes, title, loss_unit(runs.values()))
-        draw_baselines(axes, runs.values(), baselines)
     for name, run in runs.items():
         steps, style = run.steps, styles[name]
         plot_line(left, steps["iter"], smooth(steps["train_loss"]), **style)
         plot_markers(right, run.log["iter"], run.log["val_loss"], **style)
-        if resumes := [mark.step for mark in run.marks]:  # an empty line with a transform has no extent
-            place: dict[str, Any] = {
-                "transform": left.get_xaxis_transform(),
-                "linestyle": "none",
-                "marker": "^",
-                "clip_on": False,
-            }
-            left.plot(resumes, [0.02] * len(resumes), color=style["color"], **place)
+        for mark in run.marks:
+            place: dict[str, Any] = {"transform": left.get_xaxis_transform(), "linestyle": "none", "clip_on": False}
+            left.plot(mark.step, 0.02, color=style["color"], marker=MARK_SHAPES[mark.kind], **place)
+    for axes in (left, right):
+        draw_baselines(axes, runs.values(), baselines)
 
 
 def _plot_column(axes: Axes, runs: Runs, styles: Styles, column: str) -> None:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fira.errors import UserError
 from fira.metrics.csv_log import LOG_NAME, parse_layers, read_log
-from fira.metrics.plot_style import BLUE, GREY, INK, MAX_COLUMNS, downsample, heat_map, save_png, style_axes
+from fira.metrics.plot_style import (
+    BLUE,
+    GREY,
+    INK,
+    MAX_COLUMNS,
+    downsample,
+    heat_map,
+    plot_line,
+    save_png,
+    style_axes,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import Series
+
+STEP_TICKS = 4  # intervals between ticks, at most; the narrowest panel has room for the numbers of a long run
 
 
 def plot_experts(path: Path, out: Path | None = None) -> Path:
@@ -23,6 +35,7 @@ def plot_experts(path: Path, out: Path | None = None) -> Path:
     `out` defaults to `experts.png` in the folder of the log. Dropped assignments have a column of panels only where any
     were dropped. Raises UserError for a log without experts.
     """
+    import pandas as pd
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -37,32 +50,38 @@ def plot_experts(path: Path, out: Path | None = None) -> Path:
     if dropped:
         maps.append(("dropped fraction of each expert's assignments", dropped, "Reds", 1, ["none", "half", "all"]))
 
-    figure = Figure(figsize=(13, 1.6 + 1.4 * len(load)), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.05))
-    figure.suptitle(f"{file.resolve().parent.name}: experts by layer", fontsize=13, color=INK)
+    row_height = min(1.4, max(0.9, 11 / len(load)))  # inches
+    height = 1.6 + row_height * len(load)
+    figure = Figure(figsize=(13, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.05))
+    figure.suptitle(f"{file.resolve().parent.name}: experts by MoE layer", fontsize=13, color=INK)
     widths = [3] * len(maps) + [2] * bool(entropy)
     grid = figure.subplots(len(load), len(widths), sharex=True, squeeze=False, width_ratios=widths)
     for column, (title, values, colours, maximum, labels) in enumerate(maps):
         for row, axes in enumerate(grid[:, column]):
-            style_axes(axes, title if row == 0 else "", f"MoE layer {row + 1}\nexpert" if column == 0 else "")
+            style_axes(axes, title if row == 0 else "", f"layer {row + 1}\nexpert" if column == 0 else "")
             image = heat_map(axes, log["iter"], values[row], colours, maximum)
-        bar = figure.colorbar(image, ax=grid[:, column], location="bottom", ticks=[0, maximum / 2, maximum], aspect=40)
-        bar.set_ticklabels(labels)
+        place: dict[str, Any] = {"location": "bottom", "aspect": 40, "pad": 0.1 / height}
+        bar = figure.colorbar(image, ax=grid[:, column], ticks=[0, maximum / 2, maximum], **place)
+        first, _, last = bar.ax.set_xticklabels(labels)
+        first.set_horizontalalignment("left")
+        last.set_horizontalalignment("right")
         bar.outline.set_visible(False)
     for row, [line] in enumerate(entropy):
-        _plot_entropy(grid[row, -1], log["iter"], line, len(load[row]), row == 0)
+        _plot_entropy(grid[row, -1], log["iter"], pd.Series(line, log.index), len(load[row]), row == 0)
     for axes in grid[:-1].flat:
         axes.set_xlabel("")
+    grid[0, 0].locator_params(axis="x", nbins=STEP_TICKS)  # shared by all panels
     out = out or file.with_name("experts.png")
     save_png(figure, out)
     return out
 
 
-def _plot_entropy(axes: Axes, steps: Series, values: np.ndarray, experts: int, first: bool) -> None:
+def _plot_entropy(axes: Axes, steps: Series, values: Series, experts: int, first: bool) -> None:
     """Plot a router's entropy and, as a line, the entropy of the uniform distribution."""
     style_axes(axes, "router entropy; grey: uniform" if first else "", "")
     axes.axhline(np.log(experts), color=GREY, linewidth=1)
     axes.set_ylim(0, 1.1 * np.log(max(2, experts)))
-    axes.plot(steps, values, color=BLUE)
+    plot_line(axes, steps, values, color=BLUE)
 
 
 def _layers(cells: Series) -> list[np.ndarray]:

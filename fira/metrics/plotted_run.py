@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from pandas import DataFrame
 
+LABEL_HEIGHT = 0.07  # of a panel's height; smallest distance of the labels of two baselines
 # Axis label and scale factor of a column, and whether it is smoothed.
 SCALES = {
     "lr": ("learning rate", 1, False),
@@ -50,13 +52,20 @@ def loss_unit(runs: Iterable[PlottedRun]) -> str:
 
 
 def draw_baselines(axes: Axes, runs: Iterable[PlottedRun], baselines: Mapping[str, float]) -> None:
-    """Draw a line for the loss of each n-gram model, unless a run's loss is a divergence, which is another number."""
+    """Draw a line for the loss of each n-gram model, unless a run's loss is a divergence, which is another number.
+
+    Call it after the lines of the panel, whose height the distances of the labels depend on.
+    """
     if any("cross_entropy" in run.log for run in runs):
         return
-    for name, loss in baselines.items():
+    for loss in baselines.values():
         axes.axhline(loss, color=GREY, linestyle=(0, (5, 3)), linewidth=1, zorder=1)
-        place: dict[str, Any] = {"ha": "left", "va": "center", "transform": axes.get_yaxis_transform()}
-        axes.text(1.01, loss, f"{name}\n{loss:.2f}", color=GREY, fontsize=8, **place)  # right of the panel
+    low, high = axes.get_ylim()
+    place: dict[str, Any] = {"ha": "left", "va": "center", "transform": axes.get_yaxis_transform()}
+    label_at = -np.inf
+    for name, loss in sorted(baselines.items(), key=itemgetter(1)):
+        label_at = max(loss, label_at + LABEL_HEIGHT * (high - low))
+        axes.text(1.01, label_at, f"{name} {loss:.2f}", color=GREY, fontsize=8, **place)  # right of the panel
 
 
 def draw_imbalance(axes: Axes, run: PlottedRun, **style: Any) -> None:

@@ -25,7 +25,7 @@ from fira.metrics.plot_style import (
     style_axes,
 )
 from fira.metrics.plotted_run import SCALES, PlottedRun, draw_baselines, draw_imbalance, loss_unit, style_imbalance
-from fira.metrics.run_marks import draw_marks
+from fira.metrics.run_marks import MARK_LINE, draw_marks, number_marks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.gridspec import SubplotSpec
     from pandas import DataFrame
 
+MARK_COLUMNS = 2  # of the descriptions of marks
 RAW = {"alpha": 0.25, "linewidth": 0.8}  # style of values that are also drawn smoothed
 
 
@@ -40,29 +41,37 @@ def draw_run(name: str, run: PlottedRun, baselines: Mapping[str, float]) -> Figu
     """Return the picture; a run on preferences has a panel of its rewards. baselines: losses in nats per token."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.lines import Line2D
 
     has_rewards = "reward_margin" in run.log
     rows = 3 if has_rewards else 2
-    figure = Figure(figsize=(13, 4.1 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    height = 4.1 * rows
+    figure = Figure(figsize=(13, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     figure.suptitle(_title(name, run.steps), fontsize=13, color=INK)
     grid = figure.add_gridspec(rows, 2)
-    _plot_loss(figure.add_subplot(grid[0, 0]), run, baselines)
+    marks = _plot_loss(figure.add_subplot(grid[0, 0]), run, baselines)
     _plot_pair(figure.add_subplot(grid[0, 1]), run, "Learning rate and gradient norm", "lr", "grad_norm")
     _plot_pair(figure.add_subplot(grid[1, 0]), run, "Throughput", "tokens_per_s", "mfu")
     _plot_experts(figure, grid[1, 1], run)
     if has_rewards:
         _plot_rewards(figure.add_subplot(grid[2, :]), run)
+    if marks:
+        figure.set_figheight(height + 0.2 * -(-len(marks) // MARK_COLUMNS))
+        handles = [Line2D([], [], **MARK_LINE, label=text) for text in marks]
+        figure.legend(handles=handles, loc="outside lower center", ncols=MARK_COLUMNS, frameon=False, fontsize=8)
     return figure
 
 
-def _plot_loss(axes: Axes, run: PlottedRun, baselines: Mapping[str, float]) -> None:
+def _plot_loss(axes: Axes, run: PlottedRun, baselines: Mapping[str, float]) -> list[str]:
+    """Plot the losses, and number the marks. Return what happened at each of them."""
     style_axes(axes, "Loss", loss_unit([run]))
-    draw_baselines(axes, [run], baselines)
     plot_line(axes, run.steps["iter"], run.steps["train_loss"], color=BLUE, **RAW)
     plot_line(axes, run.steps["iter"], smooth(run.steps["train_loss"]), color=BLUE, label="training")
     plot_markers(axes, run.log["iter"], run.log["val_loss"], color=VERMILLION, label="validation")
-    draw_marks(axes, run.marks, labelled=True)
+    draw_baselines(axes, [run], baselines)
+    draw_marks(axes, run.marks)
     legend_above(axes)
+    return number_marks(axes, run.marks)
 
 
 def _plot_rewards(axes: Axes, run: PlottedRun) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from fira.errors import UserError
@@ -32,6 +33,7 @@ LABELS = {
     ActionKind.BACKWARD_WEIGHT: "gradients of the weights",
 }
 PHASE_COLOURS = ("#bcbddc", "#bdbdbd")  # of the names of phases, in the order of their first occurrence
+TITLE_WIDTH = 160  # characters
 MAX_NUMBERED = 400  # spans in a row; with more, numbers are too small to read
 
 
@@ -51,7 +53,8 @@ def draw_timelines(
     from matplotlib.patches import Patch
 
     lines = -(-len(panels) // columns)
-    height = 0.9 + lines * (0.75 + 0.36 * max(len(timeline.spans) for timeline in panels.values()))
+    wrapped = max(len(title) // TITLE_WIDTH for title in panels)
+    height = 0.9 + lines * (0.75 + 0.17 * wrapped + 0.36 * max(len(timeline.spans) for timeline in panels.values()))
     figure = Figure(figsize=(13, min(height, 30)), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, squeeze=False)
     for axes, (title, timeline) in zip(grid.flat, panels.items(), strict=False):
@@ -82,7 +85,7 @@ def _draw(axes: Axes, title: str, timeline: Timeline, rows: Sequence[str] | None
             if len(spans) <= MAX_NUMBERED and end - start > timeline.length / 120:
                 middle = (start + end) / 2 * 1e3
                 axes.text(middle, rank, str(action.microbatch), ha="center", va="center", fontsize=7)
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(fill(title, TITLE_WIDTH), fontsize=10, loc="left")
     names = rows or [f"rank {rank}" for rank in range(len(timeline.spans))]
     axes.set_yticks(range(len(timeline.spans)), names, fontsize=8)
     axes.set_ylim(len(timeline.spans) - 0.4, -0.6)

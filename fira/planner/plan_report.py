@@ -93,7 +93,7 @@ def _row(number: int, estimate: Estimate, tokens: int) -> tuple[str, ...]:
         + (f" shard {candidate.shard}" if candidate.shard else "")
         + (f" recompute {recompute_flag(candidate)}" if candidate.recompute else ""),
         f"{candidate.count} of {candidate.microbatch}",
-        _seconds(estimate.seconds),
+        describe_seconds(estimate.seconds),
         f"{tokens / estimate.seconds:,.0f}",
         f"{estimate.bubble:.1%}",
         f"{max(estimate.memory) / 1e9:.2f} GB",
@@ -101,7 +101,7 @@ def _row(number: int, estimate: Estimate, tokens: int) -> tuple[str, ...]:
     )
 
 
-def _seconds(seconds: float) -> str:
+def describe_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 

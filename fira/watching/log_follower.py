@@ -31,6 +31,7 @@ class LogFollower:
         self.steps = array("d")
         self._columns = {name: array("d") for name in (*CURVES, "val_loss")}
         self._loads: list[tuple[float, str]] = []  # of every `_stride`th row
+        self._last_load = 0.0, ""
         self._stride, self._rows = 1, 0
         self.latest_loss = ""  # the last cell, which is not finite if the run has diverged
 
@@ -65,8 +66,9 @@ class LogFollower:
         for name, values in self._columns.items():
             values.append(_number(row.get(name, "")))
         if row.get("expert_load"):
+            self._last_load = step, row["expert_load"]
             if self._rows % self._stride == 0:
-                self._loads.append((step, row["expert_load"]))
+                self._loads.append(self._last_load)
             self._rows += 1
         if len(self._loads) >= 2 * MAX_COLUMNS:
             del self._loads[1::2]
@@ -83,8 +85,13 @@ class LogFollower:
         return {name: pair for name, pair in found.items() if pair[0]}
 
     def expert_load(self) -> dict[str, list[list[list[float]]] | list[float]]:
-        """The steps, and [layer][column][expert] the load relative to the balanced one; empty without experts."""
-        loads = self._loads[:: -(-len(self._loads) // MAX_COLUMNS) or 1]
+        """The steps, and [layer][column][expert] the load relative to the balanced one; empty without experts.
+
+        Columns are the same number of steps apart, except the last one, which is the last step.
+        """
+        loads = self._loads[:: -(-len(self._loads) // (MAX_COLUMNS - 1)) or 1]
+        if loads and loads[-1] != self._last_load:
+            loads.append(self._last_load)
         parsed = []
         for step, cell in loads:
             with suppress(UserError, ValueError):

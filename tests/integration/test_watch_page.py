@@ -36,7 +36,7 @@ def write_rows(log: TrainingLog, first: int, last: int, offset: float = 0.0) -> 
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Two runs; the first has samples, a trace and a resume."""
+    """Two runs; the first has samples, a trace, a resume and a rollback."""
     folder = tmp_path / "runs"
     for name, offset in (("first", 0.0), ("second", 0.3)):
         events = EventLog(folder / name)
@@ -47,6 +47,7 @@ def runs(tmp_path: Path) -> Path:
         write_rows(log, 1, 40, offset)
         log.close()
     EventLog(folder / "first").append("train", step=20, ranks=1, layout="pp 1 × dp 1 (ep 1)")
+    EventLog(folder / "first").append("rollback", step=30)
     samples = SamplesLog(folder / "first" / SAMPLES)
     samples.write(20, [Sample("def ", "<b>early</b>")])
     samples.write(40, [Sample("def ", "late")])
@@ -86,7 +87,11 @@ def _follow(browser: Any, address: str, runs: Path, pictures: Path) -> None:
     until(lambda: len(all_of("tr.run")) == 2)
     assert [row.text.split()[:2] for row in all_of("tr.run")] == [["first", "running"], ["second", "running"]]
     assert len(all_of("#chart-train_loss polyline")) == 2
-    assert len(all_of("#chart-train_loss .mark")) == 1
+    resumed, rollback = all_of("#chart-train_loss .mark")
+    assert resumed.get_attribute("textContent") == "first: resumed after step 20, layout pp 1 × dp 1"
+    assert rollback.get_attribute("textContent") == "first: rollback after step 30"
+    assert resumed.get_attribute("d").split("l")[1] != rollback.get_attribute("d").split("l")[1]
+    assert all_of("#marks")[0].text.split() == ["▲", "resumed", "▼", "rollback"]
     assert len(all_of("#chart-val_loss circle")) == 2 * 5  # row 0 and steps 10 to 40
     assert [text.text for text in all_of("#chart-train_loss text")][-2:] == ["unigram 6.10", "trigram 3.40"]
 

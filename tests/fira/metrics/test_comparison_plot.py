@@ -20,12 +20,14 @@ BLINDNESS = {
     "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
 }
 
+MARKS = [Mark(20, "resumed"), Mark(25, "rollback"), Mark(30, "resumed", "pp 1 × dp 4")]
+
 
 def compare(tmp_path: Path, count: int, **changed: object) -> Figure:
     runs = {}
     for number in range(count):
         log = read_log(make_run(tmp_path / f"run-{number}", mfu=0.7, **changed) / LOG_NAME, 0)
-        runs[f"run-{number}"] = PlottedRun(log, [Mark(20, "resumed")] if number == 1 else [])
+        runs[f"run-{number}"] = PlottedRun(log, MARKS if number == 1 else [])
     return figure_of(lambda: plot_runs(runs, tmp_path / "p.png", {"unigram": 6.1}), tmp_path / "p.png")
 
 
@@ -33,7 +35,9 @@ def test_each_number_has_a_panel_with_a_line_per_run(tmp_path: Path) -> None:
     figure = compare(tmp_path, 8, expert_load=[[0.7, 0.1, 0.1, 0.1], [0.3, 0.5, 0.1, 0.1]])
     assert len(figure.axes) == 8
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [*(f"run-{number}" for number in range(8)), "resumed"]
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [*(f"run-{number}" for number in range(8)), "resumed", "rollback"]
+    shapes = dict(zip(names, (handle.get_marker() for handle in legend.legend_handles), strict=True))
     for title, value in {"Throughput": 12.0, "Utilisation": 70.0, "Gradient norm": 0.5, "Largest expert": 2.8}.items():
         axes = axes_titled(figure, title)
         lines = [line for line in axes.lines if len(line.get_xdata()) == 40]
@@ -44,8 +48,10 @@ def test_each_number_has_a_panel_with_a_line_per_run(tmp_path: Path) -> None:
     np.testing.assert_allclose(unused[0].get_ydata(), 100 * 5 / 8)
     validation = axes_titled(figure, "Validation loss").lines[1]
     assert (validation.get_xdata()[0], validation.get_ydata()[0]) == (0, 7.5)
-    resumes = [line for line in axes_titled(figure, "Training").lines if line.get_marker() == "^"]
-    assert [list(line.get_xdata()) for line in resumes] == [[20]]
+    lines = axes_titled(figure, "Training").lines
+    for kind, steps in {"resumed": [20, 30], "rollback": [25]}.items():
+        marked = [line for line in lines if line.get_marker() == shapes[kind]]
+        assert [float(line.get_xdata()[0]) for line in marked] == steps
 
 
 def test_dense_models_have_no_panels_of_experts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +19,7 @@ from PIL import Image
 from fira.metrics.csv_log import LOG_NAME, Row, TrainingLog, read_log
 from fira.metrics.events import EventLog
 from fira.metrics.plotted_run import PlottedRun
+from fira.metrics.run_marks import Mark
 from fira.metrics.run_plots import plot_files, plot_runs
 from tests.launch import ROOT
 
@@ -84,7 +86,7 @@ def test_single_run_has_losses_baselines_and_a_title(tmp_path: Path) -> None:
     validation = line_labelled(loss, "validation")
     assert list(validation.get_xdata()) == [0, 10, 20, 30, 40]
     np.testing.assert_allclose(validation.get_ydata(), [7.5, *(3.1 + 4 * np.exp([-1, -2, -3, -4]))], rtol=1e-6)
-    assert [text.get_text().strip() for text in loss.texts] == ["unigram\n6.10", "trigram\n4.93"]
+    assert [text.get_text().strip() for text in loss.texts] == ["trigram 4.93", "unigram 6.10"]
     title = "my-run: step 40, training loss 3.073, best validation loss 3.173 at step 40, pipeline bubble 25%"
     assert figure.get_suptitle() == title
 
@@ -195,9 +197,46 @@ def test_resumes_are_marked_in_every_panel_over_steps(tmp_path: Path) -> None:
         EventLog(run).append("train", step=step, layout=layout)
     figure = figure_of(lambda: plot_files([run]), run / "training_progress.png")
     loss = axes_titled(figure, "Loss")
-    assert [text.get_text() for text in loss.texts] == ["resumed, pp 2 × dp 2 (ep 2)"]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["1: resumed after step 20, layout pp 2 × dp 2 (ep 2)"]
+    assert [text.get_text() for text in loss.texts] == ["1"]
     for title in ("Loss", "Learning rate", "Throughput", "Largest expert load"):
         assert [20.5, 20.5] in [list(line.get_xdata()) for line in axes_titled(figure, title).lines]
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "distance"), [(1, 1, 1), (1, 199, 1), (3, 100, 9), (10, 5, 20), (10, 100, 2)]
+)
+def test_numbers_of_marks_cover_neither_curves_nor_legends(
+    tmp_path: Path, count: int, first: int, distance: int
+) -> None:
+    log = read_log(make_run(tmp_path / "run", steps=200) / LOG_NAME, 0)
+    log["train_loss"] = 6.9  # at the upper edge of the panel
+    layout = "pp 256 × dp 1,024 (ep 1,024)"
+    marks = [Mark(first + n * distance, ("resumed", "rollback")[n % 2], layout) for n in range(count)]
+    figure = figure_of(lambda: plot_runs({"run": PlottedRun(log, marks)}, tmp_path / "p.png", {}), tmp_path / "p.png")
+    loss = axes_titled(figure, "Loss")
+    numbers = [text.get_window_extent() for text in loss.texts]
+    assert len(numbers) >= min(count, 2)
+    assert not any(one.overlaps(other) for one, other in combinations(numbers, 2))
+    assert not any(box.overlaps(loss.get_legend().get_window_extent()) for box in numbers)
+    for line in (line_labelled(loss, "training"), line_labelled(loss, "validation")):
+        points = loss.transData.transform(line.get_xydata())
+        assert max(points[1:, 1]) < min(box.y0 for box in numbers)  # without row 0
+    legend = figure.legends[0].get_window_extent()
+    assert legend.x0 >= 0
+    assert legend.x1 <= figure.bbox.x1
+    assert legend.y1 < min(axes.get_tightbbox().y0 for axes in figure.axes)
+
+
+def test_labels_of_equal_baselines_do_not_overlap(tmp_path: Path) -> None:
+    log = read_log(make_run(tmp_path / "run") / LOG_NAME, 0)
+    baselines = {"unigram": 4.95, "bigram": 4.94, "trigram": 4.93}
+    for runs, title in ({"one": log}, "Loss"), ({"one": log, "two": log}, "Validation loss"):
+        axes = axes_titled(draw(runs, tmp_path / "p.png", baselines), title)
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) == 3
+        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_utilisation_is_at_most_100_percent(tmp_path: Path) -> None:

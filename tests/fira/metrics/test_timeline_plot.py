@@ -48,6 +48,18 @@ def test_panels_share_an_axis_that_contains_the_longest_timeline(tmp_path, monke
     assert all(axes.get_xlim()[1] >= panels["long"].length * 1e3 for axes in figures[0].axes)
 
 
+def test_long_title_is_wrapped(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    for count in (1, 20):
+        draw_timelines({"--model rish-base --pp 8 " * count: simulate(gpipe(2, 2), unit(2))}, tmp_path / "p.png")
+        figures[-1].draw_without_rendering()
+        box = figures[-1].get_tightbbox()  # in inches
+        assert box.x1 <= figures[-1].get_figwidth()
+        assert box.y1 <= figures[-1].get_figheight()
+    assert figures[1].get_figheight() > figures[0].get_figheight()
+
+
 def test_phases_are_drawn_after_the_actions_and_left_out_when_a_trace_is_read(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))

@@ -66,8 +66,24 @@ def test_long_log_has_means_of_all_steps(tmp_path: Path) -> None:
     np.testing.assert_allclose(means, expected, atol=0.05)
     columns = follower.expert_load()
     assert MAX_COLUMNS / 2 < len(columns["steps"]) <= MAX_COLUMNS
-    gaps = np.diff(columns["steps"])
+    gaps = np.diff(columns["steps"])[:-1]
     assert gaps.max() == gaps.min()
+
+
+@pytest.mark.parametrize("steps", [1, 10, 199, 200, 201, 399, 400, 1000, 10_001])
+def test_columns_of_experts_end_at_the_last_step(tmp_path: Path, steps: int) -> None:
+    """At each of two reads while the log grows; the load of the first expert contains the step."""
+    path = tmp_path / LOG_NAME
+    follower = LogFollower(path)
+    header = "iter,train_loss,val_loss,lr,mfu,expert_load\n"
+    rows = [f"{step},3,,1,,{step} 0" for step in range(1, steps + 1)]
+    for end in sorted({-(-steps // 3), steps}):
+        path.write_text(header + "\n".join(rows[:end]) + "\n")
+        follower.update()
+        columns = follower.expert_load()
+        assert (columns["steps"][0], columns["steps"][-1]) == (1, end)
+        assert len(columns["steps"]) == len(set(columns["steps"])) <= MAX_COLUMNS
+        assert [loads[0] / 2 for loads in columns["layers"][0]] == columns["steps"]
 
 
 def test_other_file_is_refused(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_labels_do_not_overlap_and_colour_bars_follow_the_panels(tmp_path: Path,
     changed = {"expert_dropped": load, "layer_entropy": [[1.2]] * layers} if columns == 3 else {}
     run = make_run(tmp_path / "run", 2, expert_load=load, **changed)
     log = run / LOG_NAME
-    log.write_text(log.read_text().replace("\n2,", "\n100000,"))
+    log.write_text(log.read_text().replace("\n2,", "\n450000,"))
     figure = figure_of(lambda: plot_experts(run), run / "experts.png")
     panels, bars = figure.axes[: columns * layers], figure.axes[columns * layers :]
     for axes in (*panels[-columns:], *bars):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def runs(tmp_path: Path) -> Path:
     folder = tmp_path / "runs"
     for name, offset in (("first", 0.0), ("second", 0.3)):
         events = EventLog(folder / name)
-        write_settings(folder / name, TrainConfig(steps=100), {"unigram": 6.1, "trigram": 3.4})
+        write_settings(folder / name, TrainConfig(steps=100), {"unigram": 3.45, "trigram": 3.4})
         events.append("train", step=0, ranks=2, layout="pp 2 × dp 1 (ep 1)")
         log = TrainingLog(folder / name / LOG_NAME)
         log.write_initial(7.4, {})
@@ -93,7 +94,10 @@ def _follow(browser: Any, address: str, runs: Path, pictures: Path) -> None:
     assert resumed.get_attribute("d").split("l")[1] != rollback.get_attribute("d").split("l")[1]
     assert all_of("#marks")[0].text.split() == ["▲", "resumed", "▼", "rollback"]
     assert len(all_of("#chart-val_loss circle")) == 2 * 5  # row 0 and steps 10 to 40
-    assert [text.text for text in all_of("#chart-train_loss text")][-2:] == ["unigram 6.10", "trigram 3.40"]
+    labels = all_of("#chart-train_loss text")[-2:]
+    assert [label.text for label in labels] == ["trigram 3.40", "unigram 3.45"]
+    heights = [float(label.get_attribute("y")) for label in labels]
+    assert all(low - high >= 11 for low, high in pairwise(heights))  # the font's size
 
     # Expert 0 of layer 1 has 2 × the balanced load, expert 3 0.4 ×; layer 2 is balanced.
     heat = "const c = document.querySelectorAll('canvas.heat')[arguments[0]]; "

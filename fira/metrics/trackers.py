@@ -70,8 +70,8 @@ class Trackers:
     """The trackers of a run, used by one rank only.
 
     names: the value of --track. out: the run folder. settings: of the run. first: number of the first step, 1 or the
-    one after a checkpoint, with which a run in the tracker is continued. A tracker that fails, such as one without
-    connection, is reported once and gets nothing more; training continues.
+    one after a checkpoint. A run folder has one run in each tracker, which later starts continue. A tracker that fails,
+    such as one without connection, is reported once and gets nothing more; training continues.
     """
 
     def __init__(self, names: str | None, out: Path, settings: Mapping[str, Any], first: int) -> None:
@@ -80,7 +80,7 @@ class Trackers:
         self._start(parse_names(names), first)
 
     def _start(self, trackers: Sequence[str], first: int) -> None:
-        name = _run_name(self._out, first) if trackers else ""
+        name = _run_name(self._out) if trackers else ""
         for tracker in trackers:
             with self._reported(tracker):
                 self._open[tracker] = _adapter(tracker)(self._out, name, self._settings, first)
@@ -129,10 +129,10 @@ class Trackers:
             self._open.pop(name, None)
 
 
-def _run_name(out: Path, first: int) -> str:
-    """The name of the run in all trackers, which is unique: stored in its folder, and new for a run that begins."""
+def _run_name(out: Path) -> str:
+    """The name of the run in all trackers, which is unique, and stored in the run folder by the first start."""
     path = out / TRACKED
-    if first > 1 and path.exists():
+    if path.exists():
         stored: str = read(path, record({"run": text(r".{1,255}")}))["run"]
         return stored
     folder = re.sub(r"[^\w.-]", "-", out.resolve().name, flags=re.ASCII)[:NAME_LENGTH]  # as all trackers accept it

@@ -13,7 +13,7 @@ from pipeline.schedule import SCHEDULES, Schedule
 class Constraints:
     """The settings that every candidate must have; the planner chooses those that are None.
 
-    It chooses `shard` only for candidates that do not fit otherwise.
+    It chooses `shard` only for candidates that do not fit otherwise; "none" excludes this.
     """
 
     batch: int  # sequences
@@ -24,6 +24,11 @@ class Constraints:
     microbatch: int | None = None
     recompute: int | None = None
     shard: str | None = None
+
+    @property
+    def candidate_shard(self) -> str | None:
+        """`shard` of a candidate, unless it does not fit."""
+        return None if self.shard == "none" else self.shard
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def candidates(profile: ModelProfile, ranks: int, constraints: Constraints) -> I
                 for size in sorted(sizes) if constraints.microbatch is None else [constraints.microbatch]:
                     count = -(-constraints.batch // (size * dp))
                     layout, recompute = Layout(pp, dp, ep), constraints.recompute or 0
-                    yield Candidate(layout, name, size, count, recompute, constraints.shard)
+                    yield Candidate(layout, name, size, count, recompute, constraints.candidate_shard)
 
 
 @cache

@@ -141,9 +141,9 @@ class TrainConfig:
     ep: Size | None = _option(None, "ranks that the experts are split over; divides dp")
     shard: str | None = _option(
         None,
-        "optimizer: each replica has the moments of a part of the parameters, and updates them (ZeRO-1); "
-        "parameters: it also keeps only these parameters and gradients, and gathers others for each layer (ZeRO-3)",
-        ("optimizer", "parameters"),
+        "optimizer: each replica has the moments of a part of the parameters, and updates them (ZeRO-1); parameters: "
+        "it also keeps only these parameters and gradients, and gathers others for each layer (ZeRO-3); none: neither",
+        ("none", "optimizer", "parameters"),
     )
     schedule: str | None = _option(None, "pipeline schedule; default: the fastest one", tuple(SCHEDULES))
     plan: str = _option(

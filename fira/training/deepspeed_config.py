@@ -13,7 +13,7 @@ from typing import Any
 from fira.errors import UserError
 
 AUTO = "auto"
-SHARD = {0: None, 1: "optimizer", 2: "optimizer", 3: "parameters"}  # by ZeRO stage
+SHARD = {0: "none", 1: "optimizer", 2: "optimizer", 3: "parameters"}  # by ZeRO stage
 
 # Keys that change memory, speed or output of a run, but not what it computes.
 IGNORED = {
@@ -238,7 +238,7 @@ def _zero(block: _Block, settings: dict[str, Any]) -> None:
     if isinstance(stage, bool) or not isinstance(stage, int) or stage not in SHARD:
         raise UserError(f"zero_optimization.stage: give 0, 1, 2 or 3, not {stage!r}")
     settings["pp"] = 1  # every rank is a replica
-    _set(settings, "shard", SHARD[stage])
+    settings["shard"] = SHARD[stage]
     block.ignore()
 
 

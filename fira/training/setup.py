@@ -34,7 +34,7 @@ from fira.planner.memory_check import check_memory
 from fira.planner.model_profile import ModelProfile, profile_of
 from fira.posttraining.chat_corpus import ChatCorpus, chat_tokenizer
 from fira.training import state
-from fira.training.auto_layout import is_planned, plan_layout
+from fira.training.auto_layout import constraints_of, is_planned, plan_layout
 from fira.training.base_model import AdaptedModel, open_base
 from fira.training.config import TrainConfig
 from fira.training.run_data import CHATS, load_corpus, objective_of, open_data, tokenizer_files
@@ -237,7 +237,8 @@ def choose_candidate(
     else:
         microbatch = choose_microbatch(config, batch_size, layout)
         count = BatchSplit(microbatch, layout.dp, 0, model.config.d_model).count(batch_size)
-        candidate = Candidate(layout, schedule, microbatch, count, 0, config.shard)
+        shard = constraints_of(config, batch_size).candidate_shard
+        candidate = Candidate(layout, schedule, microbatch, count, 0, shard)
     profile = profile_of(model, config.optimizer_settings().optimizer)
     candidate = replace(candidate, recompute=choose_recompute(config, profile, candidate, devices, world))
     if config.shard == "parameters" and len(devices) > 1:

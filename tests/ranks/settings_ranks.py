@@ -67,7 +67,7 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "track": st.sampled_from(["tensorboard", "tensorboard,trackio"]),
     "sample_prompts": st.just(__file__),
     "optimizer": st.sampled_from(OPTIMIZERS),
-    "shard": st.just("optimizer"),
+    "shard": st.sampled_from(["none", "optimizer"]),
     **dict.fromkeys(("beta1", "beta2", "lr_decay", "distill_beta", "min_lr", "eps"), st.sampled_from([0.1, 0.5, 0.9])),
     "on_policy": st.just(0.0),
     "pp": st.integers(1, 2),

@@ -100,14 +100,21 @@ def test_nothing_of_a_tracker_is_imported_unless_requested() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=100)
 
 
-def test_resumed_run_and_rollback_have_the_name_of_the_first_start(tmp_path: Path) -> None:
+def test_later_starts_and_rollback_have_the_name_of_the_first_start(tmp_path: Path) -> None:
     Trackers("wandb,mlflow", tmp_path, {}, 1).rewind(7)
     Trackers("wandb", tmp_path, {}, 5)
-    assert [first for _, first in Recorder.opened] == [1, 1, 8, 8, 5]
+    Trackers("wandb", tmp_path, {}, 1)  # killed before the first checkpoint
+    assert [first for _, first in Recorder.opened] == [1, 1, 8, 8, 5, 1]
     (name,) = {name for name, _ in Recorder.opened}
     assert name.startswith(f"{tmp_path.name}-")
-    Trackers("wandb", tmp_path, {}, 1)  # a run that begins again
-    assert Recorder.opened[-1][0] != name
+
+
+def test_runs_in_folders_of_the_same_name_have_different_names(tmp_path: Path) -> None:
+    for parent in ("a", "b"):
+        (tmp_path / parent / "run").mkdir(parents=True)
+        Trackers("wandb", tmp_path / parent / "run", {}, 1)
+    (first, _), (second, _) = Recorder.opened
+    assert first != second
 
 
 def test_trackers_that_fail_are_reported_once_and_the_others_continue(

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fira.errors import UserError
 from fira.planner.candidate_costs import CandidateCosts, PlanInputs
 from fira.planner.candidates import Constraints, candidates
 from fira.planner.costs import LayerCost
@@ -40,3 +41,17 @@ def test_search_equals_exhaustive_search(tiny, hardware, flops, memory, bandwidt
     fitting = sorted(predict(c).seconds for c in every if max(rank_memory(c)) <= memory)
     best = search(inputs, 4, Constraints(16), limit=5).best
     assert [estimate.seconds for estimate in best] == pytest.approx(fitting[:5])
+
+
+def test_sharding_is_chosen_unless_it_is_excluded(tiny, hardware):
+    def cost_model(microbatch: int) -> list[LayerCost]:
+        return [LayerCost(1e-3, 1e-3, 1e-3, 2e-3, 1e-4, memory=LayerMemory(0.0)) for _ in tiny.kinds]
+
+    inputs = PlanInputs(tiny, hardware, cost_model, "fp32")
+    fixed = Constraints(16, pp=1, ep=1, recompute=0)
+    whole = [CandidateCosts(inputs, candidate) for candidate in candidates(tiny, 4, fixed)]
+    least = min(max(rank_memory(costs)) for costs in whole)
+    inputs = PlanInputs(tiny, replace(hardware, memory=least - 1), cost_model, "fp32")
+    assert {estimate.candidate.shard for estimate in search(inputs, 4, fixed, limit=5).best} == {"optimizer"}
+    with pytest.raises(UserError, match="the model does not fit"):
+        search(inputs, 4, replace(fixed, shard="none"), limit=5)

@@ -69,7 +69,7 @@ def test_a_file_of_automatic_values_leaves_the_flags_as_they_are():
         ({"fp16": {"enabled": True}}, {"precision": "fp16"}),
         ({"bf16": {"enabled": False}}, {"precision": "fp32"}),
         ({"bf16": {"enabled": "auto"}}, {}),
-        ({"zero_optimization": {"stage": 0}}, {"pp": 1}),
+        ({"zero_optimization": {"stage": 0}}, {"pp": 1, "shard": "none"}),
         ({"zero_optimization": {"stage": 1}}, {"pp": 1, "shard": "optimizer"}),
         ({"zero_optimization": {"stage": 2}}, {"pp": 1, "shard": "optimizer"}),
         ({"activation_checkpointing": {"partition_activations": True}}, {"recompute": "full"}),
@@ -178,6 +178,12 @@ def test_later_flags_override_the_file_and_the_file_earlier_ones(tmp_path: Path)
     found = parse("--lr", "0.1", "--clip", "3", "--deepspeed", str(file), "--batch-size", "4", "--local_rank=1")
     assert (found.lr, found.clip, found.batch_size, found.beta2) == (0.002, 3.0, 4, 0.999)
     assert found.deepspeed == f"--deepspeed {file}: without counterpart: steps_per_print"
+
+
+def test_stage_0_overrides_earlier_sharding(tmp_path: Path):
+    file = tmp_path / "ds_config.json"
+    file.write_text('{"zero_optimization": {"stage": 0}}')
+    assert parse("--shard", "optimizer", "--deepspeed", str(file)).shard == "none"
 
 
 def test_an_invalid_file_is_reported_by_its_name(tmp_path: Path):

@@ -96,7 +96,7 @@ def _prepared(
     def write(folder: Path) -> None:
         if tokenizer_path:
             shutil.copy(tokenizer_path, folder / TOKENIZER)
-        Preparation(folder, inputs, text_column, vocab_size, progress).run(tokenizer)
+        Preparation(folder, inputs, text_column, vocab_size, progress).run(tokenizer, tokenizer_path)
 
     return cached(cache, content_key(cache, files + tokenizer_files, settings, progress), progress, write)
 

@@ -19,7 +19,7 @@ from fira.data.summary import summarise
 from fira.data.text_packing import PROGRESS, TextPacker, fraction
 from fira.data.text_stream import TextStream
 from fira.data.token_shards import Shards, find_shards
-from fira.data.tokenizer import TOKENIZER, library_errors, load_tokenizer, train_tokenizer
+from fira.data.tokenizer import TOKENIZER, library_errors, load_tokenizer, train_tokenizer, vocabulary
 from fira.errors import UserError
 from fira.progress_bar import progress_bar
 
@@ -70,8 +70,8 @@ class Preparation:
     vocab_size: int
     progress: bool
 
-    def run(self, tokenizer: Tokenizer | None) -> None:
-        """Write tokens, summary.json and, where no tokenizer is given, tokenizer.json."""
+    def run(self, tokenizer: Tokenizer | None, given: str | Path | None) -> None:
+        """Write tokens, summary.json and, where no tokenizer is given, tokenizer.json. given: path of the tokenizer."""
         texts = [entry for entry in self.inputs if entry.shards is None]
         if texts and not tokenizer:
             if len(texts) < len(self.inputs):
@@ -86,7 +86,16 @@ class Preparation:
                 counts = packer.pack(number, partial(entry.documents, self.text_column, "tokenizing", self.progress))
             else:
                 counts = dict.fromkeys(("documents", "bytes", "words", "tokens_per_word"))
-                _check_shards(entry.shards, self.vocab_size, self.progress)
+                largest, path = _check_shards(entry.shards, self.progress)
+                if largest >= self.vocab_size and tokenizer:
+                    raise UserError(
+                        f"{given}: {vocabulary(tokenizer)} tokens, but {path} contains token id {largest}; "
+                        "give the tokenizer of the shards as --tokenizer"
+                    )
+                if largest >= self.vocab_size:
+                    raise UserError(
+                        f"{path}: token id {largest}, --vocab-size {self.vocab_size}; give at least {largest + 1}"
+                    )
             source = entry.source(self.folder, number)
             counts |= {"train_tokens": len(source.train), "val_tokens": len(source.val)}
             if min(len(source.train), len(source.val)) < 3:
@@ -125,16 +134,19 @@ class Preparation:
         return tokenizer
 
 
-def _check_shards(shards: Shards, vocab_size: int, progress: bool) -> None:
-    """Raise UserError if an index does not describe its file, or if a token is outside the vocabulary."""
+def _check_shards(shards: Shards, progress: bool) -> tuple[int, Path]:
+    """Return the largest token, and its file.
+
+    Raises UserError if an index does not describe its file, or for a negative token.
+    """
+    largest = 0, shards.tokens[0]
     with progress_bar(total_size(shards.tokens), "checking the shards", progress) as bar:
         for path in shards.tokens:
             if index := index_of(path):
                 open_index(path, index).check()
             for ids in PackedTokens([TokenSpan(path)]).chunks():
-                if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-                    invalid = ids.max() if ids.max() >= vocab_size else ids.min()
-                    raise UserError(
-                        f"{path}: token id {invalid}, --vocab-size {vocab_size}; give a larger vocabulary size"
-                    )
+                if ids.min() < 0:
+                    raise UserError(f"{path}: token id {ids.min()}; give a file of token ids")
+                largest = max(largest, (int(ids.max()), path))
             bar.update(path.stat().st_size)
+    return largest

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from fira.data import cache as cache_module
@@ -214,7 +216,22 @@ def test_fineweb_shards_are_read_in_place(tmp_path) -> None:
 def test_shard_with_an_id_outside_the_vocabulary_is_named(tmp_path) -> None:
     data = shards(tmp_path)
     np.save(tmp_path / "edufineweb_train_000002.npy", np.array([1, 500, 2], np.uint16))
-    with pytest.raises(UserError, match=r"edufineweb_train_000002\.npy: token id 500, --vocab-size 500"):
+    with pytest.raises(UserError, match=r"train_000002\.npy: token id 500, --vocab-size 500; give at least 501"):
+        prepare(data, vocab_size=500)
+
+
+def test_tokenizer_that_is_smaller_than_the_tokens_of_shards_is_named(tmp_path) -> None:
+    data = shards(tmp_path)
+    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    expected = r"tokenizer\.json: 2 tokens, but .*edufineweb_\w+\.npy contains token id 499; give the tokenizer"
+    with pytest.raises(UserError, match=expected):
+        prepare(data, tokenizer_path=tmp_path / "tokenizer.json", vocab_size=2)
+
+
+def test_negative_token_is_named(tmp_path) -> None:
+    data = shards(tmp_path)
+    np.save(tmp_path / "edufineweb_val_000000.npy", np.array([1, -3, 2], np.int32))
+    with pytest.raises(UserError, match=r"edufineweb_val_000000\.npy: token id -3"):
         prepare(data, vocab_size=500)
 
 

@@ -26,21 +26,59 @@ SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
         (SRUN | TORCHRUN, "torchrun", 5, 16),  # srun torchrun …
         (SRUN | MPICH, "mpirun", 2, 4),  # mpirun in a job, or srun --mpi=pmi2
         (OPEN_MPI | DEEPSPEED, "mpirun", 7, 8),  # deepspeed --launcher openmpi …
-        (DEEPSPEED | {"WORLD_SIZE": "four"}, None, None, 1),
         ({"RANK": "3", "WORLD_SIZE": "4"}, None, None, 1),  # set for another purpose
         (TORCHRUN | {"WORLD_SIZE": "1"}, None, None, 1),
+        ({"WORLD_SIZE": "1", "RANK": "x", "MASTER_ADDR": "node1"}, None, None, 1),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None, None, 1),  # salloc or sbatch
     ],
 )
 def test_launcher(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], name: str | None, rank: int | None, size: int
 ) -> None:
+    set_variables(monkeypatch, variables)
+    found = launcher()
+    assert (found and found.name, launched_rank(), launched_size()) == (name, rank, size)
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        (DEEPSPEED | {"WORLD_SIZE": "four"}, "WORLD_SIZE is 'four', not an integer from 1 to"),
+        (TORCHRUN | {"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
+        (TORCHRUN | {"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        (DEEPSPEED | {"RANK": "x"}, "RANK is 'x', not an integer from 0 to 3;"),
+        (DEEPSPEED | {"RANK": ""}, "RANK is ''"),
+        (DEEPSPEED | {"RANK": "-1"}, "RANK is '-1'"),
+        (DEEPSPEED | {"RANK": "4"}, "RANK is '4', not an integer from 0 to 3;"),
+        (DEEPSPEED | {"RANK": "\u00b2"}, "RANK is '\u00b2'"),
+        (DEEPSPEED | {"MASTER_PORT": "x"}, "MASTER_PORT is 'x', not an integer from 1 to 65,535;"),
+        (DEEPSPEED | {"MASTER_PORT": ""}, "MASTER_PORT is ''"),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT is '70000'"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, "MASTER_PORT is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set"),
+        (MPICH | {"PMI_RANK": "x"}, "PMI_RANK is 'x'"),
+        (MPICH | {"PMI_SIZE": "x"}, "PMI_SIZE is 'x'"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "8"}, "OMPI_COMM_WORLD_RANK is '8', not an integer from 0 to 7;"),
+        (SRUN | {"SLURM_PROCID": ""}, "SLURM_PROCID is ''"),
+    ],
+)
+def test_invalid_variables_end_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, str], problem: str
+) -> None:
+    set_variables(monkeypatch, variables)
+    with pytest.raises(SystemExit) as error:
+        launcher()
+    line, end = capsys.readouterr().err.split("\n")
+    assert (error.value.code, end) == (2, "")
+    assert line.startswith(f"environment variable {problem}")
+
+
+def set_variables(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """Set these variables, and no others of a launcher."""
     for variable in os.environ.keys() - without_launcher(os.environ).keys():
         monkeypatch.delenv(variable)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    found = launcher()
-    assert (found and found.name, launched_rank(), launched_size()) == (name, rank, size)
 
 
 def test_a_child_process_does_not_inherit_the_launcher() -> None:

@@ -235,11 +235,10 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
     ) -> MoeCausalLMOutputWithPast:
         """Arguments and outputs of FiraLMModel, and logits [B, T, vocab].
 
-        kwargs: other arguments of FiraLMModel and of the loss function. logits_to_keep: number of last tokens
-        whose logits are computed, or their indices; 0: all.
-        labels: [B, T], the input tokens; −100 for tokens that are not predicted. `loss` is the mean cross-entropy of
-        the predicted tokens. In train mode it includes the auxiliary loss, whose weight does not depend on the number
-        of gradient accumulation steps.
+        kwargs: other arguments of FiraLMModel and of the loss function, such as shift_labels [B, T], the next tokens.
+        logits_to_keep: number of last tokens whose logits are computed, or their indices; 0: all. labels: [B, T], the
+        input tokens; −100 for tokens that are not predicted. `loss` is the mean cross-entropy of the predicted tokens.
+        In train mode it includes the auxiliary loss, whose weight does not depend on the accumulation steps.
         """
         kwargs["output_router_logits"] = output_router_logits
         outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, **kwargs)
@@ -250,7 +249,8 @@ class FiraLMForCausalLM(FiraLMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if self.training and outputs.aux_loss is not None:
                 batch_tokens = kwargs.get("num_items_in_batch")  # of all accumulation steps
-                share = 1 if batch_tokens is None else (labels[:, 1:] != -100).sum() / batch_tokens
+                targets = labels[:, 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+                share = 1 if batch_tokens is None else (targets != -100).sum() / batch_tokens
                 loss = loss + share * outputs.aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,

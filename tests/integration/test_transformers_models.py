@@ -12,7 +12,8 @@ from transformers.models.flex_olmo import modeling_flex_olmo
 from transformers.models.llama import modeling_llama
 from transformers.models.olmoe import modeling_olmoe
 
-from fira.huggingface import RishAICausalLM, RishAIConfig
+from fira.huggingface import FiraLMConfig, FiraLMForCausalLM, RishAICausalLM, RishAIConfig
+from fira.models.registry import to_document
 from fira.nn.context import Context, TrainingContext
 from tests.fira.models.small_families import make_model, make_tokens
 from tests.fira.models.transformers_twin import MOOSHAK, OLMOE, RISH, names, twin
@@ -100,3 +101,14 @@ def test_balance_loss_of_one_layer_equals_transformers() -> None:
         assert float(context.training.stats[1, 0].aux) == pytest.approx(
             float(expected), rel=1e-6
         )  # fp32 in transformers
+
+
+def test_loss_of_shifted_labels_equals_that_of_llama() -> None:
+    tokens = make_tokens(MOOSHAK, length=13)
+    model = FiraLMForCausalLM(FiraLMConfig(shape=to_document(MOOSHAK))).train()
+    other = twin(MOOSHAK, dict(model.model.named_parameters()), torch.float32).train()
+    shifted = tokens.roll(3, 1).where(tokens % 5 != 0, -100)
+    for count in (None, 40):
+        losses = [m(tokens, labels=tokens, shift_labels=shifted, num_items_in_batch=count).loss for m in (model, other)]
+        torch.testing.assert_close(*losses)
+        assert losses[0] != model(tokens, labels=tokens, num_items_in_batch=count).loss

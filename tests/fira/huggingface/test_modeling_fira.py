@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -140,6 +141,23 @@ def test_outputs_and_loss_with_and_without_gradient_checkpointing(family: str) -
     assert (outputs.aux_loss is None) == (family == "mooshak")
     if outputs.aux_loss is not None and family != "blues":  # its routing noise changes the loss
         assert outputs.loss.item() == pytest.approx(nll.item() + outputs.aux_loss.item(), rel=1e-5)
+
+
+@families
+def test_loss_of_shifted_labels(family: str) -> None:
+    """DeepSpeed with sequence parallelism gives the next tokens as both arguments, Trainer as one of them."""
+    _, model = wrapped(family)
+    labels = IDS.where(IDS % 5 != 0, -100)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+    count = int((shifted != -100).sum())
+
+    def loss(**arguments: Any) -> float:
+        torch.manual_seed(0)
+        return model.train()(IDS, num_items_in_batch=2 * count, **arguments).loss.item()
+
+    expected = loss(labels=labels)
+    assert loss(labels=labels, shift_labels=shifted) == expected
+    assert loss(labels=shifted, shift_labels=shifted) == expected
 
 
 @pytest.fixture

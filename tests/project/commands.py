@@ -23,6 +23,12 @@ def commands(text: str) -> list[str]:
     return [line for line in lines if line]
 
 
+def table_commands(text: str) -> list[str]:
+    """The commands in the last column of tables that start a script."""
+    cells = [line.strip("| ").split(" | ")[-1] for line in text.splitlines() if line.startswith("| ")]
+    return [command for cell in cells for command in re.findall(r"`((?:python|deepspeed) [^`]*scripts/[^`]+)`", cell)]
+
+
 def make_checkout(folder: Path) -> Path:
     """Create a folder that looks like a checkout to the commands, with text to train on. All output stays in it."""
     for name in ("scripts", "recipes"):
@@ -45,7 +51,8 @@ def make_checkout(folder: Path) -> Path:
     (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
     rows = [f'"{line}","{line}"\n' for line in text.replace('"', "'").splitlines() if line]
     (folder / "pages.csv").write_text("Text,text\n" + "".join(rows))
-    (folder / "stories.csv").write_text("Text,number\n" + "".join(rows))
+    for name in ("stories", "hindi", "english"):
+        (folder / f"{name}.csv").write_text("Text,number\n" + "".join(rows))
     return folder
 
 

@@ -9,10 +9,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.launch import ROOT
-from tests.project.commands import SETUP, blocks, commands, make_checkout, run, run_python, shortened
+from tests.project.commands import SETUP, blocks, commands, make_checkout, run, run_python, shortened, table_commands
 
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 PAGES |= {"contributing": (ROOT / "CONTRIBUTING.md").read_text()}
@@ -25,6 +26,8 @@ NOT_RUN = {
     "--model fira-base --data": "trains 333 million parameters on data that must be downloaded",
     "fineweb-edu:sample-10BT": "downloads files; tests/fira/data/test_hub_datasets.py reads local ones",
     "--tasks hellaswag": "lm-eval downloads the tasks; tests/fira/huggingface/test_tasks.py runs local tasks",
+    "--tokenizer o200k_base": "downloads the ranks of tiktoken; tests/fira/data/test_tiktoken_tokenizer.py has others",
+    "deepspeed --num_gpus=4": "needs four GPUs; tests/integration/test_launcher_runs.py starts two ranks on CPUs",
     "train.py --compile": "compiles for minutes; tests/fira/parallel/test_compile_blocks.py compiles all families",
     "serve.py --checkpoint": "runs until a signal; tests/fira/commands/test_serve.py runs it",
     "watch.py runs": "runs until Ctrl-C; tests/integration/test_watch_page.py opens the page",
@@ -81,6 +84,22 @@ def test_commands_and_code_of_a_page(trained: Path, tmp_path: Path, page: str):
         run_python(code, place)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_commands_in_tables(trained: Path, tmp_path: Path):
+    """With the small preset of a family, and a folder of this test instead of Kaggle's."""
+    place, kaggle = tmp_path / "checkout", tmp_path / "kaggle"
+    shutil.copytree(trained, place, symlinks=True)
+    kaggle.mkdir()
+    shutil.copy(next(trained.glob("runs/fira-tiny/checkpoints/*/tokenizer.json")), kaggle)
+    for name in ("train", "val"):
+        np.save(kaggle / f"x_{name}_1.npy", np.arange(5000, dtype=np.uint16) % 300)
+    for command in table_commands(PAGES["coming-from"]):
+        small = command.replace("-base ", "-tiny ").replace("/kaggle/input", str(kaggle))
+        if not not_run(small):
+            run(planned(shortened(small), "coming-from"), place)
+
+
 def help_of(script: str) -> str:
     command = [sys.executable, ROOT / script, "--help"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.replace("[", "  ")
@@ -88,7 +107,7 @@ def help_of(script: str) -> str:
 
 @pytest.mark.slow
 def test_every_flag_in_a_command_exists():
-    shown = [command for text in PAGES.values() for command in commands(text)]
+    shown = [command for text in PAGES.values() for command in commands(text) + table_commands(text)]
     used = [(script, command) for command in shown for script in re.findall(r"scripts/\w+\.py", command)]
     scripts = sorted({script for script, _ in used})
     with ThreadPoolExecutor(2) as pool:
@@ -100,7 +119,7 @@ def test_every_flag_in_a_command_exists():
 
 
 def test_every_excluded_command_is_still_shown():
-    shown = [command for text in PAGES.values() for command in commands(text)]
+    shown = [command for text in PAGES.values() for command in commands(text) + table_commands(text)]
     assert all(any(part in command for command in shown) for part in NOT_RUN)
     assert all(command.startswith(SETUP.removesuffix(" && ")) for command in shown if "-m venv" in command)
 

@@ -34,14 +34,17 @@ FLAGS = [
 ]
 
 
-def train(command: list[str], out: Path, *flags: str) -> list[list[str]]:
-    """Return the columns of the log that do not depend on the time."""
+TWO_RANKS = ["--batch-size=8", "--micro-batch-size=2", "--pp=1", "--shard=optimizer"]
+
+
+def train(command: list[str], out: Path, *flags: str, env: dict[str, str] | None = None) -> list[list[str]]:
+    """Return the columns of the log that do not depend on the time. env: further environment variables."""
     with tempfile.TemporaryFile("w+") as output:
         job = subprocess.Popen(
             [*command, str(ROOT / "tests/ranks/train.py"), *FLAGS, *flags, f"--out={out}"],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=without_launcher(inherited()) | {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"},
+            env=without_launcher(inherited()) | {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "true"} | (env or {}),
             cwd=out.parent,
             start_new_session=True,
         )
@@ -61,8 +64,7 @@ def train(command: list[str], out: Path, *flags: str) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """The log of two ranks of mpirun, with the flags instead of the file."""
-    flags = ["--batch-size=8", "--micro-batch-size=2", "--pp=1", "--shard=optimizer"]
-    log = train([mpirun(), "-np", "2", sys.executable], tmp_path_factory.mktemp("run") / "mpirun", *flags)
+    log = train([mpirun(), "-np", "2", sys.executable], tmp_path_factory.mktemp("run") / "mpirun", *TWO_RANKS)
     assert len(log) == 4  # the columns, the validation before the first step, and two steps
     return log
 
@@ -81,5 +83,17 @@ def test_training_does_not_depend_on_the_launcher(name: str, expected: list[list
 
 @pytest.mark.skipif(shutil.which("srun") is None or "SLURM_CONF" not in os.environ, reason="needs Slurm, SLURM_CONF")
 def test_training_by_srun(expected: list[list[str]], tmp_path: Path):
-    flags = ["--batch-size=8", "--micro-batch-size=2", "--pp=1", "--shard=optimizer"]
-    assert train(["srun", "-n2", "--overcommit", "--mpi=pmi2", sys.executable], tmp_path / "srun", *flags) == expected
+    command = ["srun", "-n2", "--overcommit", "--mpi=pmi2", sys.executable]
+    assert train(command, tmp_path / "srun", *TWO_RANKS) == expected
+
+
+@pytest.mark.skipif("I_MPI_ROOT" not in os.environ, reason="needs Intel MPI, I_MPI_ROOT")
+def test_training_by_intel_mpi(expected: list[list[str]], tmp_path: Path):
+    """With its own mpirun and with torchrun, which MPI connects by PMI 1."""
+    root = Path(os.environ["I_MPI_ROOT"])
+    env = {"PATH": f"{root / 'bin'}:{os.environ['PATH']}", "MPI4PY_LIBMPI": str(root / "lib")}
+    probe = [root / "bin/mpirun", "-np", "1", sys.executable, "-m", "pipeline.mpi.probe"]
+    assert "Intel(R) MPI" in subprocess.check_output(probe, env=inherited() | env, text=True, timeout=60)
+    assert train(["mpirun", "-np", "2", sys.executable], tmp_path / "mpirun", *TWO_RANKS, env=env) == expected
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    assert train(command, tmp_path / "torchrun", *TWO_RANKS, env=env) == expected

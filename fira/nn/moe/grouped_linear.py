@@ -80,7 +80,7 @@ def grouped_linear(x: Tensor, groups: RowGroups, weight: Tensor, bias: Tensor | 
         return _grouped_mm(x, groups, weight, bias)
     if not torch.is_grad_enabled():
         return _product(x, weight, bias, groups.sizes)
-    y = _Rows.apply(x, weight.detach(), None if bias is None else bias.detach(), groups.sizes)
+    y = _Rows.apply(x, (weight, bias), groups.sizes)
     if not weight.requires_grad and (bias is None or not bias.requires_grad):
         return y
     return _Join.apply(y, _Weights.apply(weight, bias, x.detach(), groups.sizes))
@@ -202,18 +202,23 @@ def _spans(sizes: dict[int, int], rows: int) -> list[int]:
 
 
 class _Rows(torch.autograd.Function):
-    """[rows]: the product as a function of x; its backward is grad_x."""
+    """[rows]: the product as a function of x; its backward is grad_x.
+
+    Weight and bias are in a tuple, so that autograd takes them for constants. Detached tensors would keep the memory of
+    weights that ZeRO 3 frees between the forward pass and the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: dict[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, constants: tuple[Tensor, Tensor | None], sizes: dict[int, int]) -> Tensor:
+        weight, bias = constants
         ctx.save_for_backward(weight)
         ctx.sizes = sizes
         return _product(x, weight, bias, sizes)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _product(grad_y, weight.transpose(-2, -1), None, ctx.sizes), None, None, None
+        return _product(grad_y, weight.transpose(-2, -1), None, ctx.sizes), None, None
 
 
 class _Weights(torch.autograd.Function):

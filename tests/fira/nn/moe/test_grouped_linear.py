@@ -211,6 +211,18 @@ def test_frozen_weights_have_no_gradient_and_cost_no_product(product) -> None:
     assert not product(x.detach(), groups, weight, bias).requires_grad
 
 
+def test_backward_reads_the_parameter_instead_of_the_memory_of_the_forward_pass() -> None:
+    """ZeRO 3 frees the weights in between, and gathers them again for the backward pass."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 4, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(3, 6, 4))
+    y = grouped_linear(x, RowGroups(torch.tensor([3, 0, 5])), weight)
+    expected = weight.detach()[[0, 0, 0, 2, 2, 2, 2, 2]].sum(1)
+    weight.data = 2 * weight.data
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(x.grad, 2 * expected)
+
+
 def test_sum_of_two_products_keeps_the_padded_rows() -> None:
     torch.manual_seed(0)
     groups = RowGroups(torch.tensor([3, 0, 5]))

@@ -1,4 +1,4 @@
-"""Marks of tests that need what an older torch lacks. With the version of requirements.txt, nothing is skipped."""
+"""Marks of tests that need what an older torch lacks. From torch 2.13 on, nothing is skipped."""
 
 import pytest
 import torch
@@ -15,3 +15,5 @@ needs_meta_send = pytest.mark.skipif(
     not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::send", "Meta"),
     reason="this torch cannot send tensors of the meta device",
 )
+
+MARKS = (needs_grouped_mm, needs_fsdp2_on_cpus, needs_fake_work, needs_meta_send)

@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
 
 _MPIRUN = "mpirun and the MPI library do not belong together; use the mpirun of that library (`which -a mpirun`)"
 _TORCH = "the ranks of this launcher need MPICH (pip install mpich) or Intel MPI; with other MPI libraries use mpirun"
@@ -55,17 +54,14 @@ _TORCH_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_R
 def launcher() -> Launcher | None:
     """Return what has started this process as one of several ranks; None if it is the only one.
 
-    Ends the process with one line and exit status 2 if a variable of the launcher is invalid, because each rank would
-    otherwise train on its own, or wait for others.
+    A launcher sets all its variables; an empty one counts as not set. Ends the process with one line and exit status 2
+    if one of them is invalid, because each rank would otherwise train on its own, or wait for others.
     """
     for candidate in _LAUNCHERS:
-        missing = [name for name in (candidate.size, candidate.rank, *candidate.needed) if name not in os.environ]
-        if len(missing) > 1 or not set(missing) <= set(_RENDEZVOUS):
+        if not all(os.environ.get(name) for name in (candidate.size, candidate.rank, *candidate.needed)):
             continue
         size = _number(candidate, candidate.size, 1)
         if size > 1:
-            if missing:
-                _refuse(candidate, f"{missing[0]} is not set")
             _number(candidate, candidate.rank, 0, size - 1)
             if not candidate.is_mpi:
                 _number(candidate, "MASTER_PORT", 1, 2**16 - 1)
@@ -77,14 +73,11 @@ def _number(candidate: Launcher, name: str, least: int, most: int = 10**9 - 1) -
     """Return the value of a variable, which must be an integer from `least` to `most`."""
     value = os.environ[name]
     if not re.fullmatch("[0-9]{1,9}", value) or not least <= int(value) <= most:
-        _refuse(candidate, f"{name} is {value!r}, not an integer from {least:,} to {most:,}")
+        problem = f"environment variable {name} is {value!r}, not an integer from {least:,} to {most:,}"
+        remedy = f"correct it where the ranks are started, or unset {candidate.size} to run one rank"
+        print(f"{problem}; {remedy}", file=sys.stderr)
+        raise SystemExit(2)
     return int(value)
-
-
-def _refuse(candidate: Launcher, problem: str) -> NoReturn:
-    remedy = f"correct it where the ranks are started, or unset {candidate.size} to run one rank"
-    print(f"environment variable {problem}; {remedy}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def launched_rank() -> int | None:

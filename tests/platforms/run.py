@@ -184,14 +184,19 @@ def read_results() -> list[Result]:
 
 
 def merge(results: list[Result]) -> None:
-    """Add results to results.csv and to the page, in the order of rows.toml, in place of earlier ones of these rows."""
-    before = read_results()
-    stored = {result.row: result for result in [*before, *results]}
+    """Write results to results.csv and to the table of the page, in the order of rows.toml.
+
+    A result replaces the earlier one of its row, unless only the earlier one was measured.
+    """
+    stored = {result.row: result for result in read_results()}
+    stored |= {result.row: result for result in results if result.passed != "" or result.row not in stored}
     with RESULTS.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(stored[name]) for name in ROWS if name in stored)
-    PAGE.write_text(PAGE.read_text("utf-8").replace(table(before), table(read_results())), "utf-8")
+    before, _, page = PAGE.read_text("utf-8").partition("| row | python |")
+    _, end, after = page.partition("\n\n")
+    PAGE.write_text(before + table(read_results()) + end + after, "utf-8")
 
 
 def table(results: list[Result]) -> str:

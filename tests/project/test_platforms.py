@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.version import Version
 
 from tests.launch import ROOT, inherited, run_ranks
+from tests.platforms import run
 from tests.platforms.hidden_names import LINUX_ONLY, UNIX_ONLY
-from tests.platforms.run import read_results, table
+from tests.platforms.run import Result, read_results, table
 from tests.project.test_package import MODEL
+from tests.torch_versions import MARKS
 
 IMPORT_ALL = """
 import sys
@@ -52,6 +56,23 @@ def test_no_module_needs_posix_when_it_is_imported():
 
 def test_documentation_shows_the_results():
     assert table(read_results()) in (ROOT / "docs" / "platforms.md").read_text()
+
+
+def test_nothing_is_skipped_with_a_new_torch():
+    if Version(torch.__version__) >= Version("2.13"):
+        assert [mark.kwargs["reason"] for mark in MARKS if mark.args[0]] == []
+
+
+def test_measured_row_is_replaced_by_a_measurement_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(run, "PAGE", tmp_path / "page.md")
+    Path(tmp_path, "results.csv").write_text("row\n")
+    Path(tmp_path, "page.md").write_text("before\n\n| row | python |\n| --- | --- |\n\nafter\n")
+    measured = Result("newest", "3.13.0", passed=7, failed=0)
+    for result in (Result("newest", "3.13", note="not run"), measured, Result("newest", "3.13", note="not run again")):
+        run.merge([result])
+    assert (tmp_path / "page.md").read_text() == f"before\n\n{table([measured])}\n\nafter\n"
+    assert [result.passed for result in read_results()] == ["7"]
 
 
 def test_hidden_names_exist_on_linux():

@@ -161,6 +161,8 @@ def test_row(name: str, work: Path) -> Result:
     except NotRun as error:
         return Result(name, ROWS[name]["python"], note=f"not run: {error}")
     failed = sorted(test for test, outcome in outcomes.items() if outcome == "failed")
+    for test in sorted(first - {*failed}):
+        print(f"passed when it was repeated: {test}")
     counts = [list(outcomes.values()).count(outcome) for outcome in ("passed", "skipped")]
     if failed:
         print(*failed, f"output: {tree / 'pytest.log'}, environment: {program.parent}", sep="\n")

@@ -70,8 +70,11 @@ class Preparation:
     vocab_size: int
     progress: bool
 
-    def run(self, tokenizer: Tokenizer | None, given: str | Path | None) -> None:
-        """Write tokens, summary.json and, where no tokenizer is given, tokenizer.json. given: path of the tokenizer."""
+    def run(self, tokenizer: Tokenizer | None, tokenizer_path: str | Path | None) -> None:
+        """Write tokens, summary.json and, where no tokenizer is given, tokenizer.json.
+
+        tokenizer_path: the file of the tokenizer, for messages.
+        """
         texts = [entry for entry in self.inputs if entry.shards is None]
         if texts and not tokenizer:
             if len(texts) < len(self.inputs):
@@ -87,14 +90,12 @@ class Preparation:
             else:
                 counts = dict.fromkeys(("documents", "bytes", "words", "tokens_per_word"))
                 largest, path = _check_shards(entry.shards, self.progress)
-                if largest >= self.vocab_size and tokenizer:
-                    raise UserError(
-                        f"{given}: {vocabulary(tokenizer)} tokens, but {path} contains token id {largest}; "
-                        "give the tokenizer of the shards as --tokenizer"
-                    )
                 if largest >= self.vocab_size:
                     raise UserError(
-                        f"{path}: token id {largest}, --vocab-size {self.vocab_size}; give at least {largest + 1}"
+                        f"{tokenizer_path}: {vocabulary(tokenizer)} tokens, but {path} contains token id {largest}; "
+                        "give the tokenizer of the shards as --tokenizer"
+                        if tokenizer
+                        else f"{path}: token id {largest}, --vocab-size {self.vocab_size}; give at least {largest + 1}"
                     )
             source = entry.source(self.folder, number)
             counts |= {"train_tokens": len(source.train), "val_tokens": len(source.val)}

@@ -27,7 +27,7 @@ class Constraints:
 
     @property
     def candidate_shard(self) -> str | None:
-        """`shard` of a candidate, unless it does not fit."""
+        """`Candidate.shard` before the planner divides more: None where nothing is divided."""
         return None if self.shard == "none" else self.shard
 
 

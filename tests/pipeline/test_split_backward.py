@@ -14,8 +14,8 @@ from fira.nn.init import initialise
 from fira.nn.lora import Lora
 from pipeline.split_backward import SplitBackward, run_backward
 
-NAMES = ("mm", "bmm", "addmm", "addmm_", "_grouped_mm", "embedding_dense_backward")
-PRODUCTS = {getattr(torch.ops.aten, name, None) for name in NAMES}  # torch 2.6 has no _grouped_mm
+PRODUCT_NAMES = ("mm", "bmm", "addmm", "addmm_", "_grouped_mm", "embedding_dense_backward")
+PRODUCTS = {getattr(torch.ops.aten, name, None) for name in PRODUCT_NAMES}  # torch 2.6 has no _grouped_mm
 
 
 class CountProducts(TorchDispatchMode):
